@@ -1,0 +1,30 @@
+"""Installs the package `dmc` and its console command; metadata and tool settings are in pyproject.toml.
+
+`data` and `checkpoints` are packages of the checkout: an editable install (`pip install -e .`) finds them,
+a wheel does not carry them, since serving needs neither.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    package_dir={"": "."},
+    packages=find_packages(include=["dmc", "dmc.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "transformers>=5.0,<6",
+        "safetensors>=0.4",
+        "tokenizers>=0.20",
+        "numpy>=1.26",
+        "pyyaml>=6",
+        "megatron-core>=0.16.1,<0.20",
+        "psutil>=5",  # megatron-core's checkpoint save hangs without it and does not declare it
+        "datasets>=3",
+        "tqdm>=4",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "log": ["wandb>=0.19", "tensorboard>=2.14"],
+        "kernels": ["triton>=3.6"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"],
+    },
+)
