@@ -1,0 +1,1 @@
+"""Corpora to tokens to megatron-core .bin/.idx files to resumable batches."""

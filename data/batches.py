@@ -1,0 +1,92 @@
+"""Resumable batches: which tokens a step reads is a function of (seed, step) alone.
+
+The token stream is cut into sequences of T tokens (plus the next one as the last label). Each pass over them
+is a new permutation. Sequence ``i`` of the run is the ``i``-th of that order whatever the parallel layout, so
+a resumed run, or one on more ranks, reads the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.tokens import Corpus
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``tokens``, ``labels`` [B, T] int64; ``starts`` [B, T] bool, first tokens of documents; ``samples`` [B]
+    int64, global indices of the sequences in the order of the run."""
+
+    tokens: Tensor
+    labels: Tensor
+    starts: Tensor
+    samples: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return Batch(*(t.to(device) for t in (self.tokens, self.labels, self.starts, self.samples)))
+
+
+class Sequences:
+    """A corpus cut into sequences."""
+
+    def __init__(self, corpus: Corpus, length: int, *, seed: int = 0) -> None:
+        self._corpus, self._length, self._seed = corpus, length, seed
+        self.count = (len(corpus.tokens) - 1) // length
+        if self.count < 1:
+            raise ValueError(
+                f"the text has {len(corpus.tokens)} tokens, fewer than one sequence of {length} and its last "
+                "label: use more text or a smaller data.sequence_length"
+            )
+        self._order: tuple[int, Tensor] | None = None
+
+    def batch(self, samples: list[int]) -> Batch:
+        """The sequences at these places of the shuffled, endless order."""
+        return self._cut([self._place(i) for i in samples], samples)
+
+    def first(self, count: int) -> Batch:
+        """Sequences spread evenly over the corpus, in its order: the evaluation set.
+
+        Raises:
+            ValueError: if the corpus has fewer.
+        """
+        if count > self.count:
+            raise ValueError(
+                f"the held-out text has {self.count} sequences of {self._length} tokens, log.eval_sequences asks "
+                f"for {count}: lower one of them"
+            )
+        places = [i * self.count // count for i in range(count)]
+        return self._cut(places, list(range(count)))
+
+    def _place(self, sample: int) -> int:
+        epoch, within = divmod(sample, self.count)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(self.count, generator=generator))
+        return int(self._order[1][within])
+
+    def _cut(self, places: list[int], samples: list[int]) -> Batch:
+        stream, length = self._corpus.tokens, self._length
+        rows = torch.stack([stream[p * length : (p + 1) * length + 1] for p in places])
+        tokens = rows[:, :-1]
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+        starts[:, 1:] = tokens[:, :-1] == self._corpus.end
+        starts[:, 0] = True
+        return Batch(tokens.contiguous(), rows[:, 1:].contiguous(), starts, torch.tensor(samples))
+
+
+def micro_batches(
+    sequences: Sequences, step: int, *, global_batch: int, micro_batch: int, rank: int, ranks: int,
+) -> Iterator[Batch]:
+    """The micro-batches of one step for one data-parallel rank, in order.
+
+    Micro-batch m of rank r holds the sequences ``step * global_batch + (m * ranks + r) * micro_batch`` and
+    following.
+    """
+    for m in range(global_batch // (micro_batch * ranks)):
+        first = step * global_batch + (m * ranks + rank) * micro_batch
+        yield sequences.batch(list(range(first, first + micro_batch)))

@@ -1,0 +1,277 @@
+"""The configuration of a run: dataclasses with defaults, YAML, dotted overrides, checks.
+
+``load(path, overrides)`` reads a YAML file, applies ``section.key=value`` strings and checks the whole. An
+unknown key is refused and the known ones are listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+@dataclass
+class DataConfig:
+    """What to train on."""
+
+    text: str = "stdlib"  # "stdlib", or a comma-separated list of .txt / .jsonl / .jsonl.xz / .txt.xz files
+    held_out: str = ""  # held-out files; "" holds out a share of the documents of `text`
+    sequence_length: int = 1024  # tokens a sequence
+    cache: str = "runs/data"  # where tokenised corpora are kept
+
+
+@dataclass
+class DmcConfig:
+    """The retrofit (METHOD: Nawrot et al. 2024; defaults chosen by experiment, see docs/results)."""
+
+    method: str = "dmc"  # "dmc", or "none": plain (continued) pretraining, also the control of a retrofit
+    target_cr: float = 4.0  # tokens per cache entry at the end of the ramp
+    decision: str = "head"  # "neuron": k[0] and q[0], as in the paper; "head": a small added projection
+    gain: float = 10.0  # the logit is gain * k[0] - offset; folded into the weights at export
+    offset: float = 5.0
+    temperature: float = 0.1
+    cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
+    cr_weight: float = 1.0
+    repurpose_steps: int = 40  # only for decision=neuron
+    ramp_steps_per_unit: float = 100.0
+    hold_steps: int = 100
+
+
+@dataclass
+class DistillConfig:
+    """The loss: ``lm_weight`` * language modelling + ``weight`` * KL(original model || model)."""
+
+    weight: float = 1.0
+    lm_weight: float = 0.0
+    teacher: str = ""  # HF directory of the teacher; "" takes the original model
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup_steps: int = 10
+    decay_steps: int = 0  # the last so many steps decay linearly to min_lr; 0 keeps the rate constant
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    micro_batch: int = 2  # sequences a forward pass of one data-parallel rank
+    global_batch: int = 2  # sequences a step, over all ranks
+
+
+@dataclass
+class ParallelConfig:
+    """The layout over ranks; data parallelism takes what is left."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False  # sequence parallelism, with tensor > 1
+    recompute: str = "none"  # "none", "selective" (attention) or "full"
+
+
+@dataclass
+class RunConfig:
+    """The run itself."""
+
+    model: str = "checkpoints/base"  # HF Llama directory; with init=random only its config and tokenizer are read
+    init: str = "pretrained"  # "pretrained" or "random" (pretraining from scratch)
+    output: str = "runs/retrofit"
+    resume: str = ""  # "auto" continues the newest complete checkpoint of `output`; or a checkpoint directory
+    overwrite: bool = False  # start anew in an output directory that holds a run
+    steps: int = 100  # with method=none; a retrofit's steps follow from its phases
+    save_every: int = 0  # steps between resume points; 0: only at each integer CR and at the end
+    seed: int = 0
+    precision: str = "fp32"  # "fp32" or "bf16"
+    threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
+
+
+@dataclass
+class LogConfig:
+    """What is reported when."""
+
+    every: int = 10  # steps between progress lines
+    eval_every: int = 0  # steps between evaluations; 0: only where a checkpoint is saved by the schedule
+    eval_sequences: int = 16
+    tensorboard: bool = False
+    wandb: str = ""  # project name; "" for none. WANDB_MODE=offline works
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    dmc: DmcConfig = field(default_factory=DmcConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the YAML file, then ``section.key=value`` strings; checked.
+
+    Raises:
+        ValueError: one sentence naming the field, the value and the remedy.
+    """
+    config = Config()
+    if path is not None:
+        for section, values in _read_yaml(Path(path)).items():
+            for key, value in _section_items(section, values):
+                _assign(config, f"{section}.{key}", value)
+    for override in overrides or []:
+        name, sign, text = override.partition("=")
+        if not sign:
+            raise ValueError(f"{override!r} is no override: write section.key=value, e.g. optim.lr=1e-4")
+        try:
+            _assign(config, name, yaml.safe_load(text) if text else "")
+        except yaml.YAMLError:
+            raise ValueError(f"the value of {override!r} is not readable: quote it as in YAML") from None
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """Nested plain dictionary, as in the YAML files."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict) -> Config:
+    """The inverse of `to_dict`; unknown keys are refused as in `load`."""
+    config = Config()
+    for section, items in values.items():
+        for key, value in _section_items(section, items):
+            _assign(config, f"{section}.{key}", value)
+    return config
+
+
+def describe() -> str:
+    """Every field with its default, for ``--help``."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        lines.append(f"  {section.name}.")
+        for item in dataclasses.fields(_types(Config)[section.name]):
+            lines.append(f"    {item.name:<24}{_shown(item.default)}")
+    return "\n".join(lines)
+
+
+def check(config: Config) -> None:
+    """Cross-field checks that need no model and no data.
+
+    Raises:
+        ValueError: naming the field, the value and the remedy.
+    """
+    d, o, p, r = config.dmc, config.optim, config.parallel, config.run
+    _one_of("dmc.method", d.method, ("dmc", "none"))
+    _one_of("dmc.decision", d.decision, ("neuron", "head"))
+    _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
+    _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
+    _one_of("run.precision", r.precision, ("fp32", "bf16"))
+    _one_of("run.init", r.init, ("pretrained", "random"))
+    if not (math.isfinite(d.target_cr) and d.target_cr >= 1):
+        raise ValueError(f"dmc.target_cr is {d.target_cr}: it must be a finite number of at least 1 (tokens per entry)")
+    _at_least(0, {
+        "dmc.repurpose_steps": d.repurpose_steps, "dmc.ramp_steps_per_unit": d.ramp_steps_per_unit,
+        "dmc.hold_steps": d.hold_steps, "dmc.cr_weight": d.cr_weight, "distill.weight": config.distill.weight,
+        "distill.lm_weight": config.distill.lm_weight, "optim.weight_decay": o.weight_decay, "run.seed": r.seed,
+        "optim.min_lr": o.min_lr, "optim.decay_steps": o.decay_steps, "optim.warmup_steps": o.warmup_steps,
+        "run.save_every": r.save_every, "log.eval_every": config.log.eval_every, "run.threads": r.threads,
+    })
+    _at_least(1, {
+        "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
+        "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
+        "log.every": config.log.every, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
+    })
+    for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}: it must be a positive number")
+    if o.global_batch % o.micro_batch:
+        raise ValueError(
+            f"optim.global_batch {o.global_batch} is not a multiple of optim.micro_batch {o.micro_batch}: change one"
+        )
+    if config.distill.weight == 0 and config.distill.lm_weight == 0 and d.method == "dmc":
+        raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
+    if p.sequence and p.tensor == 1:
+        raise ValueError("parallel.sequence needs parallel.tensor of at least 2: set both or neither")
+    if p.pipeline > 1 and config.distill.weight > 0:
+        raise ValueError("distill.weight needs parallel.pipeline=1: the teacher's logits are not sent through a pipeline")
+    if r.init == "random" and d.method == "dmc":
+        raise ValueError("run.init=random with dmc.method=dmc: DMC retrofits a pretrained model; pretrain with dmc.method=none")
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"no config file at {path}: see configs/ for the ones that exist")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections such as `optim:`, found {type(values).__name__}")
+    return values
+
+
+def _section_items(section: str, values: object) -> list[tuple[str, object]]:
+    if not isinstance(values, dict):
+        raise ValueError(f"section {section!r} must hold keys, found {values!r}; known sections: {_names(Config)}")
+    return list(values.items())
+
+
+def _assign(config: Config, name: str, value: object) -> None:
+    section, _, key = name.partition(".")
+    if section not in _types(Config):
+        raise ValueError(f"unknown config section {section!r} in {name!r}; known: {_names(Config)}")
+    owner = getattr(config, section)
+    types = _types(type(owner))
+    if key not in types:
+        raise ValueError(f"unknown config key {name!r}; known in {section}: {_names(type(owner))}")
+    setattr(owner, key, _cast(name, value, types[key]))
+
+
+def _cast(name: str, value: object, kind: type) -> object:
+    if isinstance(value, str) and kind in (int, float):
+        try:
+            value = float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            raise ValueError(f"{name} is {value!r}: it must be a number") from None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and value is not None and not isinstance(value, str | bool | dict | list):
+        value = str(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+    return value
+
+
+def _types(owner: type) -> dict[str, type]:
+    return typing.get_type_hints(owner)
+
+
+def _names(owner: type) -> str:
+    return ", ".join(_types(owner))
+
+
+def _shown(default: object) -> str:
+    return repr(default) if isinstance(default, str) else str(default)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(known)}")
+
+
+def _at_least(bound: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= bound):
+            raise ValueError(f"{name} is {value}: it must be at least {bound}")

@@ -1,0 +1,155 @@
+"""A Llama built on megatron-core from a Hugging Face ``config.json``.
+
+The layers need neither transformer-engine nor apex: an RMSNorm that permits sequence parallelism, megatron's
+own parallel linear layers, and `DmcSelfAttention`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from dmc.training import cpu
+from dmc.training.attention import DmcSelfAttention
+from dmc.training.config import ParallelConfig
+from dmc.training.state import LayerState
+
+
+class RMSNorm(nn.Module):
+    """Llama's norm; its gradient is summed over the tensor-parallel group under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden]`` → the same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def build(
+    hf: LlamaConfig, parallel: ParallelConfig, state: LayerState, *, sequence_length: int, dtype: torch.dtype,
+    pre_process: bool = True, post_process: bool = True,
+) -> GPTModel:
+    """The part of the model that this rank holds, with random weights.
+
+    Args:
+        hf: configuration of the Llama.
+        parallel: the layout; megatron's process groups must have been initialised with it.
+        state: shared by all attention layers of this model, and kept in its configuration.
+        sequence_length: longest sequence, for the rotary tables.
+        dtype: of the weights.
+        pre_process, post_process: whether this pipeline stage holds the embedding and the output layer.
+
+    Raises:
+        ValueError: if the layout does not divide the model, or the model has parts that Llama has not.
+    """
+    check_layout(hf, parallel)
+    config = transformer_config(hf, parallel, dtype)
+    config.dmc_state = state
+    config.dmc_rope = rope_tables(hf, sequence_length)
+    spec = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+    model = GPTModel(
+        config, spec, vocab_size=hf.vocab_size, max_sequence_length=sequence_length, pre_process=pre_process,
+        post_process=post_process, parallel_output=True, position_embedding_type="none",
+        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+    )
+    return model.to(cpu.device())
+
+
+def check_layout(hf: LlamaConfig, parallel: ParallelConfig) -> None:
+    """Refuse what this builder cannot build.
+
+    Raises:
+        ValueError: naming the numbers.
+    """
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for name, value in (
+        ("num_key_value_heads", hf.num_key_value_heads), ("num_attention_heads", hf.num_attention_heads),
+        ("intermediate_size", hf.intermediate_size), ("vocab_size", hf.vocab_size),
+    ):
+        if value % tensor:
+            raise ValueError(f"parallel.tensor {tensor} does not divide the model's {name} {value}: use a divisor")
+    if hf.num_hidden_layers % pipeline:
+        raise ValueError(f"parallel.pipeline {pipeline} does not divide the model's {hf.num_hidden_layers} layers")
+    if hf.attention_bias or hf.mlp_bias:
+        raise ValueError("the model has attention_bias or mlp_bias: only Llamas without biases are supported")
+    if hf.hidden_act != "silu":
+        raise ValueError(f"the model's hidden_act is {hf.hidden_act!r}: a Llama uses silu")
+
+
+def transformer_config(hf: LlamaConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's view of a Llama."""
+    recompute = {}
+    if parallel.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif parallel.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    spread = hf.initializer_range
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers, hidden_size=hf.hidden_size, ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim, normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=False,
+        hidden_dropout=0.0, attention_dropout=0.0, init_method_std=spread,
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence, params_dtype=dtype, pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16, use_cpu_initialization=not torch.cuda.is_available(),
+        # Losses and the compression gradient are sums over tokens; megatron divides by the global token count.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
+        persist_layer_norm=False, gradient_accumulation_fusion=False, apply_rope_fusion=False, **recompute,
+    )
+
+
+def rope_tables(hf: LlamaConfig, tokens: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each ``[T, D]`` fp32, from transformers' own rotary code (Llama 3 scaling included)."""
+    rotary = LlamaRotaryEmbedding(hf)
+    cos, sin = rotary(torch.zeros(1, 1, 1), torch.arange(tokens)[None])
+    return cos[0].to(cpu.device()), sin[0].to(cpu.device())
+
+
+def _layer_spec() -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=DmcSelfAttention, params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=_NoCore, linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp, k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class _NoCore(nn.Module):
+    """Stands where megatron builds a core attention; `DmcSelfAttention` calls its own."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()

@@ -1,0 +1,120 @@
+"""Where a run's numbers go: a line on the terminal, JSONL always, tensorboard and wandb when asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from dmc.training.config import LogConfig
+
+
+class Reporter:
+    """Writes on rank 0 only; on other ranks every method does nothing.
+
+    ``metrics.jsonl`` holds one object a step (keys as in `Trainer.train_step`) and one an evaluation (keys
+    ``eval_...``). A resumed run cuts off what was written after its checkpoint, so that steps never repeat.
+    """
+
+    def __init__(self, config: LogConfig, output: Path, settings: dict, *, rank: int, steps: int) -> None:
+        self._active, self._steps = rank == 0, steps
+        self._file = None
+        self._path = output / "metrics.jsonl"
+        self._tensorboard = self._wandb = None
+        if not self._active:
+            return
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("log.tensorboard needs the package tensorboard: pip install tensorboard") from None
+            self._tensorboard = SummaryWriter(str(output / "tensorboard"))
+        if config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("log.wandb needs the package wandb: pip install wandb") from None
+            self._wandb = wandb.init(project=config.wandb, config=settings, dir=str(output), id=_run_id(output), resume="allow")
+
+    def resumed(self, step: int) -> None:
+        """Forget lines of later steps than the checkpoint's."""
+        if not self._active or not self._path.is_file():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self.say(f"resumed at step {step}")
+
+    def step(self, metrics: dict, *, shown: bool) -> None:
+        """The metrics of a step; ``shown`` also prints the progress line."""
+        if not self._active:
+            return
+        self._write(metrics)
+        if shown:
+            self.say(progress_line(metrics, self._steps))
+
+    def evaluation(self, metrics: dict) -> None:
+        """The numbers of an evaluation on held-out text."""
+        if not self._active:
+            return
+        self._write(metrics)
+        self.say(
+            f"       evaluation [{metrics['name']}]  held-out perplexity {metrics['eval_perplexity']:.4f}"
+            f"  measured CR {metrics['eval_cr']:.3f}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line on the terminal of rank 0."""
+        if self._active:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Flush and finish."""
+        for sink in (self._file, self._tensorboard):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, metrics: dict) -> None:
+        if self._file is None:
+            self._file = self._path.open("a")
+        self._file.write(json.dumps({"time": round(time.time(), 3)} | metrics) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, metrics["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=metrics["step"])
+
+
+def progress_line(metrics: dict, steps: int) -> str:
+    """``step 120/450 ramp  loss 0.312  target CR 2.10  measured CR 2.07  3120 tokens/s  ETA 2:41``."""
+    parts = [f"step {metrics['step']}/{steps} {metrics['phase']:<9}", f"loss {metrics['loss']:.4f}"]
+    if "measured_cr" in metrics:
+        parts += [f"target CR {metrics['target_cr']:.2f}", f"measured CR {metrics['measured_cr']:.2f}"]
+    parts += [f"{metrics['tokens_per_s']:.0f} tokens/s", f"ETA {_clock(metrics['eta_s'])}"]
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut short by the crash that is being resumed from
+        return 2**62
+
+
+def _run_id(output: Path) -> str:
+    """The wandb run of this output directory: kept, so that a resumed run continues its curves."""
+    path = output / "wandb_run_id"
+    if not path.is_file():
+        import wandb
+
+        path.write_text(wandb.util.generate_id())
+    return path.read_text().strip()
