@@ -1,0 +1,139 @@
+"""The key/value cache of a DMC Llama: entries that merged tokens share.
+
+Dimension letters: B batch, H key/value heads, D head size, L layers, N closed entries of the longest head,
+M new entries, F = 2 D + 1 (key, value and weight of an entry).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class DmcLayerCache:
+    """The entries of one layer.
+
+    Attributes:
+        keys, values: closed entries, keys rotated, `[B, H, N, D]` in the model's dtype; a head's first
+            `lengths` are its entries, the rest is filling. None before the first token.
+        lengths: closed entries of each head, `[B, H]` int64.
+        tail: the open entry, `[B, H, F]` fp32: weighted sum of the unrotated keys, of the values, of the weights.
+    """
+
+    is_compileable = is_croppable = is_sliding = is_initialized = supports_early_init = False
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.tail: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor, counts: Tensor, tail: Tensor) -> None:
+        """Add each head's first `counts` [B, H] of the entries `[B, H, M, D]`, and replace the open entry."""
+        self.tail = tail
+        if self.keys is None:
+            self.keys, self.values, self.lengths = keys, values, counts
+        elif keys.shape[2]:
+            lengths = self.lengths + counts
+            self.keys = _append(self.keys, self.lengths, keys, lengths)
+            self.values = _append(self.values, self.lengths, values, lengths)
+            self.lengths = lengths
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor, batch first, by `function(tensor)`."""
+        for name in ("keys", "values", "lengths", "tail"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+
+
+class DmcCache(Cache):
+    """The compressed cache of all layers, and how far it compressed.
+
+    Closed entries are padded to the longest head of a layer, so this form shows what is kept and does not yet
+    save all of the memory; ratios count entries.
+
+    In a batch `generate` feeds sequences that have ended with padding until the last one ends; those tokens
+    are counted here like any other.
+
+    Attributes:
+        tokens: real (not padding) tokens seen by each sequence, `[B]` int64; None before the first token.
+        positions: rotary position of the newest real token of each sequence, `[B]` int64.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[DmcLayerCache() for _ in range(layers)])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.columns = 0
+        self.tokens: Tensor | None = None
+        self.positions: Tensor | None = None
+
+    def advance(self, *, width: int, tokens: Tensor, positions: Tensor) -> None:
+        """Count a forward pass over `width` columns, after its last layer; new `tokens` and `positions` [B]."""
+        self.columns += width
+        self.tokens, self.positions = tokens, positions
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included: the width of the attention mask so far."""
+        return self.columns
+
+    def lengths(self) -> Tensor:
+        """Entries of every head, the open one included: `[L, B, H]` int64."""
+        if self.tokens is None:
+            raise ValueError("the cache is empty: run the model on some tokens first")
+        opened = (self.tokens > 0).long()[:, None]
+        return torch.stack([(layer.lengths + opened).cpu() for layer in self.layers])
+
+    def compression_ratio(
+        self, layer: int | None = None, head: int | None = None, sequence: int | None = None
+    ) -> float:
+        """Tokens per entry, over everything or over one layer, key/value head, sequence of the batch."""
+        lengths, tokens = self.lengths(), self.tokens.cpu()[None, :, None]
+        tokens = tokens.expand_as(lengths)
+        index = tuple(slice(None) if chosen is None else chosen for chosen in (layer, sequence, head))
+        return tokens[index].sum().item() / max(lengths[index].sum().item(), 1)
+
+    def compression_ratios(self) -> Tensor:
+        """Tokens per entry of each layer and key/value head over the batch: `[L, H]` fp32."""
+        return self.tokens.sum().item() / self.lengths().sum(1).clamp(min=1)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the chosen beams, `[B]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`."""
+        self._map_batch(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        self._map_batch(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, *args, **kwargs) -> None:
+        """Refused: a token that was merged cannot be taken out again."""
+        raise ValueError("a DmcCache cannot be cropped, since merged tokens cannot be taken out; start a new cache")
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            layer.map_batch(function)
+        if self.tokens is not None:
+            self.tokens, self.positions = function(self.tokens), function(self.positions)
+
+
+def _append(old: Tensor, lengths: Tensor, new: Tensor, total: Tensor) -> Tensor:
+    """Entries old `[B, H, N, D]`, of which `lengths` [B, H] count, followed by new; `total` of them count."""
+    most = int(total.max())
+    slot = torch.arange(most, device=old.device) - lengths[..., None]  # [B, H, N'], negative: an old entry
+    fresh = new.gather(2, slot.clamp(0, new.shape[2] - 1)[..., None].expand(-1, -1, -1, new.shape[-1]))
+    return torch.where(slot[..., None] < 0, F.pad(old, (0, 0, 0, most - old.shape[2])), fresh)

@@ -1,0 +1,313 @@
+"""A Llama whose key/value cache compresses itself (Dynamic Memory Compression, arXiv 2403.09636).
+
+Every key/value head of every layer decides for each token whether to merge it into the newest entry of its
+cache (a weighted mean of keys and of values) or to open a new entry. An entry that a later token did not merge
+into is closed: it carries the rotary position of its newest token and never changes again.
+
+Dimension letters: B batch, T new tokens, H key/value heads, G query heads per key/value head, D head size,
+N closed entries of the longest head, F = 2 D + 1 (key, value and weight of an entry).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.utils import can_return_tuple
+
+from .cache_dmc_llama import DmcCache, DmcLayerCache
+from .configuration_dmc_llama import DmcLlamaConfig
+
+_CHUNK = 32  # tokens that one small matrix product of the running sums covers
+_QUERIES = 1024  # queries that attend at once: bounds the memory of the scores in a long prompt
+
+
+@dataclass
+class _Step:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        real: False for padding, `[B, T]`.
+        first: no real token comes before, `[B, T]`.
+        cos, sin: rotary tables fp32 `[B, T + 1, D]`: entry t is of the newest real token before token t, the
+            last of the newest of all.
+        tokens_after, positions_after: the cache's counts after this pass, `[B]`.
+    """
+
+    real: Tensor
+    first: Tensor
+    cos: Tensor
+    sin: Tensor
+    tokens_after: Tensor
+    positions_after: Tensor
+
+
+class DmcLlamaAttention(nn.Module):
+    """Llama's attention over merged entries."""
+
+    def __init__(self, config: DmcLlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        hidden, size, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer_idx, self.head_dim, self.heads = layer_idx, size, config.num_key_value_heads
+        self.offset, self.dropout = float(config.dmc["offset"]), config.attention_dropout
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.heads * size, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.heads * size, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=bias)
+        self.decision = None
+        if config.dmc["decision"] == "head":
+            self.decision = nn.Linear(hidden, 2 * self.heads, bias=False)
+
+    def forward(self, hidden: Tensor, step: _Step, cache: DmcCache | None) -> Tensor:
+        """`[B, T, hidden]` to the same; fills the cache, where there is one."""
+        split = (*hidden.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            project(hidden).view(split).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.decision is None:
+            merge = key[..., 0].float()  # [B, H, T]
+            weight = query[..., 0].float().unflatten(1, (self.heads, -1)).mean(2)
+            query, key = (F.pad(x[..., 1:], (1, 0)) for x in (query, key))
+        else:
+            logits = F.linear(hidden.float(), self.decision.weight.float())
+            merge, weight = logits.transpose(1, 2).split(self.heads, 1)
+        opens = (~(merge > self.offset) | step.first[:, None]) & step.real[:, None]
+        omega = torch.sigmoid(weight + self.offset) * step.real[:, None]
+        layer = cache.layers[self.layer_idx] if cache is not None else DmcLayerCache()
+        out = self._attend(query, key, value, opens, omega, step, layer)
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, opens: Tensor, omega: Tensor, step: _Step,
+        layer: DmcLayerCache,
+    ) -> Tensor:
+        """Query i sees the entries closed by then and its own state. → `[B, H * G, T, D]`."""
+        size, dtype = self.head_dim, query.dtype
+        states = _states(torch.cat([key, value], -1), opens, omega, layer.tail)  # [B, H, T + 1, F]
+        closes = opens & ~step.first[:, None]
+        counts = closes.cumsum(-1)  # [B, H, T]: entries closed in this pass, up to each token
+        index = _positions_of(closes, counts)  # [B, H, M]
+        closed = _mean(states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1])))
+        cos, sin = (_take(table[:, :-1], index) for table in (step.cos, step.sin))
+        visible = counts if layer.lengths is None else counts + layer.lengths[..., None]
+        keys, values = _rotate(closed[..., :size], cos, sin).to(dtype), closed[..., size:].to(dtype)
+        layer.append(keys, values, counts[..., -1], states[:, :, -1])
+        own, cos, sin = _mean(states[:, :, 1:]), step.cos[:, None, 1:], step.sin[:, None, 1:]
+        return _attention(
+            _rotate(query.float(), cos, sin) * size**-0.5, layer.keys, layer.values,
+            _rotate(own[..., :size], cos, sin), own[..., size:], visible, self.dropout if self.training else 0.0,
+        )
+
+
+class DmcLlamaDecoderLayer(nn.Module):
+    """Llama's decoder layer."""
+
+    def __init__(self, config: DmcLlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = DmcLlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, step: _Step, cache: DmcCache | None) -> Tensor:
+        """`[B, T, hidden]` to the same."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), step, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DmcLlamaPreTrainedModel(PreTrainedModel):
+    """What loading and saving need to know."""
+
+    config_class = DmcLlamaConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["DmcLlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _is_stateful = True  # a merged cache cannot be rolled back: rules assisted generation out
+
+
+class DmcLlamaModel(DmcLlamaPreTrainedModel):
+    """Embeddings, layers and the last norm."""
+
+    def __init__(self, config: DmcLlamaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DmcLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: DmcCache | None = None,
+        inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | None = None, **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As Llama's; `attention_mask` has to be `[B, tokens so far]`, and `output_attentions` is refused."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("output_attentions is not available: attention runs over entries, not over tokens")
+        if past_key_values is not None and not isinstance(past_key_values, DmcCache):
+            raise ValueError(f"past_key_values must be a DmcCache or None, got {type(past_key_values).__name__}")
+        cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DmcCache(len(self.layers))
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        step = self._plan(hidden, attention_mask, position_ids, cache)
+        steps = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, step=step, cache=cache)
+            steps.append(hidden)
+        if cache is not None:
+            cache.advance(width=step.real.shape[1], tokens=step.tokens_after, positions=step.positions_after)
+        hidden = self.norm(hidden)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=cache,
+            hidden_states=(*steps[:-1], hidden) if wanted else None,
+        )
+
+    def _plan(
+        self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DmcCache | None
+    ) -> _Step:
+        batch, width = hidden.shape[:2]
+        past = 0 if cache is None else cache.columns
+        if mask is None:
+            real = torch.ones(batch, width, dtype=torch.bool, device=hidden.device)
+        elif mask.shape == (batch, past + width):
+            real = mask[:, past:].to(hidden.device).bool()
+        else:
+            raise ValueError(
+                f"attention_mask must be [batch, tokens so far] = {(batch, past + width)}, got {tuple(mask.shape)}"
+            )
+        fresh = cache is None or cache.tokens is None
+        none = torch.zeros(batch, dtype=torch.long, device=hidden.device)
+        tokens, newest = (none, none - 1) if fresh else (cache.tokens, cache.positions)
+        if position_ids is None:
+            position_ids = newest[:, None] + real.cumsum(-1)
+        # Padding takes the position of the real token before it, since the open entry passes through it.
+        place = torch.arange(1, width + 1, device=hidden.device)
+        last = F.pad((real * place).cummax(-1).values, (1, 0))
+        positions = torch.cat([newest[:, None], position_ids.to(newest).expand(batch, -1)], 1).gather(1, last)
+        cos, sin = self.rotary_emb(hidden.new_empty(0, dtype=torch.float32), positions)
+        seen = tokens[:, None] + real.cumsum(-1)
+        return _Step(real, seen - real.long() == 0, cos, sin, seen[:, -1], positions[:, -1])
+
+
+class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
+    """A causal language model; `generate(..., return_dict_in_generate=True).past_key_values` tells its ratio."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DmcLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = DmcLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate then leaves it to forward to make a DmcCache
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: DmcCache | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0, **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As Llama's; see `DmcLlamaModel.forward` for what differs. Decisions are hard, in training mode too."""
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+
+def _states(kv: Tensor, opens: Tensor, omega: Tensor, tail: Tensor | None) -> Tensor:
+    """The open entry before the first token and after every token, as sums: `[B, H, T + 1, F]` fp32.
+
+    kv `[B, H, T, 2 D]` unrotated; opens `[B, H, T]` bool; omega `[B, H, T]` fp32, 0 for padding.
+    """
+    with torch.autocast(kv.device.type, enabled=False):
+        weighted = torch.cat([kv.float() * omega[..., None], omega[..., None]], -1)
+        tail = torch.zeros_like(weighted[:, :, 0]) if tail is None else tail
+        return _running_sums(torch.cat([tail[:, :, None], weighted], 2), F.pad(opens, (1, 0)))
+
+
+def _running_sums(x: Tensor, opens: Tensor) -> Tensor:
+    """Sum of x `[..., S, F]` since the last True of opens `[..., S]`, inclusive; no difference of long sums."""
+    size = x.shape[-2]
+    if size <= _CHUNK:
+        entry = opens.cumsum(-1)
+        return (entry[..., :, None] == entry[..., None, :]).tril().to(x.dtype) @ x
+    pad = -size % _CHUNK
+    opens = F.pad(opens, (0, pad)).unflatten(-1, (-1, _CHUNK))
+    x = F.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, _CHUNK))
+    within = _running_sums(x, opens)  # [..., chunks, _CHUNK, F]: each chunk on its own
+    carried = opens.cumsum(-1) == 0  # tokens that the entry open before the chunk still reaches
+    ends = _running_sums(within[..., -1, :], ~carried[..., -1])
+    before = F.pad(ends[..., :-1, :], (0, 0, 1, 0))
+    return (within + carried[..., None] * before[..., None, :]).flatten(-3, -2)[..., :size, :]
+
+
+def _positions_of(closes: Tensor, counts: Tensor) -> Tensor:
+    """Where each head closes its 1st, 2nd, ... entry: `[B, H, T]` → `[B, H, M]`, M the most of any head."""
+    most = int(counts[..., -1].max())
+    slot = torch.where(closes, counts - 1, most)
+    token = torch.arange(closes.shape[-1], device=closes.device).expand_as(slot)
+    return token.new_zeros(*slot.shape[:2], most + 1).scatter_(2, slot, token)[..., :most]
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table `[B, T, D]` by index `[B, H, M]` → `[B, H, M, D]`."""
+    size = table.shape[-1]
+    return table[:, None].expand(-1, index.shape[1], -1, -1).gather(2, index[..., None].expand(-1, -1, -1, size))
+
+
+def _mean(sums: Tensor) -> Tensor:
+    """Keys and values of entries from their sums `[..., F]` → `[..., 2 D]`; 0 where nothing was summed."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(sums.dtype).tiny)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x) * sin
+
+
+def _attention(
+    query: Tensor, keys: Tensor, values: Tensor, own_key: Tensor, own_value: Tensor, visible: Tensor,
+    dropout: float,
+) -> Tensor:
+    """Softmax attention of each query over a head's first entries and over its own state.
+
+    query `[B, H * G, T, D]` fp32, scaled; keys, values `[B, H, N, D]`; own_key, own_value `[B, H, T, D]` fp32;
+    visible `[B, H, T]`: how many entries each query sees. → `[B, H * G, T, D]` fp32.
+    """
+    query = query.unflatten(1, (keys.shape[1], -1))  # [B, H, G, T, D]
+    entry = torch.arange(keys.shape[2], device=keys.device)
+    blocks = []
+    for q, k, v, seen in zip(
+        query.split(_QUERIES, 3), own_key.split(_QUERIES, 2), own_value.split(_QUERIES, 2),
+        visible.split(_QUERIES, 2), strict=True,
+    ):
+        scores = (q.flatten(2, 3).to(keys.dtype) @ keys.mT).unflatten(2, q.shape[2:4]).float()
+        scores = scores.masked_fill(entry >= seen[:, :, None, :, None], float("-inf"))
+        own = (q * k[:, :, None]).sum(-1, keepdim=True)
+        weights = F.dropout(torch.cat([scores, own], -1).softmax(-1), dropout, dropout > 0)
+        past = (weights[..., :-1].flatten(2, 3).to(values.dtype) @ values).unflatten(2, q.shape[2:4])
+        blocks.append(past.float() + weights[..., -1:] * v[:, :, None])
+    return torch.cat(blocks, 3).flatten(1, 2)
