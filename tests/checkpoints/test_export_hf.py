@@ -161,7 +161,7 @@ def test_failure_midway_leaves_nothing(tmp_path, monkeypatch):
 
 
 def _load_elsewhere(out, directory, **environment):
-    """Run _LOAD in an own process, away from the checkout. → (transformers' version, what the export generated, what its saved copy did)."""
+    """Run _LOAD in an own process. → its lines: the version, what the export generated, what its saved copy did."""
     environment |= {"HF_HOME": str(directory / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     run = subprocess.run(
         [sys.executable, "-c", _LOAD, str(out), str(directory / "again")], cwd=directory, env=environment,
