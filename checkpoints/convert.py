@@ -7,6 +7,7 @@ with up. The decision head's rows are interleaved per head (alpha, omega) on the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +99,31 @@ def to_megatron(
             continue
         whole = _from_hf(hf, weights, name, first_layer)
         yield name, _cut(name, whole, rank, size).contiguous()
+
+
+def loader(hf: LlamaConfig, weights: Callable[[str], Tensor]) -> Callable[[list[str], int, int, int], dict[str, Tensor]]:
+    """What `dmc.training.setup.load_weights` calls: (names, first layer, tensor rank, its size) → tensors."""
+    return lambda names, first_layer, rank, size: dict(
+        to_megatron(hf, weights, iter(names), first_layer=first_layer, rank=rank, size=size)
+    )
+
+
+def fingerprint(directory: str | Path, init: str = "pretrained") -> str:
+    """16 hex digits that identify the model a run started from: its config and its weight files."""
+    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes() + init.encode())
+    if init == "pretrained":
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def count(hf: LlamaConfig) -> int:
+    """Parameters of the model."""
+    attention = 2 * hf.hidden_size * hf.head_dim * (hf.num_attention_heads + hf.num_key_value_heads)
+    layer = attention + 3 * hf.hidden_size * hf.intermediate_size + 2 * hf.hidden_size
+    embeddings = hf.vocab_size * hf.hidden_size * (1 if hf.tie_word_embeddings else 2)
+    return hf.num_hidden_layers * layer + embeddings + hf.hidden_size
 
 
 def to_hf(hf: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ a resumed run, or one on more ranks, reads the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.tokens import Corpus
+from dmc.training.config import LogConfig, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,37 @@ class Sequences:
         return Batch(tokens.contiguous(), rows[:, 1:].contiguous(), starts, torch.tensor(samples))
 
 
-def micro_batches(
-    sequences: Sequences, step: int, *, global_batch: int, micro_batch: int, rank: int, ranks: int,
-) -> Iterator[Batch]:
-    """The micro-batches of one step for one data-parallel rank, in order.
+class Source:
+    """The batches of a run: the training order and the fixed evaluation set."""
 
-    Micro-batch m of rank r holds the sequences ``step * global_batch + (m * ranks + r) * micro_batch`` and
-    following.
-    """
-    for m in range(global_batch // (micro_batch * ranks)):
-        first = step * global_batch + (m * ranks + rank) * micro_batch
-        yield sequences.batch(list(range(first, first + micro_batch)))
+    def __init__(
+        self, training: Corpus, held_out: Corpus, length: int, optim: OptimConfig, log: LogConfig, seed: int,
+    ) -> None:
+        self._training = Sequences(training, length, seed=seed)
+        self._held_out = Sequences(held_out, length)
+        self._global, self._micro, self._evaluated = optim.global_batch, optim.micro_batch, log.eval_sequences
+        self._held_out.first(log.eval_sequences)  # a text that is too short is refused now, not after the first step
+
+    def micro_batches(self, step: int, *, rank: int, ranks: int) -> Iterator[Batch]:
+        """The micro-batches of one step for data-parallel rank ``rank`` of ``ranks``, in order.
+
+        Micro-batch m of rank r holds sequences ``step * global + (m * ranks + r) * micro`` and following.
+        """
+        for m in range(self._global // (self._micro * ranks)):
+            first = step * self._global + (m * ranks + rank) * self._micro
+            yield self._training.batch(list(range(first, first + self._micro)))
+
+    def evaluation(self, *, rank: int, ranks: int) -> list[Batch]:
+        """This rank's share of the evaluation set, as batches of one shape.
+
+        Raises:
+            ValueError: if the ranks do not share the sequences out evenly.
+        """
+        if self._evaluated % ranks:
+            raise ValueError(
+                f"log.eval_sequences {self._evaluated} is not a multiple of the {ranks} data-parallel ranks: change it"
+            )
+        whole = self._held_out.first(self._evaluated)
+        mine = [t[rank::ranks] for t in (whole.tokens, whole.labels, whole.starts, whole.samples)]
+        size = math.gcd(len(mine[0]), self._micro)
+        return [Batch(*part) for part in zip(*(t.split(size) for t in mine), strict=True)]

@@ -53,15 +53,16 @@ class DistillConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW."""
+    """AdamW, or Muon for the hidden matrices (`dmc.training.optimizer`)."""
 
+    name: str = "adamw"  # "adamw" or "muon"
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup_steps: int = 10
     decay_steps: int = 0  # the last so many steps decay linearly to min_lr; 0 keeps the rate constant
     weight_decay: float = 0.1
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.95  # also Muon's momentum
     clip: float = 1.0
     micro_batch: int = 2  # sequences a forward pass of one data-parallel rank
     global_batch: int = 2  # sequences a step, over all ranks
@@ -174,6 +175,7 @@ def check(config: Config) -> None:
     _one_of("dmc.method", d.method, ("dmc", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
+    _one_of("optim.name", o.name, ("adamw", "muon"))
     _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _one_of("run.precision", r.precision, ("fp32", "bf16"))
     _one_of("run.init", r.init, ("pretrained", "random"))
@@ -200,6 +202,8 @@ def check(config: Config) -> None:
         )
     if config.distill.weight == 0 and config.distill.lm_weight == 0 and d.method == "dmc":
         raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
+    if o.name == "muon" and p.tensor > 1:
+        raise ValueError(f"optim.name=muon needs parallel.tensor=1, not {p.tensor}: it works on whole matrices")
     if p.sequence and p.tensor == 1:
         raise ValueError("parallel.sequence needs parallel.tensor of at least 2: set both or neither")
     if p.pipeline > 1 and config.distill.weight > 0:

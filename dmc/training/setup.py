@@ -11,12 +11,13 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import LlamaConfig
 
 from dmc.training import cpu, llama
+from dmc.training import optimizer as optimizer_module
 from dmc.training.config import Config, ParallelConfig
 from dmc.training.state import DecisionCounts, LayerState, Settings
 
@@ -96,15 +97,7 @@ def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) 
     ddp = DistributedDataParallel(
         transformer, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model,
     )
-    optim = config.optim
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1, adam_beta2=optim.beta2, clip_grad=optim.clip,
-            bf16=transformer.bf16, params_dtype=transformer.params_dtype,
-        ),
-        [ddp],
-    )
+    optimizer = optimizer_module.build(config.optim, ddp)
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
     return Student(model, ddp, optimizer, state)

@@ -1,0 +1,159 @@
+"""Retrofit a pretrained Llama with Dynamic Memory Compression, or pretrain one.
+
+    torchrun train.py --target-cr 4                              # the small base model, on this machine
+    torchrun train.py --model DIR --target-cr 4 data.text=my.txt # any Hugging Face Llama directory
+    torchrun train.py --config configs/quickstart.yaml           # a recipe
+    torchrun train.py --config R.yaml run.resume=auto            # go on where it stopped
+    python train.py ...                                          # the same, one process
+
+Anything of the configuration is set as section.key=value after the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
+from checkpoints import convert, store
+from data import batches, tokens
+from dmc.training import config as configuration
+from dmc.training import setup
+from dmc.training.config import Config
+from dmc.training.metrics import Reporter
+from dmc.training.schedule import Schedule
+from dmc.training.trainer import Trainer
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration of a command line.
+
+    Raises:
+        ValueError: one sentence, for anything that is wrong with it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="configuration (section.key, default; meanings in dmc/training/config.py and docs/training.md):\n"
+        + configuration.describe(),
+    )
+    parser.add_argument("--config", help="YAML recipe, see configs/")
+    parser.add_argument("--target-cr", help="compression ratio to reach, tokens per cache entry (dmc.target_cr)")
+    parser.add_argument("--model", help="Hugging Face Llama directory to start from (run.model)")
+    parser.add_argument("--output", help="directory of the run (run.output)")
+    parser.add_argument("--resume", help="auto, or a checkpoint directory (run.resume)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = ", ".join(sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--")))
+        raise ValueError(f"unknown flag {unknown[0]}; known: {known}; configuration keys go as section.key=value")
+    flags = {"dmc.target_cr": args.target_cr, "run.model": args.model, "run.output": args.output, "run.resume": args.resume}
+    extra = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return configuration.load(args.config, [*args.overrides, *extra])
+
+
+def build(config: Config) -> Trainer:
+    """Everything of a run, wired together.
+
+    Raises:
+        ValueError: one sentence, for anything that the user can mend.
+    """
+    hf = convert.read_config(config.run.model)
+    check_length(config, hf.max_position_embeddings)
+    output = Path(config.run.output)
+    checkpoints = store.CheckpointStore(output / "checkpoints")
+    resume = find_resume(config, checkpoints)
+    tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
+    weights = None if config.run.init == "random" else convert.HfWeights(config.run.model)
+    training, held_out = tokens.corpora(config.data.text, config.data.held_out, tokenizer, config.data.cache)
+    source = batches.Source(training, held_out, config.data.sequence_length, config.optim, config.log, config.run.seed)
+    setup.init_distributed(config)
+    rank = torch.distributed.get_rank()
+    prepare_output(output, config, resume=resume is not None, rank=rank)
+    teacher = None
+    if config.dmc.method == "dmc" and config.distill.weight or config.distill.teacher:
+        teacher = convert.HfWeights(config.distill.teacher or config.run.model)
+    meta = {
+        "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,
+        "held_out_hash": held_out.hash, "model_hash": convert.fingerprint(config.run.model, config.run.init),
+        "tokenizer_dir": str(Path(config.run.model).resolve()),
+        "tokenizer_hash": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16],
+    }
+    reporter = Reporter(config.log, output, meta["config"], rank=rank, steps=Schedule(config).steps)
+    trainer = Trainer(
+        config, hf, batches=source, store=checkpoints, reporter=reporter, meta=meta,
+        loader=weights and convert.loader(hf, weights), teacher_loader=teacher and convert.loader(hf, teacher),
+    )
+    characters = held_out.characters_per_token
+    reporter.say(
+        f"model {config.run.model} ({convert.count(hf) / 1e6:.2f}M parameters)  text {training.hash} "
+        f"({len(training.tokens)} tokens, held out {held_out.hash} {len(held_out.tokens)}, {characters:.2f} characters each)"
+        f"  {trainer.schedule.steps} steps  output {output}"
+    )
+    if resume is not None:
+        trainer.resume(str(resume))
+    return trainer
+
+
+def check_length(config: Config, longest: int) -> None:
+    """Refuse sequences that the model's positions do not cover."""
+    if config.data.sequence_length > longest:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the model's max_position_embeddings {longest}"
+        )
+
+
+def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh start."""
+    if not config.run.resume:
+        return None
+    if config.run.resume != "auto":
+        store.verify(config.run.resume)
+        return Path(config.run.resume)
+    found = checkpoints.newest()
+    if found is None and checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir()):
+        raise ValueError(f"{checkpoints.directory} holds only incomplete or damaged checkpoints: run.overwrite=true starts anew")
+    return found
+
+
+def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> None:
+    """Make the run's directory; refuse one that holds another run."""
+    failure: list[str | None] = [None]
+    if rank == 0:
+        if (output / "config.json").exists() and not resume and config.run.resume != "auto":
+            if config.run.overwrite:
+                shutil.rmtree(output)
+            else:
+                failure[0] = (
+                    f"{output} holds a run: continue it with --resume auto, replace it with run.overwrite=true, "
+                    "or name another --output"
+                )
+        if failure[0] is None:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ValueError(failure[0])
+
+
+@record
+def main() -> None:
+    """Parse, build, train; exit code 2 and one sentence for what the user can mend."""
+    try:
+        trainer = build(parse(sys.argv[1:]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    trainer.train()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
