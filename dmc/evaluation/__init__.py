@@ -1,0 +1,1 @@
+"""Quality of models and caches: perplexity, divergence, tasks."""
