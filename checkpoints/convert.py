@@ -15,7 +15,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import LlamaConfig
+
+import dmc.training  # noqa: F401 - before anything of megatron
+from checkpoints import store
 
 # Which dimension tensor parallelism cuts; None: every rank holds the whole.
 _CUT = {
@@ -101,6 +106,42 @@ def to_megatron(
         yield name, _cut(name, whole, rank, size).contiguous()
 
 
+def load_hf_state(checkpoint: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """A training checkpoint, of whatever parallel layout, under Hugging Face names.
+
+    Returns:
+        The whole tensors in the dtype of training, gain not folded, and the checkpoint's meta data with the
+        keys that `checkpoints.export_hf` takes: ``hf_config``, ``tokenizer_dir``, ``decision``, ``offset``,
+        ``gain``, ``target_cr``, ``measured_cr``, ``step``, ``compressed`` and ``results`` for the model card.
+
+    Raises:
+        ValueError: if the checkpoint is incomplete or damaged.
+    """
+    meta = store.verify(checkpoint)
+    # The weights are read by name through torch's own reader: no process group, model or layout is needed.
+    reader = FileSystemReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in stored.items()
+        if isinstance(item, TensorStorageMetadata) and name.startswith(("embedding.", "decoder.", "output_layer."))
+    }
+    load(wanted, storage_reader=reader, no_dist=True)
+    hf = LlamaConfig(**meta["hf_config"])
+    tensors = to_hf(hf, dict(_unstack(wanted)))
+    if hf.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    settings = meta["config"]["dmc"]
+    measured = {
+        "held-out perplexity": round(meta["perplexity"], 4), "training text": meta["corpus_hash"],
+        "held-out text": meta["held_out_hash"], "context, tokens": meta["config"]["data"]["sequence_length"],
+    }
+    results = {"base_model": Path(meta["config"]["run"]["model"]).name, "measured": measured}
+    return tensors, meta | {
+        "decision": settings["decision"], "offset": settings["offset"], "gain": settings["gain"], "results": results,
+    }
+
+
 def loader(hf: LlamaConfig, weights: Callable[[str], Tensor]) -> Callable[[list[str], int, int, int], dict[str, Tensor]]:
     """What `dmc.training.setup.load_weights` calls: (names, first layer, tensor rank, its size) → tensors."""
     return lambda names, first_layer, rank, size: dict(
@@ -163,6 +204,16 @@ def _from_hf(hf: LlamaConfig, weights: Callable[[str], Tensor], name: str, first
     if local == "mlp.linear_fc1.weight":
         return torch.stack([weights(f"{prefix}mlp.{x}_proj.weight") for x in ("gate", "up")])
     return weights(_plain_name(name, layer + first_layer))
+
+
+def _unstack(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """megatron stores the layers of a kind as one tensor ``decoder.layers.x [L, ...]``: one per layer again."""
+    for name, tensor in tensors.items():
+        if name.startswith("decoder.layers."):
+            for layer, part in enumerate(tensor):
+                yield name.replace("decoder.layers.", f"decoder.layers.{layer}."), part
+        else:
+            yield name, tensor
 
 
 def _cut(name: str, whole: Tensor, rank: int, size: int) -> Tensor:

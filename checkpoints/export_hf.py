@@ -6,6 +6,7 @@ tokenizer, generation_config.json and a model card. It appears under its name co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
@@ -59,20 +60,42 @@ def export(
     Raises:
         ValueError: if `out` exists, the tensors do not fit the configuration, or there is no tokenizer.
     """
-    out, tokenizer_dir = Path(out), Path(tokenizer_dir)
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists already: name a new directory, or remove it first")
-    if not any((tokenizer_dir / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(f"{tokenizer_dir} holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
+    out, tokenizer_dir = _free(out), _with_tokenizer(tokenizer_dir)
     dmc = {"decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
     config = _config(hf_config, dmc, dtype)
-    tensors = fold_gain(_checked(state_dict, config), config, gain)
+    tensors = fold_gain(_checked(state_dict, config, DmcLlamaForCausalLM), config, gain)
     text = card if isinstance(card, str) else model_card(out.name, config, card)
+    with staged(out) as staging:
+        _write_weights(staging, tensors, dtype, max_shard_bytes)
+        _write_rest(staging, config, tokenizer_dir, text)
+    return out
+
+
+def export_plain(
+    state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, tokenizer_dir: str | Path, card: str,
+    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 4 * 10**9,
+) -> Path:
+    """Write an uncompressed model (pretrained, or the control of a retrofit) as an ordinary Llama directory.
+
+    Arguments, result and errors as those of `export`.
+    """
+    out, tokenizer_dir = _free(out), _with_tokenizer(tokenizer_dir)
+    fields = {key: value for key, value in hf_config.items() if key not in _NOT_COPIED and not key.startswith("_")}
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype=dtype, **fields)
+    tensors = _checked(state_dict, config, LlamaForCausalLM)
+    with staged(out) as staging:
+        _write_weights(staging, tensors, dtype, max_shard_bytes)
+        _write_rest(staging, config, tokenizer_dir, card, code=())
+    return out
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to write to; flushed and renamed to `out` at the end, removed after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write_weights(staging, tensors, dtype, max_shard_bytes)
-        _write_rest(staging, config, tokenizer_dir, text)
+        yield staging
         staging.chmod(0o777 & ~_umask())
         for path in staging.iterdir():
             _sync(path)
@@ -80,7 +103,6 @@ def export(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return out
 
 
 def fold_gain(state_dict: Mapping[str, Tensor], config: DmcLlamaConfig, gain: float) -> dict[str, Tensor]:
@@ -116,10 +138,24 @@ def _config(hf_config: Mapping, dmc: dict, dtype: torch.dtype) -> DmcLlamaConfig
     return DmcLlamaConfig(dmc=dmc, architectures=architectures, auto_map=code, dtype=dtype, **fields)
 
 
-def _checked(state_dict: Mapping[str, Tensor], config: DmcLlamaConfig) -> dict[str, Tensor]:
+def _free(out: str | Path) -> Path:
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already: name a new directory, or remove it first")
+    return out
+
+
+def _with_tokenizer(directory: str | Path) -> Path:
+    directory = Path(directory)
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(f"{directory} holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
+    return directory
+
+
+def _checked(state_dict: Mapping[str, Tensor], config: LlamaConfig, model: type) -> dict[str, Tensor]:
     """The tensors to write, after a comparison of names and shapes with the model's own."""
     with torch.device("meta"):
-        wanted = {name: tuple(x.shape) for name, x in DmcLlamaForCausalLM(config).state_dict().items()}
+        wanted = {name: tuple(x.shape) for name, x in model(config).state_dict().items()}
     found = dict(state_dict)
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight")
@@ -162,10 +198,12 @@ def _shards(tensors: dict[str, Tensor], itemsize: int, limit: int) -> Iterator[l
     yield names
 
 
-def _write_rest(directory: Path, config: DmcLlamaConfig, tokenizer_dir: Path, card: str) -> None:
+def _write_rest(
+    directory: Path, config: LlamaConfig, tokenizer_dir: Path, card: str, code: tuple[str, ...] = _CODE_FILES,
+) -> None:
     (directory / "config.json").write_text(config.to_json_string())
     (directory / "README.md").write_text(card)
-    for name in _CODE_FILES:
+    for name in code:
         shutil.copyfile(_CODE / name, directory / name)
     for name in _TOKENIZER_FILES:
         if (tokenizer_dir / name).is_file():

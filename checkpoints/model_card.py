@@ -56,6 +56,17 @@ def model_card(name: str, config: PreTrainedConfig, card: Mapping) -> str:
     return "\n".join([*parts, _USE.format(name=name)])
 
 
+def plain_card(name: str, meta: Mapping) -> str:
+    """The model card of an uncompressed model, from a checkpoint's meta data."""
+    measured = {
+        "held-out perplexity": round(meta["perplexity"], 4), "training steps": meta["step"],
+        "training text": meta["corpus_hash"], "held-out text": meta["held_out_hash"],
+    }
+    table = _table([{"measured": key, "value": value} for key, value in measured.items()])
+    return "\n".join([_front_matter({}).replace("- dynamic-memory-compression\n", "- llama\n"), f"# {name}\n",
+                      "A Llama, trained by dmc.\n", table])
+
+
 def _front_matter(card: Mapping) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"{key}: {card[key]}" for key in ("license", "base_model") if card.get(key)]

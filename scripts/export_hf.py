@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoints.convert import load_hf_state  # noqa: E402
-from checkpoints.export_hf import export  # noqa: E402
+from checkpoints.export_hf import export, export_plain  # noqa: E402
+from checkpoints.model_card import plain_card  # noqa: E402
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,14 +28,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="directory of a training checkpoint")
     parser.add_argument("out", help="directory to create; must not exist")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as in training)")
     args = parser.parse_args(arguments)
     try:
         tensors, meta = load_hf_state(args.checkpoint)
+        dtype = _DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
+        if not meta["compressed"]:
+            card = plain_card(Path(args.out).name, meta)
+            out = export_plain(
+                tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype
+            )
+            print(f"wrote {out}: an ordinary Llama, since the checkpoint is not compressed")
+            return 0
         names = ("decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
         out = export(
             tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
-            card={"step": meta["step"], **meta["results"]}, dtype=_DTYPES[args.dtype],
+            card={"step": meta["step"], **meta["results"]}, dtype=dtype,
         )
     except (ValueError, OSError) as error:
         print(f"export_hf: {error}", file=sys.stderr)

@@ -55,7 +55,7 @@ class DecisionCounts:
     def total(self) -> Tensor:
         """``[2, L, H]`` sums over every rank; empties the counts."""
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        sums = self.sums.to(device)
+        sums = self.sums.to(device, copy=True)
         torch.distributed.all_reduce(sums)
         self.sums.zero_()
         return sums.cpu()
