@@ -17,6 +17,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6",
         "megatron-core>=0.16.1,<0.20",
+        'triton>=3.6 ; python_version >= "3.12"',  # megatron-core 0.19 imports it and does not declare it
         "psutil>=5",  # megatron-core's checkpoint save hangs without it and does not declare it
         "datasets>=3",
         "tqdm>=4",

@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--output", help="directory of the run (run.output)")
     parser.add_argument("--resume", help="auto, or a checkpoint directory (run.resume)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         known = ", ".join(sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--")))
         raise ValueError(f"unknown flag {unknown[0]}; known: {known}; configuration keys go as section.key=value")

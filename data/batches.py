@@ -50,19 +50,22 @@ class Sequences:
         """The sequences at these places of the shuffled, endless order."""
         return self._cut([self._place(i) for i in samples], samples)
 
-    def first(self, count: int) -> Batch:
-        """Sequences spread evenly over the corpus, in its order: the evaluation set.
+    def within_documents(self, count: int) -> Batch:
+        """``count`` sequences that lie within one document each, spread evenly over the corpus: the evaluation set.
+
+        Without document borders inside, every engine and baseline scores the same predictions.
 
         Raises:
             ValueError: if the corpus has fewer.
         """
-        if count > self.count:
+        inside = self._corpus.tokens[: self.count * self._length].view(self.count, self._length)[:, :-1]
+        whole = (inside != self._corpus.end).all(dim=1).nonzero().flatten().tolist()
+        if count > len(whole):
             raise ValueError(
-                f"the held-out text has {self.count} sequences of {self._length} tokens, log.eval_sequences asks "
-                f"for {count}: lower one of them"
+                f"the held-out text has {len(whole)} sequences of {self._length} tokens within one document, "
+                f"log.eval_sequences asks for {count}: lower it, or give longer held-out documents"
             )
-        places = [i * self.count // count for i in range(count)]
-        return self._cut(places, list(range(count)))
+        return self._cut([whole[i * len(whole) // count] for i in range(count)], list(range(count)))
 
     def _place(self, sample: int) -> int:
         epoch, within = divmod(sample, self.count)
@@ -90,7 +93,7 @@ class Source:
         self._training = Sequences(training, length, seed=seed)
         self._held_out = Sequences(held_out, length)
         self._global, self._micro, self._evaluated = optim.global_batch, optim.micro_batch, log.eval_sequences
-        self._held_out.first(log.eval_sequences)  # a text that is too short is refused now, not after the first step
+        self._held_out.within_documents(log.eval_sequences)  # a text that is too short is refused now, not after the first step
 
     def micro_batches(self, step: int, *, rank: int, ranks: int) -> Iterator[Batch]:
         """The micro-batches of one step for data-parallel rank ``rank`` of ``ranks``, in order.
@@ -111,7 +114,7 @@ class Source:
             raise ValueError(
                 f"log.eval_sequences {self._evaluated} is not a multiple of the {ranks} data-parallel ranks: change it"
             )
-        whole = self._held_out.first(self._evaluated)
+        whole = self._held_out.within_documents(self._evaluated)
         mine = [t[rank::ranks] for t in (whole.tokens, whole.labels, whole.starts, whole.samples)]
         size = math.gcd(len(mine[0]), self._micro)
         return [Batch(*part) for part in zip(*(t.split(size) for t in mine), strict=True)]

@@ -4,6 +4,15 @@ Importing this package makes megatron-core usable on the machine at hand (`dmc.t
 before anything of ``megatron``.
 """
 
+import warnings
+
 from dmc.training import cpu
+
+# megatron-core says once a module that the optional packages are missing; `kernels_in_use` says it once a run.
+for _message in (
+    ".*Transformer Engine.*", ".*Apex.*", ".*model_parallel_group. deprecated.*", ".*load_state_dict.*deprecated.*",
+    ".*will be deprecated.*",
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 cpu.install()

@@ -1,0 +1,31 @@
+"""Which tokens of a text a retrofitted model merges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc import functional as fn
+from dmc.model import Llama
+
+
+def decisions(model: Llama, tokens: Tensor) -> Tensor:
+    """The hard decisions of every layer and head over one text.
+
+    Args:
+        model: a retrofitted Llama of the serving side.
+        tokens: ``[T]`` int64.
+
+    Returns:
+        ``[L, H, T]`` fp32, 1 where token t merges into the open entry of its head.
+    """
+    made: list[Tensor] = []
+    cos, sin = model.rope(torch.arange(len(tokens), device=model.device))
+
+    def attend(_: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
+        made.append(fn.mask_starts(alpha, None)[0].float().cpu())
+        return fn.attention(query, key, value, alpha, omega, rope=(cos, sin))
+
+    with torch.no_grad():
+        model.hidden(tokens[None].to(model.device), attend)
+    return torch.stack(made)

@@ -1,0 +1,21 @@
+# Sourced by the other scripts: the virtual environment .venv of this checkout, made and filled once.
+# PYTHON names the interpreter to make it with (3.11 or 3.12).
+VENV=.venv
+WANTED=$(cat setup.py pyproject.toml constraints.txt scripts/env.sh | sha256sum | cut -d' ' -f1)
+if [ ! -x "$VENV/bin/python" ]; then
+  for PYTHON in ${PYTHON:-python3.11 python3.12 python3}; do
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && break
+    PYTHON=
+  done
+  [ -n "$PYTHON" ] || { echo "error: Python 3.11 or 3.12 is needed; name it with PYTHON=/path/to/python" >&2; exit 2; }
+  echo "making $VENV with $("$PYTHON" --version)"
+  "$PYTHON" -m venv "$VENV"
+fi
+if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$WANTED" ]; then
+  echo "installing into $VENV (once; a few minutes)"
+  # torch first and pinned: on a machine without a GPU, a CPU build that pip already knows of satisfies the pin.
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,log]'
+  echo "$WANTED" > "$VENV/installed"
+fi
+export PATH="$PWD/$VENV/bin:$PATH"

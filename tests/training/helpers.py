@@ -1,0 +1,88 @@
+"""Tiny models, tiny texts and runs of train.py in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "checkpoints" / "base"
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    settings = dict(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )
+    return LlamaConfig(**(settings | changes))
+
+
+def tiny_model(directory: Path, seed: int = 0, **changes) -> Path:
+    """A random Llama in HF format with the base model's tokenizer."""
+    torch.manual_seed(seed)
+    LlamaForCausalLM(tiny_config(**changes)).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, directory / name)
+    return directory
+
+
+def tiny_text(path: Path, documents: int = 40) -> Path:
+    """JSONL documents of repetitive words: enough for a few steps and a held-out split."""
+    generator = torch.Generator().manual_seed(0)
+    words = ["alpha", "beta", "return", "import", "self", "value", "None", "for", "in", "x"]
+    with path.open("w") as file:
+        for _ in range(documents):
+            picks = torch.randint(len(words), (150,), generator=generator).tolist()
+            file.write(json.dumps({"text": " ".join(words[i] for i in picks)}) + "\n")
+    return path
+
+
+def train(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Run train.py as a user does; stdout and stderr as text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    if processes == 1:
+        command = [sys.executable]
+    else:
+        command += ["--master-port", str(20000 + os.getpid() % 20000)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True, env=environment,
+        timeout=300,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"train.py failed ({done.returncode}):\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def metrics(output: Path) -> list[dict]:
+    """The step lines of metrics.jsonl, in order."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+SMALL = (
+    "data.sequence_length=64", "log.eval_sequences=4", "optim.micro_batch=1", "optim.global_batch=4", "run.threads=1",
+    "dmc.ramp_steps_per_unit=6", "dmc.hold_steps=2", "dmc.gain=100", "optim.lr=3e-3", "--target-cr", "2",
+)
+
+
+def small_run(tmp: Path, name: str, *extra: object, processes: int = 1) -> Path:
+    """A retrofit of eight steps of the tiny model under ``tmp``; its output directory."""
+    model = tmp / "model"
+    if not model.exists():
+        tiny_model(model)
+        tiny_text(tmp / "text.jsonl")
+    output = tmp / name
+    train(
+        "--model", model, "--output", output, f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL,
+        *extra, processes=processes,
+    )
+    return output

@@ -1,0 +1,140 @@
+"""Whole runs of train.py: the retrofit compresses, resumes exactly, and is the same run under other layouts."""
+
+import json
+
+import pytest
+import torch
+
+from checkpoints.convert import load_hf_state
+from checkpoints.store import CheckpointStore
+from tests.training.helpers import SMALL, metrics, small_run, train
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("runs")
+    return tmp, small_run(tmp, "reference", "run.save_every=4")
+
+
+def weights(output, name="final"):
+    return load_hf_state(output / "checkpoints" / name)[0]
+
+
+def assert_same_run(output, reference, *, tolerance, steps=None):
+    ours, theirs = metrics(output), metrics(reference)
+    if steps is not None:
+        ours, theirs = ours[-steps:], theirs[-steps:]
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "lm_loss", "grad_norm", "measured_cr", "soft_cr", "target_cr"):
+            assert mine.get(key) == pytest.approx(other.get(key), rel=tolerance), (mine["step"], key)
+
+
+def test_the_retrofit_compresses_and_reports(reference):
+    _, output = reference
+    lines = metrics(output)
+    assert [m["phase"] for m in lines] == ["ramp"] * 6 + ["hold"] * 2
+    assert lines[-1]["target_cr"] == 2 and lines[-1]["measured_cr"] > 1.2
+    assert lines[0]["loss"] < 0.5  # KL to the teacher: the untrained head decides nothing yet, so almost 0
+    evaluations = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines() if "eval_cr" in x]
+    assert [e["name"] for e in evaluations] == ["base", "step000004", "cr2", "final"]
+    heads = torch.tensor(evaluations[-1]["eval_heads"])
+    assert heads.shape == (2, 2) and evaluations[-1]["eval_cr"] == pytest.approx(1 / (1 / heads).mean().item())
+
+
+def test_every_integer_ratio_leaves_a_checkpoint(reference):
+    _, output = reference
+    names = {p.name for p in (output / "checkpoints").iterdir()}
+    assert {"cr2", "final", "step000004"} <= names
+    assert CheckpointStore(output / "checkpoints").newest().name == "final"
+
+
+def test_resume_is_exact(reference):
+    """Continuing from step 4 gives the same last four steps and the same weights, bit for bit."""
+    tmp, output = reference
+    resumed = small_run(tmp, "resumed", "--resume", output / "checkpoints" / "step000004")
+    assert_same_run(resumed, output, tolerance=0, steps=4)
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_same_seed_same_run_other_seed_other_run(reference):
+    tmp, output = reference
+    again, other = small_run(tmp, "again"), small_run(tmp, "other", "run.seed=1")
+    assert_same_run(again, output, tolerance=0)
+    assert metrics(other)[0]["lm_loss"] != metrics(output)[0]["lm_loss"]
+
+
+@pytest.mark.parametrize("layout", [
+    ("optim.micro_batch=4",), ("optim.micro_batch=2", "parallel.recompute=full"), ("parallel.recompute=selective",),
+])
+def test_accumulation_and_recomputation_change_nothing(reference, layout):
+    tmp, output = reference
+    assert_same_run(small_run(tmp, "-".join(layout).replace("=", "."), *layout), output, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.sequence=true")])
+def test_two_processes_run_the_same_run(reference, layout):
+    """Data, tensor and sequence parallelism: same batches, noise, global hinge, losses and weights."""
+    tmp, output = reference
+    parallel = small_run(tmp, "two" + "-".join(layout).replace("=", "."), *layout, processes=2)
+    assert_same_run(parallel, output, tolerance=2e-4)
+    for name, tensor in weights(output).items():
+        torch.testing.assert_close(weights(parallel)[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_neuron_run_with_repurposing(reference):
+    tmp, _ = reference
+    output = small_run(tmp, "neuron", "dmc.decision=neuron", "dmc.repurpose_steps=5", "distill.lm_weight=0.5")
+    lines = metrics(output)
+    assert [m["phase"] for m in lines] == ["repurpose"] * 5 + ["ramp"] * 6 + ["hold"] * 2
+    assert "measured_cr" not in lines[4] and lines[5]["measured_cr"] == 1.0  # rows set to 0: nothing merges yet
+    assert lines[5]["loss"] == pytest.approx(0.5 * lines[5]["lm_loss"] + lines[5]["distill_loss"])
+
+
+def test_control_run_has_no_compression(reference):
+    tmp, _ = reference
+    output = small_run(tmp, "control", "dmc.method=none", "run.steps=3")
+    assert [m["phase"] for m in metrics(output)] == ["plain"] * 3
+    assert not load_hf_state(output / "checkpoints" / "final")[1]["compressed"]
+
+
+def test_bf16_and_muon_run(reference):
+    tmp, _ = reference
+    lines = metrics(small_run(tmp, "muon", "optim.name=muon", "run.precision=bf16"))
+    assert lines[-1]["measured_cr"] > 1.2
+
+
+REFUSED = [
+    (["--target-crr", "4"], "unknown flag --target-crr"),
+    (["dmc.tau=1"], "unknown config key 'dmc.tau'; known in dmc: method, target_cr"),
+    (["--target-cr", "0.5"], "dmc.target_cr is 0.5"),
+    (["--target-cr", "four"], "dmc.target_cr is 'four': it must be a number"),
+    (["optim.global_batch=3", "optim.micro_batch=2"], "optim.global_batch 3 is not a multiple"),
+    (["parallel.tensor=2"], "does not divide the 1 processes"),
+    (["data.sequence_length=100000"], "exceeds the model's max_position_embeddings"),
+    (["data.text=missing.txt"], "no text file at missing.txt"),
+    (["--resume", "nowhere"], "no checkpoint at nowhere"),
+    (["--config", "nothing.yaml"], "no config file at nothing.yaml"),
+    (["--model", "nothing"], "no config.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_bad_input_is_one_sentence_and_exit_2(reference, arguments, message):
+    tmp, _ = reference
+    base = ["--output", tmp / "never", f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL]
+    model = [] if "--model" in arguments else ["--model", tmp / "model"]
+    done = train(*base, *model, *arguments, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr and len(done.stderr.strip().splitlines()[-1]) < 600
+    assert not (tmp / "never" / "metrics.jsonl").exists()
+
+
+def test_an_output_directory_that_holds_a_run_is_refused(reference):
+    tmp, output = reference
+    before = (output / "metrics.jsonl").read_text()
+    done = train("--model", tmp / "model", "--output", output, f"data.text={tmp / 'text.jsonl'}",
+                 f"data.cache={tmp / 'cache'}", *SMALL, check=False)
+    assert done.returncode == 2 and "holds a run" in done.stderr
+    assert (output / "metrics.jsonl").read_text() == before
