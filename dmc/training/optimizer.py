@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024; `torch.optim.Muon`) orthogonalises the momentum of each hidden matrix. On the small
 base model it needs less than half of AdamW's tokens for the same loss (docs/results/base.md). It needs whole
-matrices, so it is refused with tensor parallelism; embeddings and norms stay with AdamW.
+matrices, so it is refused with tensor parallelism; embeddings, norms and decision heads stay with AdamW.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def build(config: OptimConfig, ddp: DistributedDataParallel) -> MegatronOptimize
 def _muon(config: OptimConfig, settings: OptimizerConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
     matrices, vectors, embeddings = [], [], []
     for name, weight in ddp.module.named_parameters():
-        target = vectors if weight.dim() < 2 else matrices if name.startswith("decoder.layers.") else embeddings
+        hidden = name.startswith("decoder.layers.") and not name.endswith("decision.weight")
+        target = vectors if weight.dim() < 2 else matrices if hidden else embeddings
         target.append(weight)
     # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both
     muon = torch.optim.Muon(
