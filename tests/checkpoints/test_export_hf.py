@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from checkpoints.export_hf import fold_gain
 from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
-from tests.checkpoints.tiny import GAIN, OFFSET, SIZE, VOCAB, reference, tiny, write
+from tests.checkpoints.tiny import GAIN, OFFSET, SIZE, reference, tiny, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -212,20 +213,39 @@ def cli(monkeypatch):
     sys.modules.pop("export_hf")
 
 
+def _meta(model, tokenizer, **changes):
+    """What the checkpoint store tells of a checkpoint."""
+    return dict(
+        hf_config=model.config, tokenizer_dir=tokenizer, decision=model.decision, offset=OFFSET, gain=GAIN,
+        target_cr=2.0, measured_cr=1.9, step=7, results={"rows": [{"name": "base", "perplexity": 3.0}]},
+        compressed=True, config={"run": {"precision": "fp32"}}, perplexity=12.3, corpus_hash="c0", held_out_hash="4e",
+    ) | changes
+
+
 def test_command_exports_and_says_what_is_wrong(tmp_path, cli, capsys):
     model = tiny("neuron", heads=2)
-    tokenizer = write(model, tmp_path).parent / "tokenizer"
-    meta = dict(
-        hf_config=model.config, tokenizer_dir=tokenizer, decision="neuron", offset=5.0, gain=GAIN, target_cr=2.0,
-        measured_cr=1.9, step=7, results={"rows": [{"name": "base", "perplexity": 3.0}]},
-    )
+    meta = _meta(model, write(model, tmp_path).parent / "tokenizer")
 
     def broken(_):
         raise ValueError("no complete checkpoint here")
 
-    assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "cli", "--dtype", "float32") == 0
-    assert (tmp_path / "cli" / "model.safetensors").stat().st_size > 4 * VOCAB * 48
+    assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "cli") == 0
+    expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "cli"))
+    assert expected.keys() == written.keys() and all(torch.equal(written[name], x) for name, x in expected.items())
+    assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "half", "--dtype", "bfloat16") == 0
+    assert load_file(tmp_path / "half" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "cli") == 2
     assert "exists already" in capsys.readouterr().err
     assert cli(broken, "checkpoint", tmp_path / "other") == 2
     assert capsys.readouterr().err == "export_hf: no complete checkpoint here\n"
+
+
+def test_uncompressed_checkpoint_becomes_an_ordinary_llama(tmp_path, cli):
+    model = tiny("neuron", heads=2)
+    meta = _meta(model, write(model, tmp_path).parent / "tokenizer", compressed=False)
+    assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "plain") == 0
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert "12.3" in (tmp_path / "plain" / "README.md").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain) is LlamaForCausalLM
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state.items())
