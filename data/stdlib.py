@@ -1,8 +1,9 @@
 """The text that every machine has: the Python standard library's sources, docstrings and prose.
 
-Nothing is shipped and nothing is downloaded. Three kinds of documents, each a `Document`:
+Nothing is shipped and nothing is downloaded. Four kinds of documents, each a `Document`:
 
 - ``src/...``    one source file of the standard library (tests, demos and code-page tables left out);
+- ``guide/...``  the same file as pages of reference and source (`data.guides`);
 - ``topic/...``  one page of the language reference that ``help()`` shows (``pydoc_data.topics``);
 - ``api/...``    the docstrings of one built-in or extension module, which stand in no source file.
 
@@ -23,6 +24,8 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from data.guides import guide
 
 # Directories that are no prose and no program anyone reads: tests, third-party code, generated tables.
 SKIPPED_DIRECTORIES = frozenset({
@@ -48,19 +51,24 @@ class Document:
         return digest[0] % BUCKETS == HELD_OUT_BUCKET
 
 
-def documents() -> list[Document]:
-    """All documents of this machine's standard library, sorted by name.
+def documents(kinds: tuple[str, ...] = ("guide", "topic", "api")) -> list[Document]:
+    """The documents of this machine's standard library of the given kinds, sorted by name.
+
+    Guides hold the sources, so the default leaves ``src`` out.
 
     Raises:
         ValueError: if the standard library has no sources (a zipped or stripped Python).
     """
-    found = [*_sources(), *_topics(), *_extension_docstrings()]
-    if not any(d.name.startswith("src/") for d in found):
+    sources = list(_sources())
+    if not sources:
         raise ValueError(
             f"the standard library under {sysconfig.get_paths()['stdlib']} has no .py sources; "
             "use a Python with its library unpacked, or train on your own text with data.text=FILE"
         )
-    return sorted(found, key=lambda d: d.name)
+    makers = {
+        "src": lambda: sources, "guide": lambda: _guides(sources), "topic": _topics, "api": _extension_docstrings,
+    }
+    return sorted((d for kind in kinds for d in makers[kind]()), key=lambda d: d.name)
 
 
 def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -91,6 +99,14 @@ def _sources() -> Iterator[Document]:
             continue
         if text.strip():
             yield Document("src/" + "/".join(parts), text)
+
+
+def _guides(sources: list[Document]) -> Iterator[Document]:
+    for source in sources:
+        path = source.name.removeprefix("src/")
+        text = guide(path, source.text)
+        if text:
+            yield Document(f"guide/{path}", text)
 
 
 def _topics() -> Iterator[Document]:

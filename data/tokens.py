@@ -22,6 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data import stdlib
 from data.stdlib import Document
 
+STDLIB = {"stdlib": ("guide", "topic", "api"), "stdlib-plain": ("src", "topic", "api")}
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -61,7 +63,8 @@ def corpora(text: str, held_out: str, tokenizer: PreTrainedTokenizerBase, cache:
     """``(training, held-out)`` corpora of the configured text.
 
     Args:
-        text: ``stdlib`` or comma-separated files (.txt: one document a file; .jsonl: one ``{"text": ...}`` a
+        text: ``stdlib`` (guides, topics, docstrings), ``stdlib-plain`` (source files as they are), or comma-separated
+            files (.txt: one document a file; .jsonl: one ``{"text": ...}`` a
             line; either with .xz).
         held_out: files of the held-out text; empty holds out every twentieth document (for the standard
             library, the modules that `data.stdlib` names).
@@ -71,8 +74,8 @@ def corpora(text: str, held_out: str, tokenizer: PreTrainedTokenizerBase, cache:
     Raises:
         ValueError: if a file is missing or unreadable, or a split comes out empty.
     """
-    if text == "stdlib":
-        training, tested = stdlib.split(stdlib.documents())
+    if text in STDLIB:
+        training, tested = stdlib.split(stdlib.documents(STDLIB[text]))
     else:
         docs = read_files(text)
         if held_out:

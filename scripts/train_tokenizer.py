@@ -27,13 +27,14 @@ def main() -> None:
     args = parser.parse_args()
     if (args.out / "tokenizer.json").exists():
         sys.exit(f"error: {args.out / 'tokenizer.json'} exists; name another directory")
-    training, _ = stdlib.split(stdlib.documents())
+    training, _ = stdlib.split(stdlib.documents(("src", "topic", "api")))
     tokenizer = train([d.text for d in training], args.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "clean_up_tokenization_spaces": False,
         "bos_token": END, "eos_token": END, "pad_token": PAD, "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     (args.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     characters = sum(len(d.text) for d in training)

@@ -19,7 +19,7 @@ import yaml
 class DataConfig:
     """What to train on."""
 
-    text: str = "stdlib"  # "stdlib", or a comma-separated list of .txt / .jsonl / .jsonl.xz / .txt.xz files
+    text: str = "stdlib"  # "stdlib", "stdlib-plain", or a comma-separated list of .txt / .jsonl files (or .xz of them)
     held_out: str = ""  # held-out files; "" holds out a share of the documents of `text`
     sequence_length: int = 1024  # tokens a sequence
     cache: str = "runs/data"  # where tokenised corpora are kept

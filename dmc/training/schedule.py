@@ -33,9 +33,9 @@ class Schedule:
 
     def target_cr(self, step: int) -> float:
         """The target of step ``step``: linear from 1 to the final one over the ramp."""
-        if step < self.ramp_start or not self.ramp_steps:
+        if self.phase(step) in ("plain", "repurpose"):
             return 1.0
-        done = min(1.0, (step + 1 - self.ramp_start) / self.ramp_steps)
+        done = min(1.0, (step + 1 - self.ramp_start) / max(1, self.ramp_steps))  # no ramp: all of it at once
         return 1.0 + done * (self._dmc.target_cr - 1.0)
 
     def phase(self, step: int) -> str:
@@ -58,7 +58,7 @@ class Schedule:
         optim = self._optim
         warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
         left = self.steps - step
-        if left >= optim.decay_steps:
+        if left > optim.decay_steps:
             return optim.lr * warm
         share = left / (optim.decay_steps + 1)
         return warm * (optim.min_lr + share * (optim.lr - optim.min_lr))

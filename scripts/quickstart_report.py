@@ -1,0 +1,198 @@
+"""The quickstart's second half: exports, held-out evaluation on the serving engine, table and pictures.
+
+    python scripts/quickstart_report.py runs/quickstart
+
+Reads RUNS/retrofit and RUNS/control (written by train.py), writes RUNS/{cr2,cr3,cr4,control}-hf, results.json,
+table.md, loss.png, heads.png and segments.html. Every row is scored on the same held-out sequences, each within
+one document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from checkpoints.convert import load_hf_state, read_config
+from checkpoints.export_hf import export, export_plain
+from checkpoints.model_card import plain_card
+from data import tokens as token_files
+from data.batches import Sequences
+from dmc import LLM
+from dmc.analysis.decisions import decisions
+from dmc.analysis.plots import plot_heads, plot_training
+from dmc.analysis.segments import segments_html
+from dmc.evaluation.truncation import truncated_perplexity
+from dmc.model import Llama
+
+CONTROL = "control (same tokens, no compression)"
+SEGMENT_TOKENS = 400
+
+
+def main() -> None:
+    """Export, score, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder with the runs retrofit and control")
+    parser.add_argument("--context", type=int, default=0, help="tokens of a scored sequence (as in training)")
+    parser.add_argument("--sequences", type=int, default=0, help="held-out sequences (as in training)")
+    args = parser.parse_args()
+    try:
+        report(args.runs, args.context, args.sequences)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def report(runs: Path, context: int, sequences: int) -> None:
+    """Everything that follows the two training runs."""
+    started = time.perf_counter()
+    settings = json.loads((runs / "retrofit" / "config.json").read_text())
+    base = settings["run"]["model"]
+    context = context or settings["data"]["sequence_length"]
+    held_out = _held_out(settings, context, sequences or settings["log"]["eval_sequences"])
+    exports = {name: _export(runs / "retrofit", name, runs / f"{name}-hf") for name in _ratios(settings)}
+    control = _export(runs / "control", "final", runs / "control-hf")
+    last = max(exports, key=lambda name: float(name[2:]))
+
+    rows = [_row("base", 1.0, _prefilled(base, held_out)), _row(CONTROL, 1.0, _prefilled(control, held_out))]
+    for name, path in exports.items():
+        target = float(name[2:])
+        rows.append(_row(f"DMC CR {target:g}", target, _prefilled(path, held_out)))
+    target = float(last[2:])
+    final = rows[-1]
+    rows.append(_row(f"DMC CR {target:g} + GEAR-4bit", target, _decoded(exports[last], held_out)))
+    for policy, name in (("streaming", "StreamingLLM"), ("h2o", "H2O"), ("tova", "TOVA")):
+        for budget, words in (("growing", "as many entries at every token"), ("fixed", "as many at the end")):
+            rows.append(_truncated(base, held_out, policy, f"base + {name}, {words}", final, budget))
+
+    results = {
+        "rows": rows, "context": context, "sequences": len(held_out), "python": sys.version.split()[0],
+        "torch": torch.__version__, "commit": _commit(), "held_out_hash": _meta(runs)["held_out_hash"],
+        "model_hash": _meta(runs)["model_hash"], "seconds": round(time.perf_counter() - started, 1),
+    }
+    table = _table(rows, context)
+    (runs / "table.md").write_text(table)
+    _draw(runs, exports[last], final, held_out[0])
+    (runs / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def _prefilled(path: str | Path, held_out: list[list[int]]) -> dict:
+    """Scored as a prompt: exact entries, held in bf16."""
+    engine = LLM(path, codec="dense", codec_settings={"dtype": "bf16"})
+    return _scored(engine.score(held_out, prompt_tokens=len(held_out[0])))
+
+
+def _decoded(path: str | Path, held_out: list[list[int]]) -> dict:
+    """Scored token by token through the GEAR-compressed cache."""
+    return _scored(LLM(path, codec="gear", codec_settings={"bits": 4}).score(held_out, prompt_tokens=1))
+
+
+def _scored(scores: list) -> dict:
+    cached = sum(s.stats.cached_tokens for s in scores)
+    entries = sum(int(s.stats.entries.sum()) for s in scores) / scores[0].stats.entries.numel()
+    return {
+        "perplexity": math.exp(-torch.cat([s.logprobs for s in scores]).double().mean().item()),
+        "measured_cr": cached / entries, "bytes_per_token": sum(s.stats.held_bytes for s in scores) / cached,
+        "bytes_ratio": sum(s.stats.dense_bytes for s in scores) / sum(s.stats.held_bytes for s in scores),
+        "heads": (cached / torch.stack([s.stats.entries for s in scores]).sum(0)).tolist(),
+    }
+
+
+def _truncated(base: str, held_out: list[list[int]], policy: str, name: str, final: dict, budget: str) -> dict:
+    """The base model with as many entries as the retrofitted one holds; bytes by its ratio, as nothing is freed."""
+    measured = truncated_perplexity(
+        base, torch.tensor(held_out), policy=policy, cr=final["measured_cr"], budget=budget
+    )
+    ratio = 1 / measured["entries_per_token"]
+    dense = final["bytes_per_token"] * final["bytes_ratio"]
+    return _row(name, final["target_cr"], {
+        "perplexity": measured["perplexity"], "measured_cr": ratio, "bytes_per_token": dense / ratio, "bytes_ratio": ratio,
+    })
+
+
+def _row(name: str, target: float, measured: dict) -> dict:
+    row = {"name": name, "target_cr": target, **measured}
+    print(f"  {name}: perplexity {row['perplexity']:.4f}, CR {row['measured_cr']:.3f}", flush=True)
+    return row
+
+
+def _table(rows: list[dict], context: int) -> str:
+    control = next(row["perplexity"] for row in rows if row["name"] == CONTROL)
+    lines = [
+        f"Held-out text, context {context}. Bytes per token: keys and values of one token over all layers, everything held.",
+        "", "| row | target CR | measured CR | perplexity | / control | bytes per token | dense bf16 / held |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['name']} | {r['target_cr']:g} | {r['measured_cr']:.2f} | {r['perplexity']:.3f} | "
+        f"{r['perplexity'] / control:.3f} | {r['bytes_per_token']:.0f} | {r['bytes_ratio']:.2f} |" for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _held_out(settings: dict, context: int, sequences: int) -> list[list[int]]:
+    data, model = settings["data"], settings["run"]["model"]
+    tokenizer = token_files.load_tokenizer(model, read_config(model).vocab_size)
+    _, corpus = token_files.corpora(data["text"], data["held_out"], tokenizer, data["cache"])
+    batch = Sequences(corpus, context).within_documents(sequences)
+    return torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1).tolist()
+
+
+def _ratios(settings: dict) -> list[str]:
+    """The checkpoints at integer ratios: cr2, cr3, ..., and the end of the hold under the target's name."""
+    target = settings["dmc"]["target_cr"]
+    return [f"cr{n}" for n in range(2, math.ceil(target))] + [f"cr{target:g}"]
+
+
+def _export(run: Path, name: str, out: Path) -> Path:
+    folder = run / "checkpoints"
+    names = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    integers = sorted((n for n in names if n.startswith("cr")), key=lambda n: int(n[2:]))
+    checkpoint = folder / ("final" if name not in names or name == (integers or [""])[-1] else name)
+    tensors, meta = load_hf_state(checkpoint)
+    shutil.rmtree(out, ignore_errors=True)
+    common = dict(out=out, tokenizer_dir=meta["tokenizer_dir"], dtype=torch.float32)
+    if not meta["compressed"]:
+        return export_plain(tensors, meta["hf_config"], card=plain_card(out.name, meta), **common)
+    keys = ("decision", "offset", "gain", "target_cr", "measured_cr")
+    card = {"step": meta["step"], **meta["results"]}
+    return export(tensors, meta["hf_config"], card=card, **{key: meta[key] for key in keys}, **common)
+
+
+def _draw(runs: Path, model: Path, final: dict, text: list[int]) -> None:
+    plot_training(runs / "retrofit" / "metrics.jsonl", runs / "loss.png", control_jsonl=runs / "control" / "metrics.jsonl")
+    plot_heads(final["heads"], runs / "heads.png")
+    shown = torch.tensor(text[:SEGMENT_TOKENS])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pieces: list[str] = [tokenizer.decode([token]) for token in shown.tolist()]
+    segments_html(pieces, decisions(Llama.load(model, dtype=torch.float32), shown), runs / "segments.html")
+
+
+def _meta(runs: Path) -> dict:
+    return json.loads((runs / "retrofit" / "checkpoints" / "final" / "meta.json").read_text())
+
+
+def _commit() -> str:
+    run: Callable = subprocess.run
+    done = run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
