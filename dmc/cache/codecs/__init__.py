@@ -1,0 +1,26 @@
+"""How an entry is stored. `codec` makes one by name; a new codec is a file here and a line in `CODECS`."""
+
+from __future__ import annotations
+
+from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.dense import DenseCodec
+from dmc.cache.codecs.gear import GearCodec
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (DenseCodec, GearCodec)}
+
+__all__ = ["CODECS", "Blocks", "Codec", "codec"]
+
+
+def codec(name: str, **settings: object) -> Codec:
+    """A codec by its name, for example ``codec("gear", bits=4)``.
+
+    Raises:
+        ValueError: if the name or a setting is unknown (the known ones are listed) or a value is not allowed.
+    """
+    if name not in CODECS:
+        raise ValueError(f"unknown codec {name!r}; known: {', '.join(CODECS)}")
+    known = CODECS[name].settings()
+    unknown = [setting for setting in settings if setting not in known]
+    if unknown:
+        raise ValueError(f"the {name} codec has no setting {', '.join(unknown)}; it has: {', '.join(known)}")
+    return CODECS[name](**settings)

@@ -1,0 +1,78 @@
+"""What a codec is: how the entries of a full page are stored, and how attention reads them."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Encoded pages: every tensor has the same leading dimensions, one element each a page of one head.
+
+    Attributes:
+        tensors: by field name, ``[..., field's own fixed shape]``.
+        entries: N, entries of a page.
+        head_size: D.
+    """
+
+    tensors: dict[str, Tensor]
+    entries: int
+    head_size: int
+
+
+Field = tuple[torch.dtype, tuple[int, ...]]
+
+
+class Codec(ABC):
+    """How the N entries of a page of one head are stored. Holds settings only, no data.
+
+    Attributes:
+        name: under which `dmc.cache.codec` finds it.
+        lossy: whether ``decode(encode(x))`` may differ from x; then a sequence's first entries stay exact.
+        page_size: entries of a page unless the user says otherwise.
+    """
+
+    name: ClassVar[str]
+    lossy: ClassVar[bool]
+    page_size: ClassVar[int]
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Names of the settings that the codec is made with."""
+        return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor) -> Blocks:
+        """Encodes pages: keys (rotated) and values ``[..., N, D]`` of any float dtype. Pure and seeded."""
+
+    @abstractmethod
+    def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[..., N, D]`` as attention sees them, fp32 if the codec is lossy."""
+
+    def nbytes(self, blocks: Blocks) -> int:
+        """Bytes of all tensors that `blocks` holds, metadata included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in blocks.tensors.values())
+
+    def layout(self, entries: int, head_size: int, dtype: torch.dtype) -> dict[str, Field]:
+        """Fields of one page: name → (dtype, shape without the leading dimensions).
+
+        ``dtype`` is that of the entries which will be encoded.
+        """
+        blocks = self.encode(*torch.zeros(2, entries, head_size, dtype=dtype))
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in blocks.tensors.items()}
+
+    def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
+        """Query times encoded keys: query ``[..., G, D]`` → ``[..., G, N]``, in the query's dtype."""
+        keys, _ = self.decode(blocks)
+        return query @ keys.to(query.dtype).transpose(-1, -2)
+
+    def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
+        """Weighted sum of encoded values: weights ``[..., G, N]`` → ``[..., G, D]``, in the weights' dtype."""
+        _, values = self.decode(blocks)
+        return weights @ values.to(weights.dtype)

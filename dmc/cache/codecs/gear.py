@@ -1,0 +1,144 @@
+"""GEAR (Kang et al., arXiv 2403.05527): quantised backbone + low-rank residual + sparse outliers.
+
+A page of one head is ``X ≈ D + S + A Bᵀ``, built in this order: outliers are taken out (for keys those of each
+channel over the page's entries, for values those of each entry over the channels), the rest is quantised to
+D, S holds what D lacks at the outliers' places, and A Bᵀ approximates what is still missing.
+
+Bits per element, everything stored, for pages of N entries and heads of size D (16-bit scales, zeros, factors
+and outliers; 8-bit places; c outliers a vector of n values):
+
+    bits + 32 / group + 16 rank (1/D + 1/N) + 24 c / n
+
+With the defaults (4 bits, groups of 64, rank 2, 1 outlier in 64) on N = D = 64: 4 + 0.5 + 1 + 0.375 = 5.875,
+so an entry of 64 + 64 values takes 94 bytes, against 256 in bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.bits import PLANES
+from dmc.cache.codecs.lowrank import low_rank
+from dmc.cache.codecs.outliers import find, index_dtype, outlier_count
+from dmc.cache.codecs.quantise import Quantiser
+
+BACKBONES = {
+    # name: ((axis of keys, grouped), (axis of values, grouped)); ungrouped takes the whole vector
+    "token": (("token", True), ("token", True)),
+    "kcvt": (("channel", False), ("token", False)),
+    "kivi": (("channel", True), ("token", True)),
+}
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class GearCodec(Codec):
+    """GEAR, and its parts: ``outliers=0`` is GEAR-L; ``rank=0`` and ``outliers=0`` the bare backbone.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        backbone: "kivi" (keys by channel, values by token, in groups), "kcvt" (the same over whole vectors) or
+            "token" (both by token, in groups).
+        group: values that share a scale.
+        rank: of the residual's approximation; 0 for none.
+        outliers: share of each vector kept in 16 bits, rounded to a whole number and at least one; 0 for none.
+        rounds: of the power iteration.
+        seed: of the power iteration's start.
+        scale_dtype: "bf16" or "fp32", of scales and zeros.
+
+    Raises:
+        ValueError: if a setting is not one of these; the sentence names it and what is allowed.
+    """
+
+    name = "gear"
+    lossy = True
+    page_size = 64
+
+    def __init__(
+        self, bits: int = 4, *, backbone: str = "kivi", group: int = 64, rank: int = 2, outliers: float = 0.02,
+        rounds: int = 3, seed: int = 0, scale_dtype: str = "bf16",
+    ) -> None:
+        for setting, value, known in (
+            ("bits", bits, PLANES), ("backbone", backbone, BACKBONES), ("scale_dtype", scale_dtype, SCALE_DTYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"gear codec: {setting} must be one of {', '.join(map(str, known))}, got {value!r}")
+        if group < 1 or rank < 0 or rounds < 1 or not 0 <= outliers < 0.5:
+            raise ValueError(
+                f"gear codec: group={group} and rounds={rounds} must be at least 1, rank={rank} at least 0 and "
+                f"outliers={outliers} from 0 to below 0.5"
+            )
+        self.bits, self.rank, self.outliers, self.rounds, self.seed = bits, rank, outliers, rounds, seed
+        self._parts = {
+            part: Quantiser(bits, axis, group if grouped else None, SCALE_DTYPES[scale_dtype])
+            for part, (axis, grouped) in zip(("k", "v"), BACKBONES[backbone], strict=True)
+        }
+
+    def encode(self, keys: Tensor, values: Tensor) -> Blocks:
+        """See `Codec.encode`; arithmetic in fp32."""
+        tensors = {}
+        for part, x in (("k", keys), ("v", values)):
+            tensors |= {f"{part}_{name}": tensor for name, tensor in self._encode(part, x.float()).items()}
+        return Blocks(tensors, *keys.shape[-2:])
+
+    def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """See `Codec.decode`; adds up all three parts."""
+        keys, values = self._base(blocks, "k"), self._base(blocks, "v")
+        if self.rank:
+            (k_left, k_right), (v_left, v_right) = self._factors(blocks, "k"), self._factors(blocks, "v")
+            keys, values = keys + k_left @ k_right.transpose(-1, -2), values + v_left @ v_right.transpose(-1, -2)
+        return keys, values
+
+    def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
+        """See `Codec.scores`. The low-rank part is ``(q B) Aᵀ``, so A Bᵀ is never formed."""
+        scores = query @ self._base(blocks, "k").to(query.dtype).transpose(-1, -2)
+        if self.rank:
+            left, right = (factor.to(query.dtype) for factor in self._factors(blocks, "k"))
+            scores += (query @ right) @ left.transpose(-1, -2)
+        return scores
+
+    def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
+        """See `Codec.combine`. The low-rank part is ``(w A) Bᵀ``, so A Bᵀ is never formed."""
+        out = weights @ self._base(blocks, "v").to(weights.dtype)
+        if self.rank:
+            left, right = (factor.to(weights.dtype) for factor in self._factors(blocks, "v"))
+            out += (weights @ left) @ right.transpose(-1, -2)
+        return out
+
+    def _encode(self, part: str, x: Tensor) -> dict[str, Tensor]:
+        entries, head_size = x.shape[-2:]
+        rest, where = x, None
+        vectors = _vectors(part, x)
+        count = outlier_count(self.outliers, vectors.shape[-1])
+        if count:
+            where, rest = find(vectors, count)
+            rest = _vectors(part, rest)
+        fields = self._parts[part].encode(rest)
+        residual = x - self._parts[part].decode(fields, entries, head_size)
+        if where is not None:
+            missing = _vectors(part, residual)
+            fields["outliers"] = missing.gather(-1, where).bfloat16()
+            fields["places"] = where.to(index_dtype(vectors.shape[-1]))
+            residual = _vectors(part, missing.scatter(-1, where, 0.0))
+        if self.rank:
+            rank = min(self.rank, entries, head_size)
+            left, right = low_rank(residual, rank, rounds=self.rounds, seed=self.seed)
+            fields["left"], fields["right"] = left.bfloat16(), right.bfloat16()
+        return fields
+
+    def _base(self, blocks: Blocks, part: str) -> Tensor:
+        """D + S in fp32, ``[..., N, D]``."""
+        fields = {name[2:]: tensor for name, tensor in blocks.tensors.items() if name[0] == part}
+        base = self._parts[part].decode(fields, blocks.entries, blocks.head_size)
+        if "outliers" in fields:
+            _vectors(part, base).scatter_add_(-1, fields["places"].long(), fields["outliers"].float())
+        return base
+
+    def _factors(self, blocks: Blocks, part: str) -> tuple[Tensor, Tensor]:
+        return blocks.tensors[f"{part}_left"].float(), blocks.tensors[f"{part}_right"].float()
+
+
+def _vectors(part: str, x: Tensor) -> Tensor:
+    """What outliers are counted over, last: channels' entries for keys, entries' channels for values. An involution."""
+    return x.transpose(-1, -2) if part == "k" else x

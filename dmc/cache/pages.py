@@ -1,0 +1,119 @@
+"""One pool of equal pages for every layer, sequence and head.
+
+The pool is one byte tensor. What a page holds is said by a `Layout`: named fields of fixed shape at fixed
+offsets, seen as strided views of the pool with a leading page dimension. A page of encoded entries and a page of
+exact ones are two layouts over the same bytes, so any free page serves either, and memory never splits in two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NULL_PAGE = 0  # never handed out and always zero: what unused places of block tables point to
+_FIRST_PAGES = 64  # of a pool that grows
+_ALIGNMENT = 8  # bytes; the widest field type
+
+
+class PoolExhausted(RuntimeError):
+    """More pages were asked for than a pool of fixed size has left."""
+
+
+class Layout:
+    """How the bytes of a page are divided.
+
+    Args:
+        fields: name → (dtype, shape of one page's part).
+    """
+
+    def __init__(self, fields: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.fields = {}  # name → (offset, bytes, dtype, shape)
+        offset = 0
+        for name, (dtype, shape) in sorted(fields.items(), key=lambda field: -field[1][0].itemsize):
+            size = dtype.itemsize * torch.Size(shape).numel()
+            self.fields[name] = (offset, size, dtype, shape)
+            offset += size
+        self.nbytes = -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Fields over all pages: memory uint8 ``[pages, bytes]`` → name → ``[pages, *shape]``, no copy."""
+        return {
+            name: memory[:, offset : offset + size].view(dtype).unflatten(-1, shape)
+            for name, (offset, size, dtype, shape) in self.fields.items()
+        }
+
+
+class PagePool:
+    """Hands out pages and takes them back.
+
+    Args:
+        page_bytes: size of every page, a multiple of 8.
+        limit: pages at most, the null page not counted; None: grows as needed, doubling.
+        device: of the memory.
+    """
+
+    def __init__(self, page_bytes: int, *, limit: int | None, device: torch.device | str = "cpu") -> None:
+        self.page_bytes, self.limit = page_bytes, limit
+        capacity = _FIRST_PAGES if limit is None else limit
+        self.memory = torch.zeros(capacity + 1, page_bytes, dtype=torch.uint8, device=device)
+        self._stack = torch.arange(capacity, 0, -1, device=device)  # free pages, the next one last
+        self._free = capacity
+        self._views: dict[int, tuple[Layout, dict[str, Tensor]]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Pages there are, free or not."""
+        return self.memory.shape[0] - 1
+
+    @property
+    def free(self) -> int:
+        """Pages that can be taken without growing."""
+        return self._free
+
+    @property
+    def used(self) -> int:
+        """Pages handed out."""
+        return self.capacity - self._free
+
+    def take(self, count: int) -> Tensor:
+        """Hands out pages, as they were left by their last owner: int64 ``[count]``.
+
+        Raises:
+            PoolExhausted: if the pool may not grow and has fewer left; nothing is taken then.
+        """
+        if count > self._free:
+            if self.limit is not None:
+                raise PoolExhausted(f"{count} pages were asked for and {self._free} of {self.limit} are free")
+            self._grow(max(count - self._free, self.capacity))
+        self._free -= count
+        return self._stack[self._free : self._free + count].clone()
+
+    def give(self, pages: Tensor) -> None:
+        """Takes pages back; int64 ``[n]``, each handed out before and not yet given back."""
+        end = self._free + len(pages)
+        assert end <= self.capacity, "more pages were given back than were handed out"
+        self._stack[self._free : end] = pages
+        self._free = end
+
+    def free_pages(self) -> Tensor:
+        """The pages that are free, int64 ``[free]``, in no order."""
+        return self._stack[: self._free].clone()
+
+    def read(self, pages: Tensor) -> Tensor:
+        """A copy of whole pages, for `Layout.views`: int ``[n]`` → uint8 ``[n, bytes]``."""
+        words = self.memory.view(torch.int64)  # several times faster to gather than single bytes
+        return words.index_select(0, pages).view(torch.uint8)
+
+    def views(self, layout: Layout) -> dict[str, Tensor]:
+        """`Layout.views` of the pool's memory; valid until pages are taken next."""
+        if id(layout) not in self._views:
+            self._views[id(layout)] = (layout, layout.views(self.memory))
+        return self._views[id(layout)][1]
+
+    def _grow(self, more: int) -> None:
+        capacity = self.capacity
+        self.memory = torch.cat([self.memory, self.memory.new_zeros(more, self.page_bytes)])
+        fresh = torch.arange(capacity + more, capacity, -1, device=self.memory.device)
+        self._stack = torch.cat([fresh, self._stack[: self._free], self._stack.new_zeros(capacity - self._free)])
+        self._free += more
+        self._views.clear()

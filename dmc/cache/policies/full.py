@@ -1,0 +1,18 @@
+"""Every token is an entry of its own: the uncompressed cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies.base import Policy
+
+
+class FullPolicy(Policy):
+    """Overrules the model: nothing is merged."""
+
+    name = "full"
+
+    def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Policy.decide`."""
+        return torch.zeros_like(alpha), torch.ones_like(omega)

@@ -1,0 +1,196 @@
+"""`LLM`: a model directory, served from a compressed cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as List
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from dmc.cache import Codec, KVCache, Policy, Shape, codec, policy
+from dmc.engine.core import Engine
+from dmc.engine.params import SamplingParams
+from dmc.engine.runner import Runner
+from dmc.engine.scoring import Score, score_batch
+from dmc.engine.sequence import Output, Sequence
+from dmc.engine.stats import Stats, total
+from dmc.engine.tokenizer import GrowingText, Tokenizer
+from dmc.model import Llama, read_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+class LLM:
+    """A Llama directory, exported by this project or plain, ready to generate.
+
+    Args:
+        path: Hugging Face directory.
+        policy: which entries the cache keeps; see `dmc.cache.POLICIES`. A plain Llama never merges.
+        codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
+        codec_settings: for a codec given by name, such as ``{"bits": 4}``.
+        kv_memory: bytes of the page pool; None lets it grow.
+        max_batch: sequences that run at a time.
+        page_size, sink_tokens, window, exact_dtype: see `dmc.cache.KVCache`.
+        prefill_tokens: of several prompts run through the model at once.
+        dtype: "fp32", "bf16", "fp16", "fp64", or "auto": fp32 on the CPU, elsewhere the checkpoint's own.
+        device: such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
+
+    Raises:
+        ValueError: if the directory, a name or a setting is not usable; one sentence that says why.
+    """
+
+    def __init__(
+        self, path: str | Path, *, policy: str = "dmc", codec: str | Codec = "dense",
+        codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
+        page_size: int | None = None, sink_tokens: int | None = None, window: int = 0, exact_dtype: str | None = None,
+        prefill_tokens: int = 8192, dtype: str = "auto", device: str = "auto",
+    ) -> None:
+        self.path = Path(path)
+        store, chosen = _codec(codec, codec_settings), _policy(policy)
+        place = _device(device)
+        config = read_config(path)
+        precision = _dtype(dtype, place, config.dtype)
+        shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, precision)
+        cache = KVCache(
+            shape, chosen, store, slots=max_batch, memory=kv_memory, page_size=page_size, sink_tokens=sink_tokens,
+            window=window, exact_dtype=exact_dtype, device=place,
+        )
+        self.cache = cache
+        self.model = Llama.load(path, dtype=precision, device=place)
+        self._runner = Runner(self.model, cache)
+        self._engine = Engine(self._runner, prefill_tokens=prefill_tokens)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the directory; read when first needed.
+
+        Raises:
+            ValueError: if there is none or it does not fit the model.
+        """
+        return Tokenizer(self.path, self.model.config.vocab_size)
+
+    def generate(
+        self, prompts: str | List[str] | List[List[int]], params: SamplingParams | List[SamplingParams] | None = None,
+    ) -> list[Output]:
+        """Continues prompts, all together.
+
+        Args:
+            prompts: a text, texts, or lists of token ids.
+            params: for all, or one for each; None: `SamplingParams()`.
+
+        Returns:
+            One output a prompt, in order. The cache is empty again.
+
+        Raises:
+            ValueError: if a prompt is empty, too long for the model or the pool, or no token of it.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need one SamplingParams or as many, got {len(each)}")
+        sequences = [self._sequence(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        for sequence in sequences:
+            self._engine.check(sequence)
+        for sequence in sequences:
+            self._engine.add(sequence)
+        outputs = {}
+        try:
+            while len(outputs) < len(sequences):
+                outputs |= {id(sequence): output for sequence, output in self._engine.step()}
+        finally:
+            self._engine.abort()
+        return [outputs[id(sequence)] for sequence in sequences]
+
+    def score(self, sequences: List[List[int]], *, prompt_tokens: int = 1) -> list[Score]:
+        """Log-probabilities of given tokens through the cache as generation uses it.
+
+        Args:
+            sequences: token ids, at least 2 each.
+            prompt_tokens: of each that are prefilled; every later one goes through the decode step.
+
+        Returns:
+            One score a sequence, in order. The cache is empty again.
+
+        Raises:
+            ValueError: if a sequence is too short, too long or holds no token ids, or the pool cannot hold it.
+        """
+        if prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        batch = self.cache.free_slots
+        limit = self.cache.rows.pool.limit
+        for tokens in sequences:
+            self._check_tokens(tokens, least=2)
+            if len(tokens) > self.model.config.max_position_embeddings:
+                raise ValueError(
+                    f"a sequence of {len(tokens)} tokens is longer than the model's "
+                    f"{self.model.config.max_position_embeddings} positions"
+                )
+            if limit is not None:
+                batch = min(batch, limit // self.cache.worst_pages(len(tokens)))
+        if batch == 0:
+            raise ValueError(f"kv_memory of {limit} pages cannot hold the longest sequence; give it more")
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        scores = {}
+        for start in range(0, len(order), batch):
+            some = order[start : start + batch]
+            scores |= zip(
+                some, score_batch(self._runner, [list(sequences[i]) for i in some], prompt_tokens), strict=True
+            )
+        return [scores[i] for i in range(len(sequences))]
+
+    def _sequence(self, prompt: str | List[int], params: SamplingParams) -> Sequence:
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_tokens(tokens, least=1)
+        has_text = (self.path / "tokenizer_config.json").is_file()
+        if params.stop and not has_text:
+            raise ValueError(f"stop texts need a tokenizer, and {self.path} has none")
+        text = GrowingText(self.tokenizer if has_text else None)
+        return Sequence(tokens, params, self.model.config.eos_token_ids, text)
+
+    def _check_tokens(self, tokens: List[int], least: int) -> None:
+        vocabulary = self.model.config.vocab_size
+        if len(tokens) < least:
+            raise ValueError(f"a sequence of at least {least} tokens is needed, got {len(tokens)}: is the text empty?")
+        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocabulary}")
+
+
+def total_stats(results: List[Output] | List[Score], seconds: float) -> Stats:
+    """Figures of several outputs or scores together, which took ``seconds`` as a whole."""
+    return total([result.stats for result in results], seconds)
+
+
+def _policy(name: str) -> Policy:
+    return policy(name)
+
+
+def _codec(chosen: str | Codec, settings: dict | None) -> Codec:
+    if isinstance(chosen, str):
+        return codec(chosen, **(settings or {}))
+    if settings:
+        raise ValueError("codec_settings go with a codec's name, not with a codec that is ready made")
+    return chosen
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device, saved: str | None) -> torch.dtype:
+    if name == "auto":
+        own = getattr(torch, saved or "", None)
+        return torch.float32 if device.type == "cpu" or not isinstance(own, torch.dtype) else own
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]

@@ -1,0 +1,81 @@
+"""Text ⇄ tokens, and the text of a sequence as it grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are no whole character yet
+
+
+class Tokenizer:
+    """The tokenizer of a Hugging Face directory.
+
+    Args:
+        directory: with tokenizer.json and tokenizer_config.json.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: if there is none, it cannot be read, or it has more entries than the model's vocabulary.
+    """
+
+    def __init__(self, directory: str | Path, vocab_size: int) -> None:
+        from transformers import AutoTokenizer  # seconds to import, and only text needs it
+
+        if not (Path(directory) / "tokenizer_config.json").is_file():
+            raise ValueError(f"{directory} has no tokenizer_config.json: give prompts as token ids, or add its tokenizer")
+        try:
+            self.inner = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except Exception as error:  # transformers raises whatever its parsers raise
+            raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
+        if len(self.inner) > vocab_size:
+            raise ValueError(
+                f"the tokenizer in {directory} has {len(self.inner)} entries, but the model's vocabulary has {vocab_size}"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, with the special tokens that this tokenizer adds."""
+        return self.inner.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, special tokens left out."""
+        return self.inner.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class GrowingText:
+    """The text of generated tokens, extended token by token at a cost that does not grow with its length.
+
+    Args:
+        tokenizer: None where prompts are token ids and the directory has no tokenizer; the text stays empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer, self.text = tokenizer, ""
+        self._tokens: list[int] = []
+        self._context = 0  # tokens from here on are decoded together, so that spaces come out right
+        self._shown = 0  # tokens before this are in `text`
+
+    def add(self, token: int) -> None:
+        """Takes one more token; `text` grows once its characters are complete."""
+        self._tokens.append(token)
+        if self.tokenizer is None:
+            return
+        known = self.tokenizer.decode(self._tokens[self._context : self._shown])
+        now = self.tokenizer.decode(self._tokens[self._context :])
+        if len(now) > len(known) and not now.endswith(_UNFINISHED):
+            self.text += now[len(known) :]
+            self._context, self._shown = self._shown, len(self._tokens)
+
+    def finish(self) -> None:
+        """Adds what never became a whole character, as the tokenizer prints it."""
+        if self.tokenizer is not None:
+            known = self.tokenizer.decode(self._tokens[self._context : self._shown])
+            self.text += self.tokenizer.decode(self._tokens[self._context :])[len(known) :]
+            self._context = self._shown = len(self._tokens)
+
+    def cut(self, stops: tuple[str, ...], since: int) -> bool:
+        """Cuts the text before the first of ``stops`` that ends after ``since`` characters; whether there was one."""
+        found = [self.text.find(stop, max(0, since - len(stop) + 1)) for stop in stops]
+        first = min((place for place in found if place >= 0), default=-1)
+        if first >= 0:
+            self.text = self.text[:first]
+        return first >= 0

@@ -1,0 +1,8 @@
+"""The Llama of the serving side: reads the export, and plain Hugging Face Llama directories."""
+
+from dmc.model.config import ModelConfig, read_config
+from dmc.model.llama import Attend, Llama
+from dmc.model.rope import Rope
+from dmc.model.weights import Weights
+
+__all__ = ["Attend", "Llama", "ModelConfig", "Rope", "Weights", "read_config"]

@@ -1,0 +1,158 @@
+"""Llama as served: plain PyTorch, with DMC's decisions, and attention left to the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmc.functional import importance, round_alpha
+from dmc.model.config import ModelConfig, read_config
+from dmc.model.rope import Rope
+from dmc.model.weights import Weights
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query [B, Hq, T, D], key and value [B, H, T, D], alpha and omega [B, H, T]) → [B, Hq, T, D].
+Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model)."""
+
+
+@dataclass
+class Linear:
+    """``x Wᵀ + b``; several of a layer's projections of the same input are stacked into one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in] → [..., out]``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class Layer:
+    """Weights of one block. ``qkv`` gives queries, keys, values; ``decision`` is there in the head variant only."""
+
+    input_norm: Tensor
+    qkv: Linear
+    decision: Tensor | None
+    output: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """A Llama, plain or with DMC's decisions, for inference.
+
+    Args:
+        config: its sizes.
+        weights: Hugging Face names → tensors.
+        dtype, device: of the weights and of the arithmetic.
+
+    Raises:
+        ValueError: if a tensor is missing or has the wrong shape, or the rope type is unknown.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.rope = Rope(config.head_dim, config.rope, dtype=_work(dtype), device=device)
+
+        def tensor(name: str, *shape: int) -> Tensor:
+            return weights.get(name, shape).to(device=device, dtype=dtype)
+
+        self.embedding = tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [_layer(config, tensor, f"model.layers.{i}") for i in range(config.num_hidden_layers)]
+        self.norm = tensor("model.norm.weight", config.hidden_size)
+        self.head = self.embedding
+        if not config.tie_word_embeddings:
+            self.head = tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+
+    @classmethod
+    def load(cls, directory: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
+        """Reads a Hugging Face directory.
+
+        Raises:
+            ValueError: if it is not a complete Llama; see `read_config` and `Weights`.
+        """
+        return cls(read_config(directory), Weights(directory), dtype=dtype, device=device)
+
+    def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
+        """Last hidden states, normed: tokens int64 ``[B, T]`` → ``[B, T, hidden]``; positions are attend's business."""
+        x = self.embedding[tokens]
+        for index, layer in enumerate(self.layers):
+            x = x + self._attention(index, layer, self._normed(x, layer.input_norm), attend)
+            gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self._normed(x, self.norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., hidden] → [..., vocabulary]``, in fp32 at least."""
+        return F.linear(hidden, self.head).to(_work(self.dtype))
+
+    def _attention(self, index: int, layer: Layer, x: Tensor, attend: Attend) -> Tensor:
+        config = self.config
+        query_heads, heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        states = layer.qkv(x).unflatten(-1, (-1, size)).transpose(1, 2)  # [B, Hq + 2H, T, D]
+        query, key, value = states.split([query_heads, heads, heads], dim=1)
+        alpha, omega = self._decide(layer, x, query, key)
+        out = attend(index, query, key, value, alpha, omega)
+        return layer.output(out.transpose(1, 2).flatten(2))
+
+    def _decide(self, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Hard (alpha, omega) ``[B, H, T]``; in the neuron variant also zeroes neuron 0 of query and key, in place."""
+        config = self.config
+        heads, offset, work = config.num_key_value_heads, config.offset, _work(self.dtype)
+        if config.decision == "head":
+            logits = F.linear(x.to(layer.decision.dtype), layer.decision)
+            merge, weight = logits.transpose(1, 2).split(heads, dim=1)
+        elif config.decision == "neuron":
+            merge = key[..., 0].to(work, copy=True)
+            weight = query[..., 0].to(work).unflatten(1, (heads, -1)).mean(2)
+            query[..., 0] = 0
+            key[..., 0] = 0
+        else:
+            return key.new_zeros(key.shape[:3], dtype=work), key.new_ones(key.shape[:3], dtype=work)
+        return round_alpha(merge, offset=offset), importance(weight, offset=offset)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        normed = F.rms_norm(x.to(_work(x.dtype)), x.shape[-1:], eps=self.config.rms_norm_eps)
+        return weight * normed.to(x.dtype)
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """What decisions, norms and logits are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Layer:
+    hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+
+    def linear(bias: bool, inputs: int, **outputs: int) -> Linear:
+        weight = torch.cat([tensor(f"{name}.{part}.weight", rows, inputs) for part, rows in outputs.items()])
+        if not bias:
+            return Linear(weight, None)
+        return Linear(weight, torch.cat([tensor(f"{name}.{part}.bias", rows) for part, rows in outputs.items()]))
+
+    attention, mlp = config.attention_bias, config.mlp_bias
+    decision = None
+    if config.decision == "head":
+        decision = tensor(f"{name}.self_attn.decision.weight", 2 * config.num_key_value_heads, hidden)
+        decision = decision.to(_work(decision.dtype))  # decisions are made in fp32 whatever the model's dtype
+    return Layer(
+        input_norm=tensor(f"{name}.input_layernorm.weight", hidden),
+        qkv=linear(attention, hidden, **{
+            "self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys,
+        }),
+        decision=decision,
+        output=linear(attention, queries, **{"self_attn.o_proj": hidden}),
+        post_norm=tensor(f"{name}.post_attention_layernorm.weight", hidden),
+        gate_up=linear(mlp, hidden, **{"mlp.gate_proj": inner, "mlp.up_proj": inner}),
+        down=linear(mlp, inner, **{"mlp.down_proj": hidden}),
+    )
