@@ -1,4 +1,4 @@
-"""What all tests share: the slow and gpu markers, and one thread a process."""
+"""What all tests share: the slow and gpu markers, one thread a process, and a process group of one."""
 
 import os
 
@@ -20,3 +20,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """megatron-core's groups over one gloo process, for all tests of the session that build its models.
+
+    The environment is put back: tests start processes of their own, which must not meet this group's.
+    """
+    from dmc.training.config import load
+    from dmc.training.setup import init_distributed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"),
+                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            patch.setenv(name, value)
+        init_distributed(load(overrides=["run.threads=1"]))
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
