@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as List
 from functools import cached_property
 from pathlib import Path
