@@ -118,8 +118,9 @@ class LLM:
         """
         if prompt_tokens < 1:
             raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
-        batch = self.cache.free_slots
         limit = self.cache.rows.pool.limit
+        longest = max(map(len, sequences), default=1)
+        batch = min(self.cache.free_slots, max(1, self._engine.prefill_tokens // min(prompt_tokens, longest)))
         for tokens in sequences:
             self._check_tokens(tokens, least=2)
             if len(tokens) > self.model.config.max_position_embeddings:
