@@ -166,11 +166,16 @@ def describe() -> str:
 
 
 def check(config: Config) -> None:
-    """Cross-field checks that need no model and no data.
+    """Checks of fields by themselves and together that need no model and no data.
 
     Raises:
         ValueError: naming the field, the value and the remedy.
     """
+    _check_fields(config)
+    _check_together(config)
+
+
+def _check_fields(config: Config) -> None:
     d, o, p, r = config.dmc, config.optim, config.parallel, config.run
     _one_of("dmc.method", d.method, ("dmc", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
@@ -196,18 +201,36 @@ def check(config: Config) -> None:
     for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: it must be a positive number")
+    if not math.isfinite(d.offset):
+        raise ValueError(f"dmc.offset is {d.offset}: it must be a finite number")
+    for name, value in {"optim.beta1": o.beta1, "optim.beta2": o.beta2}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 0 and below 1")
+    if r.seed >= 2**40:
+        raise ValueError(f"run.seed is {r.seed}: it must be below 2^40")
+
+
+def _check_together(config: Config) -> None:
+    d, o, p, r = config.dmc, config.optim, config.parallel, config.run
+    ramp = d.ramp_steps_per_unit * (d.target_cr - 1)
+    if d.method == "dmc" and not (d.hold_steps or ramp or (d.decision == "neuron" and d.repurpose_steps)):
+        raise ValueError("dmc.hold_steps is 0 and the ramp has no steps: nothing to train; set one of them")
     if o.global_batch % o.micro_batch:
         raise ValueError(
             f"optim.global_batch {o.global_batch} is not a multiple of optim.micro_batch {o.micro_batch}: change one"
         )
-    if config.distill.weight == 0 and config.distill.lm_weight == 0 and d.method == "dmc":
+    distils = d.method == "dmc" and config.distill.weight > 0 or config.distill.teacher != ""
+    if config.distill.weight == 0 and config.distill.lm_weight == 0 and (d.method == "dmc" or distils):
         raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
     if o.name == "muon" and p.tensor > 1:
         raise ValueError(f"optim.name=muon needs parallel.tensor=1, not {p.tensor}: it works on whole matrices")
     if p.sequence and p.tensor == 1:
         raise ValueError("parallel.sequence needs parallel.tensor of at least 2: set both or neither")
-    if p.pipeline > 1 and config.distill.weight > 0:
-        raise ValueError("distill.weight needs parallel.pipeline=1: the teacher's logits are not sent through a pipeline")
+    if p.pipeline > 1 and distils:
+        raise ValueError(
+            f"parallel.pipeline is {p.pipeline}, but the teacher's logits are not sent through a pipeline: set "
+            "distill.weight=0 with distill.lm_weight=1 and no distill.teacher, or parallel.pipeline=1"
+        )
     if r.init == "random" and d.method == "dmc":
         raise ValueError("run.init=random with dmc.method=dmc: DMC retrofits a pretrained model; pretrain with dmc.method=none")
 
@@ -217,7 +240,7 @@ def _read_yaml(path: Path) -> dict:
         raise ValueError(f"no config file at {path}: see configs/ for the ones that exist")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold sections such as `optim:`, found {type(values).__name__}")
@@ -225,6 +248,8 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _section_items(section: str, values: object) -> list[tuple[str, object]]:
+    if section not in _types(Config):
+        raise ValueError(f"unknown config section {section!r}; known: {_names(Config)}")
     if not isinstance(values, dict):
         raise ValueError(f"section {section!r} must hold keys, found {values!r}; known sections: {_names(Config)}")
     return list(values.items())
