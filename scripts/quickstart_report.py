@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from checkpoints.convert import load_hf_state, read_config
 from checkpoints.export_hf import export, export_plain
@@ -55,6 +56,7 @@ def main() -> None:
 def report(runs: Path, context: int, sequences: int) -> None:
     """Everything that follows the two training runs."""
     started = time.perf_counter()
+    disable_progress_bar()
     settings = json.loads((runs / "retrofit" / "config.json").read_text())
     base = settings["run"]["model"]
     context = context or settings["data"]["sequence_length"]
@@ -81,7 +83,7 @@ def report(runs: Path, context: int, sequences: int) -> None:
     }
     table = _table(rows, context)
     (runs / "table.md").write_text(table)
-    _draw(runs, exports[last], final, held_out[0])
+    _draw(runs, base, exports[last], final, held_out[0])
     (runs / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table)
 
@@ -175,11 +177,11 @@ def _export(run: Path, name: str, out: Path) -> Path:
     return export(tensors, meta["hf_config"], card=card, **{key: meta[key] for key in keys}, **common)
 
 
-def _draw(runs: Path, model: Path, final: dict, text: list[int]) -> None:
+def _draw(runs: Path, base: str, model: Path, final: dict, text: list[int]) -> None:
     plot_training(runs / "retrofit" / "metrics.jsonl", runs / "loss.png", control_jsonl=runs / "control" / "metrics.jsonl")
     plot_heads(final["heads"], runs / "heads.png")
     shown = torch.tensor(text[:SEGMENT_TOKENS])
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     pieces: list[str] = [tokenizer.decode([token]) for token in shown.tolist()]
     segments_html(pieces, decisions(Llama.load(model, dtype=torch.float32), shown), runs / "segments.html")
 
