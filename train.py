@@ -145,13 +145,17 @@ def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> 
 
 @record
 def main() -> None:
-    """Parse, build, train; exit code 2 and one sentence for what the user can mend."""
+    """Parse, build, train; one sentence and exit code 2 for what the user can mend, 1 for a run that diverged."""
     try:
         trainer = build(parse(sys.argv[1:]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    trainer.train()
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     torch.distributed.destroy_process_group()
 
 

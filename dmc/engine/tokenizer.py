@@ -19,12 +19,13 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path, vocab_size: int) -> None:
-        from transformers import AutoTokenizer  # seconds to import, and only text needs it
+        from transformers import AutoTokenizer, LlamaConfig  # seconds to import, and only text needs it
 
         if not (Path(directory) / "tokenizer_config.json").is_file():
             raise ValueError(f"{directory} has no tokenizer_config.json: give prompts as token ids, or add its tokenizer")
         try:
-            self.inner = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            # A configuration of its own, or transformers asks whether to run the code of an exported directory.
+            self.inner = AutoTokenizer.from_pretrained(str(directory), config=LlamaConfig(), local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
             raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
         if len(self.inner) > vocab_size:
