@@ -21,10 +21,13 @@ def low_rank(residual: Tensor, rank: int, *, rounds: int, seed: int) -> tuple[Te
     Returns:
         A ``[..., N, r]`` with orthonormal columns, and B ``[..., D, r]`` with ``A Bᵀ = A Aᵀ residual``.
     """
+    size = residual.abs().amax((-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    residual = residual / size  # norms of huge values would overflow
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(residual.shape[-1], rank, generator=generator)
     right = start.to(residual).expand(*residual.shape[:-2], -1, -1)
     for _ in range(rounds):
         left = torch.linalg.qr(residual @ right).Q
         right = residual.transpose(-1, -2) @ left
-    return left, right
+    return left, right * size
