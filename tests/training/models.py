@@ -1,0 +1,43 @@
+"""Tiny Llamas on megatron-core, in one process, with the weights of `tests.checkpoints.tiny`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig
+
+from checkpoints import convert
+from dmc.training import llama, setup
+from dmc.training.attention import row_info
+from dmc.training.config import ParallelConfig
+from dmc.training.state import DecisionCounts, LayerState, Settings
+from tests.checkpoints.tiny import GAIN, LAYERS, OFFSET
+
+LENGTH = 128  # of the rotary tables
+
+
+def hf_config(tiny) -> LlamaConfig:
+    return LlamaConfig(**tiny.config)
+
+
+def megatron(tiny, mode: str, *, counts: bool = False, **settings):
+    """`tiny` as the training side builds it, its decision head included; ``model.config.dmc_state`` is its state."""
+    hf = hf_config(tiny)
+    state = LayerState(Settings(tiny.decision, GAIN, OFFSET, **settings), mode=mode)
+    if counts:
+        state.decisions = DecisionCounts(LAYERS, hf.num_key_value_heads)
+    model = llama.build(hf, ParallelConfig(), state, sequence_length=LENGTH, dtype=torch.float32)
+    setup.load_weights(model, convert.loader(hf, tiny.state.__getitem__))
+    if tiny.decision == "head":
+        for i, layer in enumerate(model.decoder.layers):
+            alpha, omega = tiny.state[f"model.layers.{i}.self_attn.decision.weight"].chunk(2)
+            layer.self_attention.decision.weight.data.copy_(torch.stack([alpha, omega], 1).flatten(0, 1))
+    return model
+
+
+def logits(model, ids, *, starts=None, samples=None):
+    """``[B, T, V]`` of tokens ``[B, T]``."""
+    if starts is None:
+        starts = torch.zeros_like(ids, dtype=torch.bool)
+        starts[:, 0] = True
+    samples = torch.arange(len(ids)) if samples is None else samples
+    return model(ids, torch.arange(ids.shape[1]).expand_as(ids), row_info(samples, starts))
