@@ -102,8 +102,9 @@ class DmcSelfAttention(SelfAttention):
                 tokens=torch.arange(key.shape[2], device=key.device),
             )
             options = dict(offset=settings.offset, temperature=settings.temperature, noise=drawn)
-            alpha = AddGradient.apply(fn.sample_alpha(logits, **options), state.alpha_gradient)
-            alpha = fn.mask_starts(alpha, starts)
+            # In this order the mask stops the constant too: a first token is kept whatever its logit says.
+            alpha = fn.mask_starts(fn.sample_alpha(logits, **options), starts)
+            alpha = AddGradient.apply(alpha, state.alpha_gradient)
             log_keep = fn.sample_log_keep(logits, **options)
         if state.decisions is not None and (torch.is_grad_enabled() or not self.training):
             # Recomputed activations run twice, the first time without gradients: counted once.
