@@ -1,0 +1,26 @@
+"""Bytes held at the shape and context that the base model is measured at."""
+
+import pytest
+import torch
+
+from dmc.cache import KVCache, Shape, codec, policy
+from dmc.model import Rope
+
+
+@pytest.mark.parametrize("layers, shares", [(6, (0.02, 0.48)), (4, (0.25, 0.25)), (6, (0.1, 0.4))])
+def test_gear_at_cr_4_holds_a_seventh_of_dense_bf16(layers, shares):
+    """1,000 tokens, 2 heads of size 64 that keep the given shares of their tokens, fp32 model: all settings default."""
+    tokens, heads, size = 1000, 2, 64
+    cache = KVCache(Shape(layers, heads, size, torch.float32), policy("dmc"), codec("gear", bits=4), slots=1)
+    rope = Rope(size, {"rope_type": "default", "rope_theta": 1e4}, dtype=torch.float32, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    slot = cache.open()
+    attend = cache.prefill(torch.tensor([slot]), torch.tensor([tokens]), rope)
+    for layer in range(layers):
+        query, key, value = torch.randn(3, 1, heads, tokens, size, generator=generator)
+        alpha = (torch.rand(1, heads, tokens, generator=generator) > torch.tensor(shares)[:, None]).float()
+        attend(layer, query, key, value, alpha, torch.ones(1, heads, tokens))
+    cr = layers * heads * tokens / cache.entries(slot).sum().item()
+    assert cr == pytest.approx(4, rel=0.05)
+    ratio = cache.dense_bytes(tokens) / sum(cache.held(slot).values())
+    assert ratio / (cr / 4) > 7
