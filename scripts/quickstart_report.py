@@ -57,6 +57,9 @@ def report(runs: Path, context: int, sequences: int) -> None:
     """Everything that follows the two training runs."""
     started = time.perf_counter()
     disable_progress_bar()
+    for name in ("retrofit", "control"):
+        if not (runs / name / "checkpoints" / "final").is_dir():
+            raise ValueError(f"{runs / name} holds no finished run: train it first (scripts/quickstart.sh does)")
     settings = json.loads((runs / "retrofit" / "config.json").read_text())
     base = settings["run"]["model"]
     context = context or settings["data"]["sequence_length"]
