@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dmc.training  # noqa: F401 - before anything of megatron
 from checkpoints import store
@@ -34,7 +36,7 @@ def read_config(directory: str | Path) -> LlamaConfig:
     """The configuration of a Hugging Face Llama directory.
 
     Raises:
-        ValueError: if there is none, or it is of another architecture.
+        ValueError: if there is none, or it is of another architecture, or its values do not make a Llama.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -46,7 +48,15 @@ def read_config(directory: str | Path) -> LlamaConfig:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "llama":
         raise ValueError(f"{directory} holds a model of type {kind!r}: only Llama (model_type 'llama') can be retrofitted")
-    return LlamaConfig(**values)
+    try:
+        hf = LlamaConfig(**values)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a Llama: {' '.join(str(error).split())}") from None
+    rope = (hf.rope_parameters or {}).get("rope_type", "default")
+    if rope != "default" and rope not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
+        raise ValueError(f"{path} names the rope_type {rope!r}: known are {known}")
+    return hf
 
 
 class HfWeights:
@@ -56,7 +66,7 @@ class HfWeights:
         self._directory = Path(directory)
         index = self._directory / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = _shards(index)
         elif (self._directory / "model.safetensors").is_file():
             files = ["model.safetensors"]
         else:
@@ -192,18 +202,39 @@ def to_hf(hf: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights ({type(error).__name__}: {error}): fetch it again") from None
+
+
 def _from_hf(hf: LlamaConfig, weights: Callable[[str], Tensor], name: str, first_layer: int) -> Tensor:
     layer, local = _layer_of(name)
     if layer is None:
-        return weights(_plain_name(name, None))
+        if local == "output_layer.weight" and hf.tie_word_embeddings:  # the last pipeline stage's copy
+            local = "embedding.word_embeddings.weight"
+        return weights(_plain_name(local, None))
     prefix = f"model.layers.{layer + first_layer}."
     if local == "self_attention.linear_qkv.weight":
         heads, size = hf.num_key_value_heads, hf.head_dim
-        parts = [weights(f"{prefix}self_attn.{x}_proj.weight").view(heads, -1, size, hf.hidden_size) for x in "qkv"]
-        return torch.cat(parts, dim=1).reshape(-1, hf.hidden_size)
+        rows = {"q": hf.num_attention_heads * size, "k": heads * size, "v": heads * size}
+        parts = [_of_rows(weights, f"{prefix}self_attn.{x}_proj.weight", rows[x], hf) for x in "qkv"]
+        return torch.cat([x.view(heads, -1, size, hf.hidden_size) for x in parts], dim=1).reshape(-1, hf.hidden_size)
     if local == "mlp.linear_fc1.weight":
-        return torch.stack([weights(f"{prefix}mlp.{x}_proj.weight") for x in ("gate", "up")])
+        return torch.stack([_of_rows(weights, f"{prefix}mlp.{x}_proj.weight", hf.intermediate_size, hf) for x in ("gate", "up")])
     return weights(_plain_name(name, layer + first_layer))
+
+
+def _of_rows(weights: Callable[[str], Tensor], name: str, rows: int, hf: LlamaConfig) -> Tensor:
+    """The tensor of that name, refused if it is not ``[rows, hidden]``: fused tensors would hide a wrong shape."""
+    tensor = weights(name)
+    if tuple(tensor.shape) != (rows, hf.hidden_size):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} in the weights and {(rows, hf.hidden_size)} by config.json: "
+            "they do not belong together"
+        )
+    return tensor
 
 
 def _unstack(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -82,6 +82,11 @@ def check_layout(hf: LlamaConfig, parallel: ParallelConfig) -> None:
         ValueError: naming the numbers.
     """
     tensor, pipeline = parallel.tensor, parallel.pipeline
+    if hf.num_key_value_heads < 1 or hf.num_attention_heads % hf.num_key_value_heads:
+        raise ValueError(
+            f"the model's num_attention_heads {hf.num_attention_heads} is not a multiple of its num_key_value_heads "
+            f"{hf.num_key_value_heads}: its config.json is wrong"
+        )
     for name, value in (
         ("num_key_value_heads", hf.num_key_value_heads), ("num_attention_heads", hf.num_attention_heads),
         ("intermediate_size", hf.intermediate_size), ("vocab_size", hf.vocab_size),

@@ -194,6 +194,8 @@ def test_a_new_decision_head_decides_nothing():
     (dict(intermediate_size=65), dict(tensor=2), ["parallel.tensor 2", "intermediate_size 65"]),
     (dict(vocab_size=61), dict(tensor=2), ["parallel.tensor 2", "vocab_size 61"]),
     (dict(num_hidden_layers=3), dict(pipeline=2), ["parallel.pipeline 2", "3 layers"]),
+    (dict(num_key_value_heads=3), {}, ["num_attention_heads 4", "num_key_value_heads 3"]),
+    (dict(num_key_value_heads=0), {}, ["num_attention_heads 4", "num_key_value_heads 0"]),
     (dict(attention_bias=True), {}, ["attention_bias"]),
     (dict(mlp_bias=True), {}, ["mlp_bias"]),
     (dict(hidden_act="gelu"), {}, ["hidden_act", "'gelu'", "silu"]),
