@@ -138,3 +138,12 @@ def test_an_output_directory_that_holds_a_run_is_refused(reference):
                  f"data.cache={tmp / 'cache'}", *SMALL, check=False)
     assert done.returncode == 2 and "holds a run" in done.stderr
     assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_pipeline_runs_the_same_run(reference):
+    """No rank sees all layers, yet the hinge and the measured CR are over all of them."""
+    tmp, _ = reference
+    lm = ("distill.weight=0", "distill.lm_weight=1")
+    one = small_run(tmp, "lm", *lm)
+    two = small_run(tmp, "pipeline", *lm, "parallel.pipeline=2", processes=2)
+    assert_same_run(two, one, tolerance=2e-4)
