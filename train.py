@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> Config:
     """
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configuration (section.key, default; meanings in dmc/training/config.py and docs/training.md):\n"
+        epilog="configuration (section.key, default, meaning; more in docs/training.md):\n"
         + configuration.describe(),
     )
     parser.add_argument("--config", help="YAML recipe, see configs/")

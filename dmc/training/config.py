@@ -7,7 +7,9 @@ unknown key is refused and the known ones are listed.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,27 +29,27 @@ class DataConfig:
 
 @dataclass
 class DmcConfig:
-    """The retrofit (METHOD: Nawrot et al. 2024; defaults chosen by experiment, see docs/results)."""
+    """The retrofit; defaults chosen by experiment (docs/results/quickstart.md)."""
 
     method: str = "dmc"  # "dmc", or "none": plain (continued) pretraining, also the control of a retrofit
     target_cr: float = 4.0  # tokens per cache entry at the end of the ramp
     decision: str = "head"  # "neuron": k[0] and q[0], as in the paper; "head": a small added projection
     gain: float = 10.0  # the logit is gain * k[0] - offset; folded into the weights at export
-    offset: float = 5.0
-    temperature: float = 0.1
+    offset: float = 5.0  # c: alpha = sigmoid((logit - c + noise) / temperature), omega = sigmoid(logit + c)
+    temperature: float = 0.1  # of the relaxed decisions
     cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
-    cr_weight: float = 1.0
+    cr_weight: float = 1.0  # of the compression loss
     repurpose_steps: int = 40  # only for decision=neuron
-    ramp_steps_per_unit: float = 100.0
-    hold_steps: int = 100
+    ramp_steps_per_unit: float = 100.0  # steps in which the target rises by 1
+    hold_steps: int = 100  # steps at the final target
 
 
 @dataclass
 class DistillConfig:
     """The loss: ``lm_weight`` * language modelling + ``weight`` * KL(original model || model)."""
 
-    weight: float = 1.0
-    lm_weight: float = 0.0
+    weight: float = 1.0  # of KL(teacher || model)
+    lm_weight: float = 0.0  # of the language-modelling loss
     teacher: str = ""  # HF directory of the teacher; "" takes the original model
 
 
@@ -57,13 +59,13 @@ class OptimConfig:
 
     name: str = "adamw"  # "adamw" or "muon"
     lr: float = 1e-3
-    min_lr: float = 0.0
-    warmup_steps: int = 10
+    min_lr: float = 0.0  # at the end of the decay
+    warmup_steps: int = 10  # linear, from the first step
     decay_steps: int = 0  # the last so many steps decay linearly to min_lr; 0 keeps the rate constant
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95  # also Muon's momentum
-    clip: float = 1.0
+    clip: float = 1.0  # global gradient norm
     micro_batch: int = 2  # sequences a forward pass of one data-parallel rank
     global_batch: int = 2  # sequences a step, over all ranks
 
@@ -72,8 +74,8 @@ class OptimConfig:
 class ParallelConfig:
     """The layout over ranks; data parallelism takes what is left."""
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = 1  # ranks that share each layer
+    pipeline: int = 1  # stages of layers
     sequence: bool = False  # sequence parallelism, with tensor > 1
     recompute: str = "none"  # "none", "selective" (attention) or "full"
 
@@ -84,12 +86,12 @@ class RunConfig:
 
     model: str = "checkpoints/base"  # HF Llama directory; with init=random only its config and tokenizer are read
     init: str = "pretrained"  # "pretrained" or "random" (pretraining from scratch)
-    output: str = "runs/retrofit"
+    output: str = "runs/retrofit"  # directory of the run
     resume: str = ""  # "auto" continues the newest complete checkpoint of `output`; or a checkpoint directory
     overwrite: bool = False  # start anew in an output directory that holds a run
     steps: int = 100  # with method=none; a retrofit's steps follow from its phases
     save_every: int = 0  # steps between resume points; 0: only at each integer CR and at the end
-    seed: int = 0
+    seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
 
@@ -100,8 +102,8 @@ class LogConfig:
 
     every: int = 10  # steps between progress lines
     eval_every: int = 0  # steps between evaluations; 0: only where a checkpoint is saved by the schedule
-    eval_sequences: int = 16
-    tensorboard: bool = False
+    eval_sequences: int = 16  # held-out sequences
+    tensorboard: bool = False  # event files in the run's directory
     wandb: str = ""  # project name; "" for none. WANDB_MODE=offline works
 
 
@@ -156,12 +158,13 @@ def from_dict(values: dict) -> Config:
 
 
 def describe() -> str:
-    """Every field with its default, for ``--help``."""
+    """Every field with its default and the comment beside it in this file, for ``--help``."""
     lines = []
-    for section in dataclasses.fields(Config):
-        lines.append(f"  {section.name}.")
-        for item in dataclasses.fields(_types(Config)[section.name]):
-            lines.append(f"    {item.name:<24}{_shown(item.default)}")
+    for section, owner in _types(Config).items():
+        lines.append(f"  {section}.   {inspect.getdoc(owner)}")
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), flags=re.MULTILINE))
+        for item in dataclasses.fields(owner):
+            lines.append(f"    {item.name:<22}{_shown(item.default):<20}{comments.get(item.name, '')}".rstrip())
     return "\n".join(lines)
 
 
