@@ -47,7 +47,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--bits", type=int, help="gear: 2, 3, 4 (default) or 8")
     cache.add_argument("--backbone", help="gear: kivi (default), kcvt or token")
     cache.add_argument("--group", type=int, help="gear: values that share a scale (64)")
-    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (2; 0 for none)")
+    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (1; 0 for none)")
     cache.add_argument("--outliers", type=float, help="gear: share of each vector kept apart (0.02; 0 for none)")
     cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
     cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")

@@ -9,8 +9,10 @@ and outliers; 8-bit places; c outliers a vector of n values):
 
     bits + 32 / group + 16 rank (1/D + 1/N) + 24 c / n
 
-With the defaults (4 bits, groups of 64, rank 2, 1 outlier in 64) on N = D = 64: 4 + 0.5 + 1 + 0.375 = 5.875,
-so an entry of 64 + 64 values takes 94 bytes, against 256 in bf16.
+With the defaults (4 bits, rank 1, 1 outlier a vector) on pages of N = 32 entries and D = 64, keys by channel take
+4 + 1 + 0.75 + 0.75 bits and values by entry 4 + 0.5 + 0.75 + 0.375, so an entry of 64 + 64 values takes 97 bytes,
+against 256 in bf16. Longer pages share scales among more entries, but more entries then wait for a full page:
+`dmc.cache` has the sum.
 """
 
 from __future__ import annotations
@@ -53,10 +55,10 @@ class GearCodec(Codec):
 
     name = "gear"
     lossy = True
-    page_size = 64
+    page_size = 32
 
     def __init__(
-        self, bits: int = 4, *, backbone: str = "kivi", group: int = 64, rank: int = 2, outliers: float = 0.02,
+        self, bits: int = 4, *, backbone: str = "kivi", group: int = 64, rank: int = 1, outliers: float = 0.02,
         rounds: int = 3, seed: int = 0, scale_dtype: str = "bf16",
     ) -> None:
         for setting, value, known in (
