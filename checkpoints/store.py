@@ -5,8 +5,8 @@ A checkpoint is a directory of megatron-core's sharded format (loadable under an
 - ``meta.json``: step, measured numbers, configuration and the hashes of model, text and tokenizer;
 - ``COMPLETE``: the names, sizes and SHA-256 of all other files, written last.
 
-It is written under a staging name, flushed to the disk and renamed; then the marker is written, then the
-pointer ``newest`` beside it. Reading starts from the marker: a file that is missing, cut or changed is named.
+It is written under a staging name, marker last, flushed to the disk and renamed; then the pointer ``newest``
+beside it. Reading starts from the marker: a file that is missing, cut or changed is named.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 MARKER = "COMPLETE"
 POINTER = "newest"
@@ -44,7 +47,11 @@ class CheckpointStore:
         """
         final, staging = self.directory / name, self.directory / f".{name}.staging"
         _on_rank_0(lambda: _fresh(staging))
-        dist_checkpointing.save(state, str(staging))
+        try:
+            dist_checkpointing.save(state, str(staging))
+        except (CheckpointException, CheckpointingException, RuntimeError, OSError) as error:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk is not left full
+            raise OSError(f"the checkpoint was not written: {_reason(error)}") from error
         _barrier()
         _on_rank_0(lambda: self._finish(staging, final, meta))
 
@@ -60,10 +67,9 @@ class CheckpointStore:
         """
         meta = verify(path)
         try:
-            return dist_checkpointing.load(build(), str(path)), meta
-        except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"checkpoint {path} does not fit this model: {first}") from None
+            return dist_checkpointing.load(build(), str(path), strict=StrictHandling.RAISE_ALL), meta
+        except (CheckpointException, CheckpointingException, RuntimeError, KeyError) as error:
+            raise ValueError(f"checkpoint {path} does not fit this model: {_reason(error)}") from None
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None if there is none.
@@ -90,13 +96,14 @@ class CheckpointStore:
     def _finish(self, staging: Path, final: Path, meta: dict) -> None:
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         files = {str(p.relative_to(staging)): _seal(p) for p in sorted(staging.rglob("*")) if p.is_file()}
-        _sync(staging)
-        if final.exists():  # the marker goes first: what is half removed must not look complete
-            (final / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(final)
+        _write_atomically(staging / MARKER, json.dumps(files, indent=1) + "\n")
+        retired = final.with_name(f".{final.name}.old")  # one of that name goes only once its successor is whole
+        shutil.rmtree(retired, ignore_errors=True)
+        if final.exists():
+            os.rename(final, retired)
         os.rename(staging, final)
-        _write_atomically(final / MARKER, json.dumps(files, indent=1) + "\n")
         _write_atomically(self.directory / POINTER, final.name + "\n")
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def verify(path: str | Path) -> dict:
@@ -111,8 +118,7 @@ def verify(path: str | Path) -> dict:
     if not (path / MARKER).is_file():
         raise ValueError(f"checkpoint {path} is incomplete (it has no {MARKER} marker): use an earlier one")
     try:
-        files = json.loads((path / MARKER).read_text())
-        for name, (size, digest) in files.items():
+        for name, size, digest in _listed(path / MARKER):
             file = path / name
             if not file.is_file():
                 raise ValueError(f"checkpoint {path} lacks its file {name}: use an earlier one")
@@ -121,6 +127,27 @@ def verify(path: str | Path) -> dict:
         return json.loads((path / "meta.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, TypeError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}): use an earlier one") from None
+
+
+def _listed(marker: Path) -> list[tuple[str, int, str]]:
+    """``(name, size, digest)`` of every file of a checkpoint; TypeError if the marker holds anything else."""
+    files = json.loads(marker.read_text())
+    if not isinstance(files, dict) or "meta.json" not in files:
+        raise TypeError(f"{marker.name} does not list its files")
+    listed = []
+    for name, entry in files.items():
+        if not isinstance(entry, list) or [type(x) for x in entry] != [int, str]:
+            raise TypeError(f"{marker.name} has no size and digest of {name}")
+        listed.append((name, *entry))
+    return listed
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; torch wraps the errors of all ranks in one."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__
 
 
 def _on_rank_0(work: Callable[[], None]) -> None:

@@ -1,0 +1,261 @@
+"""A checkpoint is complete or it does not exist: damage is named, failed writes leave the store as it was."""
+
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+
+from checkpoints import store
+from checkpoints.convert import load_hf_state
+from checkpoints.store import MARKER, POINTER, CheckpointStore, verify
+from tests.checkpoints.tiny import GAIN, OFFSET, tiny
+from tests.training.models import megatron
+
+FILES = ["__0_0.distcp", "__0_1.distcp", ".metadata", "common.pt", "meta.json", "metadata.json"]
+META = {
+    "step": 7, "perplexity": 9.87654321, "corpus_hash": "aa", "held_out_hash": "bb", "tokenizer_dir": "there",
+    "target_cr": 4.0, "measured_cr": 3.9, "compressed": True, "config": {
+        "dmc": {"decision": "head", "offset": OFFSET, "gain": GAIN}, "data": {"sequence_length": 64},
+        "run": {"model": "some/model"},
+    },
+}
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.fixture(scope="module")
+def model():
+    source = tiny("head", heads=2)
+    built = megatron(source, "plain")
+    built.source = source
+    return built
+
+
+@pytest.fixture(scope="module")
+def original(model, tmp_path_factory):
+    """A store of two checkpoints; copied, never touched."""
+    directory = tmp_path_factory.mktemp("original") / "checkpoints"
+    for name, step in (("older", 3), ("newer", 7)):
+        save(CheckpointStore(directory), model, name, step=step)
+    return directory
+
+
+@pytest.fixture
+def checkpoints(original, tmp_path):
+    return CheckpointStore(shutil.copytree(original, tmp_path / "checkpoints"))
+
+
+def save(checkpoints, model, name, **meta):
+    checkpoints.save(name, {"model": model.sharded_state_dict()}, META | {"hf_config": model.source.config} | meta)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.named_parameters()}
+
+
+def listing(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------- whole
+
+
+def test_what_was_saved_is_loaded(checkpoints, model):
+    before = state(model)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.zero_()
+    loaded, meta = checkpoints.load(checkpoints.directory / "newer", lambda: {"model": model.sharded_state_dict()})
+    model.load_state_dict(loaded["model"])
+    assert meta == verify(checkpoints.directory / "newer") == META | {"hf_config": model.source.config}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+
+
+def test_the_marker_lists_every_other_file_and_nothing_is_left_over(original):
+    for name in ("older", "newer"):
+        assert sorted(json.loads((original / name / MARKER).read_text())) == sorted(FILES)
+        assert sorted(p.name for p in (original / name).iterdir()) == sorted([*FILES, MARKER])
+    assert sorted(p.name for p in original.iterdir()) == sorted(["older", "newer", POINTER])
+    assert (original / POINTER).read_text() == "newer\n"
+
+
+def test_one_of_the_same_name_is_replaced(checkpoints, model):
+    save(checkpoints, model, "older", step=9)
+    assert verify(checkpoints.directory / "older")["step"] == 9
+    assert checkpoints.newest().name == "older"
+    assert sorted(p.name for p in checkpoints.directory.iterdir()) == sorted(["older", "newer", POINTER])
+
+
+def test_weights_are_read_under_hugging_face_names(checkpoints, model):
+    tensors, meta = load_hf_state(checkpoints.directory / "newer")
+    assert tensors.keys() == model.source.state.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.source.state.items())
+    assert (meta["decision"], meta["offset"], meta["gain"], meta["step"]) == ("head", OFFSET, GAIN, 7)
+    assert meta["results"]["base_model"] == "model"
+    assert meta["results"]["measured"]["held-out perplexity"] == 9.8765
+
+
+def test_a_tied_model_has_no_output_layer_of_its_own(tmp_path):
+    built = megatron(tiny("neuron", heads=2, tied=True), "plain")
+    built.source = tiny("neuron", heads=2, tied=True)
+    save(CheckpointStore(tmp_path), built, "tied")
+    tensors, _ = load_hf_state(tmp_path / "tied")
+    assert tensors.keys() == built.source.state.keys() and "lm_head.weight" not in tensors
+
+
+# ------------------------------------------------------------------------------------------- damaged
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, grow, empty, os.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_of_any_file_is_named(checkpoints, name, damage):
+    path = checkpoints.directory / "newer"
+    damage(path / name)
+    for read in (verify, load_hf_state, lambda p: checkpoints.load(p, lambda: 1 / 0)):
+        with pytest.raises(ValueError, match="use an earlier one") as caught:
+            read(path)
+        assert str(path) in str(caught.value) and f"{name} " in str(caught.value).replace(":", " ")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, grow, empty, os.unlink])
+def test_damage_of_the_marker_names_the_checkpoint(checkpoints, damage):
+    path = checkpoints.directory / "newer"
+    damage(path / MARKER)
+    with pytest.raises(ValueError, match="use an earlier one") as caught:
+        verify(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [
+    "null", "[]", "{}", '"ab"', '{"meta.json": 3}', '{"meta.json": ["a", "b"]}', '{"meta.json": [1]}',
+])
+def test_a_marker_of_another_shape_is_damage(checkpoints, text):
+    (checkpoints.directory / "newer" / MARKER).write_text(text)
+    with pytest.raises(ValueError, match=f"newer is damaged .{MARKER} "):
+        verify(checkpoints.directory / "newer")
+
+
+def test_without_a_marker_it_is_incomplete(checkpoints):
+    (checkpoints.directory / "newer" / MARKER).unlink()
+    with pytest.raises(ValueError, match=f"newer is incomplete .it has no {MARKER} marker"):
+        verify(checkpoints.directory / "newer")
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        verify(checkpoints.directory / "never")
+
+
+# ------------------------------------------------------------------------------------------- newest
+
+
+def test_newest_follows_the_pointer(checkpoints, capsys):
+    assert checkpoints.newest() == checkpoints.directory / "newer"
+    (checkpoints.directory / POINTER).write_text("older\n")
+    assert checkpoints.newest() == checkpoints.directory / "older"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("pointer", [None, "gone\n", ""])
+def test_without_a_pointer_it_is_the_last_written(checkpoints, pointer):
+    (checkpoints.directory / POINTER).unlink()
+    if pointer is not None:
+        (checkpoints.directory / POINTER).write_text(pointer)
+    assert checkpoints.newest().name == "newer"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
+def test_newest_falls_back_to_the_older_one_and_says_so(checkpoints, capsys, damage):
+    damage(checkpoints.directory / "newer" / "common.pt")
+    assert checkpoints.newest() == checkpoints.directory / "older"
+    said = capsys.readouterr().out
+    assert said.startswith("warning: checkpoint ") and "newer" in said and "common.pt" in said and said.count("\n") == 1
+
+
+def test_nothing_whole_is_no_checkpoint(checkpoints, tmp_path):
+    assert CheckpointStore(tmp_path / "never").newest() is None
+    flip(checkpoints.directory / "newer" / "meta.json")
+    (checkpoints.directory / "older" / MARKER).unlink()
+    assert checkpoints.newest() is None
+
+
+def test_unfinished_writes_are_not_seen_and_are_replaced(checkpoints, model):
+    staging = checkpoints.directory / ".third.staging"
+    shutil.copytree(checkpoints.directory / "older", staging)
+    (checkpoints.directory / POINTER).write_text(".third.staging\n")
+    assert checkpoints.newest().name == "newer"
+    save(checkpoints, model, "third")
+    assert checkpoints.newest().name == "third" and not staging.exists()
+
+
+# ------------------------------------------------------------------------------------------- failing
+
+
+def fail_to_write(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def assert_as_before(checkpoints, before):
+    assert listing(checkpoints.directory) == before
+    assert checkpoints.newest().name == "newer"
+
+
+@pytest.mark.parametrize("name", ["newer", "third"])
+def test_a_full_disk_leaves_the_store_as_it_was(checkpoints, model, name):
+    """The writers of the tensors, which are processes of their own, meet a real limit."""
+    before = listing(checkpoints.directory)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="the checkpoint was not written: .*File too large"):
+            save(checkpoints, model, name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_as_before(checkpoints, before)
+    save(checkpoints, model, name, step=11)
+    assert verify(checkpoints.newest())["step"] == 11
+
+
+@pytest.mark.parametrize("where", [(torch, "save"), (store, "_write_atomically"), (store, "_fresh"), (store, "_seal")])
+def test_any_failing_write_leaves_the_store_as_it_was(checkpoints, model, monkeypatch, where):
+    before = listing(checkpoints.directory)
+    monkeypatch.setattr(*where, fail_to_write)
+    with pytest.raises(OSError, match="the checkpoint was not written: .*No space left on device"):
+        save(checkpoints, model, "newer")
+    after = {name: data for name, data in listing(checkpoints.directory).items() if not name.startswith(".newer.staging")}
+    assert after == before
+    assert checkpoints.newest().name == "newer"
+
+
+@pytest.mark.parametrize(("saved", "other"), [
+    (dict(decision="head", heads=2), dict(decision="neuron", heads=2)),
+    (dict(decision="neuron", heads=2), dict(decision="head", heads=2)),
+    (dict(decision="head", heads=2), dict(decision="head", heads=4)),
+])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, other):
+    built = megatron(tiny(**saved), "plain")
+    built.source = tiny(**saved)
+    checkpoints = CheckpointStore(tmp_path)
+    save(checkpoints, built, "one")
+    part = "decision" if saved["decision"] != other["decision"] else "linear_qkv"
+    with pytest.raises(ValueError, match=f"one does not fit this model: .*{part}") as caught:
+        checkpoints.load(tmp_path / "one", lambda: {"model": megatron(tiny(**other), "plain").sharded_state_dict()})
+    assert "\n" not in str(caught.value)
