@@ -44,11 +44,15 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
     """The tokenizer of a model directory.
 
     Raises:
-        ValueError: if there is none, it has no end-of-text token or more entries than the model.
+        ValueError: if there is none, it is unreadable, has no end-of-text token or more entries than the model.
     """
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{directory} has no tokenizer.json: copy the tokenizer beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the libraries below raise whatever they meet, bare Exception included
+        said = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer in {directory} is not readable ({type(error).__name__}: {said})") from None
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {len(tokenizer)} entries, the model's vocabulary {vocab_size}: "
@@ -104,20 +108,33 @@ def read_files(names: str) -> list[Document]:
             opener = lzma.open if path.suffix == ".xz" else open
             with opener(path, "rt", encoding="utf-8") as file:
                 body = file.read()
-            if ".jsonl" in path.name:
-                lines = [line for line in body.split("\n") if line.strip()]
-                docs += [Document(f"{name}:{i}", json.loads(line)["text"]) for i, line in enumerate(lines)]
-            else:
-                docs.append(Document(name, body))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, lzma.LZMAError) as error:
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError) as error:
             raise ValueError(f"{name} is not readable as text ({type(error).__name__}: {error})") from None
+        # Named without their directory: a corpus has the same hash wherever its files lie.
+        docs += _json_lines(path, body) if ".jsonl" in path.name else [Document(path.name, body)]
     return [d for d in docs if d.text.strip()]
+
+
+def _json_lines(path: Path, body: str) -> list[Document]:
+    docs: list[Document] = []
+    for number, line in enumerate(body.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            text.encode()  # a lone surrogate is JSON, but no text
+        except (json.JSONDecodeError, UnicodeEncodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'line {number} of {path} is not {{"text": "..."}} ({type(error).__name__}: {error}): mend or remove it'
+            ) from None
+        docs.append(Document(f"{path.name}:{len(docs)}", text))
+    return docs
 
 
 def tokenize(docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: str | Path) -> Corpus:
     """Tokens of the documents, from the cache if they were made before."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(stdlib.corpus_hash(docs).encode())
+    digest.update(f"{tokenizer.eos_token_id} {stdlib.corpus_hash(docs)}".encode())
     directory = Path(cache) / digest.hexdigest()[:16]
     if not (directory / "meta.json").is_file():
         _write(docs, tokenizer, directory)
