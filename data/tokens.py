@@ -68,8 +68,7 @@ def corpora(text: str, held_out: str, tokenizer: PreTrainedTokenizerBase, cache:
 
     Args:
         text: ``stdlib`` (guides, topics, docstrings), ``stdlib-plain`` (source files as they are), or comma-separated
-            files (.txt: one document a file; .jsonl: one ``{"text": ...}`` a
-            line; either with .xz).
+            files (.txt: one document a file; .jsonl: one ``{"text": ...}`` a line; either with .xz).
         held_out: files of the held-out text; empty holds out every twentieth document (for the standard
             library, the modules that `data.stdlib` names).
         tokenizer: of the model.
@@ -78,15 +77,14 @@ def corpora(text: str, held_out: str, tokenizer: PreTrainedTokenizerBase, cache:
     Raises:
         ValueError: if a file is missing or unreadable, or a split comes out empty.
     """
-    if text in STDLIB:
-        training, tested = stdlib.split(stdlib.documents(STDLIB[text]))
+    docs = stdlib.documents(STDLIB[text]) if text in STDLIB else read_files(text)
+    if held_out:
+        training, tested = docs, read_files(held_out)
+    elif text in STDLIB:
+        training, tested = stdlib.split(docs)
     else:
-        docs = read_files(text)
-        if held_out:
-            training, tested = docs, read_files(held_out)
-        else:
-            training = [d for i, d in enumerate(docs) if i % 20 != 19]
-            tested = [d for i, d in enumerate(docs) if i % 20 == 19]
+        training = [d for i, d in enumerate(docs) if i % 20 != 19]
+        tested = [d for i, d in enumerate(docs) if i % 20 == 19]
     for name, docs in (("training", training), ("held-out", tested)):
         if not docs:
             raise ValueError(f"the {name} text of data.text={text} is empty: give data.held_out a file, or more documents")

@@ -191,6 +191,19 @@ def test_a_held_out_file_leaves_the_training_text_whole(tmp_path, tokenizer):
     assert len(spoken(training, tokenizer)) == 25 and spoken(held_out, tokenizer) == ["held out"]
 
 
+@pytest.mark.parametrize("text", ["stdlib", "stdlib-plain"])
+def test_the_standard_library_is_split_by_module_or_kept_whole(tmp_path, tokenizer, monkeypatch, text):
+    kinds = {"stdlib": ("guide", "topic", "api"), "stdlib-plain": ("src", "topic", "api")}[text]
+    names = ["src/os.py", next(f"src/m{i}.py" for i in range(1000) if Document(f"src/m{i}.py", "").held_out)]
+    docs = {kinds: [Document(name, name) for name in names]}
+    monkeypatch.setattr(tokens.stdlib, "documents", docs.__getitem__)
+    training, held_out = tokens.corpora(text, "", tokenizer, tmp_path / "cache")
+    assert (spoken(training, tokenizer), spoken(held_out, tokenizer)) == (names[:1], names[1:])
+    (tmp_path / "b.txt").write_text("held out")
+    training, held_out = tokens.corpora(text, str(tmp_path / "b.txt"), tokenizer, tmp_path / "cache")
+    assert (spoken(training, tokenizer), spoken(held_out, tokenizer)) == (names, ["held out"])
+
+
 @pytest.mark.parametrize(("documents", "held_out", "words"), [
     (19, "", "the held-out text of data.text=.* is empty"), (0, "", "the training text of data.text=.* is empty"),
     (5, "   \n", "the held-out text of data.text=.* is empty"),
