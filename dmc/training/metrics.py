@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _clock(seconds: float) -> str:
 def _step_of(line: str) -> int:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a line cut short by the crash that is being resumed from
+    except (json.JSONDecodeError, KeyError, TypeError):  # a line cut short by the crash that is being resumed from
         return 2**62
 
 
@@ -114,7 +115,5 @@ def _run_id(output: Path) -> str:
     """The wandb run of this output directory: kept, so that a resumed run continues its curves."""
     path = output / "wandb_run_id"
     if not path.is_file():
-        import wandb
-
-        path.write_text(wandb.util.generate_id())
+        path.write_text(secrets.token_hex(8))
     return path.read_text().strip()
