@@ -118,7 +118,8 @@ def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | No
         store.verify(config.run.resume)
         return Path(config.run.resume)
     found = checkpoints.newest()
-    if found is None and checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir()):
+    started = checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir())
+    if found is None and started and not config.run.overwrite:
         raise ValueError(f"{checkpoints.directory} holds only incomplete or damaged checkpoints: run.overwrite=true starts anew")
     return found
 
@@ -127,9 +128,11 @@ def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> 
     """Make the run's directory; refuse one that holds another run."""
     failure: list[str | None] = [None]
     if rank == 0:
-        if (output / "config.json").exists() and not resume and config.run.resume != "auto":
+        if (output / "config.json").exists() and not resume:
             if config.run.overwrite:
                 shutil.rmtree(output)
+            elif config.run.resume == "auto":  # it ended before its first checkpoint: its steps come again
+                (output / "metrics.jsonl").unlink(missing_ok=True)
             else:
                 failure[0] = (
                     f"{output} holds a run: continue it with --resume auto, replace it with run.overwrite=true, "
