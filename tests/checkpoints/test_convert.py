@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoints import convert
 from dmc.training import setup
 from tests.checkpoints.tiny import tiny
-from tests.training.models import hf_config, megatron
+from tests.training.models import hf_config, megatron, weights
 
 SHAPES = [dict(heads=2), dict(heads=4), dict(heads=2, tied=True)]
 
@@ -42,7 +42,7 @@ def sharded_directory(directory):
 def test_there_and_back_is_bit_identical(process_group, shape, decision):
     model = tiny(decision, **shape)
     built = megatron(model, "plain")
-    back = convert.to_hf(hf_config(model), dict(built.named_parameters()))
+    back = convert.to_hf(hf_config(model), weights(built))
     assert back.keys() == model.state.keys()
     for name, tensor in model.state.items():
         assert torch.equal(back[name], tensor) and back[name].is_contiguous(), name
@@ -112,10 +112,10 @@ def test_weights_of_another_shape_are_named(process_group, name, rows):
 @pytest.mark.parametrize("write", [llama_directory, sharded_directory])
 def test_tensors_are_read_by_name(tmp_path, write):
     directory, model = write(tmp_path / "model")
-    weights = convert.HfWeights(directory)
-    assert all(torch.equal(weights(name), tensor) for name, tensor in model.state.items())
+    read = convert.HfWeights(directory)
+    assert all(torch.equal(read(name), tensor) for name, tensor in model.state.items())
     with pytest.raises(ValueError, match="has no tensor 'model.norm.bias'"):
-        weights("model.norm.bias")
+        read("model.norm.bias")
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):

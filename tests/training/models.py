@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 
 from checkpoints import convert
-from dmc.training import llama, setup
+from dmc.training import cpu, llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
 from dmc.training.state import DecisionCounts, LayerState, Settings
@@ -34,10 +34,16 @@ def megatron(tiny, mode: str, *, counts: bool = False, **settings):
     return model
 
 
+def weights(model) -> dict:
+    """A copy of its parameters, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.named_parameters()}
+
+
 def logits(model, ids, *, starts=None, samples=None):
-    """``[B, T, V]`` of tokens ``[B, T]``."""
+    """``[B, T, V]`` of tokens ``[B, T]``, on the CPU wherever the model is."""
     if starts is None:
         starts = torch.zeros_like(ids, dtype=torch.bool)
         starts[:, 0] = True
     samples = torch.arange(len(ids)) if samples is None else samples
-    return model(ids, torch.arange(ids.shape[1]).expand_as(ids), row_info(samples, starts))
+    inputs = ids, torch.arange(ids.shape[1]).expand_as(ids), row_info(samples, starts)
+    return model(*(x.to(cpu.device()) for x in inputs)).cpu()

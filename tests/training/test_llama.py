@@ -12,7 +12,7 @@ from dmc.training import llama, noise
 from dmc.training.config import ParallelConfig
 from tests.checkpoints.tiny import GAIN, LAYERS, OFFSET, SIZE, VOCAB, reference, tiny
 from tests.training.helpers import TOKENIZER
-from tests.training.models import hf_config, logits, megatron
+from tests.training.models import hf_config, logits, megatron, weights
 
 SHAPES = [
     dict(heads=2), dict(heads=4), dict(heads=1, tied=True), dict(heads=2, rope="llama3"), dict(heads=4, tied=True, rope="linear"),
@@ -133,7 +133,7 @@ def test_hard_logits_are_those_of_the_exported_model(tmp_path, shape, decision):
     """The weights come back from megatron's names, and the gain is folded into them."""
     model, ids = tiny(decision, **shape), tokens()
     built = megatron(model, "hard")
-    state = convert.to_hf(hf_config(model), dict(built.named_parameters()))
+    state = convert.to_hf(hf_config(model), weights(built))
     out = export(
         state, model.config, out=tmp_path / "exported", decision=decision, offset=OFFSET, gain=GAIN, target_cr=2.0,
         measured_cr=1.9, tokenizer_dir=TOKENIZER, card="a card", dtype=torch.float32,

@@ -7,7 +7,7 @@ from checkpoints import convert
 from dmc.training import cpu, setup
 from dmc.training.config import load
 from tests.checkpoints.tiny import LAYERS, SIZE, tiny
-from tests.training.models import hf_config
+from tests.training.models import hf_config, weights
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="unmodified torch where there is CUDA")
 
@@ -23,14 +23,14 @@ def test_the_end_of_repurposing_zeroes_the_neurons_rows_and_nothing_else(process
     """Also in the optimizer's own fp32 copies: the next step must not bring the old rows back."""
     model = tiny("neuron", heads=2)
     trained = student(model, f"optim.name={name}", f"run.precision={precision}")
-    before = convert.to_hf(hf_config(model), {n: p.detach().clone() for n, p in trained.model.named_parameters()})
+    before = convert.to_hf(hf_config(model), weights(trained.model))
     setup.zero_neurons(trained)
     for group in trained.optimizer.param_groups:
         group["lr"] = 0.0
     for parameter in trained.model.parameters():
         parameter.main_grad.zero_()
     assert trained.optimizer.step()[0]
-    after = convert.to_hf(hf_config(model), {n: p.detach() for n, p in trained.model.named_parameters()})
+    after = convert.to_hf(hf_config(model), weights(trained.model))
     for name, tensor in before.items():
         if "q_proj" in name or "k_proj" in name:
             assert tensor[::SIZE].abs().max() > 0
@@ -45,13 +45,13 @@ def test_a_new_decision_head_is_zero_and_in_training(process_group):
 
 
 def test_random_weights_are_a_function_of_the_seed(process_group):
-    def weights(seed):
+    def built(seed):
         config = load(overrides=["dmc.method=none", "run.init=random", "data.sequence_length=64", f"run.seed={seed}"])
-        built = setup.build_student(config, hf_config(tiny("neuron", heads=2)), None)
-        return torch.cat([p.detach().flatten() for p in built.model.parameters()])
+        model = setup.build_student(config, hf_config(tiny("neuron", heads=2)), None).model
+        return torch.cat([p.flatten() for p in weights(model).values()])
 
-    first = weights(1)
-    assert torch.equal(first, weights(1)) and not torch.equal(first, weights(2))
+    first = built(1)
+    assert torch.equal(first, built(1)) and not torch.equal(first, built(2))
 
 
 def test_the_teacher_is_frozen_and_in_evaluation_mode(process_group):

@@ -41,7 +41,7 @@ def test_the_model_gets_the_gradient_of_the_compression_loss(monkeypatch, decisi
     def gradients(loss):
         model.zero_grad()
         loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
+        return {name: p.grad.cpu().clone() for name, p in model.named_parameters()}
 
     def data_loss():
         return (logits(model, ids, starts=starts) * torch.linspace(-1, 1, VOCAB)).sum()
