@@ -35,13 +35,13 @@ class DmcConfig:
     target_cr: float = 4.0  # tokens per cache entry at the end of the ramp
     decision: str = "head"  # "neuron": k[0] and q[0], as in the paper; "head": a small added projection
     gain: float = 10.0  # the logit is gain * k[0] - offset; folded into the weights at export
-    offset: float = 5.0  # c: alpha = sigmoid((logit - c + noise) / temperature), omega = sigmoid(logit + c)
+    offset: float = 2.5  # c (the paper's is 5): alpha = sigmoid((logit - c + noise) / temperature), omega = sigmoid(logit + c)
     temperature: float = 0.1  # of the relaxed decisions
     cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
-    cr_weight: float = 1.0  # of the compression loss
+    cr_weight: float = 2.0  # of the compression loss (the paper's is 1)
     repurpose_steps: int = 40  # only for decision=neuron
-    ramp_steps_per_unit: float = 100.0  # steps in which the target rises by 1
-    hold_steps: int = 100  # steps at the final target
+    ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
+    hold_steps: int = 160  # steps at the final target
 
 
 @dataclass
@@ -61,7 +61,7 @@ class OptimConfig:
     lr: float = 1e-3
     min_lr: float = 0.0  # at the end of the decay
     warmup_steps: int = 10  # linear, from the first step
-    decay_steps: int = 0  # the last so many steps decay linearly to min_lr; 0 keeps the rate constant
+    decay_steps: int = 120  # the last so many steps decay linearly to min_lr; 0 keeps the rate constant
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95  # also Muon's momentum
@@ -146,15 +146,6 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 def to_dict(config: Config) -> dict:
     """Nested plain dictionary, as in the YAML files."""
     return dataclasses.asdict(config)
-
-
-def from_dict(values: dict) -> Config:
-    """The inverse of `to_dict`; unknown keys are refused as in `load`."""
-    config = Config()
-    for section, items in values.items():
-        for key, value in _section_items(section, items):
-            _assign(config, f"{section}.{key}", value)
-    return config
 
 
 def describe() -> str:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from dmc.training import cpu, llama
 from dmc.training import optimizer as optimizer_module
-from dmc.training.config import Config, ParallelConfig
+from dmc.training.config import Config
 from dmc.training.state import DecisionCounts, LayerState, Settings
 
 # (names of a rank's parameters, its first layer, its tensor rank and size) → its tensors.
@@ -137,7 +137,7 @@ def zero_neurons(student: Student) -> None:
     """Set the projection rows of neuron 0 of every query and key head to 0 (the end of repurposing)."""
     for name, weight in student.model.named_parameters():
         if name.endswith("linear_qkv.weight"):
-            config: ParallelConfig = student.model.config
+            config = student.model.config
             groups = config.num_query_groups // config.tensor_model_parallel_size
             rows = weight.data.view(groups, -1, config.kv_channels, weight.shape[-1])
             rows[:, :-1, 0] = 0.0  # all but the value head of each group

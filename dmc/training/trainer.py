@@ -21,6 +21,12 @@ from dmc.training.losses import language_and_distillation
 from dmc.training.metrics import Reporter
 from dmc.training.schedule import Schedule, StepPlan
 
+# What a resumed run must share with the checkpoint's; layout, schedule lengths and reports may change.
+SAME_RUN = (
+    "data.sequence_length", "dmc.method", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature", "optim.name",
+    "optim.global_batch", "run.seed",
+)
+
 
 class Batches(Protocol):
     """What the trainer needs of data: micro-batches of a step and a fixed evaluation set (`data.batches`)."""
@@ -166,6 +172,11 @@ class Trainer:
                     f"checkpoint {path} was trained from another {what} ({meta.get(key)}, here {self.meta[key]}): "
                     "resume with the settings of its run"
                 )
+        for name in SAME_RUN:
+            section, key = name.split(".")
+            then, now = meta["config"][section].get(key), self.meta["config"][section][key]
+            if then != now:
+                raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")
         self.student.model.load_state_dict(state["model"])
         self.student.optimizer.load_state_dict(state["optimizer"])
         self.step, self.kept = meta["step"], meta["kept"]
@@ -183,6 +194,12 @@ class Trainer:
     @property
     def _tokens_per_step(self) -> int:
         return self.config.optim.global_batch * self.config.data.sequence_length
+
+    @property
+    def _lm_weight(self) -> float:
+        """Training without a teacher, as in pretraining and a control, is language modelling alone."""
+        alone = self.config.dmc.method == "none" and self.teacher is None
+        return 1.0 if alone else self.config.distill.lm_weight
 
     def _training_data(self) -> list:
         data = self.batches.micro_batches(
@@ -209,9 +226,8 @@ class Trainer:
         return output, lambda logits: loss(logits, batch, teacher)
 
     def _loss(self, logits: Tensor, batch, teacher: Tensor | None) -> tuple[Tensor, Tensor, dict]:  # noqa: ANN001
-        plain = teacher is None
         loss, language, divergence = language_and_distillation(
-            logits, batch.labels, teacher, lm_weight=1.0 if plain else self.config.distill.lm_weight,
+            logits, batch.labels, teacher, lm_weight=self._lm_weight,
             kl_weight=self.config.distill.weight, group=mpu.get_tensor_model_parallel_group(),
         )
         tokens = torch.tensor(batch.labels.numel(), dtype=torch.int, device=logits.device)
@@ -231,11 +247,10 @@ class Trainer:
 
     def _mean_losses(self, losses: list[dict]) -> dict:
         language, divergence, tokens = self._sum_losses(losses).tolist()
-        distill = self.config.distill
         language, divergence = language / tokens, divergence / tokens
         if self.teacher is None:
-            return {"loss": language, "lm_loss": language}
-        loss = distill.lm_weight * language + distill.weight * divergence
+            return {"loss": self._lm_weight * language, "lm_loss": language}
+        loss = self._lm_weight * language + self.config.distill.weight * divergence
         return {"loss": loss, "lm_loss": language, "distill_loss": divergence}
 
     # ------------------------------------------------------------------------------------------ reports

@@ -30,7 +30,10 @@ def test_shell_scripts_parse(script):
     assert run("bash", "-n", ROOT / "scripts" / script).returncode == 0
 
 
-@pytest.mark.parametrize("script", ["train.py", "scripts/export_hf.py", "scripts/quickstart_report.py", "scripts/train_tokenizer.py"])
+SCRIPTS = ("train.py", *(f"scripts/{name}.py" for name in ("export_hf", "quickstart_report", "train_tokenizer")))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains(script):
     done = run(sys.executable, ROOT / script, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout and len(done.stdout) > 300
