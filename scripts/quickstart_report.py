@@ -138,12 +138,12 @@ def _table(rows: list[dict], context: int) -> str:
     control = next(row["perplexity"] for row in rows if row["name"] == CONTROL)
     lines = [
         f"Held-out text, context {context}. Bytes per token: keys and values of one token over all layers, everything held.",
-        "", "| row | target CR | measured CR | perplexity | / control | bytes per token | dense bf16 / held |",
-        "|---|---|---|---|---|---|---|",
+        "", "| row | target CR | measured CR | perplexity | / control | / base | bytes per token | dense bf16 / held |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['name']} | {r['target_cr']:g} | {r['measured_cr']:.2f} | {r['perplexity']:.3f} | "
-        f"{r['perplexity'] / control:.3f} | {r['bytes_per_token']:.0f} | {r['bytes_ratio']:.2f} |" for r in rows
+        f"{r['perplexity'] / control:.3f} | {r['perplexity'] / rows[0]['perplexity']:.3f} | {r['bytes_per_token']:.0f} | {r['bytes_ratio']:.2f} |" for r in rows
     ]
     return "\n".join(lines) + "\n"
 
