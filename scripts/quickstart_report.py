@@ -141,10 +141,14 @@ def _table(rows: list[dict], context: int) -> str:
         "", "| row | target CR | measured CR | perplexity | / control | / base | bytes per token | dense bf16 / held |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['name']} | {r['target_cr']:g} | {r['measured_cr']:.2f} | {r['perplexity']:.3f} | "
-        f"{r['perplexity'] / control:.3f} | {r['perplexity'] / rows[0]['perplexity']:.3f} | {r['bytes_per_token']:.0f} | {r['bytes_ratio']:.2f} |" for r in rows
-    ]
+    base = rows[0]["perplexity"]
+    for r in rows:
+        cells = [
+            r["name"], f"{r['target_cr']:g}", f"{r['measured_cr']:.2f}", f"{r['perplexity']:.3f}",
+            f"{r['perplexity'] / control:.3f}", f"{r['perplexity'] / base:.3f}", f"{r['bytes_per_token']:.0f}",
+            f"{r['bytes_ratio']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
