@@ -95,12 +95,12 @@ def rates(*overrides, steps=20):
     return [p.lr for p in plans("dmc.method=none", f"run.steps={steps}", "optim.lr=0.1", *overrides)]
 
 
-def test_the_learning_rate_is_constant_by_itself():
-    assert rates("optim.warmup_steps=0") == [0.1] * 20
+def test_the_learning_rate_is_constant_without_warm_up_and_decay():
+    assert rates("optim.warmup_steps=0", "optim.decay_steps=0") == [0.1] * 20
 
 
 def test_it_warms_up_from_the_first_step():
-    assert rates("optim.warmup_steps=4") == pytest.approx([0.025, 0.05, 0.075] + [0.1] * 17)
+    assert rates("optim.warmup_steps=4", "optim.decay_steps=0") == pytest.approx([0.025, 0.05, 0.075] + [0.1] * 17)
 
 
 def test_it_decays_over_the_last_steps_towards_its_minimum():
