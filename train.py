@@ -148,7 +148,7 @@ def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> 
 
 @record
 def main() -> None:
-    """Parse, build, train; one sentence and exit code 2 for what the user can mend, 1 for a run that diverged."""
+    """Parse, build, train; one sentence and exit code 2 for what the user can mend, 1 for a run that broke off."""
     try:
         trainer = build(parse(sys.argv[1:]))
     except ValueError as error:
@@ -156,7 +156,7 @@ def main() -> None:
         sys.exit(2)
     try:
         trainer.train()
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # diverged, or a checkpoint that could not be written
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     torch.distributed.destroy_process_group()

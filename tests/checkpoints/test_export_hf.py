@@ -187,8 +187,7 @@ def test_loads_with_torch_and_transformers_alone(tmp_path):
 @pytest.mark.slow
 def test_loads_on_the_oldest_transformers(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "old")]
-    if subprocess.run([*install, "transformers==5.0.0"]).returncode:
-        pytest.skip("pip could not install transformers 5.0.0")
+    subprocess.run([*install, "transformers==5.0.0"], check=True)
     out = write(tiny("neuron", heads=2, rope="linear"), tmp_path)
     _, newest, _ = _load_elsewhere(out, tmp_path)
     shutil.rmtree(tmp_path / "again")
