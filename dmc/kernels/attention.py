@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from dmc import functional as fn
 
@@ -21,39 +22,60 @@ from dmc import functional as fn
 def dmc_attention(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *,
     rope: tuple[Tensor, Tensor], starts: Tensor | None = None, scale: float | None = None,
-    log_keep: Tensor | None = None,
+    log_keep: Tensor | None = None, spans: list[tuple[int, int]] | None = None,
 ) -> Tensor:
     """`dmc.functional.attention` (same arguments and result), differentiable in every tensor argument.
 
     Merging is in fp32; the attention product is in the dtype of ``query``. In bf16 and fp16 the bias and the
     diagonal's score travel as two features each, so that they keep 16 bits of mantissa.
+
+    Args:
+        spans: where only some positions are asked (context parallelism): the ``[first, stop)`` of the positions
+            whose queries ``query`` holds, one after the other; all other arguments stay whole.
     """
-    size = query.shape[-1]
+    size, spans = query.shape[-1], spans or [(0, key.shape[2])]
     merged, _ = fn.accumulate(torch.cat([key.float(), value.float()], dim=-1), alpha, omega, starts=starts)
-    query = fn.rotate(query.float(), rope).to(query.dtype)
+    query = fn.rotate(query.float(), _tables_at(rope, spans)).to(query.dtype)
     key = fn.rotate(merged[..., :size], rope).to(query.dtype)
     value = merged[..., size:].to(query.dtype)
     bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
     scale = size**-0.5 if scale is None else scale
-    return _by_document(lambda *part: _anchored(*part, scale=scale), starts, query, key, value, bias)
+    return _by_document(lambda *part: _anchored(*part, scale=scale), starts, spans, query, key, value, bias)
 
 
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, *, rope: tuple[Tensor, Tensor], starts: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, spans: list[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Causal attention without compression, documents apart; shapes as in `dmc.functional.attention`."""
-    query, key = (fn.rotate(x.float(), rope).to(x.dtype) for x in (query, key))
-    return _by_document(
-        lambda *part: F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True),
-        starts, query, key, value,
-    )
+    """Causal attention without compression, documents apart; arguments as in `dmc_attention`."""
+    spans = spans or [(0, key.shape[2])]
+    query = fn.rotate(query.float(), _tables_at(rope, spans)).to(query.dtype)
+    key = fn.rotate(key.float(), rope).to(key.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _by_document(lambda *part: _causal(*part, scale=scale), starts, spans, query, key, value)
+
+
+def _tables_at(rope: tuple[Tensor, Tensor], spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The rows of the rotary tables at the positions of ``spans``."""
+    cos, sin = (torch.cat([table[a:b] for a, b in spans]) for table in rope)
+    return cos, sin
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Causal attention of the last queries of a sequence: query m of n sees keys up to m + (keys - n)."""
+    if query.shape[2] == key.shape[2]:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    # Not every fused kernel behind the shifted mask knows grouped queries: here the keys are repeated.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    mask = causal_lower_right(query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _anchored(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float) -> Tensor:
-    heads, size = key.shape[1], key.shape[-1]
+    heads, size, rows = key.shape[1], key.shape[-1], query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
-    own = (grouped * key[:, :, None]).sum(-1, dtype=torch.float32).flatten(1, 2)  # [B, Hq, T], unscaled
+    own = (grouped * key[:, :, None, -rows:]).sum(-1, dtype=torch.float32).flatten(1, 2)  # [B, Hq, rows], unscaled
     own, bias = _split(own, query.dtype), _split(bias / scale, query.dtype)
     extra = 2 * bias.shape[-1]  # features added; the kernels of GPUs want a multiple of 8
     pad = -(size + extra) % 8 if query.is_cuda else 0
@@ -64,9 +86,9 @@ def _anchored(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale:
     marker = F.pad(value.new_ones(1), (size, extra - 1 + pad))
     values = F.pad(value, (0, extra + pad))
     values = torch.cat([marker.expand(*values.shape[:2], 1, -1), values[..., :-1, :]], dim=-2)
-    out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    out = _causal(queries, keys, values, scale=scale)
     share = out[..., size : size + 1].unflatten(1, (heads, -1))
-    return out[..., :size] + (share * value[:, :, None]).flatten(1, 2)
+    return out[..., :size] + (share * value[:, :, None, -rows:]).flatten(1, 2)
 
 
 def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,20 +100,33 @@ def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([high, low], dim=-1)
 
 
-def _by_document(attend, starts: Tensor | None, *tensors: Tensor) -> Tensor:
-    """Run ``attend`` on whole rows at once where a row is one document, and document by document elsewhere."""
+def _by_document(attend, starts: Tensor | None, spans: list[tuple[int, int]], query: Tensor, *keys: Tensor) -> Tensor:
+    """``attend`` for the queries of each span, over the keys up to the span's end."""
+    parts, rows = [], query.split([b - a for a, b in spans], dim=2)
+    for (a, b), part in zip(spans, rows, strict=True):
+        seen = None if starts is None else starts[:, :b]
+        parts.append(_in_span(attend, seen, a, part, *(k[:, :, :b] for k in keys)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _in_span(attend, starts: Tensor | None, first: int, query: Tensor, *keys: Tensor) -> Tensor:
+    """Run ``attend`` on whole rows at once where a row is one document, and document by document elsewhere.
+
+    ``query`` holds the positions from ``first`` to the end of ``keys`` and ``starts``.
+    """
     if starts is None or not bool(starts[:, 1:].any()):
-        return attend(*tensors)
+        return attend(query, *keys)
     borders = starts[:, 1:].any(-1)
     rows: list[Tensor | None] = [None] * len(borders)
     whole = (~borders).nonzero().flatten()
     if len(whole):
-        for row, out in zip(whole.tolist(), attend(*(t[whole] for t in tensors)).split(1), strict=True):
+        for row, out in zip(whole.tolist(), attend(*(t[whole] for t in (query, *keys))).split(1), strict=True):
             rows[row] = out
     for row in borders.nonzero().flatten().tolist():
         edges = [0, *(starts[row, 1:].nonzero().flatten() + 1).tolist(), starts.shape[1]]
         parts = [
-            attend(*(t[row : row + 1, :, a:b] for t in tensors)) for a, b in zip(edges[:-1], edges[1:], strict=True)
+            attend(query[row : row + 1, :, max(0, a - first) : b - first], *(t[row : row + 1, :, a:b] for t in keys))
+            for a, b in zip(edges[:-1], edges[1:], strict=True) if b > first
         ]
         rows[row] = torch.cat(parts, dim=2)
     return torch.cat(rows)

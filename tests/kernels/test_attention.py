@@ -83,3 +83,28 @@ def test_plain_attention_keeps_documents_apart():
     zero = torch.zeros_like(leaves["omega"])
     expected = fn.attention(**args, alpha=zero, omega=zero + 1, rope=rope, starts=begin)
     torch.testing.assert_close(plain_attention(**args, rope=rope, starts=begin), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("tokens", [16, 57])
+def test_spans_of_queries_see_what_they_see_in_the_whole(starts, tokens):
+    """What context parallelism asks for: two distant runs of queries over all keys, with every gradient."""
+    leaves, begin = problem(tokens, starts=starts)
+    spans = [(tokens // 8, tokens // 4), (tokens - tokens // 4, tokens - tokens // 8)]
+    rows = torch.cat([torch.arange(a, b) for a, b in spans])
+
+    def parts(query, **others):
+        return dmc_attention(query[:, :, rows], **others, spans=spans)
+
+    ours, theirs = run(parts, leaves, begin, tokens), run(fn.attention, leaves, begin, tokens)[:, :, rows]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    mine = torch.autograd.grad((ours * weight).sum(), list(leaves.values()))
+    others = torch.autograd.grad((theirs * weight).sum(), list(leaves.values()))
+    for name, a, b in zip(leaves, mine, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()), msg=lambda m, n=name: f"{n}: {m}")
+    args = {k: leaves[k].detach() for k in ("query", "key", "value")}
+    rope = rope_tables(tokens, 8, dtype=torch.float32)
+    whole = plain_attention(**args, rope=rope, starts=begin)[:, :, rows]
+    args["query"] = args["query"][:, :, rows]
+    torch.testing.assert_close(plain_attention(**args, rope=rope, starts=begin, spans=spans), whole, rtol=1e-4, atol=1e-5)
