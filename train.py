@@ -26,7 +26,7 @@ import dmc.training  # noqa: F401 - before anything of megatron: makes it run wi
 from checkpoints import convert, store
 from data import batches, tokens
 from dmc.training import config as configuration
-from dmc.training import setup
+from dmc.training import flops, setup
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
 from dmc.training.schedule import Schedule
@@ -78,7 +78,7 @@ def build(config: Config) -> Trainer:
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
     teacher = None
-    if config.dmc.method == "dmc" and config.distill.weight or config.distill.teacher:
+    if flops.distils(config):
         teacher = convert.HfWeights(config.distill.teacher or config.run.model)
     meta = {
         "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,

@@ -105,6 +105,17 @@ class LogConfig:
     eval_sequences: int = 16  # held-out sequences
     tensorboard: bool = False  # event files in the run's directory
     wandb: str = ""  # project name; "" for none. WANDB_MODE=offline works
+    peak_tflops: float = 0.0  # of one rank, for the MFU; 0: from the GPU's name in bf16, else no MFU is given
+
+
+@dataclass
+class PlanConfig:
+    """What ``--dry-run`` assumes of the machine; a training looks at none of it."""
+
+    world: int = 0  # ranks (GPUs); 0: torchrun's, else 1
+    gpu: str = ""  # of dmc/training/flops.py, such as h100; "": this machine's
+    mfu: float = 0.35  # share of the GPU's peak that the ETA reckons with
+    shape: str = ""  # config.json that stands in for run.model's where that directory is not on this machine
 
 
 @dataclass
@@ -118,6 +129,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -186,6 +198,7 @@ def _check_fields(config: Config) -> None:
         "distill.lm_weight": config.distill.lm_weight, "optim.weight_decay": o.weight_decay, "run.seed": r.seed,
         "optim.min_lr": o.min_lr, "optim.decay_steps": o.decay_steps, "optim.warmup_steps": o.warmup_steps,
         "run.save_every": r.save_every, "log.eval_every": config.log.eval_every, "run.threads": r.threads,
+        "log.peak_tflops": config.log.peak_tflops, "plan.world": config.plan.world,
     })
     _at_least(1, {
         "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
@@ -200,6 +213,8 @@ def _check_fields(config: Config) -> None:
     for name, value in {"optim.beta1": o.beta1, "optim.beta2": o.beta2}.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 0 and below 1")
+    if not 0 < config.plan.mfu <= 1:
+        raise ValueError(f"plan.mfu is {config.plan.mfu}: it must be above 0 and at most 1")
     if r.seed >= 2**40:
         raise ValueError(f"run.seed is {r.seed}: it must be below 2^40")
 

@@ -5,9 +5,46 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from dmc.training.config import LogConfig
+import psutil
+import torch
+from transformers import LlamaConfig
+
+from dmc.training import cpu, flops
+from dmc.training.config import Config, LogConfig
+
+
+class Meter:
+    """Speed, memory and time left of a run, step by step.
+
+    Args:
+        config: of the run.
+        hf: of the model.
+        steps: of the whole run.
+        world: ranks.
+    """
+
+    def __init__(self, config: Config, hf: LlamaConfig, *, steps: int, world: int) -> None:
+        self._tokens = config.optim.global_batch * config.data.sequence_length
+        self._steps, self._started, self._first = steps, time.perf_counter(), None
+        peak = flops.peak_tflops(config)
+        # MFU a token per second; None where nothing is known of the machine.
+        self._share = None if peak is None else flops.model_flops(config, hf) / (peak * 1e12 * world)
+
+    def __call__(self, step: int, seconds: float) -> dict[str, float]:
+        """After ``step`` steps, the last of which took ``seconds``: tokens_per_s, mfu (if known), memory_gib, eta_s.
+
+        ``memory_gib`` is the largest of all ranks (collective): the peak that CUDA allocated, or the process's
+        resident size. The ETA goes by this process's own pace, evaluations and checkpoints included.
+        """
+        if self._first is None:  # the time before the first step (loading, first evaluation) is not repeated
+            self._first, self._started = step - 1, time.perf_counter() - seconds
+        pace = (time.perf_counter() - self._started) / (step - self._first)
+        speed = self._tokens / seconds
+        share = {} if self._share is None else {"mfu": speed * self._share}
+        return {"tokens_per_s": speed} | share | {"memory_gib": _memory_gib(), "eta_s": pace * (self._steps - step)}
 
 
 class Reporter:
@@ -19,9 +56,8 @@ class Reporter:
 
     def __init__(self, config: LogConfig, output: Path, settings: dict, *, rank: int, steps: int) -> None:
         self._active, self._steps = rank == 0, steps
-        self._file = None
-        self._path = output / "metrics.jsonl"
-        self._tensorboard = self._wandb = None
+        self._path, self._file = output / "metrics.jsonl", None
+        self._tensorboard = self._open_tensorboard = self._wandb = self._resumed_at = None
         if not self._active:
             return
         if config.tensorboard:
@@ -29,7 +65,8 @@ class Reporter:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("log.tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self._tensorboard = SummaryWriter(str(output / "tensorboard"))
+            # Opened at the first point: only then is it known which points a resumed run writes again.
+            self._open_tensorboard = lambda: SummaryWriter(str(output / "tensorboard"), purge_step=self._resumed_at)
         if config.wandb:
             try:
                 import wandb
@@ -39,6 +76,7 @@ class Reporter:
 
     def resumed(self, step: int) -> None:
         """Forget lines of later steps than the checkpoint's."""
+        self._resumed_at = step + 1
         if not self._active or not self._path.is_file():
             return
         kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
@@ -81,7 +119,9 @@ class Reporter:
             self._file = self._path.open("a")
         self._file.write(json.dumps({"time": round(time.time(), 3)} | metrics) + "\n")
         self._file.flush()
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+        numbers = dict(_scalars({k: v for k, v in metrics.items() if k != "step"}))
+        if self._open_tensorboard is not None:
+            self._tensorboard, self._open_tensorboard = self._open_tensorboard(), None
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, metrics["step"])
@@ -94,14 +134,33 @@ def progress_line(metrics: dict, steps: int) -> str:
     parts = [f"step {metrics['step']}/{steps} {metrics['phase']:<9}", f"loss {metrics['loss']:.4f}"]
     if "measured_cr" in metrics:
         parts += [f"target CR {metrics['target_cr']:.2f}", f"measured CR {metrics['measured_cr']:.2f}"]
-    parts += [f"{metrics['tokens_per_s']:.0f} tokens/s", f"ETA {_clock(metrics['eta_s'])}"]
-    return "  ".join(parts)
+    parts.append(f"{metrics['tokens_per_s']:.0f} tokens/s")
+    if "mfu" in metrics:
+        parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
+    return "  ".join([*parts, f"{metrics['memory_gib']:.1f} GiB", f"ETA {clock(metrics['eta_s'])}"])
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``2:41`` minutes, ``25:01:01`` hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _memory_gib() -> float:
+    own = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    largest = torch.tensor(float(own), device=cpu.device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest.item() / 2**30
+
+
+def _scalars(metrics: dict) -> Iterator[tuple[str, float]]:
+    """Numbers as they are, lists of numbers one by one (``cr_layer/07``): what curves are drawn of."""
+    for key, value in metrics.items():
+        if isinstance(value, int | float):
+            yield key, value
+        elif isinstance(value, list) and all(isinstance(x, int | float) for x in value):
+            yield from ((f"{key}/{i:02d}", x) for i, x in enumerate(value))
 
 
 def _step_of(line: str) -> int:

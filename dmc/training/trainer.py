@@ -18,7 +18,7 @@ from dmc.training import cpu, setup
 from dmc.training.attention import row_info
 from dmc.training.config import Config
 from dmc.training.losses import language_and_distillation
-from dmc.training.metrics import Reporter
+from dmc.training.metrics import Meter, Reporter
 from dmc.training.schedule import Schedule, StepPlan
 
 # What a resumed run must share with the checkpoint's; layout, schedule lengths and reports may change.
@@ -76,17 +76,14 @@ class Trainer:
         """From the current step to the end, with reports, evaluations and checkpoints on the way."""
         if self.step == 0 and self.schedule(0).phase != "plain":
             self._report_evaluation("base", self.evaluate("plain"))
-        started, first = time.perf_counter(), self.step
+        meter = Meter(self.config, self.hf, steps=self.schedule.steps, world=torch.distributed.get_world_size())
         while self.step < self.schedule.steps:
             plan = self.schedule(self.step)
             begun = time.perf_counter()
             metrics = self.train_step(plan)
             seconds = time.perf_counter() - begun
             self.step += 1
-            pace = (time.perf_counter() - started) / (self.step - first)
-            metrics |= {
-                "tokens_per_s": self._tokens_per_step / seconds, "eta_s": pace * (self.schedule.steps - self.step),
-            }
+            metrics |= meter(self.step, seconds)
             self.reporter.step(metrics, shown=self.step % self.config.log.every == 0 or self.step == self.schedule.steps)
             self._after_step(plan)
         self.reporter.close()
@@ -117,11 +114,13 @@ class Trainer:
                 "lower optim.lr or look at the data of this step"
             )
         if compressing:
-            soft, hard = (self.student.state.decisions.total().sum((1, 2)) / self._per_step).tolist()
+            sums = self.student.state.decisions.total()
+            soft, hard = (sums.sum((1, 2)) / self._per_step).tolist()
             self.kept = hard if dmc.cr_loss == "hard" else soft
             metrics |= {
                 "target_cr": plan.target_cr, "measured_cr": 1 / hard, "soft_cr": 1 / soft,
                 "cr_loss": max(0.0, self.kept - 1 / plan.target_cr),
+                "cr_layer": (self._per_step / self.hf.num_hidden_layers / sums[1].sum(1)).tolist(),
             }
         return metrics
 
