@@ -1,24 +1,24 @@
 """Writes a retrofitted Llama as a self-contained Hugging Face directory.
 
 The directory holds safetensors, config.json with `auto_map`, the model code of `checkpoints.hf_model`, the
-tokenizer, generation_config.json and a model card. It appears under its name complete or not at all.
+tokenizer, generation_config.json and a model card. It appears under its name complete or not at all. Weights that
+are read when they are looked up (`checkpoints.trained`) pass through one shard at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from checkpoints.files import SHARD_BYTES, write_weights
 from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from checkpoints.model_card import model_card
@@ -36,13 +36,14 @@ _NOT_COPIED = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype"
 def export(
     state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, decision: str, offset: float,
     gain: float, target_cr: float, measured_cr: float, tokenizer_dir: str | Path, card: Mapping | str,
-    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 4 * 10**9,
+    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the model to `out`, with the gain of training folded into the weights.
 
     Args:
         state_dict: every tensor under Llama's Hugging Face names, and with the decision head also
-            `model.layers.{i}.self_attn.decision.weight` [2H, hidden]; the gain not applied.
+            `model.layers.{i}.self_attn.decision.weight` [2H, hidden]; the gain not applied. Each is looked up once,
+            when its turn comes; a `meta` method, as of `checkpoints.trained.TrainedWeights`, tells shapes before that.
         hf_config: the fields of the base model's config.json.
         out: directory to create.
         decision: "neuron" or "head".
@@ -60,32 +61,45 @@ def export(
     Raises:
         ValueError: if `out` exists, the tensors do not fit the configuration, or there is no tokenizer.
     """
-    out, tokenizer_dir = _free(out), _with_tokenizer(tokenizer_dir)
+    out, tokenizer_dir = free(out), _with_tokenizer(tokenizer_dir)
     dmc = {"decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
     config = _config(hf_config, dmc, dtype)
-    tensors = fold_gain(_checked(state_dict, config, DmcLlamaForCausalLM), config, gain)
+    plan = _plan(state_dict, config, DmcLlamaForCausalLM, dtype)
+    fold = folding(config, gain)
     text = card if isinstance(card, str) else model_card(out.name, config, card)
     with staged(out) as staging:
-        _write_weights(staging, tensors, dtype, max_shard_bytes)
+        write_weights(staging, plan, lambda name: fold(name, state_dict[name]), max_shard_bytes)
         _write_rest(staging, config, tokenizer_dir, text)
     return out
 
 
 def export_plain(
     state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, tokenizer_dir: str | Path, card: str,
-    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 4 * 10**9,
+    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write an uncompressed model (pretrained, or the control of a retrofit) as an ordinary Llama directory.
 
     Arguments, result and errors as those of `export`.
     """
-    out, tokenizer_dir = _free(out), _with_tokenizer(tokenizer_dir)
+    out, tokenizer_dir = free(out), _with_tokenizer(tokenizer_dir)
     fields = {key: value for key, value in hf_config.items() if key not in _NOT_COPIED and not key.startswith("_")}
     config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype=dtype, **fields)
-    tensors = _checked(state_dict, config, LlamaForCausalLM)
+    plan = _plan(state_dict, config, LlamaForCausalLM, dtype)
     with staged(out) as staging:
-        _write_weights(staging, tensors, dtype, max_shard_bytes)
+        write_weights(staging, plan, state_dict.__getitem__, max_shard_bytes)
         _write_rest(staging, config, tokenizer_dir, card, code=())
+    return out
+
+
+def free(out: str | Path) -> Path:
+    """The path, after a check that nothing is there.
+
+    Raises:
+        ValueError: if there is.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already: name a new directory, or remove it first")
     return out
 
 
@@ -98,6 +112,7 @@ def staged(out: Path) -> Iterator[Path]:
         yield staging
         staging.chmod(0o777 & ~_umask())
         for path in staging.iterdir():
+            path.chmod(0o666 & ~_umask())  # safetensors makes its files readable to their owner alone
             _sync(path)
         os.rename(staging, out)
     except BaseException:
@@ -105,26 +120,41 @@ def staged(out: Path) -> Iterator[Path]:
         raise
 
 
-def fold_gain(state_dict: Mapping[str, Tensor], config: DmcLlamaConfig, gain: float) -> dict[str, Tensor]:
-    """The tensors with the decision and importance logits multiplied by `gain`; changed ones are fp32 copies.
+def copy_tokenizer(source: str | Path, out: Path) -> None:
+    """Copy a tokenizer's files from one directory to another.
 
-    With the neuron these are the first rows of every key and query head, with the head all of its rows.
+    Raises:
+        ValueError: if `source` holds none.
+    """
+    source = _with_tokenizer(source)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tensor]:
+    """The function (name, tensor) → tensor that multiplies the decision and importance logits by `gain`.
+
+    With the neuron these are the first rows of every key and query head, with the head all of its rows. What it
+    changes is a copy in fp32, the rest the tensor itself.
 
     Raises:
         ValueError: if `gain` is not a positive finite number.
     """
     if not 0 < gain < float("inf"):
         raise ValueError(f"gain must be a positive finite number, got {gain}")
-    rows = {".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias"}
-    step = config.head_dim
+    rows, step = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias"), config.head_dim
     if config.dmc["decision"] == "head":
-        rows, step = {".decision.weight"}, 1
-    folded = dict(state_dict)
-    for name, tensor in state_dict.items():
-        if any(name.endswith(ending) for ending in rows):
-            folded[name] = tensor.detach().to(torch.float32, copy=True)
-            folded[name][::step] *= gain
-    return folded
+        rows, step = (".decision.weight",), 1
+
+    def fold(name: str, tensor: Tensor) -> Tensor:
+        if not name.endswith(rows):
+            return tensor
+        folded = tensor.detach().to(torch.float32, copy=True)
+        folded[::step] *= gain
+        return folded
+
+    return fold
 
 
 def _config(hf_config: Mapping, dmc: dict, dtype: torch.dtype) -> DmcLlamaConfig:
@@ -138,13 +168,6 @@ def _config(hf_config: Mapping, dmc: dict, dtype: torch.dtype) -> DmcLlamaConfig
     return DmcLlamaConfig(dmc=dmc, architectures=architectures, auto_map=code, dtype=dtype, **fields)
 
 
-def _free(out: str | Path) -> Path:
-    out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists already: name a new directory, or remove it first")
-    return out
-
-
 def _with_tokenizer(directory: str | Path) -> Path:
     directory = Path(directory)
     if not any((directory / name).is_file() for name in _VOCABULARIES):
@@ -152,50 +175,28 @@ def _with_tokenizer(directory: str | Path) -> Path:
     return directory
 
 
-def _checked(state_dict: Mapping[str, Tensor], config: LlamaConfig, model: type) -> dict[str, Tensor]:
-    """The tensors to write, after a comparison of names and shapes with the model's own."""
+def _plan(state_dict: Mapping[str, Tensor], config: LlamaConfig, model: type, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors to write, on the meta device, after a comparison of names and shapes with the model's own."""
     with torch.device("meta"):
-        wanted = {name: tuple(x.shape) for name, x in model(config).state_dict().items()}
-    found = dict(state_dict)
+        wanted = {name: torch.empty_like(x, dtype=dtype) for name, x in model(config).state_dict().items()}
+    found = set(state_dict)
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight")
-        head = found.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, found.get("model.embed_tokens.weight", head)):
+        embedding = "model.embed_tokens.weight"
+        if {"lm_head.weight", embedding} <= found and not torch.equal(state_dict["lm_head.weight"], state_dict[embedding]):
             raise ValueError("lm_head.weight differs from the embedding, but the configuration ties them")
-    for kind, names in (("lacks", wanted.keys() - found.keys()), ("does not know", found.keys() - wanted.keys())):
+        found.discard("lm_head.weight")
+    for kind, names in (("lacks", wanted.keys() - found), ("does not know", found - wanted.keys())):
         if names:
             subject = "the state dict" if kind == "lacks" else "the configured model"
             raise ValueError(f"{subject} {kind} {sorted(names)[0]} ({len(names)} such tensors)")
-    for name, shape in wanted.items():
-        if tuple(found[name].shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(found[name].shape)}, the configuration asks for {shape}")
-    return {name: found[name] for name in wanted}
-
-
-def _write_weights(directory: Path, tensors: dict[str, Tensor], dtype: torch.dtype, limit: int) -> None:
-    shards = list(_shards(tensors, dtype.itemsize, limit))
-    files = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        ready = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(ready, directory / file, metadata={"format": "pt"})
-        files.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = sum(x.numel() for x in tensors.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(tensors: dict[str, Tensor], itemsize: int, limit: int) -> Iterator[list[str]]:
-    names, size = [], 0
-    for name, tensor in tensors.items():
-        added = tensor.numel() * itemsize
-        if names and size + added > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += added
-    yield names
+    look = getattr(state_dict, "meta", state_dict.__getitem__)
+    for name, tensor in wanted.items():
+        if look(name).shape != tensor.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(look(name).shape)}, the configuration asks for {tuple(tensor.shape)}"
+            )
+    return wanted
 
 
 def _write_rest(
@@ -205,9 +206,7 @@ def _write_rest(
     (directory / "README.md").write_text(card)
     for name in code:
         shutil.copyfile(_CODE / name, directory / name)
-    for name in _TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, directory / name)
+    copy_tokenizer(tokenizer_dir, directory)
     generation = tokenizer_dir / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, directory / generation.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ from dmc.training import optimizer as optimizer_module
 from dmc.training.config import Config
 from dmc.training.state import DecisionCounts, LayerState, Settings
 
-# (names of a rank's parameters, its first layer, its tensor rank and size) → its tensors.
-WeightLoader = Callable[[list[str], int, int, int], dict[str, Tensor]]
+# (names of a rank's parameters, its first layer, its tensor rank and size) → (name, its part of the tensor), one by one.
+WeightLoader = Callable[[list[str], int, int, int], Iterable[tuple[str, Tensor]]]
 
 
 @dataclass
@@ -123,8 +123,7 @@ def load_weights(model: GPTModel, loader: WeightLoader) -> None:
     """Copy the loader's tensors into the model; its decision heads, which no Llama has, stay as they are."""
     own = dict(model.named_parameters())
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    loaded = loader(list(own), get_transformer_layer_offset(model.config), rank, size)
-    for name, tensor in loaded.items():
+    for name, tensor in loader(list(own), get_transformer_layer_offset(model.config), rank, size):
         if own[name].shape != tensor.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} by config.json: "

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from checkpoints.export_hf import fold_gain
+from checkpoints.export_hf import folding
 from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from tests.checkpoints.tiny import GAIN, OFFSET, SIZE, reference, tiny, write
@@ -94,9 +94,9 @@ def test_gain_is_folded_into_the_decision_rows_only(exported):
             expected[::SIZE] *= GAIN
         assert torch.equal(after[name], expected)
     head = tiny("head", heads=2)
-    folded = fold_gain(head.state, DmcLlamaConfig(dmc={"decision": "head"}), GAIN)
+    fold = folding(DmcLlamaConfig(dmc={"decision": "head"}), GAIN)
     for name, tensor in head.state.items():
-        assert torch.equal(folded[name], tensor * GAIN if "decision" in name else tensor)
+        assert torch.equal(fold(name, tensor), tensor * GAIN if "decision" in name else tensor)
 
 
 def test_shards_load_like_one_file(tmp_path):
