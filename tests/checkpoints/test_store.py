@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
-from checkpoints import store
+from checkpoints import shards, store
 from checkpoints.convert import load_hf_state
 from checkpoints.store import MARKER, POINTER, CheckpointStore, verify
 from tests.checkpoints.tiny import GAIN, OFFSET, tiny
@@ -75,7 +76,7 @@ def test_the_marker_lists_every_other_file_and_nothing_is_left_over(original):
         assert listed.keys() | {MARKER} == listing(original / name).keys() and MARKER not in listed
         assert len(listed) > 3 and listed["meta.json"][0] == (original / name / "meta.json").stat().st_size
     assert sorted(p.name for p in original.iterdir()) == sorted(["older", "newer", POINTER])
-    assert (original / POINTER).read_text() == "newer\n"
+    assert (original / POINTER).read_text() == "newer\nolder\n"
 
 
 def test_one_of_the_same_name_is_replaced(checkpoints, model):
@@ -184,10 +185,16 @@ def test_without_a_pointer_it_is_the_last_written(checkpoints, pointer):
 
 @pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
 def test_newest_falls_back_to_the_older_one_and_says_so(checkpoints, capsys, damage):
-    damage(checkpoints.directory / "newer" / "common.pt")
-    assert checkpoints.newest() == checkpoints.directory / "older"
-    said = capsys.readouterr().out
-    assert said.startswith("warning: checkpoint ") and "newer" in said and "common.pt" in said and said.count("\n") == 1
+    """Each file in turn; an unreadable marker is damage, a missing one an unfinished checkpoint."""
+    for name, data in listing(checkpoints.directory / "newer").items():
+        path = checkpoints.directory / "newer" / name
+        damage(path)
+        assert checkpoints.newest() == checkpoints.directory / "older"
+        said = capsys.readouterr().out
+        if name != MARKER:
+            assert said.startswith("warning: checkpoint ") and "newer" in said and name in said and said.count("\n") == 1
+        path.write_bytes(data)
+        assert checkpoints.newest() == checkpoints.directory / "newer"
 
 
 def test_nothing_whole_is_no_checkpoint(checkpoints, tmp_path):
@@ -197,13 +204,25 @@ def test_nothing_whole_is_no_checkpoint(checkpoints, tmp_path):
     assert checkpoints.newest() is None
 
 
-def test_unfinished_writes_are_not_seen_and_are_replaced(checkpoints, model):
-    staging = checkpoints.directory / ".third.staging"
+def test_unfinished_writes_are_not_seen_and_are_removed(checkpoints, model):
+    staging = checkpoints.directory / ".third.0123abcd.staging"
     shutil.copytree(checkpoints.directory / "older", staging)
-    (checkpoints.directory / POINTER).write_text(".third.staging\n")
+    (checkpoints.directory / POINTER).write_text(f"{staging.name}\nthird\nnewer\n")
     assert checkpoints.newest().name == "newer"
-    save(checkpoints, model, "third")
-    assert checkpoints.newest().name == "third" and not staging.exists()
+    checkpoints.clean()
+    assert not staging.exists() and checkpoints.newest().name == "newer"
+
+
+def test_one_that_is_being_replaced_is_not_lost(checkpoints):
+    """Killed between the two renames: it is under its retired name until the next start puts it back."""
+    (checkpoints.directory / "newer").rename(checkpoints.directory / ".newer.old")
+    assert checkpoints.newest() == checkpoints.directory / ".newer.old"
+    checkpoints.clean()
+    assert checkpoints.newest() == checkpoints.directory / "newer"
+    shutil.copytree(checkpoints.directory / "older", checkpoints.directory / ".newer.old")
+    assert checkpoints.newest() == checkpoints.directory / "newer"
+    checkpoints.clean()
+    assert not (checkpoints.directory / ".newer.old").exists() and checkpoints.newest().name == "newer"
 
 
 # ------------------------------------------------------------------------------------------- failing
@@ -215,6 +234,7 @@ def fail_to_write(*_, **__):
 
 def assert_as_before(checkpoints, before):
     assert listing(checkpoints.directory) == before
+    assert all(not p.name.startswith(".") for p in checkpoints.directory.iterdir())
     assert checkpoints.newest().name == "newer"
 
 
@@ -234,15 +254,20 @@ def test_a_full_disk_leaves_the_store_as_it_was(checkpoints, model, name):
     assert verify(checkpoints.newest())["step"] == 11
 
 
-@pytest.mark.parametrize("where", [(torch, "save"), (store, "_write_atomically"), (store, "_fresh"), (store, "_seal")])
+@pytest.mark.parametrize("where", [
+    (torch, "save"), (store, "_write_atomically"), (store, "_make"), (store, "seal"), (shards, "seal"), (shards, "save_config"),
+    (FileSystemWriter, "write_data"), (FileSystemWriter, "finish"), (os, "fsync"),
+])
 def test_any_failing_write_leaves_the_store_as_it_was(checkpoints, model, monkeypatch, where):
     before = listing(checkpoints.directory)
-    monkeypatch.setattr(*where, fail_to_write)
-    with pytest.raises(OSError, match="the checkpoint was not written: .*No space left on device"):
-        save(checkpoints, model, "newer")
-    after = {name: data for name, data in listing(checkpoints.directory).items() if not name.startswith(".newer.staging")}
-    assert after == before
-    assert checkpoints.newest().name == "newer"
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fail_to_write)
+        with pytest.raises(OSError, match="the checkpoint was not written: .*No space left on device") as caught:
+            save(checkpoints, model, "newer")
+    assert "\n" not in str(caught.value)
+    assert_as_before(checkpoints, before)
+    save(checkpoints, model, "newer", step=12)
+    assert verify(checkpoints.newest())["step"] == 12
 
 
 @pytest.mark.parametrize(("saved", "other"), [
@@ -259,3 +284,32 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, other):
     with pytest.raises(ValueError, match=f"one does not fit this model: .*{part}") as caught:
         checkpoints.load(tmp_path / "one", lambda: {"model": megatron(tiny(**other), "plain").sharded_state_dict()})
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- on the disk
+
+
+def test_everything_is_on_the_disk_before_it_counts(checkpoints, model, tmp_path, monkeypatch):
+    """Every file and the directory are flushed before the rename, the directory above after it."""
+    log = tmp_path / "log"
+    fsync, rename = os.fsync, os.rename
+
+    def note(text):
+        with log.open("a") as file:  # the writer process notes its own
+            file.write(text + "\n")
+
+    monkeypatch.setattr(os, "fsync", lambda file: (note(f"sync {os.readlink(f'/proc/self/fd/{file}')}"), fsync(file)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (note(f"rename {a} {b}"), rename(a, b)))
+    save(checkpoints, model, "third")
+    lines = log.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("rename") and line.endswith("/third"))
+    staging = lines[at].split()[1]
+    flushed = [line.removeprefix("sync ") for line in lines[:at] if line.startswith("sync ")]
+    files = listing(checkpoints.directory / "third").keys() - {MARKER}
+    assert len(files) > 4 and {f"{staging}/{name}" for name in files} <= set(flushed)
+    marker = flushed.index(f"{staging}/{MARKER}.tmp")
+    assert all(flushed.index(f"{staging}/{name}") < marker for name in files)  # last of the files
+    assert staging in flushed[marker:]
+    pointer = flushed.index(f"{checkpoints.directory / POINTER}.tmp")
+    assert marker < pointer and str(checkpoints.directory) in flushed[pointer:]
+    assert f"sync {checkpoints.directory}" in lines[at:]
