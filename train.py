@@ -68,13 +68,13 @@ def build(config: Config) -> Trainer:
     hf = convert.read_config(config.run.model)
     check_length(config, hf.max_position_embeddings)
     output = Path(config.run.output)
-    checkpoints = store.CheckpointStore(output / "checkpoints")
-    resume = find_resume(config, checkpoints)
+    checkpoints = store.CheckpointStore(output / "checkpoints", keep_last=config.run.keep_last)
     tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
     weights = None if config.run.init == "random" else convert.HfWeights(config.run.model)
     training, held_out = tokens.corpora(config.data.text, config.data.held_out, tokenizer, config.data.cache)
     source = batches.Source(training, held_out, config.data.sequence_length, config.optim, config.log, config.run.seed)
     setup.init_distributed(config)
+    resume = find_resume(config, checkpoints)
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
     teacher = None
@@ -114,8 +114,9 @@ def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | No
     """The checkpoint to continue from, or None for a fresh start."""
     if not config.run.resume:
         return None
+    checkpoints.clean()
     if config.run.resume != "auto":
-        store.verify(config.run.resume)
+        checkpoints.check(config.run.resume)
         return Path(config.run.resume)
     found = checkpoints.newest()
     started = checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir())

@@ -91,6 +91,8 @@ class RunConfig:
     overwrite: bool = False  # start anew in an output directory that holds a run
     steps: int = 100  # with method=none; a retrofit's steps follow from its phases
     save_every: int = 0  # steps between resume points; 0: only at each integer CR and at the end
+    keep_last: int = 3  # resume points that stay; those of a CR and the final one always do. 0: all
+    async_save: bool = False  # write checkpoints while training goes on
     seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
@@ -197,7 +199,8 @@ def _check_fields(config: Config) -> None:
         "dmc.hold_steps": d.hold_steps, "dmc.cr_weight": d.cr_weight, "distill.weight": config.distill.weight,
         "distill.lm_weight": config.distill.lm_weight, "optim.weight_decay": o.weight_decay, "run.seed": r.seed,
         "optim.min_lr": o.min_lr, "optim.decay_steps": o.decay_steps, "optim.warmup_steps": o.warmup_steps,
-        "run.save_every": r.save_every, "log.eval_every": config.log.eval_every, "run.threads": r.threads,
+        "run.save_every": r.save_every, "run.keep_last": r.keep_last, "run.threads": r.threads,
+        "log.eval_every": config.log.eval_every,
         "log.peak_tflops": config.log.peak_tflops, "plan.world": config.plan.world,
     })
     _at_least(1, {

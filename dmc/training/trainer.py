@@ -39,7 +39,11 @@ class Batches(Protocol):
 class Store(Protocol):
     """Where checkpoints go (`checkpoints.store`)."""
 
-    def save(self, name: str, state: dict, meta: dict) -> None: ...  # noqa: D102
+    def save(self, name: str, state: dict, meta: dict, *, background: bool) -> None: ...  # noqa: D102
+
+    def poll(self) -> None: ...  # noqa: D102
+
+    def wait(self) -> None: ...  # noqa: D102
 
     def load(self, path: str, build: Callable[[], dict]) -> tuple[dict, dict]: ...  # noqa: D102
 
@@ -86,6 +90,7 @@ class Trainer:
             metrics |= meter(self.step, seconds)
             self.reporter.step(metrics, shown=self.step % self.config.log.every == 0 or self.step == self.schedule.steps)
             self._after_step(plan)
+        self.store.wait()
         self.reporter.close()
 
     def train_step(self, plan: StepPlan) -> dict:
@@ -156,7 +161,7 @@ class Trainer:
             "measured_cr": evaluation.cr, "perplexity": evaluation.perplexity, "heads": evaluation.heads,
             "compressed": self.schedule.phase(self.step - 1) in ("ramp", "hold"),
         }
-        self.store.save(name, self._sharded_state(loading=False), meta)
+        self.store.save(name, self._sharded_state(loading=False), meta, background=self.config.run.async_save)
 
     def resume(self, path: str) -> None:
         """Continue exactly where the checkpoint was written.
@@ -255,6 +260,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ reports
 
     def _after_step(self, plan: StepPlan) -> None:
+        self.store.poll()
         every = self.config.log.eval_every
         due = bool(every) and self.step % every == 0
         if plan.phase == "repurpose" and self.step == self.schedule.ramp_start:

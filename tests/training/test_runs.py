@@ -60,8 +60,12 @@ def test_resume_is_exact(reference):
 
 def test_same_seed_same_run_other_seed_other_run(reference):
     tmp, output = reference
-    again, other = small_run(tmp, "again"), small_run(tmp, "other", "run.seed=1")
+    again, other = small_run(tmp, "again", "run.async_save=true", "run.save_every=1"), small_run(tmp, "other", "run.seed=1")
     assert_same_run(again, output, tolerance=0)
+    kept = {p.name for p in (again / "checkpoints").iterdir()}
+    assert kept == {"cr2", "final", "newest", "step000005", "step000006", "step000007"}  # run.keep_last is 3
+    for name, tensor in weights(output).items():  # written while training went on
+        assert torch.equal(tensor, weights(again)[name]), name
     assert metrics(other)[0]["lm_loss"] != metrics(output)[0]["lm_loss"]
 
 
