@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, tokens
+from dmc.training import backends, flops, setup
 from dmc.training import config as configuration
-from dmc.training import flops, setup
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
 from dmc.training.schedule import Schedule
@@ -97,6 +97,7 @@ def build(config: Config) -> Trainer:
         f"({len(training.tokens)} tokens, held out {held_out.hash} {len(held_out.tokens)}, {characters:.2f} characters each)"
         f"  {trainer.schedule.steps} steps  output {output}"
     )
+    reporter.say(backends.describe(config.run.transformer_engine))
     if resume is not None:
         trainer.resume(str(resume))
     return trainer

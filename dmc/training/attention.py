@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmc import functional as fn
 from dmc.kernels.attention import dmc_attention, plain_attention
-from dmc.training import noise
+from dmc.training import context, noise
 from dmc.training.state import AddGradient, LayerState
 
 
@@ -50,7 +50,8 @@ class DmcSelfAttention(SelfAttention):
             )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **_: object) -> tuple[Tensor, Tensor | None]:
-        """``[T, B, hidden]`` (``T / TP`` under sequence parallelism) → the same shape, and a bias of None.
+        """``[T, B, hidden]`` (of T, this rank's share under context and sequence parallelism) → the same shape, and
+        a bias of None.
 
         ``attention_mask`` is the tensor of `row_info`.
         """
@@ -84,26 +85,41 @@ class DmcSelfAttention(SelfAttention):
         return core(*inputs)
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
-        return plain_attention(query, key, value, rope=self._tables(query), starts=starts)
+        key, value = (context.gather(x, 2) for x in (key, value))
+        return plain_attention(
+            query, key, value, rope=self._tables(key), starts=starts, spans=context.my_spans(key.shape[2])
+        )
 
     def _compressed(
         self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, weights: Tensor, samples: Tensor,
         starts: Tensor,
     ) -> Tensor:
+        alpha, log_keep = self._alpha(logits, samples, starts)
+        omega = fn.importance(weights, offset=self.state.settings.offset)
+        key, value, alpha, omega = (context.gather(x, 2) for x in (key, value, alpha, omega))
+        log_keep = None if log_keep is None else context.gather(log_keep, 2)
+        return dmc_attention(
+            query, key, value, alpha, omega, rope=self._tables(key), starts=starts, log_keep=log_keep,
+            spans=context.my_spans(key.shape[2]),
+        )
+
+    def _alpha(self, logits: Tensor, samples: Tensor, starts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decisions of this rank's positions ``[B, H, T]`` with the loss's gradient attached, and log(1 - alpha)
+        where they are soft. Counted here, before ranks exchange them: each rank counts what it decided."""
         state, settings = self.state, self.state.settings
-        hard = fn.mask_starts(fn.round_alpha(logits, offset=settings.offset), starts)
-        log_keep = None
-        if state.mode == "hard":
-            alpha = hard
-        else:
+        positions = torch.arange(starts.shape[1], device=logits.device)
+        begins = context.my_part(starts | (positions == 0), 1)[:, None]
+        hard = fn.round_alpha(logits, offset=settings.offset).masked_fill(begins, 0.0)
+        alpha, log_keep = hard, None
+        if state.mode == "soft":
             drawn = noise.logistic(
                 settings.seed, state.step, self.layer_number - 1, samples=samples,
-                heads=torch.arange(key.shape[1], device=key.device) + self.first_head,
-                tokens=torch.arange(key.shape[2], device=key.device),
+                heads=torch.arange(logits.shape[1], device=logits.device) + self.first_head,
+                tokens=context.my_part(positions, 0),
             )
             options = dict(offset=settings.offset, temperature=settings.temperature, noise=drawn)
             # In this order the mask stops the constant too: a first token is kept whatever its logit says.
-            alpha = fn.mask_starts(fn.sample_alpha(logits, **options), starts)
+            alpha = fn.sample_alpha(logits, **options).masked_fill(begins, 0.0)
             alpha = AddGradient.apply(alpha, state.alpha_gradient)
             log_keep = fn.sample_log_keep(logits, **options)
         if state.decisions is not None and (torch.is_grad_enabled() or not self.training):
@@ -111,14 +127,11 @@ class DmcSelfAttention(SelfAttention):
             state.decisions.add(
                 self.layer_number - 1, self.first_head, (1 - alpha).sum((0, 2)), (1 - hard).sum((0, 2))
             )
-        omega = fn.importance(weights, offset=settings.offset)
-        return dmc_attention(
-            query, key, value, alpha, omega, rope=self._tables(query), starts=starts, log_keep=log_keep
-        )
+        return alpha, log_keep
 
-    def _tables(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = query.shape[2]
-        return self.rope[0][:tokens].to(query.device), self.rope[1][:tokens].to(query.device)
+    def _tables(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = key.shape[2]
+        return self.rope[0][:tokens].to(key.device), self.rope[1][:tokens].to(key.device)
 
 
 def _scale_neuron(x: Tensor, scale: float) -> Tensor:

@@ -39,6 +39,7 @@ class DmcConfig:
     temperature: float = 0.1  # of the relaxed decisions
     cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
     cr_weight: float = 2.0  # of the compression loss (the paper's is 1)
+    train: str = "all"  # "all" weights, or "decision": an adapter, the added heads alone with the base model frozen
     repurpose_steps: int = 40  # only for decision=neuron
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
     hold_steps: int = 160  # steps at the final target
@@ -76,7 +77,11 @@ class ParallelConfig:
 
     tensor: int = 1  # ranks that share each layer
     pipeline: int = 1  # stages of layers
+    virtual: int = 1  # chunks of layers a stage holds; above 1 the schedule is interleaved
+    context: int = 1  # ranks that share each sequence
     sequence: bool = False  # sequence parallelism, with tensor > 1
+    distributed_optimizer: bool = False  # optimizer state and fp32 weights sharded over the data-parallel ranks
+    overlap: bool = False  # reduce gradients (and gather weights, with distributed_optimizer) while computing
     recompute: str = "none"  # "none", "selective" (attention) or "full"
 
 
@@ -95,6 +100,7 @@ class RunConfig:
     async_save: bool = False  # write checkpoints while training goes on
     seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
+    transformer_engine: str = "off"  # linear layers of transformer-engine: "off", "on", or "auto" (where it can be used)
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
 
 
@@ -181,6 +187,7 @@ def check(config: Config) -> None:
     """
     _check_fields(config)
     _check_together(config)
+    _check_layout(config)
 
 
 def _check_fields(config: Config) -> None:
@@ -188,9 +195,11 @@ def _check_fields(config: Config) -> None:
     _one_of("dmc.method", d.method, ("dmc", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
+    _one_of("dmc.train", d.train, ("all", "decision"))
     _one_of("optim.name", o.name, ("adamw", "muon"))
     _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _one_of("run.precision", r.precision, ("fp32", "bf16"))
+    _one_of("run.transformer_engine", r.transformer_engine, ("off", "auto", "on"))
     _one_of("run.init", r.init, ("pretrained", "random"))
     if not (math.isfinite(d.target_cr) and d.target_cr >= 1):
         raise ValueError(f"dmc.target_cr is {d.target_cr}: it must be a finite number of at least 1 (tokens per entry)")
@@ -206,7 +215,8 @@ def _check_fields(config: Config) -> None:
     _at_least(1, {
         "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
         "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
-        "log.every": config.log.every, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
+        "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
+        "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
     })
     for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
         if not (math.isfinite(value) and value > 0):
@@ -223,7 +233,7 @@ def _check_fields(config: Config) -> None:
 
 
 def _check_together(config: Config) -> None:
-    d, o, p, r = config.dmc, config.optim, config.parallel, config.run
+    d, o, r = config.dmc, config.optim, config.run
     ramp = d.ramp_steps_per_unit * (d.target_cr - 1)
     if d.method == "dmc" and not (d.hold_steps or ramp or (d.decision == "neuron" and d.repurpose_steps)):
         raise ValueError("dmc.hold_steps is 0 and the ramp has no steps: nothing to train; set one of them")
@@ -234,17 +244,32 @@ def _check_together(config: Config) -> None:
     distils = d.method == "dmc" and config.distill.weight > 0 or config.distill.teacher != ""
     if config.distill.weight == 0 and config.distill.lm_weight == 0 and (d.method == "dmc" or distils):
         raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
-    if o.name == "muon" and p.tensor > 1:
-        raise ValueError(f"optim.name=muon needs parallel.tensor=1, not {p.tensor}: it works on whole matrices")
-    if p.sequence and p.tensor == 1:
-        raise ValueError("parallel.sequence needs parallel.tensor of at least 2: set both or neither")
-    if p.pipeline > 1 and distils:
+    if d.train == "decision" and (d.method != "dmc" or d.decision != "head"):
         raise ValueError(
-            f"parallel.pipeline is {p.pipeline}, but the teacher's logits are not sent through a pipeline: set "
-            "distill.weight=0 with distill.lm_weight=1 and no distill.teacher, or parallel.pipeline=1"
+            f"dmc.train=decision trains the added decision heads alone, and dmc.method={d.method} with "
+            f"dmc.decision={d.decision} has none: set dmc.method=dmc and dmc.decision=head, or dmc.train=all"
         )
     if r.init == "random" and d.method == "dmc":
         raise ValueError("run.init=random with dmc.method=dmc: DMC retrofits a pretrained model; pretrain with dmc.method=none")
+
+
+def _check_layout(config: Config) -> None:
+    p, length = config.parallel, config.data.sequence_length
+    if config.optim.name == "muon" and (p.tensor > 1 or p.distributed_optimizer):
+        raise ValueError(
+            f"optim.name=muon works on whole matrices: it needs parallel.tensor=1 and parallel.distributed_optimizer=false, "
+            f"not {p.tensor} and {str(p.distributed_optimizer).lower()}"
+        )
+    if p.sequence and p.tensor == 1:
+        raise ValueError("parallel.sequence needs parallel.tensor of at least 2: set both or neither")
+    if p.virtual > 1 and p.pipeline == 1:
+        raise ValueError(f"parallel.virtual is {p.virtual}: it divides pipeline stages and needs parallel.pipeline above 1")
+    share = (2 * p.context if p.context > 1 else 1) * (p.tensor if p.sequence else 1)
+    if length % share:
+        raise ValueError(
+            f"data.sequence_length {length} is not a multiple of {share}: with parallel.context={p.context} it is cut into "
+            "2 x context chunks, with parallel.sequence=true again by parallel.tensor"
+        )
 
 
 def _read_yaml(path: Path) -> dict:

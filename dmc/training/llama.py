@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -25,7 +24,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dmc.training import cpu
 from dmc.training.attention import DmcSelfAttention
+from dmc.training.backends import Layers
 from dmc.training.config import ParallelConfig
+from dmc.training.stage import Stage
 from dmc.training.state import LayerState
 
 
@@ -45,9 +46,9 @@ class RMSNorm(nn.Module):
 
 def build(
     hf: LlamaConfig, parallel: ParallelConfig, state: LayerState, *, sequence_length: int, dtype: torch.dtype,
-    pre_process: bool = True, post_process: bool = True,
-) -> GPTModel:
-    """The part of the model that this rank holds, with random weights.
+    layers: Layers | None = None,
+) -> list[Stage]:
+    """The chunks of the model that this rank holds, with random weights: one, or ``parallel.virtual`` of them.
 
     Args:
         hf: configuration of the Llama.
@@ -55,7 +56,7 @@ def build(
         state: shared by all attention layers of this model, and kept in its configuration.
         sequence_length: longest sequence, for the rotary tables.
         dtype: of the weights.
-        pre_process, post_process: whether this pipeline stage holds the embedding and the output layer.
+        layers: which library's linear layers to use; None takes megatron-core's own.
 
     Raises:
         ValueError: if the layout does not divide the model, or the model has parts that Llama has not.
@@ -64,15 +65,26 @@ def build(
     config = transformer_config(hf, parallel, dtype)
     config.dmc_state = state
     config.dmc_rope = rope_tables(hf, sequence_length)
+    return [
+        _chunk(hf, config, state, sequence_length, index if parallel.virtual > 1 else None, layers or Layers())
+        for index in range(parallel.virtual)
+    ]
+
+
+def _chunk(
+    hf: LlamaConfig, config: TransformerConfig, state: LayerState, tokens: int, index: int | None, layers: Layers,
+) -> Stage:
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[_layer_spec(layers)] * get_num_layers_to_build(config, vp_stage=index), layer_norm=RMSNorm
     )
-    model = GPTModel(
-        config, spec, vocab_size=hf.vocab_size, max_sequence_length=sequence_length, pre_process=pre_process,
-        post_process=post_process, parallel_output=True, position_embedding_type="none",
-        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+    stage = Stage(
+        config, spec, vocab_size=hf.vocab_size, max_sequence_length=tokens, parallel_output=True,
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=index),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=index),
+        position_embedding_type="none", share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+        vp_stage=index, state=state,
     )
-    return model.to(cpu.device())
+    return stage.to(cpu.device())
 
 
 def check_layout(hf: LlamaConfig, parallel: ParallelConfig) -> None:
@@ -93,8 +105,9 @@ def check_layout(hf: LlamaConfig, parallel: ParallelConfig) -> None:
     ):
         if value % tensor:
             raise ValueError(f"parallel.tensor {tensor} does not divide the model's {name} {value}: use a divisor")
-    if hf.num_hidden_layers % pipeline:
-        raise ValueError(f"parallel.pipeline {pipeline} does not divide the model's {hf.num_hidden_layers} layers")
+    if hf.num_hidden_layers % (pipeline * parallel.virtual):
+        chunks = f" x parallel.virtual {parallel.virtual}" if parallel.virtual > 1 else ""
+        raise ValueError(f"parallel.pipeline {pipeline}{chunks} does not divide the model's {hf.num_hidden_layers} layers")
     if hf.attention_bias or hf.mlp_bias:
         raise ValueError("the model has attention_bias or mlp_bias: only Llamas without biases are supported")
     if hf.hidden_act != "silu":
@@ -116,7 +129,10 @@ def transformer_config(hf: LlamaConfig, parallel: ParallelConfig, dtype: torch.d
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=False,
         hidden_dropout=0.0, attention_dropout=0.0, init_method_std=spread,
         tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
-        sequence_parallel=parallel.sequence, params_dtype=dtype, pipeline_dtype=dtype,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        # With the batched form two ranks mismatch the messages of an interleaved schedule, without an error.
+        overlap_p2p_comm=parallel.virtual > 1, batch_p2p_comm=parallel.virtual == 1,
+        context_parallel_size=parallel.context, sequence_parallel=parallel.sequence, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16, use_cpu_initialization=not torch.cuda.is_available(),
         # Losses and the compression gradient are sums over tokens; megatron divides by the global token count.
         calculate_per_token_loss=True,
@@ -132,7 +148,7 @@ def rope_tables(hf: LlamaConfig, tokens: int) -> tuple[Tensor, Tensor]:
     return cos[0].to(cpu.device()), sin[0].to(cpu.device())
 
 
-def _layer_spec() -> ModuleSpec:
+def _layer_spec(layers: Layers) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -140,13 +156,13 @@ def _layer_spec() -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=DmcSelfAttention, params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=_NoCore, linear_proj=RowParallelLinear,
+                    linear_qkv=layers.column, core_attention=_NoCore, linear_proj=layers.row,
                     q_layernorm=IdentityOp, k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP, submodules=MLPSubmodules(linear_fc1=layers.column, linear_fc2=layers.row)
             ),
             mlp_bda=get_bias_dropout_add,
         ),

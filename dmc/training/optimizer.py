@@ -13,23 +13,28 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from dmc.training.config import OptimConfig
+from dmc.training import sharded
+from dmc.training.config import OptimConfig, ParallelConfig
 
 
-def build(config: OptimConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
+def build(config: OptimConfig, parallel: ParallelConfig, ddp: list[DistributedDataParallel]) -> MegatronOptimizer:
     """The configured optimizer over the parameters of ``ddp``; clips the global gradient norm."""
-    transformer = ddp.module.config
+    transformer = ddp[0].module.config
     settings = OptimizerConfig(
         optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
         adam_beta1=config.beta1, adam_beta2=config.beta2, clip_grad=config.clip, bf16=transformer.bf16,
-        params_dtype=transformer.params_dtype,
+        params_dtype=transformer.params_dtype, use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(settings, [ddp]) if config.name == "adamw" else _muon(config, settings, ddp)
+    if config.name == "muon":
+        return _muon(config, settings, ddp)
+    with sharded.installed():
+        return get_megatron_optimizer(settings, ddp)
 
 
-def _muon(config: OptimConfig, settings: OptimizerConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
+def _muon(config: OptimConfig, settings: OptimizerConfig, ddp: list[DistributedDataParallel]) -> MegatronOptimizer:
     matrices, vectors, embeddings = [], [], []
-    for name, weight in ddp.module.named_parameters():
+    for name, weight in ((n, w) for part in ddp for n, w in part.module.named_parameters() if w.requires_grad):
         hidden = name.startswith("decoder.layers.") and not name.endswith("decision.weight")
         target = vectors if weight.dim() < 2 else matrices if hidden else embeddings
         target.append(weight)

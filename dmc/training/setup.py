@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,15 +11,16 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import LlamaConfig
 
-from dmc.training import cpu, llama
+from dmc.training import backends, cpu, llama
 from dmc.training import optimizer as optimizer_module
 from dmc.training.config import Config
+from dmc.training.stage import Stage
 from dmc.training.state import DecisionCounts, LayerState, Settings
 
 # (names of a rank's parameters, its first layer, its tensor rank and size) → (name, its part of the tensor), one by one.
@@ -27,10 +29,10 @@ WeightLoader = Callable[[list[str], int, int, int], Iterable[tuple[str, Tensor]]
 
 @dataclass
 class Student:
-    """The model in training with all that belongs to it."""
+    """The model in training with all that belongs to it; a chunk an item (one, unless the pipeline is interleaved)."""
 
-    model: GPTModel
-    ddp: DistributedDataParallel
+    chunks: list[Stage]
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     state: LayerState
 
@@ -54,7 +56,9 @@ def init_distributed(config: Config) -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(cpu.backend())
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor, pipeline_model_parallel_size=config.parallel.pipeline
+        tensor_model_parallel_size=config.parallel.tensor, pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual if config.parallel.virtual > 1 else None,
+        context_parallel_size=config.parallel.context,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
 
@@ -65,10 +69,11 @@ def check_world(config: Config, world: int) -> None:
     Raises:
         ValueError: naming the numbers.
     """
-    layout = config.parallel.tensor * config.parallel.pipeline
+    p = config.parallel
+    layout = p.tensor * p.pipeline * p.context
     if world % layout:
         raise ValueError(
-            f"parallel.tensor {config.parallel.tensor} x parallel.pipeline {config.parallel.pipeline} does not divide "
+            f"parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline} x parallel.context {p.context} does not divide "
             f"the {world} processes"
         )
     ranks, micro = world // layout, config.optim.micro_batch
@@ -76,6 +81,18 @@ def check_world(config: Config, world: int) -> None:
         raise ValueError(
             f"optim.global_batch {config.optim.global_batch} is not a multiple of optim.micro_batch {micro} x {ranks} "
             "data-parallel ranks: change one of them"
+        )
+    batches = config.optim.global_batch // (micro * ranks)
+    if p.virtual > 1 and batches % p.pipeline:
+        raise ValueError(
+            f"parallel.virtual {p.virtual} interleaves the micro-batches of a step in groups of parallel.pipeline "
+            f"{p.pipeline}, and a rank has {batches} of them: make optim.global_batch a multiple of {micro * ranks * p.pipeline}"
+        )
+    evaluated = config.log.eval_sequences // ranks
+    if p.virtual > 1 and (config.log.eval_sequences % ranks or evaluated // math.gcd(evaluated, micro) % p.pipeline):
+        raise ValueError(
+            f"log.eval_sequences {config.log.eval_sequences} does not make a multiple of parallel.pipeline {p.pipeline} "
+            f"micro-batches on each of {ranks} data-parallel ranks: use a multiple of {micro * ranks * p.pipeline}"
         )
 
 
@@ -85,45 +102,86 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) -> Student:
-    """The model of this rank, from ``loader`` or random (None), under megatron's DDP and AdamW."""
+    """The model of this rank, from ``loader`` or random (None), under megatron's DDP and the optimizer."""
     dmc = config.dmc
     state = LayerState(
         Settings(dmc.decision if dmc.method == "dmc" else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed),
         decisions=DecisionCounts(hf.num_hidden_layers, hf.num_key_value_heads),
     )
     torch.manual_seed(config.run.seed)
-    model = _model(config, hf, state, loader)
-    transformer = model.config
-    ddp = DistributedDataParallel(
-        transformer, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model,
+    chunks = _model(config, hf, state, loader)
+    if dmc.train == "decision":
+        for chunk in chunks:
+            freeze_base(chunk)
+    ddp = [_data_parallel(config, chunk, first=i == 0) for i, chunk in enumerate(chunks)]
+    optimizer = optimizer_module.build(config.optim, config.parallel, ddp)
+    _connect(config, chunks[0].config, ddp, optimizer)
+    return Student(chunks, ddp, optimizer, state)
+
+
+def _data_parallel(config: Config, chunk: Stage, *, first: bool) -> DistributedDataParallel:
+    p = config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=p.distributed_optimizer, overlap_grad_reduce=p.overlap,
+        overlap_param_gather=p.overlap and p.distributed_optimizer,
     )
-    optimizer = optimizer_module.build(config.optim, ddp)
+    # Of an interleaved stage only the first chunk's gradients arrive last: the others are one bucket.
+    return DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=not first)
+
+
+def _connect(
+    config: Config, transformer: TransformerConfig, ddp: list[DistributedDataParallel], optimizer: MegatronOptimizer,
+) -> None:
+    """What megatron's pipeline schedule calls on the way: one function, or one a chunk."""
+    def each(functions: list[Callable]) -> Callable | list[Callable]:
+        return functions[0] if len(functions) == 1 else functions
+
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    return Student(model, ddp, optimizer, state)
+    if config.parallel.overlap:  # gradients are reduced in the backward of the last micro-batch, not in every one's
+        transformer.no_sync_func = each([part.no_sync for part in ddp])
+        if len(ddp) > 1:
+            transformer.grad_sync_func = each([part.start_grad_sync for part in ddp])
+            if config.parallel.distributed_optimizer:
+                transformer.param_sync_func = each([part.start_param_sync for part in ddp])
 
 
-def build_teacher(config: Config, hf: LlamaConfig, loader: WeightLoader) -> GPTModel:
-    """The frozen original model, in the layout of the student."""
-    teacher = _model(config, hf, LayerState(Settings("neuron")), loader)
-    return teacher.requires_grad_(False).eval()
+def attach_teacher(config: Config, hf: LlamaConfig, student: Student, loader: WeightLoader | None) -> None:
+    """Distil the student from a model in its layout: the loader's weights or, with None, the student's own frozen ones."""
+    chunks = student.chunks
+    if loader is not None:
+        chunks = _model(config, hf, LayerState(Settings("neuron")), loader)
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+    for own, teacher in zip(student.chunks, chunks, strict=True):
+        own.attach_teacher(teacher)
 
 
-def _model(config: Config, hf: LlamaConfig, state: LayerState, loader: WeightLoader | None) -> GPTModel:
-    model = llama.build(
+def freeze_base(chunk: Stage) -> None:
+    """Leave only the decision heads trainable."""
+    for name, weight in chunk.named_parameters():
+        weight.requires_grad_(name.endswith("decision.weight"))
+    if chunk.pre_process:
+        # Activation recomputation follows gradients from its inputs, and frozen embeddings would bring none.
+        chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)
+
+
+def _model(config: Config, hf: LlamaConfig, state: LayerState, loader: WeightLoader | None) -> list[Stage]:
+    chunks = llama.build(
         hf, config.parallel, state, sequence_length=config.data.sequence_length, dtype=dtype_of(config),
-        pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(),
+        layers=backends.layers(config.run.transformer_engine),
     )
     if loader is not None:
-        load_weights(model, loader)
-    return model
+        for chunk in chunks:
+            load_weights(chunk, loader)
+    return chunks
 
 
-def load_weights(model: GPTModel, loader: WeightLoader) -> None:
+def load_weights(model: Stage, loader: WeightLoader) -> None:
     """Copy the loader's tensors into the model; its decision heads, which no Llama has, stay as they are."""
     own = dict(model.named_parameters())
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    for name, tensor in loader(list(own), get_transformer_layer_offset(model.config), rank, size):
+    for name, tensor in loader(list(own), get_transformer_layer_offset(model.config, model.vp_stage), rank, size):
         if own[name].shape != tensor.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} by config.json: "
@@ -132,12 +190,20 @@ def load_weights(model: GPTModel, loader: WeightLoader) -> None:
         own[name].data.copy_(tensor)
 
 
+def gather_weights(config: Config, student: Student) -> None:
+    """Wait until every rank holds the weights of the last step, where their gathering is left to the next forward."""
+    if config.parallel.overlap and config.parallel.distributed_optimizer:
+        for part in student.ddp:
+            part.start_param_sync(force_sync=True)
+
+
 def zero_neurons(student: Student) -> None:
     """Set the projection rows of neuron 0 of every query and key head to 0 (the end of repurposing)."""
-    for name, weight in student.model.named_parameters():
-        if name.endswith("linear_qkv.weight"):
-            config = student.model.config
-            groups = config.num_query_groups // config.tensor_model_parallel_size
-            rows = weight.data.view(groups, -1, config.kv_channels, weight.shape[-1])
-            rows[:, :-1, 0] = 0.0  # all but the value head of each group
+    for chunk in student.chunks:
+        config = chunk.config
+        groups = config.num_query_groups // config.tensor_model_parallel_size
+        for name, weight in chunk.named_parameters():
+            if name.endswith("linear_qkv.weight"):
+                rows = weight.data.view(groups, -1, config.kv_channels, weight.shape[-1])
+                rows[:, :-1, 0] = 0.0  # all but the value head of each group
     student.optimizer.reload_model_params()  # the optimizer's own fp32 copies, where it keeps some

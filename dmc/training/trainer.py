@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import LlamaConfig
 
-from dmc.training import cpu, setup
+from dmc.training import context, cpu, setup, sharded
 from dmc.training.attention import row_info
 from dmc.training.config import Config
 from dmc.training.losses import language_and_distillation
@@ -24,7 +24,7 @@ from dmc.training.schedule import Schedule, StepPlan
 # What a resumed run must share with the checkpoint's; layout, schedule lengths and reports may change.
 SAME_RUN = (
     "data.sequence_length", "dmc.method", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature", "optim.name",
-    "optim.global_batch", "run.seed",
+    "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed",
 )
 
 
@@ -67,7 +67,11 @@ class Trainer:
         self.config, self.hf, self.batches, self.store, self.reporter = config, hf, batches, store, reporter
         self.schedule = Schedule(config)
         self.student = setup.build_student(config, hf, loader)
-        self.teacher = None if teacher_loader is None else setup.build_teacher(config, hf, teacher_loader)
+        self.distils = teacher_loader is not None
+        if self.distils:
+            # An adapter's frozen base model is the original one: no second copy is needed, unless another is asked for.
+            own = config.dmc.train == "decision" and not config.distill.teacher
+            setup.attach_teacher(config, hf, self.student, None if own else teacher_loader)
         self.meta = meta
         self.step = 0
         self.kept = 1.0  # measured share of kept entries in the last step: what ends the one-sided loss
@@ -98,6 +102,7 @@ class Trainer:
         state, dmc = self.student.state, self.config.dmc
         compressing = plan.phase in ("ramp", "hold")
         if compressing and self.step == self.schedule.ramp_start and dmc.decision == "neuron":
+            setup.gather_weights(self.config, self.student)
             setup.zero_neurons(self.student)
         state.mode = "soft" if compressing else ("repurpose" if plan.phase == "repurpose" else "plain")
         state.step, state.neuron_scale = self.step, plan.neuron_scale
@@ -106,8 +111,9 @@ class Trainer:
         state.alpha_gradient = -dmc.cr_weight * open_hinge / (self.hf.num_hidden_layers * self.hf.num_key_value_heads)
         for group in self.student.optimizer.param_groups:
             group["lr"] = plan.lr
-        self.student.ddp.train()
-        self.student.ddp.zero_grad_buffer()
+        for part in self.student.ddp:
+            part.train()
+            part.zero_grad_buffer()
         self.student.optimizer.zero_grad()
         losses = self._run(self._training_data(), self._loss, forward_only=False)
         applied, grad_norm, _ = self.student.optimizer.step()
@@ -140,7 +146,8 @@ class Trainer:
             phase = self.schedule.phase(max(0, self.step - 1))
             mode = {"ramp": "hard", "hold": "hard"}.get(phase, phase)
         state.mode, state.alpha_gradient = mode, 0.0
-        self.student.ddp.eval()
+        for part in self.student.ddp:
+            part.eval()
         state.decisions.total()  # drop what is left of training
         batches = self.batches.evaluation(rank=mpu.get_data_parallel_rank(), ranks=mpu.get_data_parallel_world_size())
         with torch.no_grad():
@@ -181,17 +188,26 @@ class Trainer:
             then, now = meta["config"][section].get(key), self.meta["config"][section][key]
             if then != now:
                 raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")
-        self.student.model.load_state_dict(state["model"])
+        for key, chunk in self._named_chunks().items():
+            chunk.load_state_dict(state[key])
         self.student.optimizer.load_state_dict(state["optimizer"])
         self.step, self.kept = meta["step"], meta["kept"]
         self.reporter.resumed(self.step)
 
     def _sharded_state(self, *, loading: bool) -> dict:
-        model = self.student.model.sharded_state_dict()
-        return {
-            "model": model,
-            "optimizer": self.student.optimizer.sharded_state_dict(model, is_loading=loading),
-        }
+        setup.gather_weights(self.config, self.student)
+        group = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+        model = {name: chunk.sharded_state_dict(metadata=dict(group)) for name, chunk in self._named_chunks().items()}
+        # megatron looks for one chunk's parameters at the top level, for several chunks' below their names.
+        parameters = model if len(model) > 1 else model["model"]
+        optimizer = self.student.optimizer.sharded_state_dict(
+            parameters, is_loading=loading, metadata=sharded.METADATA | group
+        )
+        return model | {"optimizer": optimizer}
+
+    def _named_chunks(self) -> dict[str, setup.Stage]:
+        chunks = self.student.chunks
+        return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
     # ------------------------------------------------------------------------------------------ one pass
 
@@ -202,7 +218,7 @@ class Trainer:
     @property
     def _lm_weight(self) -> float:
         """Training without a teacher, as in pretraining and a control, is language modelling alone."""
-        alone = self.config.dmc.method == "none" and self.teacher is None
+        alone = self.config.dmc.method == "none" and not self.distils
         return 1.0 if alone else self.config.distill.lm_weight
 
     def _training_data(self) -> list:
@@ -212,33 +228,37 @@ class Trainer:
         return [batch.to(cpu.device()) for batch in data]
 
     def _run(self, batches: list, loss: Callable, *, forward_only: bool) -> list[dict]:
+        chunks = self.student.ddp
+        iterators = [iter(batches) for _ in chunks]  # every chunk of an interleaved stage sees every micro-batch
+        rows = len(batches[0].tokens)
+        if mpu.get_pipeline_model_parallel_world_size() > 1 and chunks[0].module.distils:
+            rows *= 2  # of the hidden states between stages: the teacher's travel with the student's
         return self._forward_backward(
             forward_step_func=lambda iterator, model: self._forward(next(iterator), model, loss),
-            data_iterator=iter(batches), model=[self.student.ddp], num_microbatches=len(batches),
-            seq_length=self.config.data.sequence_length, micro_batch_size=len(batches[0].tokens),
-            forward_only=forward_only,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0], model=chunks, num_microbatches=len(batches),
+            seq_length=self.config.data.sequence_length, micro_batch_size=rows, forward_only=forward_only,
         )
 
     def _forward(self, batch, model, loss: Callable) -> tuple[Tensor, Callable]:  # noqa: ANN001
         rows = row_info(batch.samples, batch.starts)
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-        teacher = None
-        if self.teacher is not None and model.training:
-            with torch.no_grad():
-                teacher = self.teacher(batch.tokens, positions, rows)
-        output = model(batch.tokens, positions, rows)
-        return output, lambda logits: loss(logits, batch, teacher)
+        tokens, labels = context.my_part(batch.tokens, 1), context.my_part(batch.labels, 1)
+        positions = context.my_part(torch.arange(batch.tokens.shape[1], device=tokens.device), 0).expand_as(tokens)
+        teacher = model.module.run_teacher(tokens, positions, rows)
+        output = model(tokens, positions, rows)
+        if teacher is not None and not model.module.post_process:
+            output = torch.cat([output, teacher], dim=1)
+        return output, lambda logits: loss(logits, labels, teacher)
 
-    def _loss(self, logits: Tensor, batch, teacher: Tensor | None) -> tuple[Tensor, Tensor, dict]:  # noqa: ANN001
+    def _loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor, dict]:
         loss, language, divergence = language_and_distillation(
-            logits, batch.labels, teacher, lm_weight=self._lm_weight,
+            logits, labels, teacher, lm_weight=self._lm_weight,
             kl_weight=self.config.distill.weight, group=mpu.get_tensor_model_parallel_group(),
         )
-        tokens = torch.tensor(batch.labels.numel(), dtype=torch.int, device=logits.device)
+        tokens = torch.tensor(labels.numel(), dtype=torch.int, device=logits.device)
         return loss, tokens, {"sums": torch.stack([language, divergence, tokens.float()])}
 
-    def _evaluation_loss(self, logits: Tensor, batch, _: None) -> tuple[Tensor, Tensor, dict]:  # noqa: ANN001
-        return self._loss(logits, batch, None)
+    def _evaluation_loss(self, logits: Tensor, labels: Tensor, _: None) -> tuple[Tensor, Tensor, dict]:
+        return self._loss(logits, labels, None)
 
     def _sum_losses(self, losses: list[dict]) -> Tensor:
         """``[cross entropy, KL, tokens]`` sums over every rank; only last stages and one tensor rank have them."""
@@ -252,7 +272,7 @@ class Trainer:
     def _mean_losses(self, losses: list[dict]) -> dict:
         language, divergence, tokens = self._sum_losses(losses).tolist()
         language, divergence = language / tokens, divergence / tokens
-        if self.teacher is None:
+        if not self.distils:
             return {"loss": self._lm_weight * language, "lm_loss": language}
         loss = self._lm_weight * language + self.config.distill.weight * divergence
         return {"loss": loss, "lm_loss": language, "distill_loss": divergence}

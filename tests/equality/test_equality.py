@@ -168,7 +168,7 @@ def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
     state = LayerState(Settings(made.decision, GAIN, OFFSET), mode="hard")
     config = copy.deepcopy(made.config)
-    model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32).eval()
+    model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
     if made.decision == "head":
         own = dict(model.named_parameters())

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from checkpoints.convert import load_hf_state
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "checkpoints" / "base"
@@ -34,18 +37,20 @@ def tiny_model(directory: Path, seed: int = 0, **changes) -> Path:
     return directory
 
 
-def tiny_text(path: Path, documents: int = 40) -> Path:
+def tiny_text(path: Path, documents: int = 40, words: int = 150) -> Path:
     """JSONL documents of repetitive words: enough for a few steps and a held-out split."""
     generator = torch.Generator().manual_seed(0)
-    words = ["alpha", "beta", "return", "import", "self", "value", "None", "for", "in", "x"]
+    vocabulary = ["alpha", "beta", "return", "import", "self", "value", "None", "for", "in", "x"]
     with path.open("w") as file:
         for _ in range(documents):
-            picks = torch.randint(len(words), (150,), generator=generator).tolist()
-            file.write(json.dumps({"text": " ".join(words[i] for i in picks)}) + "\n")
+            picks = torch.randint(len(vocabulary), (words,), generator=generator).tolist()
+            file.write(json.dumps({"text": " ".join(vocabulary[i] for i in picks)}) + "\n")
     return path
 
 
-def train(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+def train(
+    *arguments: object, processes: int = 1, check: bool = True, timeout: float = 300,
+) -> subprocess.CompletedProcess:
     """Run train.py as a user does; stdout and stderr as text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     if processes == 1:
@@ -55,7 +60,7 @@ def train(*arguments: object, processes: int = 1, check: bool = True) -> subproc
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True, env=environment,
-        timeout=300,
+        timeout=timeout,
     )
     if check and done.returncode:
         raise AssertionError(f"train.py failed ({done.returncode}):\n{done.stdout}\n{done.stderr}")
@@ -87,3 +92,19 @@ def small_run(tmp: Path, name: str, *extra: object, processes: int = 1) -> Path:
         *extra, processes=processes,
     )
     return output
+
+
+def weights(output: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    """The weights of a run's checkpoint, by their Hugging Face names."""
+    return load_hf_state(output / "checkpoints" / name)[0]
+
+
+def assert_same_run(output: Path, reference: Path, *, tolerance: float, absolute: float = 0.0, steps: int | None = None) -> None:
+    """The step lines of two runs are equal (the last ``steps`` of them): losses, norms, targets and measured CR."""
+    ours, theirs = metrics(output), metrics(reference)
+    if steps is not None:
+        ours, theirs = ours[-steps:], theirs[-steps:]
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "lm_loss", "grad_norm", "measured_cr", "soft_cr", "target_cr"):
+            assert mine.get(key) == pytest.approx(other.get(key), rel=tolerance, abs=absolute), (mine["step"], key)

@@ -25,7 +25,7 @@ def megatron(tiny, mode: str, *, counts: bool = False, **settings):
     state = LayerState(Settings(tiny.decision, GAIN, OFFSET, **settings), mode=mode)
     if counts:
         state.decisions = DecisionCounts(LAYERS, hf.num_key_value_heads)
-    model = llama.build(hf, ParallelConfig(), state, sequence_length=LENGTH, dtype=torch.float32)
+    model = llama.build(hf, ParallelConfig(), state, sequence_length=LENGTH, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(hf, tiny.state.__getitem__))
     if tiny.decision == "head":
         for i, layer in enumerate(model.decoder.layers):

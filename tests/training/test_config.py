@@ -46,7 +46,8 @@ def test_yaml_round_trip_of_every_field(tmp_path):
         other = not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default
         setattr(getattr(config, section), key, other + 0.25 if isinstance(other, float) else other)
     config.optim.beta1, config.optim.beta2, config.optim.global_batch = 0.5, 0.75, 9
-    config.parallel.pipeline, config.data.cache, config.log.wandb = 1, "some where", "project"
+    config.parallel.virtual, config.data.sequence_length = 2, 1032  # 2 x context x tensor, as they are changed to
+    config.parallel.pipeline, config.data.cache, config.log.wandb = 2, "some where", "project"
     path = written(tmp_path, yaml.safe_dump(to_dict(config)))
     assert load(path) == config != Config()
 
@@ -171,7 +172,8 @@ AT_LEAST_0 = (
     "run.save_every", "log.eval_every", "run.threads",
 )
 AT_LEAST_1 = (
-    "data.sequence_length", "optim.micro_batch", "optim.global_batch", "parallel.tensor", "parallel.pipeline", "log.every",
+    "data.sequence_length", "optim.micro_batch", "optim.global_batch", "parallel.tensor", "parallel.pipeline", "parallel.virtual",
+    "parallel.context", "log.every",
     "log.eval_sequences", "run.steps",
 )
 POSITIVE = ("optim.lr", "optim.clip", "dmc.gain", "dmc.temperature")
@@ -210,8 +212,12 @@ PIPELINE = "parallel.pipeline=2"
     (["dmc.method=none", "distill.teacher=there", "distill.weight=0"], ["distill.weight and distill.lm_weight are both 0"]),
     (["optim.name=muon", "parallel.tensor=2"], ["optim.name=muon", "parallel.tensor=1", "2"]),
     (["parallel.sequence=true"], ["parallel.sequence", "parallel.tensor"]),
-    ([PIPELINE], [PIPELINE.replace("=", " is "), "distill.weight=0"]),
-    ([PIPELINE, "dmc.method=none", "distill.teacher=there"], ["distill.teacher"]),
+    (["optim.name=muon", "parallel.distributed_optimizer=true"], ["optim.name=muon", "distributed_optimizer=false"]),
+    (["parallel.virtual=2"], ["parallel.virtual is 2", "parallel.pipeline above 1"]),
+    (["parallel.context=2", "data.sequence_length=66"], ["data.sequence_length 66", "multiple of 4", "parallel.context=2"]),
+    (["parallel.context=2", "parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=68"], ["multiple of 8"]),
+    (["dmc.train=decision", "dmc.decision=neuron"], ["dmc.train=decision", "dmc.decision=neuron", "dmc.train=all"]),
+    (["dmc.train=decision", "dmc.method=none"], ["dmc.train=decision", "dmc.method=none"]),
     (["run.init=random"], ["run.init=random", "dmc.method=none"]),
     (["dmc.hold_steps=0", "dmc.target_cr=1"], ["dmc.hold_steps is 0"]),
     (["dmc.hold_steps=0", "dmc.ramp_steps_per_unit=0"], ["dmc.hold_steps is 0"]),
@@ -222,7 +228,8 @@ def test_fields_that_contradict_each_other(overrides, words):
 
 
 @pytest.mark.parametrize("overrides", [
-    [PIPELINE, "dmc.method=none"], [PIPELINE, "distill.weight=0", "distill.lm_weight=1"],
+    [PIPELINE], [PIPELINE, "dmc.method=none"], [PIPELINE, "parallel.virtual=3"], ["dmc.train=decision"],
+    ["parallel.context=2", "data.sequence_length=64"],
     ["parallel.sequence=true", "parallel.tensor=2"], ["run.init=random", "dmc.method=none"],
     ["distill.weight=0", "distill.lm_weight=1"], ["dmc.hold_steps=0"], ["dmc.method=none", "dmc.hold_steps=0", "dmc.target_cr=1"],
     ["optim.global_batch=6", "optim.micro_batch=3"], ["dmc.decision=neuron", "dmc.hold_steps=0", "dmc.target_cr=1"],

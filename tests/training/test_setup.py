@@ -23,14 +23,14 @@ def test_the_end_of_repurposing_zeroes_the_neurons_rows_and_nothing_else(process
     """Also in the optimizer's own fp32 copies: the next step must not bring the old rows back."""
     model = tiny("neuron", heads=2)
     trained = student(model, f"optim.name={name}", f"run.precision={precision}")
-    before = convert.to_hf(hf_config(model), weights(trained.model))
+    before = convert.to_hf(hf_config(model), weights(trained.chunks[0]))
     setup.zero_neurons(trained)
     for group in trained.optimizer.param_groups:
         group["lr"] = 0.0
-    for parameter in trained.model.parameters():
+    for parameter in trained.chunks[0].parameters():
         parameter.main_grad.zero_()
     assert trained.optimizer.step()[0]
-    after = convert.to_hf(hf_config(model), weights(trained.model))
+    after = convert.to_hf(hf_config(model), weights(trained.chunks[0]))
     for name, tensor in before.items():
         if "q_proj" in name or "k_proj" in name:
             assert tensor[::SIZE].abs().max() > 0
@@ -40,14 +40,14 @@ def test_the_end_of_repurposing_zeroes_the_neurons_rows_and_nothing_else(process
 
 def test_a_new_decision_head_is_zero_and_in_training(process_group):
     trained = student(tiny("head", heads=2))
-    heads = [p for name, p in trained.model.named_parameters() if name.endswith("decision.weight")]
+    heads = [p for name, p in trained.chunks[0].named_parameters() if name.endswith("decision.weight")]
     assert len(heads) == LAYERS and all(p.requires_grad and p.abs().max() == 0 and p.shape == (4, 48) for p in heads)
 
 
 def test_random_weights_are_a_function_of_the_seed(process_group):
     def built(seed):
         config = load(overrides=["dmc.method=none", "run.init=random", "data.sequence_length=64", f"run.seed={seed}"])
-        model = setup.build_student(config, hf_config(tiny("neuron", heads=2)), None).model
+        model = setup.build_student(config, hf_config(tiny("neuron", heads=2)), None).chunks[0]
         return torch.cat([p.flatten() for p in weights(model).values()])
 
     first = built(1)
@@ -57,12 +57,15 @@ def test_random_weights_are_a_function_of_the_seed(process_group):
 def test_the_teacher_is_frozen_and_in_evaluation_mode(process_group):
     model = tiny("neuron", heads=2)
     config = load(overrides=["data.sequence_length=64"])
-    teacher = setup.build_teacher(config, hf_config(model), convert.loader(hf_config(model), model.state.__getitem__))
+    trained = setup.build_student(config, hf_config(model), None)
+    setup.attach_teacher(config, hf_config(model), trained, convert.loader(hf_config(model), model.state.__getitem__))
+    (teacher,) = trained.chunks[0]._teacher
+    assert teacher is not trained.chunks[0] and "teacher" not in " ".join(trained.chunks[0].state_dict())
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 @pytest.mark.parametrize(("overrides", "world", "words"), [
-    (["parallel.tensor=2"], 1, "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 processes"),
+    (["parallel.tensor=2"], 1, "parallel.tensor 2 x parallel.pipeline 1 x parallel.context 1 does not divide the 1 processes"),
     (["parallel.tensor=2", "parallel.pipeline=2", "distill.weight=0", "distill.lm_weight=1"], 6, "does not divide the 6"),
     (["optim.global_batch=6", "optim.micro_batch=2"], 2, "optim.global_batch 6 is not a multiple of optim.micro_batch 2 x 2"),
 ])
