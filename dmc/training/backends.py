@@ -24,20 +24,20 @@ class Layers:
 
 
 def layers(choice: str) -> Layers:
-    """The layers of ``run.transformer_engine``: ``off``, ``on``, or ``auto`` (where it is installed and there is a GPU).
+    """The layers of ``run.transformer_engine``: ``never``, ``always``, or ``auto`` (where it is installed and there is a GPU).
 
     Raises:
         ValueError: if it is asked for and cannot be used here.
     """
-    if choice == "off":
+    if choice == "never":
         return Layers()
     lacking = missing()
     if lacking is None:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
         return Layers(TEColumnParallelLinear, TERowParallelLinear, "transformer-engine")
-    if choice == "on":
-        raise ValueError(f"run.transformer_engine=on, but {lacking}: use auto or off")
+    if choice == "always":
+        raise ValueError(f"run.transformer_engine=always, but {lacking}: use auto or never")
     return Layers()
 
 

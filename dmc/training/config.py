@@ -100,7 +100,7 @@ class RunConfig:
     async_save: bool = False  # write checkpoints while training goes on
     seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
-    transformer_engine: str = "off"  # linear layers of transformer-engine: "off", "on", or "auto" (where it can be used)
+    transformer_engine: str = "never"  # linear layers of transformer-engine: "never", "always", or "auto" (where it can be used)
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
 
 
@@ -199,7 +199,7 @@ def _check_fields(config: Config) -> None:
     _one_of("optim.name", o.name, ("adamw", "muon"))
     _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _one_of("run.precision", r.precision, ("fp32", "bf16"))
-    _one_of("run.transformer_engine", r.transformer_engine, ("off", "auto", "on"))
+    _one_of("run.transformer_engine", r.transformer_engine, ("never", "auto", "always"))
     _one_of("run.init", r.init, ("pretrained", "random"))
     if not (math.isfinite(d.target_cr) and d.target_cr >= 1):
         raise ValueError(f"dmc.target_cr is {d.target_cr}: it must be a finite number of at least 1 (tokens per entry)")

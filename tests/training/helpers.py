@@ -80,6 +80,13 @@ SMALL = (
 )
 
 
+def arguments(tmp: Path, output: Path) -> tuple[object, ...]:
+    """The command line of a `small_run`."""
+    return (
+        "--model", tmp / "model", "--output", output, f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL,
+    )
+
+
 def small_run(tmp: Path, name: str, *extra: object, processes: int = 1) -> Path:
     """A retrofit of eight steps of the tiny model under ``tmp``; its output directory."""
     model = tmp / "model"
@@ -87,10 +94,7 @@ def small_run(tmp: Path, name: str, *extra: object, processes: int = 1) -> Path:
         tiny_model(model)
         tiny_text(tmp / "text.jsonl")
     output = tmp / name
-    train(
-        "--model", model, "--output", output, f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL,
-        *extra, processes=processes,
-    )
+    train(*arguments(tmp, output), *extra, processes=processes)
     return output
 
 

@@ -24,17 +24,17 @@ def engine(monkeypatch):
 
 @pytest.mark.skipif(backends.missing() is None, reason="transformer-engine can be used here")
 def test_without_it():
-    assert backends.layers("auto") == backends.layers("off") == backends.Layers()
-    with pytest.raises(ValueError, match="run.transformer_engine=on, but .*use auto or off"):
-        backends.layers("on")
+    assert backends.layers("auto") == backends.layers("never") == backends.Layers()
+    with pytest.raises(ValueError, match="run.transformer_engine=always, but .*use auto or never"):
+        backends.layers("always")
     assert "linear layers of megatron-core, Adam of torch" in backends.describe("auto")
 
 
-@pytest.mark.parametrize("choice", ["auto", "on"])
+@pytest.mark.parametrize("choice", ["auto", "always"])
 def test_with_it(engine, choice):
     chosen = backends.layers(choice)
     assert (chosen.column, chosen.row, chosen.name) == (*engine, "transformer-engine")
-    assert backends.layers("off") == backends.Layers()
+    assert backends.layers("never") == backends.Layers()
 
 
 def test_a_run_says_what_it_computes_with(tmp_path):
@@ -43,5 +43,5 @@ def test_a_run_says_what_it_computes_with(tmp_path):
                  f"data.cache={tmp_path / 'cache'}", "data.sequence_length=64", "log.eval_sequences=4", "dmc.hold_steps=1",
                  "dmc.ramp_steps_per_unit=0", "run.threads=1")
     assert "linear layers of megatron-core" in train(*arguments).stdout
-    refused = train(*arguments, "run.transformer_engine=on", "run.overwrite=true", check=False)
-    assert refused.returncode == 2 and "run.transformer_engine=on, but" in refused.stderr
+    refused = train(*arguments, "run.transformer_engine=always", "run.overwrite=true", check=False)
+    assert refused.returncode == 2 and "run.transformer_engine=always, but" in refused.stderr

@@ -4,7 +4,7 @@ CR (one hinge over everything, also where no rank sees all layers, heads or toke
 import pytest
 import torch
 
-from tests.training.helpers import assert_same_run, metrics, small_run, tiny_model, tiny_text, weights
+from tests.training.helpers import arguments, assert_same_run, metrics, small_run, tiny_model, tiny_text, train, weights
 
 # Four layers (two stages of two chunks), four micro-batches, documents of less than a sequence, 6 + 14 steps.
 STEPS = ("dmc.hold_steps=14", "optim.micro_batch=1", "optim.global_batch=4", "optim.lr=3e-4")
@@ -74,3 +74,19 @@ def test_two_processes(reference, layout):
 ], ids=lambda layout: "-".join(part.split(".")[1] for part in layout))
 def test_four_processes(reference, layout):
     same(reference, *layout, processes=4)
+
+
+def test_the_distributed_optimizers_checkpoint_resumes_exactly_and_on_one_process(reference):
+    """Bit for bit on the same ranks; on one process to rounding. Turning it off for a resumed run is refused."""
+    tmp, _ = reference
+    whole = ("parallel.distributed_optimizer=true", *STEPS, f"data.held_out={tmp / 'held.jsonl'}")
+    output = small_run(tmp, "sharded", *whole, "run.save_every=10", processes=2)
+    halfway = output / "checkpoints" / "step000010"
+    again = small_run(tmp, "sharded-again", *whole, "--resume", halfway, processes=2)
+    assert_same_run(again, output, tolerance=0, steps=10)
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+    alone = small_run(tmp, "sharded-alone", *whole, "--resume", halfway)
+    assert_same_run(alone, output, tolerance=2e-4, absolute=1e-5, steps=10)
+    done = train(*arguments(tmp, tmp / "plain"), *STEPS, f"data.held_out={tmp / 'held.jsonl'}", "--resume", halfway, check=False)
+    assert done.returncode == 2 and "parallel.distributed_optimizer=True, here it is False" in done.stderr
