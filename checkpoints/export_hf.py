@@ -8,6 +8,7 @@ are read when they are looked up (`checkpoints.trained`) pass through one shard 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -157,6 +158,17 @@ def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tens
     return fold
 
 
+def _readable_before_5(config: LlamaConfig) -> str:
+    """config.json of an ordinary Llama, with its rotary settings also in the two fields that readers before
+    transformers 5 (and others that go by them) know: without these they take rope_theta 10000 and no scaling, unsaid.
+    """
+    fields = json.loads(config.to_json_string())
+    rope = dict(fields["rope_parameters"])
+    fields["rope_theta"] = rope.pop("rope_theta")
+    fields["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
 def _config(hf_config: Mapping, dmc: dict, dtype: torch.dtype) -> DmcLlamaConfig:
     kind = hf_config.get("model_type", "llama")
     if kind != "llama":
@@ -202,7 +214,8 @@ def _plan(state_dict: Mapping[str, Tensor], config: LlamaConfig, model: type, dt
 def _write_rest(
     directory: Path, config: LlamaConfig, tokenizer_dir: Path, card: str, code: tuple[str, ...] = _CODE_FILES,
 ) -> None:
-    (directory / "config.json").write_text(config.to_json_string())
+    settings = config.to_json_string() if code else _readable_before_5(config)  # the model code needs transformers 5
+    (directory / "config.json").write_text(settings)
     (directory / "README.md").write_text(card)
     for name in code:
         shutil.copyfile(_CODE / name, directory / name)

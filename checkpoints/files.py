@@ -41,11 +41,12 @@ class HfWeights:
                 self._file_of[key] = path
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor of that name.
+        """The tensor of that name, mapped from its file: what is not looked at is not read.
 
         Raises:
-            ValueError: if no file holds it, or its file is truncated.
+            ValueError: if no file holds it, its file is truncated, or the weights are quantised.
         """
+        self.meta(name)
         return self._open(self._path(name)).get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:

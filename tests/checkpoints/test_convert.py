@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints import convert
-from dmc.training import setup
-from tests.checkpoints.tiny import tiny
+from dmc.training import llama, setup
+from tests.checkpoints.tiny import LLAMA3, tiny
 from tests.training.models import hf_config, megatron, weights
 
 SHAPES = [dict(heads=2), dict(heads=4), dict(heads=2, tied=True)]
@@ -123,6 +123,34 @@ def test_a_directory_without_weights_is_refused(tmp_path):
         convert.HfWeights(tmp_path)
 
 
+@pytest.mark.parametrize(("file", "words"), [
+    ("pytorch_model.bin", "only pytorch_model.bin, which is a pickle and not read here: convert it once with"),
+    ("pytorch_model.bin.index.json", "is a pickle"), ("model.Q4_1.gguf", "convert it once with scripts/gguf_to_hf.py"),
+])
+def test_other_forms_of_weights_are_refused_with_the_remedy(tmp_path, file, words):
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=words):
+        convert.HfWeights(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantised_weights_are_refused(tmp_path, dtype):
+    save_file({"model.norm.weight": torch.ones(4).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight .* is stored as .* take the checkpoint that was not quantised"):
+        convert.HfWeights(tmp_path)("model.norm.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_every_float_are_read(tmp_path, process_group, dtype):
+    directory, model = llama_directory(tmp_path / "model")
+    state = {name: tensor.to(dtype) for name, tensor in model.state.items()}
+    save_file(state, directory / "model.safetensors")
+    built = megatron(model, "plain")
+    setup.load_weights(built, convert.loader(convert.read_config(directory), convert.HfWeights(directory)))
+    for name, tensor in convert.to_hf(hf_config(model), weights(built)).items():
+        assert torch.equal(tensor, state[name].float()), name
+
+
 def test_a_missing_shard_is_named(tmp_path):
     directory, _ = sharded_directory(tmp_path / "model")
     (directory / "model-1.safetensors").unlink()
@@ -153,6 +181,24 @@ def test_a_broken_index_is_named(tmp_path, text):
 def test_the_configuration_is_read(tmp_path):
     directory, model = llama_directory(tmp_path / "model", rope="llama3")
     assert convert.read_config(directory).to_dict() == hf_config(model).to_dict()
+
+
+V5 = LLAMA3 | {"rope_theta": 10000.0}
+BY_TYPE = {name: value for name, value in LLAMA3.items() if name != "rope_type"} | {"type": "llama3"}
+
+
+@pytest.mark.parametrize("fields", [
+    dict(rope_parameters=V5), dict(rope_theta=10000.0, rope_scaling=LLAMA3), dict(rope_theta=10000.0, rope_scaling=BY_TYPE),
+    dict(rope_theta=10000.0, rope_scaling=LLAMA3, rope_parameters=V5),
+], ids=["transformers 5", "transformers 4", "older", "both"])
+def test_rope_scaling_of_llama_3_is_read_in_every_form(tmp_path, fields):
+    model = tiny("neuron", heads=2, rope="llama3")
+    del model.config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(model.config | fields))
+    cos, sin = llama.rope_tables(convert.read_config(tmp_path), 200)
+    angles = torch.outer(torch.arange(200).double(), model.inverse_frequencies).repeat(1, 2)
+    torch.testing.assert_close(cos.cpu().double(), angles.cos(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(sin.cpu().double(), angles.sin(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("text", "words"), [

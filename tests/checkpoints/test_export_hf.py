@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from checkpoints.export_hf import folding
 from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
@@ -248,3 +248,17 @@ def test_uncompressed_checkpoint_becomes_an_ordinary_llama(tmp_path, cli):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert type(plain) is LlamaForCausalLM
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state.items())
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
+def test_an_ordinary_llama_tells_its_rotation_to_old_readers_too(tmp_path, cli, rope):
+    """transformers 4 reads rope_theta and rope_scaling, and takes defaults without a word where they are missing."""
+    model = tiny("neuron", heads=2, rope=rope)
+    meta = _meta(model, write(model, tmp_path).parent / "tokenizer", compressed=False)
+    assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "plain") == 0
+    written = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert written["rope_theta"] == 10000.0
+    assert (written["rope_scaling"] or {}).get("factor") == {"default": None, "linear": 2.0, "llama3": 8.0}[rope]
+    old = {name: value for name, value in written.items() if name != "rope_parameters"}
+    wanted = LlamaConfig(**model.config).rope_parameters
+    assert LlamaConfig(**old).rope_parameters == LlamaConfig(**written).rope_parameters == wanted
