@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
@@ -81,13 +82,28 @@ def loader(
 
 
 def fingerprint(directory: str | Path, init: str = "pretrained") -> str:
-    """16 hex digits that identify the model a run started from: its config and its weight files."""
+    """16 hex digits that identify the model a run started from: its config and its weight files.
+
+    The ranks of an initialised process group must call it together: each reads its share of the files.
+    """
     digest = hashlib.sha256((Path(directory) / "config.json").read_bytes() + init.encode())
     if init == "pretrained":
-        for path in sorted(Path(directory).glob("*.safetensors")):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        together = dist.is_initialized()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        shares: list[list[bytes]] = [[]] * size
+        own = [_digest(path) for path in sorted(Path(directory).glob("*.safetensors"))[rank::size]]
+        if together:
+            dist.all_gather_object(shares, own)
+        else:
+            shares = [own]
+        for i in range(sum(map(len, shares))):
+            digest.update(shares[i % size][i // size])
     return digest.hexdigest()[:16]
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def count(hf: LlamaConfig) -> int:
