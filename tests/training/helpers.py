@@ -73,6 +73,12 @@ def metrics(output: Path) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
+def evaluations(output: Path) -> list[dict]:
+    """The evaluation lines of metrics.jsonl, in order."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval_cr" in line]
+
+
 SMALL = (
     "data.sequence_length=64", "log.eval_sequences=4", "optim.micro_batch=1", "optim.global_batch=4", "run.threads=1",
     "dmc.ramp_steps_per_unit=6", "dmc.hold_steps=2", "dmc.gain=100", "dmc.offset=5", "dmc.cr_weight=1", "optim.lr=3e-3",

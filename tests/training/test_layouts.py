@@ -4,7 +4,17 @@ CR (one hinge over everything, also where no rank sees all layers, heads or toke
 import pytest
 import torch
 
-from tests.training.helpers import arguments, assert_same_run, metrics, small_run, tiny_model, tiny_text, train, weights
+from tests.training.helpers import (
+    arguments,
+    assert_same_run,
+    evaluations,
+    metrics,
+    small_run,
+    tiny_model,
+    tiny_text,
+    train,
+    weights,
+)
 
 # Four layers (two stages of two chunks), four micro-batches, documents of less than a sequence, 6 + 14 steps.
 STEPS = ("dmc.hold_steps=14", "optim.micro_batch=1", "optim.global_batch=4", "optim.lr=3e-4")
@@ -25,6 +35,10 @@ def same(reference, *layout, processes):
     name = "-".join(str(part).replace("parallel.", "").replace("=", ".") for part in layout) or "data"
     output = small_run(tmp, f"{name}-{processes}", *STEPS, f"data.held_out={tmp / 'held.jsonl'}", *layout, processes=processes)
     assert_same_run(output, one, tolerance=2e-4, absolute=1e-5)
+    for mine, other in zip(evaluations(output), evaluations(one), strict=True):
+        assert mine["name"] == other["name"]
+        assert mine["eval_perplexity"] == pytest.approx(other["eval_perplexity"], rel=2e-4)
+        assert mine["eval_heads"] == [pytest.approx(heads, rel=1e-2) for heads in other["eval_heads"]]  # of 256 decisions a head
     ours, theirs = weights(output), weights(one)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
