@@ -27,6 +27,6 @@ setup(
         "log": ["wandb>=0.19", "tensorboard>=2.14"],
         "kernels": ["triton>=3.6"],
         "gguf": ["gguf>=0.13"],  # scripts/gguf_to_hf.py
-        "dev": ["gguf>=0.13", "pytest>=8", "hypothesis>=6.100", "ruff>=0.8"],
+        "dev": ["gguf>=0.13", "pytest>=8", "hypothesis>=6.100", "ruff>=0.8", "triton>=3.6"],
     },
 )

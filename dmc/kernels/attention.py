@@ -1,6 +1,13 @@
-"""Training attention of DMC through PyTorch's fused causal attention, in memory linear in T.
+"""Training attention of DMC, in memory linear in T.
 
-`dmc.functional.attention` is the naive twin. Two facts let an ordinary causal kernel compute it:
+`dmc.functional.attention` is the naive twin ("reference"). `dmc.kernels.backend` says which of these runs:
+
+    triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan`), and attention with a
+                bias for each key, exempt diagonal and borders of documents (`dmc.kernels.attention_triton`)
+    sdpa        PyTorch's fused causal attention, below: what runs on a CPU
+    flex        PyTorch's FlexAttention (`dmc.kernels.flex`), for comparison
+
+Two facts let an ordinary causal kernel (sdpa) compute it:
 
 - the per-key bias is one more feature of the keys, met by a constant feature of the queries;
 - the exempt diagonal becomes an extra key in front (the **anchor**), whose score for query i is made to be
@@ -17,42 +24,86 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from dmc import functional as fn
+from dmc.kernels.backend import choose
+from dmc.kernels.rope import rotate
+from dmc.kernels.scan import merge
 
 
 def dmc_attention(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *,
     rope: tuple[Tensor, Tensor], starts: Tensor | None = None, scale: float | None = None,
-    log_keep: Tensor | None = None, spans: list[tuple[int, int]] | None = None,
+    log_keep: Tensor | None = None, spans: list[tuple[int, int]] | None = None, backend: str | None = None,
 ) -> Tensor:
     """`dmc.functional.attention` (same arguments and result), differentiable in every tensor argument.
 
-    Merging is in fp32; the attention product is in the dtype of ``query``. In bf16 and fp16 the bias and the
-    diagonal's score travel as two features each, so that they keep 16 bits of mantissa.
+    Merging is in fp32; the attention product is in the dtype of ``query``. In sdpa's form, in bf16 and fp16, the
+    bias and the diagonal's score travel as two features each, so that they keep 16 bits of mantissa.
 
     Args:
         spans: where only some positions are asked (context parallelism): the ``[first, stop)`` of the positions
             whose queries ``query`` holds, one after the other; all other arguments stay whole.
+        backend: a name of `dmc.kernels.backend`, over the default.
+
+    Raises:
+        ValueError: if the backend cannot run on these tensors.
     """
-    size, spans = query.shape[-1], spans or [(0, key.shape[2])]
-    merged, _ = fn.accumulate(torch.cat([key.float(), value.float()], dim=-1), alpha, omega, starts=starts)
-    query = fn.rotate(query.float(), _tables_at(rope, spans)).to(query.dtype)
-    key = fn.rotate(merged[..., :size], rope).to(query.dtype)
-    value = merged[..., size:].to(query.dtype)
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        return _reference(query, key, value, alpha, omega, spans, rope=rope, starts=starts, scale=scale, log_keep=log_keep)
+    keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
     bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
-    scale = size**-0.5 if scale is None else scale
-    return _by_document(lambda *part: _anchored(*part, scale=scale), starts, spans, query, key, value, bias)
+    query = rotate(query, _tables_at(rope, spans), backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(backend, starts, spans, scale, query, keys.to(query.dtype), values.to(query.dtype), bias)
 
 
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, *, rope: tuple[Tensor, Tensor], starts: Tensor | None = None,
-    scale: float | None = None, spans: list[tuple[int, int]] | None = None,
+    scale: float | None = None, spans: list[tuple[int, int]] | None = None, backend: str | None = None,
 ) -> Tensor:
-    """Causal attention without compression, documents apart; arguments as in `dmc_attention`."""
-    spans = spans or [(0, key.shape[2])]
-    query = fn.rotate(query.float(), _tables_at(rope, spans)).to(query.dtype)
-    key = fn.rotate(key.float(), rope).to(key.dtype)
+    """Causal attention without compression, documents apart; arguments as in `dmc_attention`.
+
+    Rows of one document each (``starts`` of None) go to PyTorch's own kernel also where Triton was chosen.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        alpha = torch.zeros(key.shape[:3], device=key.device)
+        return _reference(query, key, value, alpha, alpha + 1, spans, rope=rope, starts=starts, scale=scale)
+    query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _by_document(lambda *part: _causal(*part, scale=scale), starts, spans, query, key, value)
+    return _attend("sdpa" if starts is None and backend == "triton" else backend, starts, spans, scale, query, key, value, None)
+
+
+def _reference(query: Tensor, key: Tensor, *rest: Tensor, **options) -> Tensor:  # noqa: ANN003
+    """`dmc.functional.attention`, asked for all positions and cut to those of the spans, the last of ``rest``."""
+    *rest, spans = rest
+    at = torch.cat([torch.arange(a, b, device=query.device) for a, b in spans])
+    whole = query.new_zeros(*query.shape[:2], key.shape[2], query.shape[3]).index_copy(2, at, query)
+    return fn.attention(whole, key, *rest, **options)[:, :, at]
+
+
+def _attend(
+    backend: str, starts: Tensor | None, spans: list[tuple[int, int]], scale: float, query: Tensor, key: Tensor,
+    value: Tensor, bias: Tensor | None,
+) -> Tensor:
+    """The attention product, span by span; everything merged and rotated."""
+    parts = []
+    for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
+        seen = None if starts is None else starts[:, :stop]
+        keys = [None if x is None else x[:, :, :stop] for x in (key, value, bias)]
+        if backend == "triton":
+            from dmc.kernels.attention_triton import attend
+
+            parts.append(attend(rows, *keys, starts=seen, scale=scale))
+        elif backend == "flex":
+            from dmc.kernels.flex import attend_flex
+
+            parts.append(attend_flex(rows, *keys, starts=seen, scale=scale))
+        elif bias is None:
+            parts.append(_in_span(lambda *part: _causal(*part, scale=scale), seen, first, rows, *keys[:2]))
+        else:
+            parts.append(_in_span(lambda *part: _anchored(*part, scale=scale), seen, first, rows, *keys))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _tables_at(rope: tuple[Tensor, Tensor], spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -98,15 +149,6 @@ def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
     high = x.to(dtype)
     low = (x - high.float()).nan_to_num(0.0, 0.0, 0.0).to(dtype)  # -inf - -inf: nothing is left over
     return torch.stack([high, low], dim=-1)
-
-
-def _by_document(attend, starts: Tensor | None, spans: list[tuple[int, int]], query: Tensor, *keys: Tensor) -> Tensor:
-    """``attend`` for the queries of each span, over the keys up to the span's end."""
-    parts, rows = [], query.split([b - a for a, b in spans], dim=2)
-    for (a, b), part in zip(spans, rows, strict=True):
-        seen = None if starts is None else starts[:, :b]
-        parts.append(_in_span(attend, seen, a, part, *(k[:, :, :b] for k in keys)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _in_span(attend, starts: Tensor | None, first: int, query: Tensor, *keys: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from transformers import LlamaConfig
 
+from dmc.kernels import backend
 from dmc.training import backends, cpu, llama
 from dmc.training import optimizer as optimizer_module
 from dmc.training.config import Config
@@ -51,6 +52,7 @@ def init_distributed(config: Config) -> None:
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     torch.set_num_threads(config.run.threads or max(1, len(os.sched_getaffinity(0)) // local))
     torch.set_flush_denormal(True)
+    backend.set_default(config.run.kernels)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not torch.distributed.is_initialized():

@@ -1,0 +1,110 @@
+"""Which implementation runs, who says so, and what is refused."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dmc.kernels import backend
+from dmc.kernels.attention import dmc_attention
+from tests.functional.reference import rope_tables
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Nothing set, nothing said yet."""
+    monkeypatch.setattr(backend, "_default", None)
+    monkeypatch.delenv("DMC_KERNELS", raising=False)
+    backend._say.cache_clear()
+    backend._refusal.cache_clear()
+    yield
+    backend._refusal.cache_clear()
+
+
+def on_cpu(size=64, dtype=torch.float32):
+    return torch.zeros(1, 1, 1, size, dtype=dtype)
+
+
+def test_auto_on_a_cpu_is_pytorch_and_says_so_once(caplog):
+    """Also under Triton's interpreter, which is for tests and far too slow for anything else."""
+    with caplog.at_level(logging.WARNING, "dmc.kernels"):
+        assert [backend.choose(on_cpu()) for _ in range(3)] == ["sdpa"] * 3
+    said = "dmc: attention runs in PyTorch (sdpa): Triton needs a CUDA device, not cpu"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_argument_over_block_over_default_over_environment(monkeypatch):
+    monkeypatch.setenv("DMC_KERNELS", "reference")
+    assert backend.choose(on_cpu()) == "reference"
+    backend.set_default("flex")
+    assert backend.choose(on_cpu()) == "flex"
+    with backend.using("sdpa"):
+        assert backend.choose(on_cpu()) == "sdpa"
+        assert backend.choose(on_cpu(), "reference") == "reference"
+    assert backend.choose(on_cpu()) == "flex"
+    backend.set_default("auto")
+    assert backend.choose(on_cpu()) == "reference"
+
+
+@pytest.mark.parametrize("where", ["argument", "environment", "default"])
+def test_an_unknown_name_is_refused_and_the_known_ones_listed(monkeypatch, where):
+    with pytest.raises(ValueError, match="unknown kernels 'cuda'; known: auto, triton, sdpa, flex, reference"):
+        if where == "environment":
+            monkeypatch.setenv("DMC_KERNELS", "cuda")
+        elif where == "default":
+            backend.set_default("cuda")
+        backend.choose(on_cpu(), "cuda" if where == "argument" else None)
+
+
+@pytest.mark.parametrize(("x", "interpreter", "installed", "reason"), [
+    (on_cpu(), "0", True, "Triton needs a CUDA device, not cpu"),
+    (on_cpu(), "1", False, r"triton is not installed \(pip install 'dmc\[kernels\]'\)"),
+    (on_cpu(dtype=torch.float64), "1", True, "take bf16, fp16 and fp32, not torch.float64"),
+    (on_cpu(63), "1", True, "even head sizes up to 128, not 63"),
+    (on_cpu(256), "1", True, "even head sizes up to 128, not 256"),
+])
+def test_triton_by_name_is_never_replaced(monkeypatch, x, interpreter, installed, reason):
+    monkeypatch.setenv("TRITON_INTERPRET", interpreter)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ValueError, match=f"Triton kernels were asked for, but .*{reason}; choose auto or sdpa"):
+        backend.choose(x, "triton")
+
+
+def attention(**options):
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 20, 8, generator=g) for heads in (4, 2, 2))
+    alpha, omega = (torch.rand(2, 2, 20, generator=g) for _ in range(2))
+    starts = torch.zeros(2, 20, dtype=torch.bool)
+    starts[1, [0, 7]] = True
+    return dmc_attention(query, key, value, alpha, omega, rope=rope_tables(20, 8, dtype=torch.float32), starts=starts, **options)
+
+
+def test_flex_is_the_same_computation():
+    torch.testing.assert_close(attention(backend="flex"), attention(backend="reference"), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_refuses_gradients_where_it_has_none():
+    x = torch.ones(1, 1, 4, 8, requires_grad=True)
+    a = torch.zeros(1, 1, 4)
+    with pytest.raises(ValueError, match="FlexAttention has no backward pass on cpu; choose auto or sdpa"):
+        dmc_attention(x, x, x, a, a + 1, rope=rope_tables(4, 8, dtype=torch.float32), backend="flex")
+
+
+def test_the_cpu_path_needs_no_triton():
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None  # importing it fails
+        import torch
+        from dmc.kernels.attention import dmc_attention
+        x, a = torch.ones(1, 1, 4, 8), torch.zeros(1, 1, 4)
+        for _ in range(2):
+            assert dmc_attention(x, x, x, a, a + 1, rope=(torch.ones(4, 8), torch.zeros(4, 8))).isfinite().all()
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = "dmc: attention runs in PyTorch (sdpa): triton is not installed (pip install 'dmc[kernels]')"
+    assert done.stderr.count(said) == 1
