@@ -44,7 +44,7 @@ def ids():
 def built(process_group):
     hf = convert.read_config(SOURCE)
     state = LayerState(Settings("neuron"), mode="plain")
-    model = llama.build(hf, ParallelConfig(), state, sequence_length=256, dtype=torch.float32)
+    model = llama.build(hf, ParallelConfig(), state, sequence_length=256, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(hf, HfWeights(SOURCE)))
     return hf, model.eval()
 
