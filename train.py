@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shutil
 import sys
@@ -24,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
-from data import batches, tokens
+from data import batches, mixture, tokens
 from dmc.training import backends, flops, setup
 from dmc.training import config as configuration
 from dmc.training.config import Config
@@ -84,7 +83,7 @@ def build(config: Config) -> Trainer:
         "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,
         "held_out_hash": held_out.hash, "model_hash": convert.fingerprint(config.run.model, config.run.init),
         "tokenizer_dir": str(Path(config.run.model).resolve()),
-        "tokenizer_hash": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16],
+        "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
     }
     reporter = Reporter(config.log, output, meta["config"], rank=rank, steps=Schedule(config).steps)
     trainer = Trainer(
@@ -94,10 +93,12 @@ def build(config: Config) -> Trainer:
     characters = held_out.characters_per_token
     reporter.say(
         f"model {config.run.model} ({convert.count(hf) / 1e6:.2f}M parameters)  text {training.hash} "
-        f"({len(training.tokens)} tokens, held out {held_out.hash} {len(held_out.tokens)}, {characters:.2f} characters each)"
+        f"({training.tokens} tokens, held out {held_out.hash} {held_out.tokens}, {characters:.2f} characters each)"
         f"  {trainer.schedule.steps} steps  output {output}"
     )
     reporter.say(backends.describe(config.run.transformer_engine))
+    for about, epochs in zip(meta["corpora"], source.epochs(trainer.schedule.steps), strict=True):
+        reporter.say(f"  {about['share']} of the sequences from {about['name']} ({about['hash']}): {epochs:.2f} epochs")
     if resume is not None:
         trainer.resume(str(resume))
     return trainer

@@ -1,8 +1,9 @@
 """Resumable batches: which tokens a step reads is a function of (seed, step) alone.
 
-The token stream is cut into sequences of T tokens (plus the next one as the last label). Each pass over them
-is a new permutation. Sequence ``i`` of the run is the ``i``-th of that order whatever the parallel layout, so
-a resumed run, or one on more ranks, reads the same.
+The token stream of each corpus is cut into sequences of T tokens (plus the next one as the last label). Each pass
+over them is a new permutation (`data.shuffle`). Sequence ``i`` of the run comes from the corpus that the shares say
+(`data.blend`) and is the next one in that corpus's own order, whatever the parallel layout, so a resumed run, or one
+on more ranks, reads the same.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokens import Corpus
+from data.blend import Interleave
+from data.corpus import Corpus
+from data.mixture import Mixture
+from data.shuffle import LISTED, Shuffle
 from dmc.training.config import LogConfig, OptimConfig
+
+_ORDERS = 0x9E3779B97F4A7C15  # between the seeds of two corpora of a blend: they are not shuffled alike
 
 
 @dataclass(frozen=True)
@@ -34,66 +41,57 @@ class Batch:
 
 
 class Sequences:
-    """A corpus cut into sequences."""
+    """A text cut into sequences, in the order of a run."""
 
-    def __init__(self, corpus: Corpus, length: int, *, seed: int = 0) -> None:
-        self._corpus, self._length, self._seed = corpus, length, seed
-        self.count = (len(corpus.tokens) - 1) // length
-        if self.count < 1:
-            raise ValueError(
-                f"the text has {len(corpus.tokens)} tokens, fewer than one sequence of {length} and its last "
-                "label: use more text or a smaller data.sequence_length"
-            )
-        self._order: tuple[int, Tensor] | None = None
+    def __init__(self, text: Mixture, length: int, *, seed: int = 0, listed: int = LISTED) -> None:
+        self._corpora, self._length = text.corpora, length
+        self.counts = [_sequences_of(corpus, length) for corpus in text.corpora]
+        self._deal = Interleave(list(text.shares))
+        self._orders = [Shuffle(n, seed + c * _ORDERS, listed=listed) for c, n in enumerate(self.counts)]
 
     def batch(self, samples: list[int]) -> Batch:
         """The sequences at these places of the shuffled, endless order."""
-        return self._cut([self._place(i) for i in samples], samples)
+        dealt = [self._deal(i) for i in samples]
+        return self._cut([(c, self._orders[c].place(index)) for c, index in dealt], samples)
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often the first ``samples`` sequences of the run go through each corpus."""
+        return [dealt / count for dealt, count in zip(self._deal.counts(samples), self.counts, strict=True)]
 
     def within_documents(self, count: int) -> Batch:
-        """``count`` sequences that lie within one document each, spread evenly over the corpus: the evaluation set.
+        """``count`` sequences that lie within one document each, spread evenly over each corpus: the evaluation set.
 
-        Without document borders inside, every engine and baseline scores the same predictions.
+        Without document borders inside, every engine and baseline scores the same predictions. Of a blend each
+        corpus gives its share. Only the indices of the corpora are read, and the sequences themselves.
 
         Raises:
-            ValueError: if the corpus has fewer.
+            ValueError: if a corpus has fewer than its share.
         """
-        inside = self._corpus.tokens[: self.count * self._length].view(self.count, self._length)[:, :-1]
-        whole = (inside != self._corpus.end).all(dim=1).nonzero().flatten().tolist()
-        if count > len(whole):
-            raise ValueError(
-                f"the held-out text has {len(whole)} sequences of {self._length} tokens within one document, "
-                f"log.eval_sequences asks for {count}: lower it, or give longer held-out documents"
-            )
-        return self._cut([whole[i * len(whole) // count] for i in range(count)], list(range(count)))
+        places = [
+            iter(_whole(corpus, self._length, total, wanted))
+            for corpus, total, wanted in zip(self._corpora, self.counts, self._deal.counts(count), strict=True)
+        ]
+        chosen = [self._deal(i)[0] for i in range(count)]
+        return self._cut([(c, next(places[c])) for c in chosen], list(range(count)))
 
-    def _place(self, sample: int) -> int:
-        epoch, within = divmod(sample, self.count)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(self.count, generator=generator))
-        return int(self._order[1][within])
-
-    def _cut(self, places: list[int], samples: list[int]) -> Batch:
-        stream, length = self._corpus.tokens, self._length
-        rows = torch.stack([stream[p * length : (p + 1) * length + 1] for p in places])
-        tokens = rows[:, :-1]
-        starts = torch.zeros_like(tokens, dtype=torch.bool)
-        starts[:, 1:] = tokens[:, :-1] == self._corpus.end
+    def _cut(self, places: list[tuple[int, int]], samples: list[int]) -> Batch:
+        length = self._length
+        pieces = [self._corpora[c].cut([p * length], length + 1) for c, p in places]
+        rows, starts = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         starts[:, 0] = True
-        return Batch(tokens.contiguous(), rows[:, 1:].contiguous(), starts, torch.tensor(samples))
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), starts[:, :-1].contiguous(), torch.tensor(samples))
 
 
 class Source:
     """The batches of a run: the training order and the fixed evaluation set."""
 
     def __init__(
-        self, training: Corpus, held_out: Corpus, length: int, optim: OptimConfig, log: LogConfig, seed: int,
+        self, training: Mixture, held_out: Mixture, length: int, optim: OptimConfig, log: LogConfig, seed: int,
     ) -> None:
         self._training = Sequences(training, length, seed=seed)
-        self._held_out = Sequences(held_out, length)
         self._global, self._micro, self._evaluated = optim.global_batch, optim.micro_batch, log.eval_sequences
-        self._held_out.within_documents(log.eval_sequences)  # a text that is too short is refused now, not after the first step
+        # Cut now: a text that is too short is refused before the first step, not after it.
+        self._held_out = Sequences(held_out, length).within_documents(log.eval_sequences)
 
     def micro_batches(self, step: int, *, rank: int, ranks: int) -> Iterator[Batch]:
         """The micro-batches of one step for data-parallel rank ``rank`` of ``ranks``, in order.
@@ -103,6 +101,10 @@ class Source:
         for m in range(self._global // (self._micro * ranks)):
             first = step * self._global + (m * ranks + rank) * self._micro
             yield self._training.batch(list(range(first, first + self._micro)))
+
+    def epochs(self, steps: int) -> list[float]:
+        """How often the first ``steps`` steps go through each corpus of the training text."""
+        return self._training.epochs(steps * self._global)
 
     def evaluation(self, *, rank: int, ranks: int) -> list[Batch]:
         """This rank's share of the evaluation set, as batches of one shape.
@@ -114,7 +116,48 @@ class Source:
             raise ValueError(
                 f"log.eval_sequences {self._evaluated} is not a multiple of the {ranks} data-parallel ranks: change it"
             )
-        whole = self._held_out.within_documents(self._evaluated)
+        whole = self._held_out
         mine = [t[rank::ranks] for t in (whole.tokens, whole.labels, whole.starts, whole.samples)]
         size = math.gcd(len(mine[0]), self._micro)
         return [Batch(*part) for part in zip(*(t.split(size) for t in mine), strict=True)]
+
+
+def _sequences_of(corpus: Corpus, length: int) -> int:
+    count = (len(corpus) - 1) // length
+    if count < 1:
+        raise ValueError(
+            f"the text {corpus.name} has {len(corpus)} tokens, fewer than one sequence of {length} and its last label: "
+            "use more text or a smaller data.sequence_length"
+        )
+    return count
+
+
+def _whole(corpus: Corpus, length: int, total: int, wanted: int) -> list[int]:
+    """``wanted`` of the sequences of a corpus that lie within one document, evenly spread, in order."""
+    per_chunk = [int(_inside(spans, length, total)[1].sum()) for spans in corpus.document_spans()]
+    found = sum(per_chunk)
+    if wanted > found:
+        raise ValueError(
+            f"the held-out text {corpus.name} has {found} sequences of {length} tokens within one document, "
+            f"log.eval_sequences asks for {wanted}: lower it, or give longer held-out documents"
+        )
+    ranks = np.array([i * found // wanted for i in range(wanted)], dtype=np.int64)
+    places: list[int] = []
+    before = 0
+    for spans, here in zip(corpus.document_spans(), per_chunk, strict=True):
+        mine = ranks[(ranks >= before) & (ranks < before + here)] - before
+        if len(mine):
+            first, counts = _inside(spans, length, total)
+            ends = np.cumsum(counts)
+            document = np.searchsorted(ends, mine, side="right")
+            places += (first[document] + mine - (ends[document] - counts[document])).tolist()
+        before += here
+    return places
+
+
+def _inside(spans: tuple[np.ndarray, np.ndarray], length: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per document the first sequence that starts in it, and how many lie in it as a whole."""
+    starts, stops = spans
+    first = -(-starts // length)
+    last = np.minimum(stops // length, total) - 1
+    return first, np.maximum(0, last - first + 1)

@@ -1,47 +1,40 @@
-"""Text to tokens: megatron-core's ``.bin/.idx`` pair, made once per (text, tokenizer) and kept.
+"""The texts of a run as tokens: prepared corpora as they are, everything else tokenised once and kept.
 
-Every document ends with the tokenizer's end-of-text token. A corpus lives in a directory named by the hash
-of its texts and tokenizer, with ``meta.json`` written last: a directory without it is made again.
+Texts that are no prepared corpus (the standard library, ``.txt`` and ``.jsonl`` files) are read whole and tokenised
+into a directory of the cache named by the hash of texts and tokenizer, of the same form as a prepared corpus
+(`data.corpus`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
-import lzma
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data import stdlib
+from data import blend, corpus, stdlib
+from data.corpus import Corpus
+from data.encode import Encoder, chunked
+from data.files import read_files
+from data.mixture import Mixture
 from data.stdlib import Document
+from data.writer import FORMAT, PartWriter, write_meta
 
 STDLIB = {"stdlib": ("guide", "topic", "api"), "stdlib-plain": ("src", "topic", "api")}
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A tokenised text: ``tokens`` [N] int64 with document ends marked by ``end``."""
-
-    tokens: torch.Tensor
-    end: int
-    hash: str
-    characters: int
-
-    @property
-    def characters_per_token(self) -> float:
-        """Mean characters of text per token."""
-        return self.characters / max(1, len(self.tokens))
-
-
-def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory.
+
+    Args:
+        directory: that holds it.
+        vocab_size: of the model, if there is one to compare with.
 
     Raises:
         ValueError: if there is none, it is unreadable, has no end-of-text token or more entries than the model.
@@ -53,7 +46,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
     except Exception as error:  # the libraries below raise whatever they meet, bare Exception included
         said = " ".join(str(error).split())
         raise ValueError(f"the tokenizer in {directory} is not readable ({type(error).__name__}: {said})") from None
-    if len(tokenizer) > vocab_size:
+    if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {len(tokenizer)} entries, the model's vocabulary {vocab_size}: "
             "they do not belong together"
@@ -63,95 +56,158 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
     return tokenizer
 
 
-def corpora(text: str, held_out: str, tokenizer: PreTrainedTokenizerBase, cache: str | Path) -> tuple[Corpus, Corpus]:
-    """``(training, held-out)`` corpora of the configured text.
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that identify a tokenizer."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def about(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What a corpus says about its tokenizer in ``meta.json``."""
+    return {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer), "end": tokenizer.eos_token_id}
+
+
+def corpora(
+    text: str | list, held_out: str | list, tokenizer: PreTrainedTokenizerBase, cache: str | Path
+) -> tuple[Mixture, Mixture]:
+    """``(training, held-out)`` texts of the configuration.
 
     Args:
-        text: ``stdlib`` (guides, topics, docstrings), ``stdlib-plain`` (source files as they are), or comma-separated
-            files (.txt: one document a file; .jsonl: one ``{"text": ...}`` a line; either with .xz).
-        held_out: files of the held-out text; empty holds out every twentieth document (for the standard
-            library, the modules that `data.stdlib` names).
+        text: a corpus or a blend of several (`data.blend.parse`). A corpus is ``stdlib`` (guides, topics,
+            docstrings), ``stdlib-plain`` (source files as they are), a prepared corpus (its directory, or the prefix
+            of one of its parts), or comma-separated files (.txt: one document a file; .jsonl: one
+            ``{"text": ...}`` a line; either with .xz).
+        held_out: the same for the held-out text. Empty takes the held-out parts of prepared corpora, every
+            twentieth document of files and, for the standard library, the modules that `data.stdlib` names, with
+            the shares of ``text``.
         tokenizer: of the model.
         cache: directory that keeps tokenised corpora.
 
     Raises:
-        ValueError: if a file is missing or unreadable, or a split comes out empty.
+        ValueError: if a text is missing, unreadable or of another tokenizer, or a split comes out empty.
     """
-    docs = stdlib.documents(STDLIB[text]) if text in STDLIB else read_files(text)
+    parts = blend.parse(text, "data.text")
+    tested = blend.parse(held_out, "data.held_out") if held_out else parts
+    make = _Maker(tokenizer, cache)
     if held_out:
-        training, tested = docs, read_files(held_out)
-    elif text in STDLIB:
-        training, tested = stdlib.split(docs)
+        first, second = [make.training(p.text) for p in parts], [make.tested(p.text) for p in tested]
     else:
-        training = [d for i, d in enumerate(docs) if i % 20 != 19]
-        tested = [d for i, d in enumerate(docs) if i % 20 == 19]
-    for name, docs in (("training", training), ("held-out", tested)):
-        if not docs:
-            raise ValueError(f"the {name} text of data.text={text} is empty: give data.held_out a file, or more documents")
-    return tokenize(training, tokenizer, cache), tokenize(tested, tokenizer, cache)
+        pairs = [make.both(p.text) for p in parts]
+        first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    # Everything was found and read by now: only then is anything tokenised and written.
+    return _mixture(first, parts), _mixture(second, tested)
 
 
-def read_files(names: str) -> list[Document]:
-    """Documents of comma-separated ``.txt`` and ``.jsonl`` files, plain or ``.xz``.
+def tokenize(docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: str | Path, name: str = "") -> Corpus:
+    """The documents as a corpus called ``name``, from the cache if they were tokenised before.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: if the cache cannot be written or what it holds was damaged.
     """
-    docs: list[Document] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"no text file at {name}")
-        try:
-            opener = lzma.open if path.suffix == ".xz" else open
-            with opener(path, "rt", encoding="utf-8") as file:
-                body = file.read()
-        except (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError) as error:
-            raise ValueError(f"{name} is not readable as text ({type(error).__name__}: {error})") from None
-        # Named without their directory: a corpus has the same hash wherever its files lie.
-        docs += _json_lines(path, body) if ".jsonl" in path.name else [Document(path.name, body)]
-    return [d for d in docs if d.text.strip()]
-
-
-def _json_lines(path: Path, body: str) -> list[Document]:
-    docs: list[Document] = []
-    for number, line in enumerate(body.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()  # a lone surrogate is JSON, but no text
-        except (json.JSONDecodeError, UnicodeEncodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'line {number} of {path} is not {{"text": "..."}} ({type(error).__name__}: {error}): mend or remove it'
-            ) from None
-        docs.append(Document(f"{path.name}:{len(docs)}", text))
-    return docs
-
-
-def tokenize(docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: str | Path) -> Corpus:
-    """Tokens of the documents, from the cache if they were made before."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(f"{tokenizer.eos_token_id} {stdlib.corpus_hash(docs)}".encode())
+    digest.update(f"{FORMAT} {tokenizer.eos_token_id} {stdlib.corpus_hash(docs)}".encode())
     directory = Path(cache) / digest.hexdigest()[:16]
     if not (directory / "meta.json").is_file():
-        _write(docs, tokenizer, directory)
-    meta = json.loads((directory / "meta.json").read_text())
-    dataset = IndexedDataset(str(directory / "tokens"))
-    stream = torch.cat([torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))])
-    return Corpus(stream, tokenizer.eos_token_id, meta["corpus_hash"], meta["characters"])
+        try:
+            _write(docs, tokenizer, directory)
+        except OSError as error:
+            raise ValueError(
+                f"data.cache {cache} could not be written: {error.strerror or error}; free some space or name another"
+            ) from None
+    found = corpus.open_part(directory, "tokens")
+    return dataclasses.replace(found, name=name or found.name)
+
+
+# ------------------------------------------------------------------------------------------- one text
+
+
+class _Maker:
+    """Finds and reads texts; what it returns makes (or opens) the corpus when called."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cache: str | Path) -> None:
+        self._tokenizer, self._cache = tokenizer, cache
+
+    def both(self, text: str) -> tuple[Callable[[], Corpus], Callable[[], Corpus]]:
+        """The training and held-out part of one text."""
+        if _is_prepared(text):
+            directory, part = _located(text, "train")
+            if part != "train" or "held_out" not in corpus.read_meta(directory)["parts"]:
+                raise ValueError(f"{text} has no held-out part of its own: give data.held_out, or prepare it with --held-out")
+            return self._prepared(directory, "train"), self._prepared(directory, "held_out")
+        docs = _documents(text)
+        if text in STDLIB:
+            training, tested = stdlib.split(docs)
+        else:
+            training = [d for i, d in enumerate(docs) if i % 20 != 19]
+            tested = [d for i, d in enumerate(docs) if i % 20 == 19]
+        return self._tokenized(text, training, "training"), self._tokenized(text, tested, "held-out")
+
+    def training(self, text: str) -> Callable[[], Corpus]:
+        """A text to train on where another is held out: files whole, of a prepared corpus its training part."""
+        if _is_prepared(text):
+            return self._prepared(*_located(text, "train"))
+        return self._tokenized(text, _documents(text), "training")
+
+    def tested(self, text: str) -> Callable[[], Corpus]:
+        """A text named in data.held_out: files whole, of a prepared corpus its held-out part."""
+        if _is_prepared(text):
+            return self._prepared(*_located(text, "held_out"))
+        return self._tokenized(text, read_files(text), "held-out")
+
+    def _tokenized(self, text: str, docs: list[Document], name: str) -> Callable[[], Corpus]:
+        if not docs:
+            raise ValueError(f"the {name} text of data.text={text} is empty: give data.held_out a file, or more documents")
+        return lambda: tokenize(docs, self._tokenizer, self._cache, text)
+
+    def _prepared(self, directory: Path, part: str) -> Callable[[], Corpus]:
+        made, here = corpus.read_meta(directory)["tokenizer"], about(self._tokenizer)
+        if made != here:
+            differing = ", ".join(f"{k} {made.get(k)}, the model's {here[k]}" for k in here if made.get(k) != here[k])
+            raise ValueError(
+                f"{directory} was made with another tokenizer ({differing}): "
+                "prepare it again with scripts/prepare_data.py --tokenizer and the model's directory"
+            )
+        opened = corpus.open_part(directory, part)
+        return lambda: opened
+
+
+def _mixture(makers: list[Callable[[], Corpus]], parts: list[blend.Part]) -> Mixture:
+    return Mixture(tuple(make() for make in makers), tuple(part.share for part in parts))
+
+
+def _documents(text: str) -> list[Document]:
+    return stdlib.documents(STDLIB[text]) if text in STDLIB else read_files(text)
+
+
+def _is_prepared(text: str) -> bool:
+    return text not in STDLIB and corpus.is_corpus(text)
+
+
+def _located(text: str, part: str) -> tuple[Path, str]:
+    """Directory and part: of a directory the given part, of a prefix its own."""
+    path = Path(text)
+    return (path, part) if path.is_dir() else (path.parent, path.name)
 
 
 def _write(docs: list[Document], tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Build beside the final directory and rename: several processes may do so at once."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
-    builder = IndexedDatasetBuilder(str(staging / "tokens.bin"), dtype=DType.optimal_dtype(len(tokenizer)))
-    for encoded in tokenizer.backend_tokenizer.encode_batch([d.text for d in docs], add_special_tokens=False):
-        builder.add_document(torch.tensor([*encoded.ids, tokenizer.eos_token_id]), [len(encoded.ids) + 1])
-    builder.finalize(str(staging / "tokens.idx"))
-    meta = {"corpus_hash": stdlib.corpus_hash(docs), "documents": len(docs), "characters": sum(len(d.text) for d in docs)}
-    (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    dtype = DType.optimal_dtype(len(tokenizer))
+    encode = Encoder(
+        tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, dtype.__name__, parse_special=False
+    )
+    writer = PartWriter(staging, "tokens", dtype)
+    try:
+        for chunk in chunked(d.text for d in docs):
+            for ids, characters, digest in encode(chunk).documents():
+                writer.add(ids, characters=characters, digest=digest)
+        # The hash of names and texts is what results and checkpoints of such a text are known by.
+        part = writer.finish() | {"hash": stdlib.corpus_hash(docs)}
+        write_meta(staging, {"tokenizer": about(tokenizer), "parts": {"tokens": part}})
+    except BaseException:
+        writer.abandon()
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     try:
         os.rename(staging, directory)
     except OSError:  # another process was first, or an unfinished one left its directory

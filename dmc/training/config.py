@@ -23,8 +23,8 @@ from dmc.kernels.backend import BACKENDS
 class DataConfig:
     """What to train on."""
 
-    text: str = "stdlib"  # "stdlib", "stdlib-plain", or a comma-separated list of .txt / .jsonl files (or .xz of them)
-    held_out: str = ""  # held-out files; "" holds out a share of the documents of `text`
+    text: str | list = "stdlib"  # "stdlib", "stdlib-plain", prepared corpus, files, or blend "0.7:A,0.3:B" (docs/data.md)
+    held_out: str | list = ""  # the same for evaluation; "" holds out a share of `text` (docs/data.md)
     sequence_length: int = 1024  # tokens a sequence
     cache: str = "runs/data"  # where tokenised corpora are kept
 
@@ -313,6 +313,8 @@ def _cast(name: str, value: object, kind: type) -> object:
             value = float(value)  # YAML reads 1e-3 as a string
         except ValueError:
             raise ValueError(f"{name} is {value!r}: it must be a number") from None
+    if kind == str | list:
+        kind = list if isinstance(value, list) else str
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

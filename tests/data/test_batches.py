@@ -1,10 +1,12 @@
 """Which tokens a step reads: every sequence once an epoch, the same order for any number of ranks."""
 
+import numpy as np
 import pytest
 import torch
 
 from data.batches import Sequences, Source
-from data.tokens import Corpus
+from data.corpus import Corpus
+from data.mixture import Mixture
 from dmc.training.config import LogConfig, OptimConfig
 
 END, LENGTH = 0, 8
@@ -12,9 +14,10 @@ END, LENGTH = 0, 8
 
 def corpus(count=300, ends=()):
     """Token i is i + 1, so that a sequence tells where it was cut; documents end at ``ends``."""
-    stream = torch.arange(1, count + 1)
+    stream = np.arange(1, count + 1, dtype=np.uint16)
     stream[list(ends)] = END
-    return Corpus(stream, END, "hash", 5 * count)
+    starts = np.array([0, *(end + 1 for end in ends if end + 1 < count)], dtype=np.int64)
+    return Mixture((Corpus("a.txt", stream, starts * stream.itemsize, "hash", 5 * count),))
 
 
 def source(training, held_out=None, *, length=LENGTH, seed=0, micro=2, batch=8, evaluated=4):
@@ -34,7 +37,7 @@ def cuts(batch):
 def test_sequences_and_labels_are_pieces_of_the_stream():
     text = corpus(41)
     sequences = Sequences(text, LENGTH)
-    assert sequences.count == 5
+    assert sequences.counts == [5]
     batch = sequences.batch(list(range(5)))
     assert batch.tokens.shape == batch.labels.shape == batch.starts.shape == (5, LENGTH)
     assert (batch.tokens.dtype, batch.labels.dtype, batch.starts.dtype) == (torch.int64, torch.int64, torch.bool)
@@ -46,12 +49,12 @@ def test_sequences_and_labels_are_pieces_of_the_stream():
 
 @pytest.mark.parametrize(("tokens", "count"), [(9, 1), (16, 1), (17, 2), (300, 37)])
 def test_the_last_label_needs_one_token_more(tokens, count):
-    assert Sequences(corpus(tokens), LENGTH).count == count
+    assert Sequences(corpus(tokens), LENGTH).counts == [count]
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_a_text_shorter_than_a_sequence_is_refused(tokens):
-    with pytest.raises(ValueError, match=f"the text has {tokens} tokens, fewer than one sequence of 8") as caught:
+    with pytest.raises(ValueError, match=f"the text a.txt has {tokens} tokens, fewer than one sequence of 8") as caught:
         Sequences(corpus(tokens), LENGTH)
     assert "data.sequence_length" in str(caught.value)
     with pytest.raises(ValueError, match="fewer than one sequence"):
@@ -60,7 +63,7 @@ def test_a_text_shorter_than_a_sequence_is_refused(tokens):
 
 def test_starts_follow_the_ends_of_documents():
     sequences = Sequences(corpus(33, ends=[2, 7, 12, 13]), LENGTH)
-    batch = sequences.batch(list(range(sequences.count)))
+    batch = sequences.batch(list(range(sequences.counts[0])))
     starts = dict(zip(cuts(batch), batch.starts.tolist(), strict=True))
     first = [True] + [False] * 7
     assert starts[0] == [True, False, False, True, False, False, False, False]  # the end at 7 starts the next sequence
@@ -74,7 +77,7 @@ def test_starts_follow_the_ends_of_documents():
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_every_sequence_comes_once_an_epoch_in_a_new_order(batch):
     sequences = Sequences(corpus(300), LENGTH, seed=3)
-    assert sequences.count == 37
+    assert sequences.counts == [37]
     order = [c for i in range(0, 3 * 37 + batch, batch) for c in cuts(sequences.batch(list(range(i, i + batch))))]
     epochs = [order[37 * e : 37 * (e + 1)] for e in range(3)]
     assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
@@ -147,7 +150,7 @@ def test_the_evaluation_set_lies_within_documents():
 def test_too_few_held_out_sequences_are_refused_before_the_run():
     with pytest.raises(ValueError, match="has 7 sequences of 8 tokens within one document, log.eval_sequences asks for 8"):
         source(corpus(300), corpus(81, ends=[3, 24, 38]), evaluated=8)
-    with pytest.raises(ValueError, match="the text has 6 tokens"):
+    with pytest.raises(ValueError, match="the text a.txt has 6 tokens"):
         source(corpus(300), corpus(6))
 
 

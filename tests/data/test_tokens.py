@@ -6,10 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
 from data import tokens
+from data.files import read_files
+from data.mixture import Mixture
 from data.stdlib import Document, corpus_hash
 from tests.training.helpers import TOKENIZER
 
@@ -28,9 +30,9 @@ def tokenizer():
 
 def spoken(corpus, tokenizer):
     """The documents of a corpus as text."""
-    ends = (corpus.tokens == corpus.end).nonzero().flatten().tolist()
-    assert ends[-1] == len(corpus.tokens) - 1
-    parts = [corpus.tokens[a + 1 : b].tolist() for a, b in zip([-1, *ends[:-1]], ends, strict=True)]
+    ((starts, stops),) = corpus.document_spans()
+    assert set(corpus.tokens[stops - 1].tolist()) == {tokenizer.eos_token_id}
+    parts = [corpus.tokens[a : b - 1].tolist() for a, b in zip(starts, stops, strict=True)]
     return [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]
 
 
@@ -45,9 +47,9 @@ def write_lines(path, *rows):
 def test_texts_come_back_from_their_tokens(tmp_path, tokenizer):
     corpus = tokens.tokenize(DOCUMENTS, tokenizer, tmp_path)
     assert spoken(corpus, tokenizer) == TEXTS
-    assert (corpus.end, corpus.hash, corpus.tokens.dtype) == (END, corpus_hash(DOCUMENTS), torch.int64)
+    assert (corpus.hash, corpus.tokens.dtype, tokenizer.eos_token_id) == (corpus_hash(DOCUMENTS), np.uint16, END)
     assert corpus.characters == sum(map(len, TEXTS))
-    assert corpus.characters_per_token == pytest.approx(corpus.characters / len(corpus.tokens))
+    assert Mixture((corpus,)).characters_per_token == pytest.approx(corpus.characters / len(corpus.tokens))
 
 
 def test_the_tokens_are_the_tokenizers_own(tmp_path, tokenizer):
@@ -63,25 +65,29 @@ def test_the_files_are_megatrons(tmp_path, tokenizer):
     (directory,) = tmp_path.iterdir()
     assert np.fromfile(directory / "tokens.bin", dtype=np.uint16).tolist() == corpus.tokens.tolist()
     assert (directory / "tokens.idx").read_bytes().startswith(b"MMIDIDX\x00\x00")
-    assert json.loads((directory / "meta.json").read_text()) == {
-        "corpus_hash": corpus.hash, "documents": len(TEXTS), "characters": corpus.characters,
-    }
+    part = json.loads((directory / "meta.json").read_text())["parts"]["tokens"]
+    assert (part["hash"], part["documents"], part["characters"]) == (corpus.hash, len(TEXTS), corpus.characters)
+    read = IndexedDataset(str(directory / "tokens"))
+    assert [read[i].tolist() for i in range(len(read))] == [
+        corpus.tokens[a:b].tolist() for a, b in zip(*next(corpus.document_spans()), strict=True)
+    ]
+    assert read.document_indices.tolist() == list(range(len(TEXTS) + 1))
 
 
 def test_the_cache_is_used_again(tmp_path, tokenizer, monkeypatch):
     first = tokens.tokenize(DOCUMENTS, tokenizer, tmp_path)
     monkeypatch.setattr(tokens, "_write", lambda *_: pytest.fail("tokenised again"))
     second = tokens.tokenize(DOCUMENTS, tokenizer, tmp_path)
-    assert torch.equal(first.tokens, second.tokens) and second.hash == first.hash
+    assert np.array_equal(first.tokens, second.tokens) and second.hash == first.hash
 
 
 @pytest.mark.parametrize("left", [[], ["tokens.bin"], ["tokens.bin", "tokens.idx"]])
 def test_an_unfinished_cache_is_made_again(tmp_path, tokenizer, left):
-    first = tokens.tokenize(DOCUMENTS, tokenizer, tmp_path)
+    whole = tokens.tokenize(DOCUMENTS, tokenizer, tmp_path).tokens.tolist()
     (directory,) = tmp_path.iterdir()
     for path in list(directory.iterdir()):
         path.unlink() if path.name not in left else path.write_bytes(b"cut")
-    assert torch.equal(tokens.tokenize(DOCUMENTS, tokenizer, tmp_path).tokens, first.tokens)
+    assert np.array_equal(tokens.tokenize(DOCUMENTS, tokenizer, tmp_path).tokens, whole)
     assert list(tmp_path.iterdir()) == [directory]
 
 
@@ -106,7 +112,7 @@ def test_other_texts_and_other_tokenizers_have_other_caches(tmp_path, tokenizer)
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|pad|>"}))
     marked = tokens.tokenize(DOCUMENTS, tokens.load_tokenizer(other, 2048), tmp_path)
-    assert marked.end == 1 and (marked.tokens == 1).sum() == len(TEXTS) and not (marked.tokens == 0).any()
+    assert (marked.tokens == 1).sum() == len(TEXTS) and not (marked.tokens == 0).any()
     assert len(list(tmp_path.iterdir())) == 3 + 1
 
 
@@ -121,14 +127,14 @@ def test_files_of_every_kind(tmp_path):
     expected = {"a.txt": ["first\nfile"], "b.jsonl": ["one", "two\nlines é"]}
     for name, texts in expected.items():
         for suffix in ("", ".xz"):
-            assert [d.text for d in tokens.read_files(str(tmp_path / (name + suffix)))] == texts
-    both = tokens.read_files(f" {tmp_path / 'b.jsonl'} , {tmp_path / 'a.txt'},")
+            assert [d.text for d in read_files(str(tmp_path / (name + suffix)))] == texts
+    both = read_files(f" {tmp_path / 'b.jsonl'} , {tmp_path / 'a.txt'},")
     assert [d.text for d in both] == ["one", "two\nlines é", "first\nfile"]
 
 
 def test_blank_lines_between_documents_are_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n\n  \n{"text": "two"}')
-    assert [d.text for d in tokens.read_files(str(tmp_path / "a.jsonl"))] == ["one", "two"]
+    assert [d.text for d in read_files(str(tmp_path / "a.jsonl"))] == ["one", "two"]
 
 
 def test_the_hash_does_not_depend_on_where_the_files_lie(tmp_path):
@@ -137,12 +143,12 @@ def test_the_hash_does_not_depend_on_where_the_files_lie(tmp_path):
         write_lines(tmp_path / place / "a.jsonl", {"text": "one"}, {"text": "two"})
         (tmp_path / place / "b.txt").write_text("three")
     hashes = {
-        corpus_hash(tokens.read_files(f"{tmp_path / place / 'a.jsonl'},{tmp_path / place / 'b.txt'}"))
+        corpus_hash(read_files(f"{tmp_path / place / 'a.jsonl'},{tmp_path / place / 'b.txt'}"))
         for place in ("here", "there")
     }
     assert len(hashes) == 1
     write_lines(tmp_path / "there" / "a.jsonl", {"text": "one"}, {"text": "too"})
-    changed = tokens.read_files(f"{tmp_path / 'there' / 'a.jsonl'},{tmp_path / 'there' / 'b.txt'}")
+    changed = read_files(f"{tmp_path / 'there' / 'a.jsonl'},{tmp_path / 'there' / 'b.txt'}")
     assert corpus_hash(changed) not in hashes
 
 
@@ -162,15 +168,15 @@ def test_the_hash_does_not_depend_on_where_the_files_lie(tmp_path):
 def test_unreadable_files_are_named(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=words):
-        tokens.read_files(str(tmp_path / name))
+        read_files(str(tmp_path / name))
 
 
 def test_missing_files_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(ValueError, match="no text file at .*b.txt"):
-        tokens.read_files(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
-    with pytest.raises(ValueError, match="no text file at"):
-        tokens.read_files(str(tmp_path))
+    with pytest.raises(ValueError, match="no text file or prepared corpus at .*b.txt"):
+        read_files(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
+    with pytest.raises(ValueError, match="no text file or prepared corpus at"):
+        read_files(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -179,8 +185,8 @@ def test_missing_files_are_named(tmp_path):
 def test_every_twentieth_document_is_held_out(tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(45)))
     training, held_out = tokens.corpora(path, "", tokenizer, tmp_path / "cache")
-    assert spoken(held_out, tokenizer) == ["document 19", "document 39"]
-    assert spoken(training, tokenizer) == [f"document {i}" for i in range(45) if i not in (19, 39)]
+    assert spoken(held_out.corpora[0], tokenizer) == ["document 19", "document 39"]
+    assert spoken(training.corpora[0], tokenizer) == [f"document {i}" for i in range(45) if i not in (19, 39)]
     assert training.hash != held_out.hash
 
 
@@ -188,7 +194,7 @@ def test_a_held_out_file_leaves_the_training_text_whole(tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(25)))
     (tmp_path / "b.txt").write_text("held out")
     training, held_out = tokens.corpora(path, str(tmp_path / "b.txt"), tokenizer, tmp_path / "cache")
-    assert len(spoken(training, tokenizer)) == 25 and spoken(held_out, tokenizer) == ["held out"]
+    assert len(spoken(training.corpora[0], tokenizer)) == 25 and spoken(held_out.corpora[0], tokenizer) == ["held out"]
 
 
 @pytest.mark.parametrize("text", ["stdlib", "stdlib-plain"])
@@ -198,10 +204,10 @@ def test_the_standard_library_is_split_by_module_or_kept_whole(tmp_path, tokeniz
     docs = {kinds: [Document(name, name) for name in names]}
     monkeypatch.setattr(tokens.stdlib, "documents", docs.__getitem__)
     training, held_out = tokens.corpora(text, "", tokenizer, tmp_path / "cache")
-    assert (spoken(training, tokenizer), spoken(held_out, tokenizer)) == (names[:1], names[1:])
+    assert (spoken(training.corpora[0], tokenizer), spoken(held_out.corpora[0], tokenizer)) == (names[:1], names[1:])
     (tmp_path / "b.txt").write_text("held out")
     training, held_out = tokens.corpora(text, str(tmp_path / "b.txt"), tokenizer, tmp_path / "cache")
-    assert (spoken(training, tokenizer), spoken(held_out, tokenizer)) == (names, ["held out"])
+    assert (spoken(training.corpora[0], tokenizer), spoken(held_out.corpora[0], tokenizer)) == (names, ["held out"])
 
 
 @pytest.mark.parametrize(("documents", "held_out", "words"), [

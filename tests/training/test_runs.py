@@ -85,7 +85,7 @@ REFUSED = [
     (["optim.global_batch=3", "optim.micro_batch=2"], "optim.global_batch 3 is not a multiple"),
     (["parallel.tensor=2"], "does not divide the 1 processes"),
     (["data.sequence_length=100000"], "exceeds the model's max_position_embeddings"),
-    (["data.text=missing.txt"], "no text file at missing.txt"),
+    (["data.text=missing.txt"], "no text file or prepared corpus at missing.txt"),
     (["--resume", "nowhere"], "no checkpoint at nowhere"),
     (["--config", "nothing.yaml"], "no config file at nothing.yaml"),
     (["--model", "nothing"], "no config.json"),
