@@ -18,6 +18,8 @@ def read_files(names: str) -> list[Document]:
     docs: list[Document] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         path = Path(name)
+        if path.is_dir():
+            raise ValueError(f"{name} is a directory: several prepared corpora are given with weights, as in 0.5:A,0.5:B")
         if not path.is_file():
             raise ValueError(f"no text file or prepared corpus at {name}")
         try:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -156,10 +156,12 @@ class _Run:
     def write(self, request: sources.Request, limit: int | None) -> dict:
         kept: set[bytes] = set()
         if self._held_out.files:
-            for document in self._encoded(_files(request, self._held_out.files), None, "held out"):
-                kept.add(document[2])
-                self._add("held_out", document)
-        self._split(self._encoded(request, limit, "documents"), kept)
+            with closing(self._encoded(_files(request, self._held_out.files), None, "held out")) as documents:
+                for document in documents:
+                    kept.add(document[2])
+                    self._add("held_out", document)
+        with closing(self._encoded(request, limit, "documents")) as documents:  # workers and bar end before an error is told
+            self._split(documents, kept)
         for name, part in self._parts.items():
             if not part.documents:
                 read = sum(p.documents for p in self._parts.values())

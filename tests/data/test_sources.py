@@ -169,7 +169,8 @@ def test_a_hub_dataset_is_asked_for_as_configured(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "data"), [
-    ("a.jsonl", b'{"text": "one"}\n{"text": "tw'), ("a.jsonl.xz", b"no xz"), ("a.jsonl.gz", b"no gz"), ("a.parquet", b"no parquet"),
+    ("a.jsonl", b'{"text": "one"}\n{"text": "tw'), ("a.jsonl.xz", b"no xz"), ("a.jsonl.gz", b"no gz"),
+    ("a.parquet", b"no parquet"),
     ("a.txt.xz", lzma.compress(b"words" * 10_000)[:-20]), ("a.txt", b"caf\xe9 \xff"),
 ])
 def test_unreadable_files_are_named(tmp_path, name, data):

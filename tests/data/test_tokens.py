@@ -175,7 +175,7 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(ValueError, match="no text file or prepared corpus at .*b.txt"):
         read_files(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
-    with pytest.raises(ValueError, match="no text file or prepared corpus at"):
+    with pytest.raises(ValueError, match="is a directory: several prepared corpora are given with weights"):
         read_files(str(tmp_path))
 
 
