@@ -24,12 +24,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, mixture, tokens
-from dmc.training import backends, flops, setup
+from dmc.training import backends, flops, peers, setup
 from dmc.training import config as configuration
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
 from dmc.training.schedule import Schedule
+from dmc.training.signals import Stopped
 from dmc.training.trainer import Trainer
+
+STOPPED = "stopped"  # in run.output: a signal ended the run, which a job script sees and requeues itself
 
 
 def parse(argv: list[str]) -> Config:
@@ -73,6 +76,7 @@ def build(config: Config) -> Trainer:
     training, held_out = tokens.corpora(config.data.text, config.data.held_out, tokenizer, config.data.cache)
     source = batches.Source(training, held_out, config.data.sequence_length, config.optim, config.log, config.run.seed)
     setup.init_distributed(config)
+    peers.watch(config.run.peer_timeout)
     resume = find_resume(config, checkpoints)
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
@@ -143,6 +147,7 @@ def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> 
                 )
         if failure[0] is None:
             output.mkdir(parents=True, exist_ok=True)
+            (output / STOPPED).unlink(missing_ok=True)
             (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
@@ -151,17 +156,36 @@ def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> 
 
 @record
 def main() -> None:
-    """Parse, build, train; one sentence and exit code 2 for what the user can mend, 1 for a run that broke off."""
+    """Parse, build, train.
+
+    Exit codes: 0 when the run is complete, 75 when a signal stopped it with a resume point, 2 and one sentence for
+    what the user can mend, 1 and one sentence for a run that broke off (diverged, a checkpoint that could not be
+    written, another rank gone).
+    """
     try:
-        trainer = build(parse(sys.argv[1:]))
-    except ValueError as error:
+        with peers.reported():
+            trainer = build(parse(sys.argv[1:]))
+    except (ValueError, peers.Lost) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     try:
-        trainer.train()
-    except (FloatingPointError, OSError) as error:  # diverged, or a checkpoint that could not be written
+        with peers.reported():
+            trainer.train()
+    except (FloatingPointError, OSError, peers.Lost) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except Stopped as stop:
+        if torch.distributed.get_rank() == 0:
+            (Path(trainer.config.run.output) / STOPPED).write_text(f"{stop}\n")
+            print(stop, flush=True)
+        leave()
+        raise
+    leave()
+
+
+def leave() -> None:
+    """The ranks part."""
+    peers.close()
     torch.distributed.destroy_process_group()
 
 

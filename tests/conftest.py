@@ -40,3 +40,13 @@ def process_group():
         init_distributed(load(overrides=["run.threads=1"]))
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def rank_server():
+    """Starts ranks of train.py as processes that tests may kill (`tests.training.ranks`)."""
+    from tests.training.ranks import Server
+
+    server = Server()
+    yield server
+    server.close()

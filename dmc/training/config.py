@@ -100,11 +100,22 @@ class RunConfig:
     save_every: int = 0  # steps between resume points; 0: only at each integer CR and at the end
     keep_last: int = 3  # resume points that stay; those of a CR and the final one always do. 0: all
     async_save: bool = False  # write checkpoints while training goes on
+    peer_timeout: float = 120.0  # seconds without a sign of life from a rank after which all end; 0: collective timeouts alone
     seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
     kernels: str = "auto"  # of attention: "auto" (Triton on CUDA, else sdpa), "triton", "sdpa", "flex", "reference"
     transformer_engine: str = "never"  # linear layers of transformer-engine: "never", "always", or "auto" (where it can be used)
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
+
+
+@dataclass
+class GuardConfig:
+    """What is done about a step whose loss or gradients cannot be right; its weights never change (docs/checkpoints.md)."""
+
+    action: str = "stop"  # "stop" the run or "skip" the step, with a report in run.output/guard
+    max_norm_ratio: float = 0.0  # gradient norms above so many running medians are outliers; 0: only NaN and Inf are
+    window: int = 50  # accepted steps in the median; it counts once there are so many
+    max_skips: int = 5  # skipped steps in a row after which the run stops
 
 
 @dataclass
@@ -139,6 +150,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
@@ -199,6 +211,7 @@ def _check_fields(config: Config) -> None:
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
     _one_of("dmc.train", d.train, ("all", "decision"))
+    _one_of("guard.action", config.guard.action, ("stop", "skip"))
     _one_of("optim.name", o.name, ("adamw", "muon"))
     _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _one_of("run.precision", r.precision, ("fp32", "bf16"))
@@ -212,7 +225,9 @@ def _check_fields(config: Config) -> None:
         "dmc.hold_steps": d.hold_steps, "dmc.cr_weight": d.cr_weight, "distill.weight": config.distill.weight,
         "distill.lm_weight": config.distill.lm_weight, "optim.weight_decay": o.weight_decay, "run.seed": r.seed,
         "optim.min_lr": o.min_lr, "optim.decay_steps": o.decay_steps, "optim.warmup_steps": o.warmup_steps,
-        "run.save_every": r.save_every, "run.keep_last": r.keep_last, "run.threads": r.threads,
+        "run.save_every": r.save_every, "run.keep_last": r.keep_last, "run.peer_timeout": r.peer_timeout,
+        "guard.max_norm_ratio": config.guard.max_norm_ratio, "guard.max_skips": config.guard.max_skips,
+        "run.threads": r.threads,
         "log.eval_every": config.log.eval_every,
         "log.peak_tflops": config.log.peak_tflops, "plan.world": config.plan.world,
     })
@@ -220,11 +235,14 @@ def _check_fields(config: Config) -> None:
         "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
         "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
         "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
+        "guard.window": config.guard.window,
         "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
     })
     for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: it must be a positive number")
+    if 0 < config.guard.max_norm_ratio <= 1:
+        raise ValueError(f"guard.max_norm_ratio is {config.guard.max_norm_ratio}: it must be above 1, or 0 for no outliers")
     if not math.isfinite(d.offset):
         raise ValueError(f"dmc.offset is {d.offset}: it must be a finite number")
     for name, value in {"optim.beta1": o.beta1, "optim.beta2": o.beta2}.items():

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -17,9 +18,11 @@ from transformers import LlamaConfig
 from dmc.training import context, cpu, setup, sharded
 from dmc.training.attention import row_info
 from dmc.training.config import Config
+from dmc.training.guard import Guard
 from dmc.training.losses import language_and_distillation
 from dmc.training.metrics import Meter, Reporter
 from dmc.training.schedule import Schedule, StepPlan
+from dmc.training.signals import Stopped, StopSignals
 
 # What a resumed run must share with the checkpoint's; layout, schedule lengths and reports may change.
 SAME_RUN = (
@@ -72,6 +75,7 @@ class Trainer:
             # An adapter's frozen base model is the original one: no second copy is needed, unless another is asked for.
             own = config.dmc.train == "decision" and not config.distill.teacher
             setup.attach_teacher(config, hf, self.student, None if own else teacher_loader)
+        self.guard = Guard(config.guard, Path(config.run.output) / "guard", self.student.optimizer, self.student.chunks)
         self.meta = meta
         self.step = 0
         self.kept = 1.0  # measured share of kept entries in the last step: what ends the one-sided loss
@@ -81,19 +85,35 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ the run
 
     def train(self) -> None:
-        """From the current step to the end, with reports, evaluations and checkpoints on the way."""
+        """From the current step to the end, with reports, evaluations and checkpoints on the way.
+
+        Raises:
+            Stopped: after a signal that asks for it, with a complete resume point.
+            FloatingPointError: if the numerics guard stops the run.
+            OSError: if a checkpoint cannot be written.
+        """
+        signals = StopSignals()
         if self.step == 0 and self.schedule(0).phase != "plain":
             self._report_evaluation("base", self.evaluate("plain"))
         meter = Meter(self.config, self.hf, steps=self.schedule.steps, world=torch.distributed.get_world_size())
         while self.step < self.schedule.steps:
             plan = self.schedule(self.step)
             begun = time.perf_counter()
-            metrics = self.train_step(plan)
+            try:
+                metrics = self.train_step(plan)
+            except FloatingPointError:
+                self.store.wait()  # what is being written in the background is sound
+                raise
             seconds = time.perf_counter() - begun
             self.step += 1
             metrics |= meter(self.step, seconds)
             self.reporter.step(metrics, shown=self.step % self.config.log.every == 0 or self.step == self.schedule.steps)
-            self._after_step(plan)
+            signal = signals.agreed()
+            self._after_step(plan, stopping=bool(signal))
+            if signal and self.step < self.schedule.steps:
+                self.store.wait()
+                self.reporter.close()
+                raise Stopped(signal, self.step)
         self.store.wait()
         self.reporter.close()
 
@@ -115,17 +135,14 @@ class Trainer:
             part.train()
             part.zero_grad_buffer()
         self.student.optimizer.zero_grad()
-        losses = self._run(self._training_data(), self._loss, forward_only=False)
-        applied, grad_norm, _ = self.student.optimizer.step()
-        metrics = {"step": self.step + 1, "phase": plan.phase, "lr": plan.lr, "grad_norm": float(grad_norm or 0.0)}
-        metrics |= self._mean_losses(losses)
-        if not applied or not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"step {self.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training diverged; "
-                "lower optim.lr or look at the data of this step"
-            )
-        if compressing:
-            sums = self.student.state.decisions.total()
+        data = self._training_data()
+        losses = self._run(data, self._loss, forward_only=False)
+        metrics = {"step": self.step + 1, "phase": plan.phase, "lr": plan.lr} | self._mean_losses(losses)
+        applied = self.guard.step(metrics, torch.cat([batch.samples for batch in data]))
+        sums = self.student.state.decisions.total() if compressing else None
+        if not applied:
+            metrics["skipped"] = True  # and the hinge stays as it was: the measured CR may be as wrong as the loss
+        elif compressing:
             soft, hard = (sums.sum((1, 2)) / self._per_step).tolist()
             self.kept = hard if dmc.cr_loss == "hard" else soft
             metrics |= {
@@ -166,7 +183,7 @@ class Trainer:
         meta = self.meta | {
             "step": self.step, "kept": self.kept, "target_cr": self.schedule.target_cr(self.step - 1),
             "measured_cr": evaluation.cr, "perplexity": evaluation.perplexity, "heads": evaluation.heads,
-            "compressed": self.schedule.phase(self.step - 1) in ("ramp", "hold"),
+            "compressed": self.schedule.phase(self.step - 1) in ("ramp", "hold"), "guard": self.guard.state(),
         }
         self.store.save(name, self._sharded_state(loading=False), meta, background=self.config.run.async_save)
 
@@ -192,6 +209,7 @@ class Trainer:
             chunk.load_state_dict(state[key])
         self.student.optimizer.load_state_dict(state["optimizer"])
         self.step, self.kept = meta["step"], meta["kept"]
+        self.guard.load_state(meta["guard"])
         self.reporter.resumed(self.step)
 
     def _sharded_state(self, *, loading: bool) -> dict:
@@ -279,17 +297,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ reports
 
-    def _after_step(self, plan: StepPlan) -> None:
+    def _after_step(self, plan: StepPlan, *, stopping: bool) -> None:
         self.store.poll()
         every = self.config.log.eval_every
         due = bool(every) and self.step % every == 0
         if plan.phase == "repurpose" and self.step == self.schedule.ramp_start:
             due = True  # what the neuron cost, before any compression
-        if not (due or plan.saves):
+        saves = plan.saves or ((f"step{self.step:06d}",) if stopping else ())
+        if not (due or saves):
             return
         evaluation = self.evaluate()
-        self._report_evaluation("+".join(plan.saves) or plan.phase, evaluation)
-        for name in plan.saves:
+        self._report_evaluation("+".join(saves) or plan.phase, evaluation)
+        for name in saves:
             self.save(name, evaluation)
 
     def _report_evaluation(self, name: str, evaluation: Evaluation) -> None:
