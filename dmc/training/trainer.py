@@ -209,7 +209,7 @@ class Trainer:
             chunk.load_state_dict(state[key])
         self.student.optimizer.load_state_dict(state["optimizer"])
         self.step, self.kept = meta["step"], meta["kept"]
-        self.guard.load_state(meta["guard"])
+        self.guard.load_state(meta.get("guard", {"norms": [], "skipped": 0}))  # checkpoints of before have none
         self.reporter.resumed(self.step)
 
     def _sharded_state(self, *, loading: bool) -> dict:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import time
 from pathlib import Path
+
+import numpy as np
+import torch
 
 
 def at_step(rank: int, *, step: int, ranks: list[int], action: str, value: str = "") -> None:
@@ -37,8 +41,8 @@ def in_save(rank: int, *, ranks: list[int], action: str, name: str, value: str =
     Shards._start = wrapped
 
 
-def poison(rank: int, *, steps: list[int], ranks: list[int], value: float | str, log: str) -> None:
-    """Put ``value`` into a gradient on ``ranks`` before it is reduced; write a hash of all state after each step."""
+def poison(rank: int, *, steps: list[int], poisoned_ranks: list[int], value: float | str, log: str) -> None:
+    """Put ``value`` into a gradient on ``poisoned_ranks`` before it is reduced; write a hash of all state after each step."""
     from dmc.training import setup
     from dmc.training.trainer import Trainer
 
@@ -46,7 +50,7 @@ def poison(rank: int, *, steps: list[int], ranks: list[int], value: float | str,
     now = [0]
 
     def poisoned(model, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
-        if now[0] in steps and rank in ranks:
+        if now[0] in steps and rank in poisoned_ranks:
             weights = dict(model[0].module.named_parameters())
             weights["decoder.layers.1.mlp.linear_fc2.weight"].main_grad[0, 0] = float(value)
         finalize(model, *args, **kwargs)
@@ -58,6 +62,9 @@ def poison(rank: int, *, steps: list[int], ranks: list[int], value: float | str,
         finally:
             with Path(log, f"hashes{rank}").open("a") as file:
                 file.write(state_hash(self.student) + "\n")
+            with Path(log, f"generators{rank}").open("a") as file:
+                drawn = torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+                file.write(hashlib.sha256(repr(drawn).encode()).hexdigest() + "\n")
 
     setup.finalize_model_grads, Trainer.train_step = poisoned, wrapped
 
@@ -65,7 +72,8 @@ def poison(rank: int, *, steps: list[int], ranks: list[int], value: float | str,
 def state_hash(student) -> str:  # noqa: ANN001
     """Of every weight and every tensor of the optimizer's state on this rank."""
     found = hashlib.sha256()
-    for weight in (w for part in student.optimizer.chained_optimizers for w in part.get_parameters()):
+    weights = [weight for chunk in student.chunks for weight in chunk.parameters()]
+    for weight in weights + [w for part in student.optimizer.chained_optimizers for w in part.get_parameters()]:
         found.update(weight.detach().numpy().tobytes())
     for part in student.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
