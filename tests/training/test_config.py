@@ -46,6 +46,7 @@ def test_yaml_round_trip_of_every_field(tmp_path):
         other = not default if isinstance(default, bool) else default + 1 if isinstance(default, int) else default
         setattr(getattr(config, section), key, other + 0.25 if isinstance(other, float) else other)
     config.optim.beta1, config.optim.beta2, config.optim.global_batch = 0.5, 0.75, 9
+    config.guard.action, config.guard.max_norm_ratio = "skip", 20.0
     config.parallel.virtual, config.data.sequence_length = 2, 1032  # 2 x context x tensor, as they are changed to
     config.parallel.pipeline, config.data.cache, config.log.wandb = 2, "some where", "project"
     path = written(tmp_path, yaml.safe_dump(to_dict(config)))
@@ -132,6 +133,11 @@ def test_every_recipe_loads(path):
     ("run.output=true", ["run.output is True", "type str"]),
     ("run.output={a: b}", ["run.output is {'a': 'b'}", "type str"]),
     ("run.output=[", ["'run.output=['", "quote it"]),
+    ("guard.action=ignore", ["guard.action is 'ignore'", "stop, skip"]),
+    ("guard.max_norm_ratio=1", ["guard.max_norm_ratio is 1.0", "above 1, or 0"]),
+    ("guard.window=0", ["guard.window is 0", "at least 1"]),
+    ("run.keep_last=-1", ["run.keep_last is -1", "at least 0"]),
+    ("run.peer_timeout=.inf", ["run.peer_timeout is inf"]),
 ])
 def test_overrides_are_refused_with_the_known_names(override, words):
     text = refusal(override)
@@ -141,7 +147,7 @@ def test_overrides_are_refused_with_the_known_names(override, words):
 @pytest.mark.parametrize(("text", "words"), [
     ("optim: [1, 2]", ["'optim'", "must hold keys"]),
     ("optim:", ["'optim'", "must hold keys", "None"]),
-    ("optin: {lr: 1}", ["unknown config section 'optin'", "known: data, dmc, distill, optim, parallel, run, log"]),
+    ("optin: {lr: 1}", ["unknown config section 'optin'", "known: data, dmc, distill, optim, parallel, run, guard, log"]),
     ("optin: {}", ["unknown config section 'optin'"]),
     ("optim.lr: 1", ["unknown config section 'optim.lr'"]),
     ("optim: {lrr: 1}", ["unknown config key 'optim.lrr'"]),
