@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-          torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
+          torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv"}
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -94,13 +94,50 @@ def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased
     out.backward(torch.zeros_like(out))
 
 
-if __name__ == "__main__":
+def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
+    """Launches of one decode step."""
+    from dmc.kernels.decode import Paged
+    from dmc.kernels.decode_triton import decode
+
+    stored = {"dense": ("k", dtype), "int8": ("k_codes", torch.int8), "fp8": ("k_numbers", torch.uint8)}[kind]
+    encoded = {stored[0].replace("k", part, 1): torch.zeros(2, page, size, dtype=stored[1]) for part in "kv"}
+    if kind != "dense":
+        encoded |= {f"{part}_scale": torch.zeros(2, page, dtype=torch.bfloat16) for part in "kv"}
+    opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    own = torch.zeros(rows, size, dtype=dtype)
+    cache = Paged(kind, encoded, opened, table, table, count, count)
+    decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
+
+
+def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
+    """The launch of one prompt."""
+    from dmc.kernels.prefill_triton import prefill
+
+    zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
+    keys, own = zeros(rows, entries, size), zeros(rows, tokens, size)
+    places, positions = torch.zeros(rows, entries, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32)
+    prefill(zeros(rows, groups, tokens, size), keys, keys, places, own, own, positions, size**-0.5)
+
+
+def main():
+    """``python -m tests.kernels.sm90 [train|serve] SIZE ...``: a line for each kernel."""
     import sys
 
-    sizes = [int(x) for x in sys.argv[1:]] or [64, 80, 96, 128]
+    parts, sizes = [x for x in sys.argv[1:] if not x.isdigit()], [int(x) for x in sys.argv[1:] if x.isdigit()]
     with Recorder() as recorder:
-        for size in sizes:
-            training(size, torch.bfloat16)
+        for size in sizes or [64, 80, 96, 128]:
+            if "serve" not in parts:
+                training(size, torch.bfloat16)
+            for kind, groups in (("dense", 1), ("dense", 4), ("int8", 1), ("fp8", 4)) if "train" not in parts else ():
+                decoding(size, torch.bfloat16, kind, groups=groups)
+                decoding(size, torch.bfloat16, kind, groups=groups, rows=1)
+            if "train" not in parts:
+                prefilling(size, torch.bfloat16)
     for name, constants, registers, spilled, shared in recorder.found:
-        short = {k: v for k, v in constants.items() if k not in ("PRECISION",)}
+        short = {k: v for k, v in constants.items() if k != "PRECISION" and v is not None}
         print(f"{name:24s} registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  {short}")
+
+
+if __name__ == "__main__":
+    main()

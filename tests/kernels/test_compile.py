@@ -9,14 +9,19 @@ import pytest
 pytest.importorskip("triton")
 
 
+TRAINING = {"_segment_ends", "_forward", "_segment_starts", "_backward", "_rotate", "_delta", "_backward_keys",
+            "_backward_queries"}
+SERVING = {"_pieces", "_together", "_prefill"}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("part", "expected"), [("train", TRAINING), ("serve", SERVING)])
 @pytest.mark.parametrize("size", [64, 80, 128])
-def test_training_kernels_compile_for_sm90(size):
+def test_kernels_compile_for_sm90(part, expected, size):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.sm90", str(size)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "tests.kernels.sm90", part, str(size)], env=environment, capture_output=True, text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {line.split()[0] for line in done.stdout.splitlines()}
-    assert kernels == {"_segment_ends", "_forward", "_segment_starts", "_backward", "_rotate", "_delta", "_backward_keys",
-                       "_backward_queries"}
+    assert {line.split()[0] for line in done.stdout.splitlines()} == expected

@@ -1,0 +1,112 @@
+"""Decode attention over pages: one query of each head over what its row of the block tables holds.
+
+`decode_reference` is the naive twin, `dmc.kernels.decode_triton` the kernels; `decode_attention` chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.kernels.backend import choose
+
+KINDS = {
+    # kind of encoded page: its fields beside the exact ones
+    "dense": ("k", "v"),
+    "int8": ("k_codes", "k_scale", "v_codes", "v_scale"),
+    "fp8": ("k_numbers", "k_scale", "v_numbers", "v_scale"),
+}
+
+
+@dataclass(frozen=True)
+class Paged:
+    """What decode reads, as the page pool holds it: views of its memory, and tables of int32. Nothing is copied.
+
+    Entries of a row: ``closed`` whole encoded pages, then ``exact`` entries on open pages. All of them are seen.
+
+    Attributes:
+        kind: a name of `KINDS`, how encoded pages are stored.
+        encoded: fields of encoded pages: keys and values ``[pages, P, D]`` (``k``, ``v`` in any float dtype; ``k_codes``,
+            ``v_codes`` int8; ``k_numbers``, ``v_numbers`` uint8 holding E4M3), scales ``[pages, P]``.
+        opened: ``k`` and ``v`` of exact pages ``[pages, E, D]``, any float dtype.
+        encoded_table, open_table: ``[rows, columns]``, pages of each row in order.
+        encoded_count: ``[rows]``, encoded pages of each row.
+        exact_count: ``[rows]``, exact entries of each row.
+    """
+
+    kind: str
+    encoded: dict[str, Tensor]
+    opened: dict[str, Tensor]
+    encoded_table: Tensor
+    open_table: Tensor
+    encoded_count: Tensor
+    exact_count: Tensor
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of pages {self.kind!r}; known: {', '.join(KINDS)}")
+        missing = [name for name in KINDS[self.kind] if name not in self.encoded]
+        if missing:
+            raise ValueError(f"{self.kind} pages have the fields {', '.join(KINDS[self.kind])}; missing: {', '.join(missing)}")
+
+
+def decode_attention(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One query of each head over its row's encoded pages, exact entries and its own state.
+
+    With Triton nothing waits for the device: shapes alone say what is launched, so it can be captured in a CUDA graph
+    while the tables keep their width.
+
+    Args:
+        query: ``[R, G, D]``, rotated; products are in its dtype where G is above 1, sums always in fp32.
+        own_key, own_value: ``[R, D]``, the open entry, rotated.
+        index: ``[R]``, rows of ``paged``'s tables.
+        paged: the cache.
+        scale: of the scores, ``1 / sqrt(D)`` if None.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+
+    Returns:
+        ``[R, G, D]`` in the dtype of ``query``.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if choose(query, backend) == "triton":
+        from dmc.kernels.decode_triton import decode
+
+        return decode(query, own_key, own_value, index, paged, scale)
+    return decode_reference(query, own_key, own_value, index, paged, scale=scale)
+
+
+def decode_reference(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, scale: float,
+) -> Tensor:
+    """The naive twin: gathers every page of every row, padded to the widest, in fp32 (fp64 for fp64 queries)."""
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    sides = []
+    for part, own in (("k", own_key), ("v", own_value)):
+        pages = paged.encoded_table[index].long()
+        encoded = _decoded(paged, part, pages, work).flatten(1, 2)
+        exact = paged.opened[part][paged.open_table[index].long()].to(work).flatten(1, 2)
+        sides.append(torch.cat([encoded, exact, own[:, None].to(work)], dim=1))
+    entries = paged.encoded[KINDS[paged.kind][0]].shape[1] * paged.encoded_table.shape[1]
+    place = torch.arange(sides[0].shape[1], device=query.device)
+    per_page = paged.encoded[KINDS[paged.kind][0]].shape[1]
+    seen = (place < (paged.encoded_count[index] * per_page)[:, None]) & (place < entries)
+    seen = seen | ((place >= entries) & (place - entries < paged.exact_count[index][:, None]))
+    seen[:, -1] = True
+    scores = (query.to(work) @ sides[0].transpose(-1, -2)) * scale
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return (weights @ sides[1].masked_fill(~seen[..., None], 0.0)).to(query.dtype)
+
+
+def _decoded(paged: Paged, part: str, pages: Tensor, work: torch.dtype) -> Tensor:
+    if paged.kind == "dense":
+        return paged.encoded[part][pages].to(work)
+    if paged.kind == "int8":
+        codes = paged.encoded[f"{part}_codes"][pages].to(work)
+    else:
+        codes = paged.encoded[f"{part}_numbers"][pages].view(torch.float8_e4m3fn).to(work)
+    return codes * paged.encoded[f"{part}_scale"][pages].to(work)[..., None]

@@ -1,0 +1,135 @@
+"""Decode attention over pages against its twin and fp64: rows of every length, all kinds of pages."""
+
+import pytest
+import torch
+
+from dmc.kernels.decode import KINDS, Paged, decode_attention, decode_reference
+from tests.kernels.conftest import DEVICE, assert_close_enough
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, columns=None, seed=0):
+    """Rows of ``lengths`` (encoded pages, exact entries) over one byte pool, pages dealt out in random order.
+
+    Memory that nothing owns holds 0xFF bytes: NaN as any float.
+    """
+    g = torch.Generator().manual_seed(seed)
+    rows = len(lengths)
+    encoded_columns = columns or max(1, max(pages for pages, _ in lengths))
+    open_columns = max(1, max(-(-exact // per_open) for _, exact in lengths))
+    count = 1 + rows * (encoded_columns + open_columns)
+    wide = {"dense": dtype, "int8": torch.int8, "fp8": torch.uint8}[kind]
+    fields = {name: (torch.bfloat16, (page,)) if "scale" in name else (wide, (page, size)) for name in KINDS[kind]}
+    opened = {name: (dtype, (per_open, size)) for name in "kv"}
+    page_bytes = max(sum(t.itemsize * torch.Size(s).numel() for t, s in part.values()) for part in (fields, opened))
+    memory = torch.full((count, -(-page_bytes // 16) * 16), 255, dtype=torch.uint8)
+
+    def views(part):
+        found, offset = {}, 0
+        for name, (kind_, shape) in sorted(part.items(), key=lambda field: -field[1][0].itemsize):
+            width = kind_.itemsize * torch.Size(shape).numel()
+            found[name] = memory[:, offset : offset + width].view(kind_).unflatten(-1, shape)
+            offset += width
+        return found
+
+    memory = memory.to(DEVICE)
+    encoded, opened = views(fields), views(opened)
+    order = (torch.randperm(count - 1, generator=g) + 1).tolist()
+    tables = torch.zeros(rows, encoded_columns, dtype=torch.int32), torch.zeros(rows, open_columns, dtype=torch.int32)
+    for row, (pages, exact) in enumerate(lengths):
+        for column in range(pages):
+            tables[0][row, column] = at = order.pop()
+            for name, field in encoded.items():
+                x = torch.randn(field.shape[1:], generator=g)
+                if name.endswith("codes"):
+                    x = (x * 40).round().clamp(-127, 127)
+                if name.endswith("scale"):
+                    x = x.abs() / 40 if kind == "int8" else x.abs()
+                if name.endswith("numbers"):
+                    x = x.to(torch.float8_e4m3fn).view(torch.uint8)
+                field[at] = x.to(field)
+        for place in range(exact):
+            column = place // per_open
+            if place % per_open == 0:
+                tables[1][row, column] = order.pop()
+            for field in opened.values():
+                field[tables[1][row, column], place % per_open] = torch.randn(size, generator=g).to(field)
+    counts = torch.tensor(lengths, dtype=torch.int32).to(DEVICE)
+    return Paged(kind, encoded, opened, *(t.to(DEVICE) for t in tables), counts[:, 0].clone(), counts[:, 1].clone())
+
+
+def queries(rows, groups, size, dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in ((rows, groups, size), (rows, size), (rows, size))]
+
+
+def check(cache, inputs, index, **options):
+    index, scale = torch.tensor(index, device=DEVICE), inputs[0].shape[-1] ** -0.5
+    ours = decode_attention(*inputs, index, cache, backend="triton")
+    # Memory that no row owns reads as NaN: the twin masks it, the fp64 result shows that it did.
+    plain = decode_reference(*inputs, index, cache, scale=scale)
+    exact = decode_reference(*(x.double() for x in inputs), index, cache, scale=scale)
+    assert exact.isfinite().all()
+    assert_close_enough(("out",), [ours], [plain], [exact], **options)
+
+
+LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, exact entries)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_equals_the_twin_whatever_the_lengths(kind, groups):
+    check(paged(kind, LENGTHS, 8, 16), queries(4, groups, 8), [5, 0, 4, 3])
+
+
+def test_all_rows_empty_gives_the_own_value():
+    inputs = queries(2, 2, 8)
+    out = decode_attention(*inputs, torch.tensor([1, 0], device=DEVICE), paged("dense", [(0, 0)] * 2, 8, 16), backend="triton")
+    torch.testing.assert_close(out, inputs[2][:, None].expand_as(out))
+
+
+def test_low_precision_queries():
+    check(paged("int8", LENGTHS, 16, 16, dtype=torch.float16), queries(4, 2, 16, torch.float16), [1, 2, 3, 4])
+
+
+def test_unknown_pages_are_refused():
+    with pytest.raises(ValueError, match="unknown kind of pages 'zip'; known: dense, int8, fp8"):
+        Paged("zip", {}, {}, *[torch.zeros(1)] * 4)
+    with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
+        Paged("int8", {}, {}, *[torch.zeros(1)] * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("page", [16, 64, 256])
+@pytest.mark.parametrize("size", [64, 80])
+def test_matrix_in_the_interpreter(kind, page, size):
+    check(paged(kind, [(2, 5), (0, 1), (1, 20)], size, page, per_open=9), queries(3, 4, size), [2, 0, 1], floor=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("page", [16, 32, 64, 256])
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrix_on_a_gpu(kind, page, size, groups, dtype):
+    lengths = [(0, 0), (0, 1), (1, 0), (40, 11), (7, 3), (100, 12), (0, 12), (1, 1)] * 4
+    check(paged(kind, lengths, size, page, dtype=dtype), queries(32, groups, size, dtype), list(range(32)), floor=5e-3)
+
+
+@pytest.mark.gpu
+def test_capture_in_a_cuda_graph():
+    """Captured once, replayed with other lengths: the result is that of the lengths at replay."""
+    cache, inputs = paged("dense", [(4, 5), (2, 9)], 64, 16, columns=8), queries(2, 4, 64)
+    index = torch.arange(2, device=DEVICE)
+    decode_attention(*inputs, index, cache, backend="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(*inputs, index, cache, backend="triton")
+    cache.encoded_count.copy_(torch.tensor([1, 2], device=DEVICE))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(out, decode_reference(*inputs, index, cache, scale=64**-0.5), rtol=1e-4, atol=1e-4)
