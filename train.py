@@ -5,6 +5,7 @@
     torchrun train.py --config configs/quickstart.yaml           # a recipe
     torchrun train.py --config R.yaml run.resume=auto            # go on where it stopped
     python train.py ...                                          # the same, one process
+    python train.py --config R.yaml --dry-run --world 32         # the plan: layout, memory, time, one small step
 
 Anything of the configuration is set as section.key=value after the flags.
 """
@@ -24,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, mixture, tokens
-from dmc.training import backends, flops, peers, setup
+from dmc.training import backends, dryrun, flops, peers, setup
 from dmc.training import config as configuration
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
@@ -51,12 +52,17 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--model", help="Hugging Face Llama directory to start from (run.model)")
     parser.add_argument("--output", help="directory of the run (run.output)")
     parser.add_argument("--resume", help="auto, or a checkpoint directory (run.resume)")
+    parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan, try a small step (run.dry_run)")
+    parser.add_argument("--world", help="ranks that the dry run plans for (plan.world)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         known = ", ".join(sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--")))
         raise ValueError(f"unknown flag {unknown[0]}; known: {known}; configuration keys go as section.key=value")
-    flags = {"dmc.target_cr": args.target_cr, "run.model": args.model, "run.output": args.output, "run.resume": args.resume}
+    flags = {
+        "dmc.target_cr": args.target_cr, "run.model": args.model, "run.output": args.output, "run.resume": args.resume,
+        "run.dry_run": args.dry_run, "plan.world": args.world,
+    }
     extra = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     return configuration.load(args.config, [*args.overrides, *extra])
 
@@ -106,6 +112,25 @@ def build(config: Config) -> Trainer:
     if resume is not None:
         trainer.resume(str(resume))
     return trainer
+
+
+def dry_run(config: Config) -> None:
+    """Print what the run would be, and try a step of a shrunken model in its layout; writes nothing, loads no weights.
+
+    Raises:
+        ValueError: one sentence, for anything that would stop the run.
+    """
+    directory = Path(config.run.model)
+    if directory.is_dir() or not config.plan.shape:
+        hf, source = convert.read_config(directory), str(directory)
+    else:
+        hf = convert.read_config(config.plan.shape)
+        source = f"{directory} is not on this machine: the shape is that of {config.plan.shape} (plan.shape)"
+    check_length(config, hf.max_position_embeddings)
+    print(f"model      {source}, {convert.count(hf) / 1e6:.2f}M parameters", flush=True)
+    for line in dryrun.run(config, hf, batch=batches.Batch):
+        print(line, flush=True)
+    print(f"not tried  data.text ({config.data.text}) was not read, no weights were loaded, nothing was written", flush=True)
 
 
 def check_length(config: Config, longest: int) -> None:
@@ -164,7 +189,11 @@ def main() -> None:
     """
     try:
         with peers.reported():
-            trainer = build(parse(sys.argv[1:]))
+            config = parse(sys.argv[1:])
+            if config.run.dry_run:
+                dry_run(config)
+                return
+            trainer = build(config)
     except (ValueError, peers.Lost) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -96,6 +96,7 @@ class RunConfig:
     output: str = "runs/retrofit"  # directory of the run
     resume: str = ""  # "auto" continues the newest complete checkpoint of `output`; or a checkpoint directory
     overwrite: bool = False  # start anew in an output directory that holds a run
+    dry_run: bool = False  # print the plan (`plan.`), try one step of a shrunken model, and write nothing
     steps: int = 100  # with method=none; a retrofit's steps follow from its phases
     save_every: int = 0  # steps between resume points; 0: only at each integer CR and at the end
     keep_last: int = 3  # resume points that stay; those of a CR and the final one always do. 0: all
@@ -136,8 +137,8 @@ class PlanConfig:
 
     world: int = 0  # ranks (GPUs); 0: torchrun's, else 1
     gpu: str = ""  # of dmc/training/flops.py, such as h100; "": this machine's
-    mfu: float = 0.35  # share of the GPU's peak that the ETA reckons with
-    shape: str = ""  # config.json that stands in for run.model's where that directory is not on this machine
+    utilisation: float = 0.35  # share of the peak that the ETA reckons with, recomputation counted as work
+    shape: str = ""  # directory of a config.json that stands in for run.model where that is not on this machine
 
 
 @dataclass
@@ -248,8 +249,8 @@ def _check_fields(config: Config) -> None:
     for name, value in {"optim.beta1": o.beta1, "optim.beta2": o.beta2}.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 0 and below 1")
-    if not 0 < config.plan.mfu <= 1:
-        raise ValueError(f"plan.mfu is {config.plan.mfu}: it must be above 0 and at most 1")
+    if not 0 < config.plan.utilisation <= 1:
+        raise ValueError(f"plan.utilisation is {config.plan.utilisation}: it must be above 0 and at most 1")
     if r.seed >= 2**40:
         raise ValueError(f"run.seed is {r.seed}: it must be below 2^40")
 

@@ -1,0 +1,90 @@
+"""Every recipe of configs/: loads, divides its model, fits its GPUs, holds the published settings, and steps in its layout."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from checkpoints import convert
+from dmc.training import planning
+from dmc.training.config import load
+from tests.training.helpers import ROOT
+from tests.training.plans import plans
+
+RECIPES = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
+LARGE = ("llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "smollm2-135m")
+# Parameters as published with the models.
+PARAMETERS = {"llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
+              "llama3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_dry(name):
+    """Layout, memory, time, and a step of every phase on the first rank of the first and of the last stage."""
+    plan = plans()["recipes"][name]
+    assert "error" not in plan, plan
+    config = load(ROOT / "configs" / name)
+    steps = [line for line in plan["lines"] if line.startswith("one step")]
+    assert len(steps) == (1 if config.parallel.pipeline == 1 else 2) and all(line.endswith("runs") for line in steps)
+    phases = {"none": "plain", "dmc": "repurpose, ramp, hold" if config.dmc.decision == "neuron" else "ramp, hold"}
+    assert all(f"of {phases[config.dmc.method]} as rank" in line for line in steps)
+    assert [line.split()[0] for line in plan["lines"] if line[0] != " "][:2] == ["layout", "memory"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_shapes_are_those_of_the_published_models(name):
+    assert plans()["recipes"][f"{name}.yaml"]["parameters"] == PARAMETERS[name]
+    assert plans()["recipes"][f"{name}-distill.yaml"]["parameters"] == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_published_settings(name):
+    config = load(ROOT / "configs" / f"{name}.yaml")
+    d, o = config.dmc, config.optim
+    assert (d.decision, d.gain, d.offset, d.temperature, d.cr_weight, d.cr_loss) == ("neuron", 1, 5, 0.1, 1, "soft")
+    assert (d.repurpose_steps, d.ramp_steps_per_unit, d.hold_steps) == (250, 6000, 2000)
+    assert (config.distill.weight, config.distill.lm_weight) == (0, 1)
+    assert (o.name, o.beta1, o.beta2, o.weight_decay, o.clip, o.warmup_steps, o.decay_steps) == ("adamw", 0.9, 0.95, 0.1, 1, 0, 0)
+    if name != "smollm2-135m":
+        assert o.lr == 3e-5 and o.global_batch * config.data.sequence_length == 1024 * 4096
+    assert config.run.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_fast_variant_distils(name):
+    config, published = load(ROOT / "configs" / f"{name}-distill.yaml"), load(ROOT / "configs" / f"{name}.yaml")
+    assert (config.distill.weight, config.distill.lm_weight, config.dmc.decision) == (1, 0, "head")
+    assert config.dmc.target_cr == published.dmc.target_cr and config.run.model == published.run.model
+    hf = convert.read_config(ROOT / config.plan.shape)
+    shape = planning.Layout.of(config, config.plan.world)
+    tokens, before = (planning.cost(c, hf, shape, peak_tflops=None).tokens for c in (config, published))
+    assert tokens < before / 20
+
+
+def test_other_recipes_need_no_stand_in():
+    """Only models that the repository does not hold have one."""
+    for name in RECIPES:
+        config = load(ROOT / "configs" / name)
+        assert (ROOT / config.run.model / "config.json").is_file() or (ROOT / config.plan.shape / "config.json").is_file()
+
+
+def dry(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--dry-run", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+    )
+
+
+def test_the_command_says_what_stands_in_for_the_model_and_writes_nothing(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    before = sorted(tmp_path.rglob("*"))
+    done = dry("--config", "configs/llama2-7b-distill.yaml", "--world", 16, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    assert first == (
+        "model      models/Llama-2-7b-hf is not on this machine: the shape is that of configs/shapes/llama2-7b (plan.shape), "
+        "6738.42M parameters"
+    )
+    assert "16 ranks = tensor 4 x pipeline 1 x context 1 x data 4" in done.stdout
+    assert last.startswith("not tried  data.text (corpora/llama2) was not read")
+    assert sorted(tmp_path.rglob("*")) == before
