@@ -86,9 +86,10 @@ def build(config: Config) -> Trainer:
     resume = find_resume(config, checkpoints)
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
-    teacher = None
+    teacher, teacher_hf = None, None
     if flops.distils(config):
-        teacher = convert.HfWeights(config.distill.teacher or config.run.model)
+        directory = config.distill.teacher or config.run.model
+        teacher, teacher_hf = convert.HfWeights(directory), convert.read_config(directory)
     meta = {
         "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,
         "held_out_hash": held_out.hash, "model_hash": convert.fingerprint(config.run.model, config.run.init),
@@ -98,7 +99,8 @@ def build(config: Config) -> Trainer:
     reporter = Reporter(config.log, output, meta["config"], rank=rank, steps=Schedule(config).steps)
     trainer = Trainer(
         config, hf, batches=source, store=checkpoints, reporter=reporter, meta=meta,
-        loader=weights and convert.loader(hf, weights), teacher_loader=teacher and convert.loader(hf, teacher),
+        loader=weights and convert.loader(hf, weights),
+        teacher_loader=teacher and convert.loader(teacher_hf, teacher), teacher_hf=teacher_hf,
     )
     characters = held_out.characters_per_token
     reporter.say(

@@ -149,14 +149,36 @@ def _connect(
 
 
 def attach_teacher(config: Config, hf: LlamaConfig, student: Student, loader: WeightLoader | None) -> None:
-    """Distil the student from a model in its layout: the loader's weights or, with None, the student's own frozen ones."""
+    """Distil the student from a model in its layout: the loader's weights or, with None, the student's own frozen ones.
+
+    Args:
+        hf: configuration of the teacher, which may be another than the student's (more key/value heads, more layers).
+
+    Raises:
+        ValueError: if the two do not share a vocabulary or, in a pipeline, a hidden size.
+    """
     chunks = student.chunks
     if loader is not None:
+        _check_teacher(hf, student.chunks[0])
         chunks = _model(config, hf, LayerState(Settings("neuron")), loader)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     for own, teacher in zip(student.chunks, chunks, strict=True):
         own.attach_teacher(teacher)
+
+
+def _check_teacher(hf: LlamaConfig, student: Stage) -> None:
+    if hf.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"distill.teacher has a vocabulary of {hf.vocab_size} tokens, the model one of {student.vocab_size}: its logits "
+            "cannot be compared; take a teacher with the model's tokenizer"
+        )
+    width, stages = student.config.hidden_size, student.config.pipeline_model_parallel_size
+    if stages > 1 and hf.hidden_size != width:
+        raise ValueError(
+            f"distill.teacher has hidden size {hf.hidden_size}, the model {width}: in a pipeline (parallel.pipeline={stages}) "
+            "their hidden states travel together; use parallel.pipeline=1 or a teacher of that size"
+        )
 
 
 def freeze_base(chunk: Stage) -> None:

@@ -48,6 +48,8 @@ class Store(Protocol):
 
     def wait(self) -> None: ...  # noqa: D102
 
+    def check(self, path: str) -> dict: ...  # noqa: D102
+
     def load(self, path: str, build: Callable[[], dict]) -> tuple[dict, dict]: ...  # noqa: D102
 
 
@@ -66,6 +68,7 @@ class Trainer:
     def __init__(
         self, config: Config, hf: LlamaConfig, *, batches: Batches, store: Store, reporter: Reporter, meta: dict,
         loader: setup.WeightLoader | None, teacher_loader: setup.WeightLoader | None,
+        teacher_hf: LlamaConfig | None = None,
     ) -> None:
         self.config, self.hf, self.batches, self.store, self.reporter = config, hf, batches, store, reporter
         self.schedule = Schedule(config)
@@ -74,7 +77,7 @@ class Trainer:
         if self.distils:
             # An adapter's frozen base model is the original one: no second copy is needed, unless another is asked for.
             own = config.dmc.train == "decision" and not config.distill.teacher
-            setup.attach_teacher(config, hf, self.student, None if own else teacher_loader)
+            setup.attach_teacher(config, teacher_hf or hf, self.student, None if own else teacher_loader)
         self.guard = Guard(config.guard, Path(config.run.output) / "guard", self.student.optimizer, self.student.chunks)
         self.meta = meta
         self.step = 0
@@ -193,7 +196,18 @@ class Trainer:
         Raises:
             ValueError: if it is incomplete or belongs to another model, text or configuration.
         """
-        state, meta = self.store.load(path, lambda: self._sharded_state(loading=True))
+        meta = self.store.check(path)
+        self._check_same_run(path, meta)
+        state, _ = self.store.load(path, lambda: self._sharded_state(loading=True))
+        for key, chunk in self._named_chunks().items():
+            chunk.load_state_dict(state[key])
+        self.student.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.kept = meta["step"], meta["kept"]
+        self.guard.load_state(meta.get("guard", {"norms": [], "skipped": 0}))  # checkpoints of before have none
+        self.reporter.resumed(self.step)
+
+    def _check_same_run(self, path: str, meta: dict) -> None:
+        """Refuse another run's checkpoint by its own words, before its tensors are found not to fit."""
         for key, what in (("model_hash", "model"), ("corpus_hash", "text"), ("tokenizer_hash", "tokenizer")):
             if meta.get(key) != self.meta[key]:
                 raise ValueError(
@@ -205,12 +219,6 @@ class Trainer:
             then, now = meta["config"][section].get(key), self.meta["config"][section][key]
             if then != now:
                 raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")
-        for key, chunk in self._named_chunks().items():
-            chunk.load_state_dict(state[key])
-        self.student.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.kept = meta["step"], meta["kept"]
-        self.guard.load_state(meta.get("guard", {"norms": [], "skipped": 0}))  # checkpoints of before have none
-        self.reporter.resumed(self.step)
 
     def _sharded_state(self, *, loading: bool) -> dict:
         setup.gather_weights(self.config, self.student)

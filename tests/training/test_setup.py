@@ -64,6 +64,19 @@ def test_the_teacher_is_frozen_and_in_evaluation_mode(process_group):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_a_teacher_of_other_heads_serves_and_one_of_another_vocabulary_is_refused(process_group):
+    """As a model with fewer key/value heads learns from the one that it was made from."""
+    model, other = tiny("neuron", heads=2), tiny("neuron", heads=4)
+    config = load(overrides=["data.sequence_length=64"])
+    trained = setup.build_student(config, hf_config(model), None)
+    setup.attach_teacher(config, hf_config(other), trained, convert.loader(hf_config(other), other.state.__getitem__))
+    assert trained.chunks[0]._teacher[0].config.num_query_groups == 4
+    strange = hf_config(model)
+    strange.vocab_size += 2
+    with pytest.raises(ValueError, match=f"vocabulary of {strange.vocab_size} tokens, the model one of {strange.vocab_size - 2}"):
+        setup.attach_teacher(config, strange, trained, convert.loader(strange, model.state.__getitem__))
+
+
 @pytest.mark.parametrize(("overrides", "world", "words"), [
     (["parallel.tensor=2"], 1, "parallel.tensor 2 x parallel.pipeline 1 x parallel.context 1 does not divide the 1 processes"),
     (["parallel.tensor=2", "parallel.pipeline=2", "distill.weight=0", "distill.lm_weight=1"], 6, "does not divide the 6"),
