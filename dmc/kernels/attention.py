@@ -5,6 +5,7 @@
     triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan`), and attention with a
                 bias for each key, exempt diagonal and borders of documents (`dmc.kernels.attention_triton`)
     sdpa        PyTorch's fused causal attention, below: what runs on a CPU
+    flash       the same through the package flash-attn, where it is installed and asked for
     flex        PyTorch's FlexAttention (`dmc.kernels.flex`), for comparison
 
 Two facts let an ordinary causal kernel (sdpa) compute it:
@@ -17,6 +18,8 @@ Two facts let an ordinary causal kernel (sdpa) compute it:
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +90,7 @@ def _attend(
     value: Tensor, bias: Tensor | None,
 ) -> Tensor:
     """The attention product, span by span; everything merged and rotated."""
-    parts = []
+    parts, causal = [], _flash if backend == "flash" else _causal
     for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
         seen = None if starts is None else starts[:, :stop]
         keys = [None if x is None else x[:, :, :stop] for x in (key, value, bias)]
@@ -100,9 +103,9 @@ def _attend(
 
             parts.append(attend_flex(rows, *keys, starts=seen, scale=scale))
         elif bias is None:
-            parts.append(_in_span(lambda *part: _causal(*part, scale=scale), seen, first, rows, *keys[:2]))
+            parts.append(_in_span(lambda *part: causal(*part, scale=scale), seen, first, rows, *keys[:2]))
         else:
-            parts.append(_in_span(lambda *part: _anchored(*part, scale=scale), seen, first, rows, *keys))
+            parts.append(_in_span(lambda *part: _anchored(*part, causal, scale=scale), seen, first, rows, *keys))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -123,7 +126,17 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tenso
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def _anchored(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """`_causal` through flash-attn, whose causal mask is aligned to the last key and which knows grouped queries."""
+    from flash_attn import flash_attn_func
+
+    rows = (x.transpose(1, 2) for x in (query, key, value))
+    return flash_attn_func(*rows, softmax_scale=scale, causal=True).transpose(1, 2)
+
+
+def _anchored(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: Callable[..., Tensor], *, scale: float,
+) -> Tensor:
     heads, size, rows = key.shape[1], key.shape[-1], query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
     own = (grouped * key[:, :, None, -rows:]).sum(-1, dtype=torch.float32).flatten(1, 2)  # [B, Hq, rows], unscaled
@@ -137,7 +150,7 @@ def _anchored(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale:
     marker = F.pad(value.new_ones(1), (size, extra - 1 + pad))
     values = F.pad(value, (0, extra + pad))
     values = torch.cat([marker.expand(*values.shape[:2], 1, -1), values[..., :-1, :]], dim=-2)
-    out = _causal(queries, keys, values, scale=scale)
+    out = causal(queries, keys, values, scale=scale)
     share = out[..., size : size + 1].unflatten(1, (heads, -1))
     return out[..., :size] + (share * value[:, :, None, -rows:]).flatten(1, 2)
 
