@@ -30,7 +30,10 @@ def test_shell_scripts_parse(script):
     assert run("bash", "-n", ROOT / "scripts" / script).returncode == 0
 
 
-PYTHON_SCRIPTS = ("bench_train", "export_hf", "gguf_to_hf", "mha_to_gqa", "quickstart_report", "train_tokenizer")
+PYTHON_SCRIPTS = (
+    "bench_decode", "bench_kernels", "bench_layer", "bench_train", "export_hf", "gguf_to_hf", "mha_to_gqa",
+    "quickstart_report", "train_tokenizer",
+)
 SCRIPTS = ("train.py", *(f"scripts/{name}.py" for name in PYTHON_SCRIPTS))
 
 

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What a GPU is needed for, in steps of under 9 minutes each:
+#   bash scripts/gpu_check.sh                 every step
+#   bash scripts/gpu_check.sh STEP ...        some of them
+#   bash scripts/gpu_check.sh --list          their names
+# Needs torch, triton, transformers and pytest, no network. PYTHON names the interpreter (python3 if unset). Steps
+# that train need megatron-core too: put its wheel (and those of what it needs) in the folder that WHEELS names.
+# Results go to OUT (runs/gpu if unset): a log of each step, and JSON, tables and plots of the benchmarks.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-runs/gpu}
+LIMIT=535  # seconds a step
+STEPS="environment test-scan test-attention test-serving bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-model test-training bench-train"
+
+wheels() {
+  [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" megatron-core psutil
+}
+
+step() {
+  case $1 in
+    environment)
+      "$PYTHON" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' \
+        && nvidia-smi ;;
+    test-scan) "$PYTHON" -m pytest -q -x tests/kernels/test_scan.py ;;
+    test-attention) "$PYTHON" -m pytest -q -x tests/kernels/test_attention_triton.py tests/kernels/test_backend.py ;;
+    test-serving) "$PYTHON" -m pytest -q -x tests/kernels/test_decode.py tests/kernels/test_prefill.py ;;
+    bench-kernels) "$PYTHON" scripts/bench_kernels.py --out "$OUT/7b-4k" ;;
+    bench-kernels-gqa) "$PYTHON" scripts/bench_kernels.py --kv-heads 8 --out "$OUT/gqa-4k" ;;
+    bench-32k) "$PYTHON" scripts/bench_kernels.py --tokens 32768 --repeats 10 --out "$OUT/7b-32k" ;;
+    bench-layer)
+      "$PYTHON" scripts/bench_layer.py --out "$OUT/layer-4k" \
+        && "$PYTHON" scripts/bench_layer.py --tokens 32768 --repeats 8 --out "$OUT/layer-32k" ;;
+    bench-decode) "$PYTHON" scripts/bench_decode.py --only kernel --out "$OUT/decode" ;;
+    bench-model) "$PYTHON" scripts/bench_decode.py --only model --out "$OUT/model" ;;
+    test-training) wheels && "$PYTHON" -m pytest -q -x tests/training/test_llama.py ;;
+    bench-train)
+      wheels && "$PYTHON" scripts/bench_train.py --precision bf16 --hidden 4096 --heads 32 --kv-heads 32 --head-size 128 \
+        --ffn 11008 --vocab 32000 --length 4096 --batch 1 --layers 4 --json "$OUT/train.json" ;;
+  esac
+}
+
+[ "${1:-}" = --list ] && { printf '%s\n' $STEPS; exit 0; }
+for name in "$@"; do
+  [[ " $STEPS " = *" $name "* ]] || { echo "error: unknown step $name; known: $STEPS" >&2; exit 2; }
+done
+mkdir -p "$OUT"
+export -f step wheels
+export PYTHON OUT WHEELS=${WHEELS:-} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=
+for name in ${@:-$STEPS}; do
+  echo "== $name"
+  timeout "$LIMIT" bash -c "set -o pipefail; step $name" 2>&1 | tee "$OUT/$name.log" | tail -n 40
+  [ "${PIPESTATUS[0]}" = 0 ] || failed="$failed $name"
+done
+[ -z "$failed" ] || { echo "failed:$failed (logs in $OUT)" >&2; exit 1; }
+echo "all steps passed; results in $OUT"

@@ -1,0 +1,62 @@
+"""The benchmark scripts run from end to end on tiny shapes, and gpu_check.sh knows its steps."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.helpers import ROOT
+
+EXPECTED = {
+    "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8"},
+    "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: sdpa", "plain: all keys"},
+    "layer": {"plain", "DMC: sdpa"},
+}
+
+
+@pytest.mark.parametrize("name", [
+    "decode", pytest.param("kernels", marks=pytest.mark.slow), pytest.param("layer", marks=pytest.mark.slow),
+])
+def test_a_small_run_on_a_cpu(tmp_path, name):
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"bench_{name}.py", "--device", "cpu", "--small", "--out", tmp_path],
+        capture_output=True, text=True, timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    assert EXPECTED[name] <= {row["what"] for row in results["rows"]}
+    for row in results["rows"]:
+        assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"] and row["calls"] >= 3
+    assert results["roofline"]["copy_bytes_per_s"] > 0 and results["environment"]["device"].startswith("CPU")
+    table = (tmp_path / f"{name}.md").read_text()
+    assert all(f"| {row['what']} |" in table for row in results["rows"])
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    if name == "decode":
+        kernel = {row["what"]: row for row in results["rows"] if row["section"] == "kernel"}
+        assert 3 < kernel["CR 1 dense"]["bytes"] / kernel["CR 4 dense"]["bytes"] < 5
+        assert kernel["CR 4 int8"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
+
+
+def gpu_check(*steps, **environment):
+    command = ["bash", ROOT / "scripts" / "gpu_check.sh", *steps]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment or None)
+
+
+def test_gpu_check_lists_its_steps_and_refuses_others():
+    steps = gpu_check("--list").stdout.split()
+    text = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    assert steps and all(re.search(rf"^    {step}\)", text, flags=re.MULTILINE) for step in steps)
+    done = gpu_check("bench-everything")
+    assert done.returncode == 2 and "unknown step bench-everything; known: environment" in done.stderr
+
+
+def test_gpu_check_says_which_step_failed(tmp_path):
+    """A step that fails fails the whole and is named; its log is kept."""
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such device\nexit 3\n")
+    broken.chmod(0o755)
+    done = gpu_check("test-scan", PATH="/usr/bin:/bin", PYTHON=str(broken), OUT=str(tmp_path / "out"))
+    assert done.returncode == 1 and "failed: test-scan" in done.stderr
+    assert "no such device" in (tmp_path / "out" / "test-scan.log").read_text()
