@@ -16,12 +16,15 @@ The same sum gives 7.4 x at 500 tokens, 9.6 x at 2,000 and 10.3 x at 8,000. Page
 """
 
 from dmc.cache.codecs import CODECS, Blocks, Codec, codec
-from dmc.cache.kv import Decode, KVCache, Prefill
+from dmc.cache.kv import KVCache
 from dmc.cache.pages import PagePool, PoolExhausted
-from dmc.cache.policies import POLICIES, Policy, policy
+from dmc.cache.policies import POLICIES, Entries, Policy, policy
+from dmc.cache.prompt import Prompt
 from dmc.cache.rows import Rows, Shape, Storage
+from dmc.cache.step import Step
+from dmc.cache.swap import Swapped
 
 __all__ = [
-    "CODECS", "POLICIES", "Blocks", "Codec", "Decode", "KVCache", "PagePool", "Policy", "PoolExhausted", "Prefill",
-    "Rows", "Shape", "Storage", "codec", "policy",
+    "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "PagePool", "Policy", "PoolExhausted", "Prompt",
+    "Rows", "Shape", "Step", "Storage", "Swapped", "codec", "policy",
 ]

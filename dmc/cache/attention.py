@@ -5,12 +5,16 @@ Both end with one extra term, the query's own intermediate state, which no other
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dmc.cache.policies import Policy
 from dmc.cache.rows import Rows
 
-_PROMPT_SCORES = 1 << 24  # scores of a prompt held at once, over all heads
+_PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in a core's cache
 
 
@@ -18,58 +22,95 @@ def compact(closes: Tensor) -> tuple[Tensor, Tensor]:
     """Where the final entries of a prompt are among its intermediate states.
 
     Args:
-        closes: ``[B, H, T]`` bool, True where the next token of the prompt opens a new entry.
+        closes: ``[H, T]`` bool, True where the next token of the prompt opens a new entry.
 
     Returns:
-        ``(places [B, H, N] int64, counts [B, H] int64)``: the places in rising order, T where a head has fewer
-        than N; N is the longest count.
+        ``(places [H, N] int64, counts [H] int64)``: the places in rising order, T where a head has fewer than N; N is
+        the longest count.
     """
-    tokens = closes.shape[-1]
+    heads, tokens = closes.shape
     order = closes.cumsum(-1)
     counts = order[..., -1]
     most = int(counts.max())
-    places = order.new_full((*closes.shape[:2], most + 1), tokens)
+    places = order.new_full((heads, most + 1), tokens)
     target = torch.where(closes, order - 1, most)  # states that do not close all land in the spare last place
     places.scatter_(-1, target, torch.arange(tokens, device=closes.device).expand_as(target))
     return places[..., :most], counts
 
 
-def prompt_attention(
-    query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, places: Tensor,
-) -> Tensor:
-    """Each query of a prompt over the entries that closed before it, and its own state.
+@dataclass(frozen=True)
+class Seen:
+    """What the queries of a prompt attend to: entries, and each its own state; all rotated.
 
-    Args:
-        query: ``[B, Hq, T, D]``, rotated.
-        keys, values: ``[B, H, N, D]``, final entries, oldest first, rotated.
-        own_keys, own_values: ``[B, H, T, D]``, the state after each token, rotated.
-        places: ``[B, H, N]`` of `compact`: entry n is seen by queries after ``places[n]``.
+    Attributes:
+        keys, values: ``[H, N, D]``, final entries.
+        places: int32 ``[H, N]``, position of each entry's newest token; a query sees those below its own position.
+        own_keys, own_values: ``[H, T, D]``.
+        queries: int64 ``[T]``, positions.
+        merged: whether an own state can be anything else than the entry that it becomes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+    queries: Tensor
+    merged: bool
+
+
+def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries ``[Hq, T, D]`` of a prompt, rotated, over what they see; softmax in fp32 at least.
 
     Returns:
-        ``[B, Hq, T, D]``; softmax in fp32 at least.
+        ``(out [Hq, T, D], gathered)``: what `Policy.watches` asks for, of entries ``[H, N]`` and of own states
+        ``[H, T]``; None if nothing.
     """
-    batch, query_heads, tokens, size = query.shape
-    heads = keys.shape[1]
-    query = query.unflatten(1, (heads, -1)) * size**-0.5  # [B, H, G, T, D]
+    heads, tokens = seen.own_keys.shape[:2]
+    query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
+    if policy.watches is None and not policy.evicts and not seen.merged:
+        return _unmerged(query, seen).flatten(0, 1), None
+    query = query * query.shape[-1] ** -0.5
     out = torch.empty_like(query)
-    step = max(1, _PROMPT_SCORES // (batch * query_heads * (keys.shape[2] + 1)))
+    gathered = torch.zeros(heads, seen.keys.shape[1] + tokens, device=query.device)
+    step = max(1, _PROMPT_SCORES // (query.shape[0] * query.shape[1] * (seen.keys.shape[1] + 1)))
     for start in range(0, tokens, step):
-        end = min(start + step, tokens)
-        seen = int((places < end - 1).sum(-1).max()) if places.numel() else 0
-        part = query[:, :, :, start:end]
-        scores = part @ keys[:, :, None, :seen].transpose(-1, -2)
-        later = places[:, :, None, :seen] >= torch.arange(start, end, device=query.device)[:, None]
-        scores = scores.masked_fill_(later[:, :, None], -torch.inf)
-        own = (part * own_keys[:, :, None, start:end]).sum(-1, keepdim=True)
-        weights = torch.cat([scores, own], dim=-1)
-        weights = weights.softmax(-1, dtype=_work_dtype(weights.dtype)).to(query.dtype)
-        out[:, :, :, start:end] = (
-            weights[..., :-1] @ values[:, :, None, :seen] + weights[..., -1:] * own_values[:, :, None, start:end]
-        )
-    return out.flatten(1, 2)
+        part, at = query[:, :, start : start + step], seen.queries[start : start + step]
+        keys, values = seen.own_keys[:, None, start : start + step], seen.own_values[:, None, start : start + step]
+        shown = seen.places[:, None] < at[:, None]  # [H, t, N]
+        if (sight := policy.visible(seen.places, at.expand(heads, -1))) is not None:
+            shown &= sight
+        scores = (part @ seen.keys[:, None].transpose(-1, -2)).masked_fill_(~shown[:, None], -torch.inf)
+        weights = torch.cat([scores, (part * keys).sum(-1, keepdim=True)], dim=-1)
+        weights = weights.softmax(-1, dtype=_work_dtype(weights.dtype))
+        if policy.watches is not None:
+            mass = weights.sum(1).float()  # [H, t, N + 1]
+            mass = mass if policy.watches == "sum" else mass[:, -1:] * (start + step >= tokens)
+            gathered[:, : seen.keys.shape[1]] += mass[..., :-1].sum(1)
+            last = seen.keys.shape[1] + min(start + step, tokens)
+            gathered[:, last - mass.shape[1] : last] += mass[..., -1]
+        weights = weights.to(query.dtype)
+        out[:, :, start : start + step] = weights[..., :-1] @ seen.values[:, None] + weights[..., -1:] * values
+    split = [seen.keys.shape[1], tokens]
+    return out.flatten(0, 1), None if policy.watches is None else tuple(gathered.split(split, dim=-1))
 
 
-def row_attention(rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
+def _unmerged(query: Tensor, seen: Seen) -> Tensor:
+    """Where nothing merges, each own state but the last is an entry already, and PyTorch's fused attention will do."""
+    keys = torch.cat([seen.keys, seen.own_keys[:, -1:]], dim=1)
+    values = torch.cat([seen.values, seen.own_values[:, -1:]], dim=1)
+    shape = (-1, query.shape[1], -1, -1)
+    keys, values = keys[:, None].expand(shape), values[:, None].expand(shape)
+    if keys.shape[2] == query.shape[2]:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    places = torch.cat([seen.places, seen.queries[-1:].int().expand(len(seen.places), 1)], dim=1)
+    shown = (places[:, None] <= seen.queries[:, None])[:, None]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=shown)
+
+
+def row_attention(
+    rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, *, watch: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
     Pages are attended to page by page and their parts summed by row, so rows of different length cost what they
@@ -80,9 +121,10 @@ def row_attention(rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own
         index: ``[R]``, rows of the queries.
         query: ``[R, G, D]``, rotated, fp32 or fp64.
         own_key, own_value: ``[R, D]``, the tail as it is now, rotated.
+        watch: `Policy.watches`: the weights are then added to the scores of entries, or take their place.
 
     Returns:
-        ``[R, G, D]``.
+        ``(out [R, G, D], own [R])``: own is the tail's weight, summed over G; None without ``watch``.
     """
     query = query * query.shape[-1] ** -0.5
     keys, values, valid = rows.exact_entries(index)
@@ -91,22 +133,42 @@ def row_attention(rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own
     top = scores.amax(-1)  # [R, G]
 
     pages, owner = rows.closed_pages(index)
-    parts = []  # (owner, blocks, scores [n, G, P]) of some pages each
+    parts = []  # (pages, owner, blocks, scores [n, G, P]) of some pages each
     per_part = max(1, _PAGE_VALUES // (rows.storage.page_size * rows.shape.head_size))
     for some, owners in zip(pages.split(per_part), owner.split(per_part), strict=True):
-        blocks = rows.blocks(some)
+        blocks, marks = rows.read_closed(some)
         paged = rows.storage.codec.scores(blocks, query[owners])
+        if "place" in marks:
+            paged = paged.masked_fill_((marks["place"] < 0)[:, None], -torch.inf)
         top.scatter_reduce_(0, owners[:, None].expand(-1, top.shape[1]), paged.amax(-1), "amax")
-        parts.append((owners, blocks, paged))
+        parts.append((some, owners, blocks, paged))
 
     weights = (scores - top[..., None]).exp_()
     total = weights.sum(-1)
     out = weights[..., :-1] @ values.to(query.dtype) + weights[..., -1:] * own_value[:, None]
-    for owners, blocks, paged in parts:
-        weights = (paged - top[owners][..., None]).exp_()
-        total.index_add_(0, owners, weights.sum(-1))
-        out.index_add_(0, owners, rows.storage.codec.combine(blocks, weights))
-    return out / total[..., None]
+    for number, (some, owners, blocks, paged) in enumerate(parts):
+        paged = paged.sub_(top[owners][..., None]).exp_()
+        total.index_add_(0, owners, paged.sum(-1))
+        out.index_add_(0, owners, rows.storage.codec.combine(blocks, paged))
+        parts[number] = (some, owners, paged)
+    own = None
+    if watch:
+        own = _watch(rows, index, weights, parts, total, add=watch == "sum")
+    return out / total[..., None], own
+
+
+def _watch(rows: Rows, index: Tensor, weights: Tensor, parts: list, total: Tensor, *, add: bool) -> Tensor:
+    """Writes each entry's softmax weight, summed over the queries of its head, to its score → the tail's."""
+    closed, opened = (rows.pool.views(layout)["e_score"] for layout in (rows.closed_layout, rows.open_layout))
+    for pages, owners, paged in parts:
+        mass = (paged / total[owners][..., None]).sum(1).float()
+        closed[pages] = closed[pages] + mass if add else mass
+    mass = (weights / total[..., None]).sum(1).float()
+    table = rows.open_table[index, : rows.open_pages(weights.shape[-1] - 1)]
+    there = table != 0
+    fresh = mass[:, :-1].unflatten(-1, (-1, rows.per_open_page))[there]
+    opened[table[there]] = opened[table[there]] + fresh if add else fresh
+    return mass[:, -1]
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:

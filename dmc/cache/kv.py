@@ -7,19 +7,19 @@ sinks and window exact, and the tail with the token itself already in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dmc.cache.attention import compact, prompt_attention, row_attention
+from dmc.cache import evict, swap
+from dmc.cache.check import check
 from dmc.cache.codecs import Codec
+from dmc.cache.pages import PoolExhausted
 from dmc.cache.policies import Policy
+from dmc.cache.prompt import Layer, Prompt
 from dmc.cache.rows import Rows, Shape, Storage
-from dmc.functional import accumulate_numerators, rotate
-
-Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions, int64 of any shape → (cos, sin), each ``[..., D]`` fp32 or fp64, in the half-split layout."""
+from dmc.cache.step import Rope, Step
 
 _SINK_TOKENS = 4
 _EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +57,9 @@ class KVCache:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        storage = Storage(codec, page_size, sink_tokens, window, _exact_dtype(exact_dtype, codec, shape.dtype))
+        exact = _exact_dtype(exact_dtype, codec, shape.dtype)
+        placed, scored = policy.evicts, policy.evicts and policy.scored
+        storage = Storage(codec, page_size, sink_tokens, window, exact, placed, scored)
         self.shape, self.policy = shape, policy
         self.rows = Rows(shape, storage, slots=slots, memory=memory, device=device)
         if self.rows.pool.capacity < 1:
@@ -73,174 +75,159 @@ class KVCache:
         """Sequences that can still be opened."""
         return len(self._slots)
 
-    def open(self) -> int:
-        """A slot for a new sequence; there must be a free one."""
+    def prompt(self) -> Prompt:
+        """A new prompt, to go through `step` in chunks and then into the pool by `load`."""
+        return Prompt(self.shape.layers, self.policy)
+
+    def step(self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope) -> Step:
+        """What the model attends through for new tokens of sequences and chunks of prompts; see `Step`."""
+        return Step(self.rows, self.policy, slots, positions, chunks, rope)
+
+    def load(self, prompt: Prompt, *, donor: int | None = None, common: int = 0) -> int:
+        """A new sequence out of a prompt that is done, its pages encoded → its slot; one must be free.
+
+        Args:
+            prompt: to load; it can be dropped afterwards.
+            donor: slot of a sequence whose text begins with the same tokens: encoded pages that follow from these
+                alone are shared with it.
+            common: how many tokens.
+
+        Raises:
+            PoolExhausted: if there are not pages enough; nothing is changed then.
+        """
+        layers = [prompt.final(number) for number in range(self.shape.layers)]
+        slot, needed, shared = self._slots[-1], 0, []
+        for number, (layer, counts) in enumerate(layers):
+            shared.append(self._shared(number, layer, counts, donor, common))
+            needed += int(self.rows.pages_of(counts).sum() - shared[-1].sum())
+        self._check_free(needed)
+        for number, (layer, counts) in enumerate(layers):
+            index = self._index(number, slot)
+            marks = {"place": layer.places, "score": layer.scores}
+            self.rows.load(
+                index, layer.keys, layer.values, counts, {name: marks[name] for name in self.rows.storage.marks},
+                donors=None if donor is None else self._index(number, donor), shared=shared[number],
+            )
+            self.rows.numerators[index], self.rows.z[index] = layer.numerators, layer.z
+            if self.rows.storage.scored:
+                self.rows.tail_score[index] = layer.tail_score
         return self._slots.pop()
 
     def close(self, slot: int) -> None:
-        """Ends a sequence: its pages return to the pool."""
-        self.rows.release(self._rows_of(slot))
+        """Ends a sequence: its pages return to the pool, but those that others share."""
+        self.rows.release(self.rows.all_layers(slot))
         self._slots.append(slot)
 
-    def prefill(self, slots: Tensor, lengths: Tensor, rope: Rope) -> Prefill:
-        """What the model attends through for whole prompts, right-padded; see `Prefill`."""
-        return Prefill(self, slots, lengths, rope)
+    def fork(self, slot: int) -> int:
+        """A second sequence that continues the same text → its slot; one must be free.
 
-    def decode(self, slots: Tensor, positions: Tensor, rope: Rope) -> Decode:
-        """What the model attends through for one new token of each sequence; see `Decode`."""
-        return Decode(self, slots, positions, rope)
+        Encoded pages are shared, unless the policy evicts from them; what can still change is copied.
+
+        Raises:
+            PoolExhausted: if there are not pages enough; nothing is changed then.
+        """
+        rows = self.rows
+        swap.fork(rows, rows.all_layers(slot), rows.all_layers(self._slots[-1]), share=not self.policy.evicts)
+        return self._slots.pop()
+
+    def swap_out(self, slot: int) -> swap.Swapped:
+        """Moves a sequence to host memory and closes it."""
+        swapped = swap.read(self.rows, self.rows.all_layers(slot))
+        self.close(slot)
+        return swapped
+
+    def swap_in(self, swapped: swap.Swapped) -> int:
+        """Brings a sequence back, bit for bit → its slot; one must be free. What it had shared it now holds alone.
+
+        Raises:
+            PoolExhausted: if there are not pages enough; nothing is changed then.
+        """
+        swap.write(self.rows, self.rows.all_layers(self._slots[-1]), swapped)
+        return self._slots.pop()
+
+    # ------------------------------------------------------------------------------------ accounting
 
     def worst_pages(self, tokens: int) -> int:
         """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged."""
-        return self.rows.worst_pages(tokens) * self.shape.layers * self.shape.heads
+        closed = max(0, self.policy.most_entries(tokens) - 1)
+        return self.rows.worst_pages(closed, evicting=self.policy.evicts) * self.shape.layers * self.shape.heads
 
-    # ------------------------------------------------------------------------------------ accounting
+    def likely_pages(self, entries: Tensor) -> int:
+        """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
+        return int(self.rows.pages_of((entries.ceil().long() - 1).clamp(min=0)).sum())
+
+    def append_pages(self, slots: Tensor) -> int:
+        """Pages that one more token of each of some sequences can take at most, were every open entry to close."""
+        rows, store = self.rows, self.rows.storage
+        count = torch.stack([rows.exact[rows.index(layer, slots)] for layer in range(self.shape.layers)])
+        # A page that fills is encoded into a new one before or after its exact pages are given back.
+        return int(((count % rows.per_open_page == 0) | (count + 1 == store.most_exact)).sum())
 
     def entries(self, slot: int) -> Tensor:
         """Cache lengths: int64 ``[L, H]``, the tail counted."""
         rows, store = self.rows, self.rows.storage
-        index = self._rows_of(slot)
+        index = rows.all_layers(slot)
         count = rows.closed[index].long() * store.page_size + rows.exact[index] + (rows.z[index] > 0)
+        if self.policy.evicts:
+            there = evict.entries(rows, index, torch.zeros_like(index))
+            count = (there.places >= 0).sum(-1) + (rows.z[index] > 0)
         return count.view(self.shape.layers, self.shape.heads)
 
     def held(self, slot: int) -> dict[str, int]:
         """Bytes that a sequence holds now, by kind, taken from the tensors themselves.
 
-        "pages": encoded pages; "exact": whole pages of sinks and window, their unused places included; "tail":
-        numerators and z; "tables": block tables (as wide as they are) and counts.
+        "pages": encoded pages, those it shares included; "exact": whole pages of sinks and window, their unused places
+        included; "tail": numerators and z; "tables": block tables (as wide as they are) and counts.
         """
-        rows, index = self.rows, self._rows_of(slot)
+        rows, index = self.rows, self.rows.all_layers(slot)
         closed = int(rows.closed[index].sum())
         opened = int((rows.open_table[index] != 0).sum())
+        tables = ("closed_table", "open_table", "closed", "exact")
         return {
             "pages": closed * rows.pool.page_bytes,
             "exact": opened * rows.pool.page_bytes,
-            "tail": _bytes(rows.numerators[index]) + _bytes(rows.z[index]),
-            "tables": sum(
-                _bytes(table[index]) for table in (rows.closed_table, rows.open_table, rows.closed, rows.exact)
-            ),
+            "tail": sum(_bytes(getattr(rows, name)[index]) for name in rows.state if name not in tables),
+            "tables": sum(_bytes(getattr(rows, name)[index]) for name in tables),
         }
+
+    def shared_bytes(self, slot: int) -> int:
+        """Of a sequence's encoded pages, the bytes of those that other sequences hold as well."""
+        table = self.rows.closed_table[self.rows.all_layers(slot)]
+        return int((self.rows.pool.owners[table.long()] > 1).sum()) * self.rows.pool.page_bytes
 
     def dense_bytes(self, tokens: int) -> int:
         """Bytes of an uncompressed bf16 cache of so many tokens: the baseline of every ratio."""
         return 2 * 2 * self.shape.layers * self.shape.heads * self.shape.head_size * tokens
 
     def check_integrity(self) -> None:
-        """Checks that every page is owned once or free, and that tables and counts agree.
+        """Checks that every page is owned as often as tables name it, or free, and that tables and counts agree.
 
         Raises:
             RuntimeError: naming what is wrong; the cache cannot be trusted after that.
         """
-        rows, store, pool = self.rows, self.rows.storage, self.rows.pool
-        closed = torch.arange(rows.closed_table.shape[1], device=rows.closed.device) < rows.closed[:, None]
-        opened = -(-rows.exact // rows.per_open_page)
-        opened = torch.arange(rows.open_table.shape[1], device=rows.exact.device) < opened[:, None]
-        if ((rows.closed_table != 0) != closed).any() or ((rows.open_table != 0) != opened).any():
-            raise RuntimeError("a block table names more or fewer pages than its row has")
-        owned = torch.cat([rows.closed_table[closed].long(), rows.open_table[opened].long(), pool.free_pages()])
-        if not torch.equal(owned.sort().values, torch.arange(1, pool.capacity + 1, device=owned.device)):
-            raise RuntimeError("a page of the pool is owned twice, or lost, or free while owned")
-        if pool.memory[0].any():
-            raise RuntimeError("the null page was written to")
-        waiting = rows.exact - store.sink_tokens - store.window
-        if (waiting >= store.page_size).any() or ((rows.closed > 0) & (waiting < 0)).any():
-            raise RuntimeError("a row has a page to encode, or encoded one too early")
-        if ((rows.z == 0) & (rows.exact > 0)).any():
-            raise RuntimeError("a row has entries but no tail")
-        free = torch.tensor(self._slots, dtype=torch.int64, device=rows.z.device)
-        for layer in range(self.shape.layers):
-            if rows.z[rows.index(layer, free)].any():
-                raise RuntimeError("a free slot holds a sequence")
+        check(self.rows, self._slots, evicting=self.policy.evicts)
 
-    def _rows_of(self, slot: int) -> Tensor:
-        """All rows of a slot, ``[L * H]``."""
-        slots = torch.tensor([slot], device=self.rows.z.device)
-        return torch.cat([self.rows.index(layer, slots) for layer in range(self.shape.layers)])
+    # ------------------------------------------------------------------------------------ inside
 
+    def _index(self, layer: int, slot: int) -> Tensor:
+        return self.rows.index(layer, torch.tensor([slot], device=self.rows.z.device))
 
-class Prefill:
-    """Attention of whole prompts into empty slots; called once a layer by the model.
+    def _check_free(self, pages: int) -> None:
+        pool = self.rows.pool
+        if pool.limit is not None and pages > pool.free:
+            raise PoolExhausted(f"{pages} pages are needed and {pool.free} of {pool.limit} are free")
 
-    No token loop: the intermediate states come from one scan, those that close are compacted, and each query
-    attends to about T / CR of them.
-
-    Args:
-        cache: to fill.
-        slots, lengths: ``[B]`` int64; a prompt's tokens beyond its length are padding.
-        rope: see `Rope`.
-    """
-
-    def __init__(self, cache: KVCache, slots: Tensor, lengths: Tensor, rope: Rope) -> None:
-        self.cache, self.slots, self.lengths = cache, slots, lengths
-        self.rope = rope(torch.arange(int(lengths.max()), device=lengths.device))
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor,
-    ) -> Tensor:
-        """Query ``[B, Hq, T, D]``, key, value ``[B, H, T, D]``, not rotated; alpha, omega ``[B, H, T]`` → as query."""
-        alpha, omega = self.cache.policy.decide(alpha, omega)
-        size, tokens = key.shape[-1], key.shape[-2]
-        numerators, z = accumulate_numerators(torch.cat([key, value], dim=-1), alpha, omega)
-        states = numerators / z[..., None]
-        own_keys, own_values = rotate(states[..., :size], self.rope).to(query.dtype), states[..., size:].to(query.dtype)
-
-        inside = torch.arange(1, tokens + 1, device=alpha.device) < self.lengths[:, None]
-        closes = torch.cat([alpha[..., 1:] == 0, inside.new_zeros(*alpha.shape[:2], 1)], dim=-1) & inside[:, None]
-        places, counts = compact(closes)
-        final = places.clamp(max=tokens - 1)[..., None].expand(-1, -1, -1, size)
-        keys, values = own_keys.gather(2, final), own_values.gather(2, final)
-
-        rows, index = self.cache.rows, self.cache.rows.index(layer, self.slots)
-        rows.load(index, keys.flatten(0, 1), values.flatten(0, 1), counts.flatten())
-        batch, last = torch.arange(len(self.slots), device=alpha.device), self.lengths - 1
-        rows.numerators[index] = numerators[batch, :, last].flatten(0, 1)
-        rows.z[index] = z[batch, :, last].flatten()
-        query = rotate(query.to(states.dtype), self.rope).to(query.dtype)
-        return prompt_attention(query, keys, values, own_keys, own_values, places)
-
-
-class Decode:
-    """Attention of one new token of each of several sequences; called once a layer by the model.
-
-    Args:
-        cache: to extend.
-        slots: ``[S]`` int64.
-        positions: ``[S]`` int64 of the new tokens, at least 1: a prompt went before.
-        rope: see `Rope`.
-    """
-
-    def __init__(self, cache: KVCache, slots: Tensor, positions: Tensor, rope: Rope) -> None:
-        self.cache, self.slots = cache, slots
-        heads = cache.shape.heads
-        now, before = rope(positions), rope(positions - 1)
-        self.now = tuple(table.repeat_interleave(heads, 0)[:, None] for table in now)  # [S * H, 1, D]
-        self.before = tuple(table.repeat_interleave(heads, 0) for table in before)  # [S * H, D]
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor,
-    ) -> Tensor:
-        """As `Prefill` with T = 1."""
-        rows, index = self.cache.rows, self.cache.rows.index(layer, self.slots)
-        alpha, omega = self.cache.policy.decide(alpha, omega)
-        alpha, omega = alpha.flatten().to(rows.z.dtype), omega.flatten().to(rows.z.dtype)
-        size = key.shape[-1]
-        numerators, z = rows.numerators[index], rows.z[index]
-
-        closing = alpha == 0
-        if closing.any():
-            done = (numerators / z[:, None])[closing]
-            rope = tuple(table[closing] for table in self.before)
-            rows.append(index[closing], rotate(done[:, :size], rope), done[:, size:])
-        token = torch.cat([key, value], dim=-1).view(-1, 2 * size).to(numerators.dtype)
-        numerators = alpha[:, None] * numerators + omega[:, None] * token
-        z = alpha * z + omega
-        rows.numerators[index], rows.z[index] = numerators, z
-
-        own = numerators / z[:, None]
-        own_key = rotate(own[:, None, :size], self.now)[:, 0]
-        queries = rotate(query.reshape(len(index), -1, size).to(own.dtype), self.now)  # [S * H, G, D]
-        out = row_attention(rows, index, queries, own_key, own[:, size:])
-        return out.view(query.shape).to(query.dtype)
+    def _shared(self, number: int, layer: Layer, counts: Tensor, donor: int | None, common: int) -> Tensor:
+        """How many first pages of each head follow from the ``common`` first tokens alone, and are the donor's too."""
+        if donor is None or self.policy.evicts or not layer.places.numel():
+            return torch.zeros_like(counts)
+        store = self.rows.storage
+        full, _ = self.rows.split(counts)
+        column = torch.arange(int(full.max()), device=counts.device)
+        last = (store.sink_tokens + (column + 1) * store.page_size - 1).clamp(max=layer.places.shape[1] - 1)
+        # An entry is final once the token after its newest has opened another.
+        settled = (layer.places[:, last] < common - 1) & (column < full[:, None])
+        return settled.sum(-1).minimum(self.rows.closed[self._index(number, donor)].long())
 
 
 def _exact_dtype(name: str | None, codec: Codec, model: torch.dtype) -> torch.dtype:

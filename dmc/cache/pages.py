@@ -1,5 +1,8 @@
 """One pool of equal pages for every layer, sequence and head.
 
+A page has one owner, or several where sequences share the pages of a common prompt; it is free again when its last
+owner gives it back.
+
 The pool is one byte tensor. What a page holds is said by a `Layout`: named fields of fixed shape at fixed
 offsets, seen as strided views of the pool with a leading page dimension. A page of encoded entries and a page of
 exact ones are two layouts over the same bytes, so any free page serves either, and memory never splits in two.
@@ -58,6 +61,7 @@ class PagePool:
         self.memory = torch.zeros(capacity + 1, page_bytes, dtype=torch.uint8, device=device)
         self._stack = torch.arange(capacity, 0, -1, device=device)  # free pages, the next one last
         self._free = capacity
+        self.owners = torch.zeros(capacity + 1, dtype=torch.int32, device=device)  # of each page; 0: free
         self._views: dict[int, tuple[Layout, dict[str, Tensor]]] = {}
 
     @property
@@ -86,12 +90,21 @@ class PagePool:
                 raise PoolExhausted(f"{count} pages were asked for and {self._free} of {self.limit} are free")
             self._grow(max(count - self._free, self.capacity))
         self._free -= count
-        return self._stack[self._free : self._free + count].clone()
+        pages = self._stack[self._free : self._free + count].clone()
+        self.owners[pages] = 1
+        return pages
+
+    def share(self, pages: Tensor) -> None:
+        """One more owner for each of some pages, which are handed out and distinct: int64 ``[n]``."""
+        self.owners[pages] += 1
 
     def give(self, pages: Tensor) -> None:
-        """Takes pages back; int64 ``[n]``, each handed out before and not yet given back."""
+        """One owner gives pages back: int64 ``[n]``, distinct; those without another owner are free again."""
+        left = self.owners[pages] - 1
+        assert (left >= 0).all(), "a page was given back that nobody owns"
+        self.owners[pages] = left
+        pages = pages[left == 0]
         end = self._free + len(pages)
-        assert end <= self.capacity, "more pages were given back than were handed out"
         self._stack[self._free : end] = pages
         self._free = end
 
@@ -116,4 +129,5 @@ class PagePool:
         fresh = torch.arange(capacity + more, capacity, -1, device=self.memory.device)
         self._stack = torch.cat([fresh, self._stack[: self._free], self._stack.new_zeros(capacity - self._free)])
         self._free += more
+        self.owners = torch.cat([self.owners, self.owners.new_zeros(more)])
         self._views.clear()

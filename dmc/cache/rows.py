@@ -10,6 +10,9 @@ The entries of a row, oldest first:
 With c closed entries (all but the tail), s sinks, a window of at least w and pages of P entries, a row holds
 ``max(0, c - s - w) // P`` encoded pages, which cover entries s, s + 1, ...; everything else is exact. So what is
 encoded follows from c alone, whatever batch, chunk or schedule brought the entries here.
+
+Under an evicting policy a page also holds each entry's place, the position of its newest token; -1 is an entry that
+was evicted and is seen no more. `dmc.cache.evict` removes entries and frees their pages.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.cache.codecs import Blocks, Codec
+from dmc.cache.error import CodecError
 from dmc.cache.pages import NULL_PAGE, Layout, PagePool
 
 _FIRST_COLUMNS = 4  # of the table of encoded pages; doubles when a row outgrows it
@@ -47,6 +51,8 @@ class Storage:
         sink_tokens: s.
         window: w.
         exact_dtype: of sinks and window.
+        placed: whether entries carry their place, an int32.
+        scored: whether entries carry a score, an fp32.
     """
 
     codec: Codec
@@ -54,11 +60,23 @@ class Storage:
     sink_tokens: int
     window: int
     exact_dtype: torch.dtype
+    placed: bool = False
+    scored: bool = False
+
+    @property
+    def marks(self) -> dict[str, torch.dtype]:
+        """What is stored with each entry beside its key and value."""
+        known = (("place", torch.int32, self.placed), ("score", torch.float32, self.scored))
+        return {name: dtype for name, dtype, there in known if there}
 
     @property
     def most_exact(self) -> int:
         """Exact entries of a row just before a page is closed; the tail not counted."""
         return self.sink_tokens + self.window + self.page_size
+
+
+Marks = dict[str, Tensor]
+"""What entries carry beside key and value, as `Storage.marks` names it."""
 
 
 class Rows:
@@ -79,24 +97,34 @@ class Rows:
     ) -> None:
         self.shape, self.storage, self.slots = shape, storage, slots
         size, dtype = shape.head_size, storage.exact_dtype
-        self.closed_layout = Layout(storage.codec.layout(storage.page_size, size, dtype))
-        entry = Layout({"k": (dtype, (size,)), "v": (dtype, (size,))}).nbytes
-        page_bytes = max(self.closed_layout.nbytes, entry)
-        self.per_open_page = page_bytes // (2 * size * dtype.itemsize)  # exact entries that a page takes
-        half = (dtype, (self.per_open_page, size))
-        self.open_layout = Layout({"k": half, "v": half})
+        closed = storage.codec.layout(storage.page_size, size, dtype)
+        self.closed_layout = Layout(closed | {f"e_{name}": (kind, (storage.page_size,)) for name, kind in storage.marks.items()})
+        entry = 2 * size * dtype.itemsize + sum(kind.itemsize for kind in storage.marks.values())
+        page_bytes = max(self.closed_layout.nbytes, -(-entry // 8) * 8)
+        self.per_open_page = page_bytes // entry  # exact entries that a page takes
+        part = (dtype, (self.per_open_page, size))
+        marks = {f"e_{name}": (kind, (self.per_open_page,)) for name, kind in storage.marks.items()}
+        self.open_layout = Layout({"k": part, "v": part} | marks)
         self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
+        self.error = CodecError(storage.codec)
 
         rows = shape.layers * slots * shape.heads
         work = torch.float64 if shape.dtype == torch.float64 else torch.float32
         self.closed_table = torch.full((rows, _FIRST_COLUMNS), NULL_PAGE, dtype=torch.int32, device=device)
         self.open_table = torch.full(
-            (rows, self._open_pages(storage.most_exact)), NULL_PAGE, dtype=torch.int32, device=device
+            (rows, self.open_pages(storage.most_exact)), NULL_PAGE, dtype=torch.int32, device=device
         )
         self.closed = torch.zeros(rows, dtype=torch.int32, device=device)  # encoded pages
         self.exact = torch.zeros(rows, dtype=torch.int32, device=device)  # exact entries, the tail not counted
         self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
         self.z = torch.zeros(rows, dtype=work, device=device)  # of the tail; 0: no tail, the row is empty
+        self.tail_score = torch.zeros(rows if storage.scored else 0, device=device)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the tensors that say everything of a row but its pages' content; the first two are tables."""
+        scored = ("tail_score",) if self.storage.scored else ()
+        return ("closed_table", "open_table", "closed", "exact", "numerators", "z", *scored)
 
     def index(self, layer: int, slots: Tensor) -> Tensor:
         """Rows of a layer's heads for each slot: int64 ``[S] → [S * H]``."""
@@ -104,18 +132,39 @@ class Rows:
         first = (layer * self.slots + slots) * heads
         return (first[:, None] + torch.arange(heads, device=slots.device)).flatten()
 
-    def worst_pages(self, tokens: int) -> int:
-        """Pages that one row can come to need for ``tokens`` tokens, if none is merged."""
+    def all_layers(self, slot: int) -> Tensor:
+        """All rows of a slot, layer by layer: int64 ``[L * H]``."""
+        heads = self.shape.heads
+        layer = torch.arange(self.shape.layers, device=self.z.device)[:, None]
+        return ((layer * self.slots + slot) * heads + torch.arange(heads, device=self.z.device)).flatten()
+
+    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
         store = self.storage
-        full = max(0, tokens - store.sink_tokens - store.window) // store.page_size
-        return full + self._open_pages(min(tokens, store.most_exact))
+        full = (entries - store.sink_tokens - store.window).clamp(min=0) // store.page_size
+        return full, entries - full * store.page_size
+
+    def pages_of(self, entries: Tensor) -> Tensor:
+        """Pages that rows of so many closed entries hold, if none was evicted; int64, any shape."""
+        full, exact = self.split(entries)
+        return full + self.open_pages(exact)
+
+    def worst_pages(self, entries: int, *, evicting: bool) -> int:
+        """Pages that one row can come to need on its way to so many closed entries."""
+        store = self.storage
+        full = max(0, entries - store.sink_tokens - store.window) // store.page_size
+        return full + 2 * evicting + self.open_pages(min(entries + evicting, store.most_exact))
+
+    def open_pages(self, entries: int | Tensor) -> int | Tensor:
+        """Pages that so many exact entries take."""
+        return -(-entries // self.per_open_page)
 
     # ------------------------------------------------------------------------------------ reading
 
     def exact_entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sinks and window of rows: ``[R] → (keys [R, N, D], values [R, N, D], valid [R, N])``; the rest is 0."""
         count = self.exact[rows]
-        columns = self._open_pages(int(count.max()))
+        columns = self.open_pages(int(count.max()))
         pages = self.open_table[rows, :columns].flatten()
         valid = torch.arange(columns * self.per_open_page, device=rows.device) < count[:, None]
         views = self.open_layout.views(self.pool.read(pages))
@@ -132,82 +181,126 @@ class Rows:
 
     def blocks(self, pages: Tensor) -> Blocks:
         """Copies of encoded pages: ``[n]`` → blocks with leading dimension n."""
-        tensors = self.closed_layout.views(self.pool.read(pages))
-        return Blocks(tensors, self.storage.page_size, self.shape.head_size)
+        return self.read_closed(pages)[0]
+
+    def read_closed(self, pages: Tensor) -> tuple[Blocks, Marks]:
+        """`blocks`, and what each entry carries, ``[n, P]``; copies."""
+        views = self.closed_layout.views(self.pool.read(pages))
+        marks = {name: views.pop(f"e_{name}") for name in self.storage.marks}
+        return Blocks(views, self.storage.page_size, self.shape.head_size), marks
 
     # ------------------------------------------------------------------------------------ writing
 
-    def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Adds one final entry to each of some rows: rows ``[R]`` distinct, keys and values ``[R, D]``."""
+    def append(self, rows: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
+        """Adds one final entry to each of some rows: rows ``[R]`` distinct, keys and values ``[R, D]``, marks ``[R]``."""
         count = self.exact[rows]
         fresh = count % self.per_open_page == 0
         if fresh.any():
             self._open(rows[fresh], count[fresh] // self.per_open_page)
-        self._write_exact(rows, count, keys, values)
+        self.write_exact(rows, count, keys, values, marks)
         self.exact[rows] = count + 1
         full = count + 1 == self.storage.most_exact
         if full.any():
             self._close_page(rows[full])
 
-    def load(self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> None:
+    def load(
+        self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, marks: Marks, *,
+        donors: Tensor | None = None, shared: Tensor | None = None,
+    ) -> None:
         """Fills empty rows with a prompt's final entries.
 
         Args:
             rows: ``[R]``.
             keys, values: ``[R, N, D]``, oldest first.
             counts: ``[R]`` int64, how many of the N are a row's own.
+            marks: ``[R, N]`` each.
+            donors: ``[R]``, rows whose first pages hold the same entries.
+            shared: ``[R]`` int64, how many of them are taken over instead of encoded again.
         """
         store = self.storage
-        full = (counts - store.sink_tokens - store.window).clamp(min=0) // store.page_size
-        exact = counts - full * store.page_size
+        full, exact = self.split(counts)
         keys, values = keys.to(store.exact_dtype), values.to(store.exact_dtype)
 
-        owner, column = _ragged(full)
-        self._widen(int(full.max()))
+        self.widen(int(full.max()))
+        owner, column = ragged(full)
+        if donors is not None:
+            taken = column < shared[owner]
+            pages = self.closed_table[donors[owner[taken]], column[taken]]
+            self.pool.share(pages.long())
+            self.closed_table[rows[owner[taken]], column[taken]] = pages
+            owner, column = owner[~taken], column[~taken]
         for owners, columns in zip(owner.split(_ENCODE_PAGES), column.split(_ENCODE_PAGES), strict=True):
             start = store.sink_tokens + columns * store.page_size
-            entry = start[:, None] + torch.arange(store.page_size, device=rows.device)
-            self._store(rows[owners], columns, keys[owners[:, None], entry], values[owners[:, None], entry])
+            which = owners[:, None], start[:, None] + torch.arange(store.page_size, device=rows.device)
+            own = {name: mark[which] for name, mark in marks.items()}
+            self._store(rows[owners], columns, keys[which], values[which], own)
         self.closed[rows] = full.int()
 
-        owner, column = _ragged(-(-exact // self.per_open_page))
+        owner, column = ragged(self.open_pages(exact))
         self._open(rows[owner], column)
-        owner, place = _ragged(exact)
-        entry = torch.where(place < store.sink_tokens, place, place + full[owner] * store.page_size)
-        self._write_exact(rows[owner], place, keys[owner, entry], values[owner, entry])
+        owner, place = ragged(exact)
+        which = owner, torch.where(place < store.sink_tokens, place, place + full[owner] * store.page_size)
+        own = {name: mark[which] for name, mark in marks.items()}
+        self.write_exact(rows[owner], place, keys[which], values[which], own)
         self.exact[rows] = exact.int()
 
     def release(self, rows: Tensor) -> None:
         """Empties rows and gives their pages back: ``[R]``."""
         pages = torch.cat([self.closed_table[rows].flatten(), self.open_table[rows].flatten()])
         self.pool.give(pages[pages != NULL_PAGE].long())
-        for state in (self.closed_table, self.open_table, self.closed, self.exact, self.numerators, self.z):
-            state[rows] = 0
+        for name in self.state:
+            getattr(self, name)[rows] = 0
+
+    def encode_into(self, pages: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> Blocks:
+        """Encodes entries ``[n, P, D]`` with their marks ``[n, P]`` into pages of the pool, ``[n]``."""
+        encoded = self.storage.codec.encode(keys, values)
+        views = self.pool.views(self.closed_layout)
+        for name, tensor in encoded.tensors.items():
+            views[name][pages] = tensor
+        for name, mark in marks.items():
+            views[f"e_{name}"][pages] = mark
+        return encoded
+
+    def write_exact(self, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
+        """Writes exact entries at ``places`` of rows, whose pages are there; all of one shape, keys ``[..., D]``."""
+        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
+        views = self.pool.views(self.open_layout)
+        views["k"][pages, offsets] = keys.to(self.storage.exact_dtype)
+        views["v"][pages, offsets] = values.to(self.storage.exact_dtype)
+        for name, mark in marks.items():
+            views[f"e_{name}"][pages, offsets] = mark.to(self.storage.marks[name])
+
+    def read_exact(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Marks]:
+        """Exact entries at ``places`` of rows, both of one shape: copies; places beyond a row's pages read as 0."""
+        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
+        views = self.pool.views(self.open_layout)
+        marks = {name: views[f"e_{name}"][pages, offsets] for name in self.storage.marks}
+        return views["k"][pages, offsets], views["v"][pages, offsets], marks
 
     def _close_page(self, rows: Tensor) -> None:
         """Encodes the oldest page of the window of each row, whose exact part is full."""
         store = self.storage
         first, end = store.sink_tokens, store.sink_tokens + store.page_size
-        page_keys, page_values = self._read_exact(rows, first, end)
-        rest_keys, rest_values = self._read_exact(rows, end, store.most_exact)
-        kept = self._open_pages(first + store.window)
+        places = torch.arange(first, store.most_exact, device=rows.device).expand(len(rows), -1)
+        read = self.read_exact(rows[:, None].expand_as(places), places)
+        kept = self.open_pages(first + store.window)
         self.pool.give(self.open_table[rows, kept:].flatten().long())
         self.open_table[rows, kept:] = NULL_PAGE
+        (keys, values), marks = ((part[:, : end - first] for part in read[:2]), read[2])
         if store.window:
-            place = torch.arange(first, first + store.window, device=rows.device)
-            self._write_exact(rows[:, None].expand(-1, store.window), place, rest_keys, rest_values)
+            rest = [part[:, end - first :] for part in read[:2]]
+            later = {name: mark[:, end - first :] for name, mark in marks.items()}
+            self.write_exact(rows[:, None].expand(-1, store.window), places[:, : store.window], *rest, later)
         self.exact[rows] = first + store.window
         column = self.closed[rows]
-        self._widen(int(column.max()) + 1)
-        self._store(rows, column, page_keys, page_values)
+        self.widen(int(column.max()) + 1)
+        self._store(rows, column, keys, values, {name: mark[:, : end - first] for name, mark in marks.items()})
         self.closed[rows] = column + 1
 
-    def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
+    def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
         """Encodes one page ``[R, P, D]`` a row into a new page of the pool, named at ``columns`` of the table."""
-        encoded = self.storage.codec.encode(keys, values)
         pages = self.pool.take(len(rows))
-        for name, view in self.pool.views(self.closed_layout).items():
-            view[pages] = encoded.tensors[name]
+        self.error.sample(self.encode_into(pages, keys, values, marks), keys, values)
         self.closed_table[rows, columns] = pages.int()
 
     def _open(self, rows: Tensor, columns: Tensor) -> None:
@@ -216,28 +309,14 @@ class Rows:
         self.pool.memory[pages] = 0  # what an encoded page left here could read as NaN
         self.open_table[rows, columns] = pages.int()
 
-    def _write_exact(self, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
-        views = self.pool.views(self.open_layout)
-        views["k"][pages, offsets] = keys.to(self.storage.exact_dtype)
-        views["v"][pages, offsets] = values.to(self.storage.exact_dtype)
-
-    def _read_exact(self, rows: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
-        places = torch.arange(first, end, device=rows.device)
-        pages, offsets = self.open_table[rows][:, places // self.per_open_page], places % self.per_open_page
-        views = self.pool.views(self.open_layout)
-        return views["k"][pages, offsets], views["v"][pages, offsets]
-
-    def _open_pages(self, entries: int) -> int:
-        return -(-entries // self.per_open_page)
-
-    def _widen(self, columns: int) -> None:
+    def widen(self, columns: int) -> None:
+        """Makes the table of encoded pages at least so wide."""
         have = self.closed_table.shape[1]
         if columns > have:
             self.closed_table = F.pad(self.closed_table, (0, max(columns, 2 * have) - have), value=NULL_PAGE)
 
 
-def _ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Counts ``[R]`` → (owner, place) ``[sum]``: 0, 0, ..., 1, ... and 0, 1, ..., 0, ..."""
     owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     start = counts.cumsum(0) - counts

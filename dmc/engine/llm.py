@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dmc.cache import Codec, KVCache, Policy, Shape, codec, policy
-from dmc.engine.core import Engine
+from dmc.engine.core import KEPT_PROMPTS, Engine
 from dmc.engine.params import SamplingParams
 from dmc.engine.runner import Runner
 from dmc.engine.scoring import Score, score_batch
@@ -26,13 +26,15 @@ class LLM:
 
     Args:
         path: Hugging Face directory.
-        policy: which entries the cache keeps; see `dmc.cache.POLICIES`. A plain Llama never merges.
+        policy: which entries the cache keeps: a name of `dmc.cache.POLICIES`, or a policy that is ready made. A plain
+            Llama never merges.
+        policy_settings: for a policy given by name, such as ``{"recent": 508}``.
         codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
         kv_memory: bytes of the page pool; None lets it grow.
         max_batch: sequences that run at a time.
         page_size, sink_tokens, window, exact_dtype: see `dmc.cache.KVCache`.
-        prefill_tokens: of several prompts run through the model at once.
+        prefill_tokens: of prompts run through the model in one step, at most; longer ones go in chunks.
         dtype: "fp32", "bf16", "fp16", "fp64", or "auto": fp32 on the CPU, elsewhere the checkpoint's own.
         device: such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
 
@@ -41,25 +43,28 @@ class LLM:
     """
 
     def __init__(
-        self, path: str | Path, *, policy: str = "dmc", codec: str | Codec = "dense",
-        codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
+        self, path: str | Path, *, policy: str | Policy = "dmc", policy_settings: dict | None = None,
+        codec: str | Codec = "dense", codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
         page_size: int | None = None, sink_tokens: int | None = None, window: int = 0, exact_dtype: str | None = None,
-        prefill_tokens: int = 8192, dtype: str = "auto", device: str = "auto",
+        prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto",
     ) -> None:
         self.path = Path(path)
-        store, chosen = _codec(codec, codec_settings), _policy(policy)
+        for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        store, chosen = _made("codec", codec, codec_settings), _made("policy", policy, policy_settings)
         place = _device(device)
         config = read_config(path)
         precision = _dtype(dtype, place, config.dtype)
         shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, precision)
         cache = KVCache(
-            shape, chosen, store, slots=max_batch, memory=kv_memory, page_size=page_size, sink_tokens=sink_tokens,
+            shape, chosen, store, slots=max_batch + KEPT_PROMPTS, memory=kv_memory, page_size=page_size, sink_tokens=sink_tokens,
             window=window, exact_dtype=exact_dtype, device=place,
         )
         self.cache = cache
         self.model = Llama.load(path, dtype=precision, device=place)
         self._runner = Runner(self.model, cache)
-        self._engine = Engine(self._runner, prefill_tokens=prefill_tokens)
+        self.engine = Engine(self._runner, max_batch=max_batch, prefill_tokens=prefill_tokens)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -80,7 +85,7 @@ class LLM:
             params: for all, or one for each; None: `SamplingParams()`.
 
         Returns:
-            One output a prompt, in order. The cache is empty again.
+            n outputs a prompt, in order. The cache is empty again.
 
         Raises:
             ValueError: if a prompt is empty, too long for the model or the pool, or no token of it.
@@ -90,18 +95,43 @@ class LLM:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need one SamplingParams or as many, got {len(each)}")
-        sequences = [self._sequence(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        sequences = [
+            sequence for prompt, own in zip(prompts, each, strict=True) for sequence in self.sequences(prompt, own)
+        ]
         for sequence in sequences:
-            self._engine.check(sequence)
-        for sequence in sequences:
-            self._engine.add(sequence)
-        outputs = {}
+            self.engine.add(sequence)
         try:
-            while len(outputs) < len(sequences):
-                outputs |= {id(sequence): output for sequence, output in self._engine.step()}
+            while self.engine.busy:
+                self.engine.step()
         finally:
-            self._engine.abort()
-        return [outputs[id(sequence)] for sequence in sequences]
+            self.engine.abort()
+        return [sequence.output() for sequence in sequences]
+
+    def sequences(self, prompt: str | List[int], params: SamplingParams) -> list[Sequence]:
+        """The n completions of a prompt, ready for `engine`.
+
+        Raises:
+            ValueError: if the prompt is empty, too long for the model or the pool, or no token of it.
+        """
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_tokens(tokens, least=1)
+        wrong = next((token for token in [*params.logit_bias, *params.stop_token_ids] if token >= self.vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}")
+        has_text = (self.path / "tokenizer_config.json").is_file()
+        if params.stop and not has_text:
+            raise ValueError(f"stop texts need a tokenizer, and {self.path} has none")
+        made = [
+            Sequence(tokens, params, self.model.config.eos_token_ids, GrowingText(self.tokenizer if has_text else None), index)
+            for index in range(params.n)
+        ]
+        self.engine.check(made[0])
+        return made
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self.model.config.vocab_size
 
     def score(self, sequences: List[List[int]], *, prompt_tokens: int = 1) -> list[Score]:
         """Log-probabilities of given tokens through the cache as generation uses it.
@@ -118,9 +148,10 @@ class LLM:
         """
         if prompt_tokens < 1:
             raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        if self.engine.busy:
+            raise ValueError("score needs the cache to itself; wait until the requests that run have ended")
         limit = self.cache.rows.pool.limit
-        longest = max(map(len, sequences), default=1)
-        batch = min(self.cache.free_slots, max(1, self._engine.prefill_tokens // min(prompt_tokens, longest)))
+        batch = self.engine.max_batch
         for tokens in sequences:
             self._check_tokens(tokens, least=2)
             if len(tokens) > self.model.config.max_position_embeddings:
@@ -137,26 +168,18 @@ class LLM:
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
             scores |= zip(
-                some, score_batch(self._runner, [list(sequences[i]) for i in some], prompt_tokens), strict=True
+                some, score_batch(
+                    self._runner, [list(sequences[i]) for i in some], prompt_tokens, self.engine.prefill_tokens
+                ), strict=True,
             )
         return [scores[i] for i in range(len(sequences))]
 
-    def _sequence(self, prompt: str | List[int], params: SamplingParams) -> Sequence:
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_tokens(tokens, least=1)
-        has_text = (self.path / "tokenizer_config.json").is_file()
-        if params.stop and not has_text:
-            raise ValueError(f"stop texts need a tokenizer, and {self.path} has none")
-        text = GrowingText(self.tokenizer if has_text else None)
-        return Sequence(tokens, params, self.model.config.eos_token_ids, text)
-
     def _check_tokens(self, tokens: List[int], least: int) -> None:
-        vocabulary = self.model.config.vocab_size
         if len(tokens) < least:
             raise ValueError(f"a sequence of at least {least} tokens is needed, got {len(tokens)}: is the text empty?")
-        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocabulary}")
+            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}")
 
 
 def total_stats(results: List[Output] | List[Score], seconds: float) -> Stats:
@@ -164,15 +187,11 @@ def total_stats(results: List[Output] | List[Score], seconds: float) -> Stats:
     return total([result.stats for result in results], seconds)
 
 
-def _policy(name: str) -> Policy:
-    return policy(name)
-
-
-def _codec(chosen: str | Codec, settings: dict | None) -> Codec:
+def _made(kind: str, chosen: str | Codec | Policy, settings: dict | None) -> Codec | Policy:
     if isinstance(chosen, str):
-        return codec(chosen, **(settings or {}))
+        return {"codec": codec, "policy": policy}[kind](chosen, **(settings or {}))
     if settings:
-        raise ValueError("codec_settings go with a codec's name, not with a codec that is ready made")
+        raise ValueError(f"{kind}_settings go with a {kind}'s name, not with a {kind} that is ready made")
     return chosen
 
 

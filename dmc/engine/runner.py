@@ -1,14 +1,23 @@
-"""The model over the cache: one prefill of several prompts, one decode step of several sequences."""
+"""The model over the cache: one step of running sequences and of prompts, together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmc.cache import KVCache
+from dmc.cache import KVCache, Prompt
 from dmc.model import Llama
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of a prompt that come next, at least one."""
+
+    prompt: Prompt
+    tokens: Sequence[int]
 
 
 class Runner:
@@ -18,26 +27,26 @@ class Runner:
         self.model, self.cache = model, cache
 
     @torch.no_grad()
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Caches whole prompts in empty slots → last hidden states ``[B, T, hidden]``, right-padded."""
-        lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        attend = self.cache.prefill(self._ints(slots), self._ints(lengths), self.model.rope)
-        return self.model.hidden(tokens.to(self.model.device), attend)
+    def step(
+        self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int], chunks: Sequence[Chunk] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Feeds one token to each running sequence, and a chunk to each of some prompts, in one pass of the model.
+
+        Returns:
+            Hidden states: ``[S, hidden]`` of the running sequences, and ``[T, hidden]`` of each chunk.
+        """
+        sizes = [len(slots), *(len(chunk.tokens) for chunk in chunks)]
+        flat = [*tokens, *(token for chunk in chunks for token in chunk.tokens)]
+        parts = [(chunk.prompt, len(chunk.tokens)) for chunk in chunks]
+        attend = self.cache.step(self._ints(slots), self._ints(positions), parts, self.model.rope)
+        hidden = self.model.hidden(self._ints(flat), attend)
+        first, *rest = hidden.split(sizes)
+        return first, rest
 
     @torch.no_grad()
-    def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Caches one more token of each sequence → logits of the next ``[S, V]``, fp32 at least."""
-        attend = self.cache.decode(self._ints(slots), self._ints(positions), self.model.rope)
-        hidden = self.model.hidden(self._ints(tokens)[:, None], attend)
-        return self.model.logits(hidden[:, 0])
-
-    @torch.no_grad()
-    def last_logits(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits after the last token of each prompt: hidden of `prefill` → ``[B, V]``."""
-        return self.model.logits(hidden[torch.arange(len(hidden)), self._ints(lengths) - 1])
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[N, hidden]`` → logits ``[N, V]``, fp32 at least."""
+        return self.model.logits(hidden)
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)

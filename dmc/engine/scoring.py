@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmc.engine.runner import Runner
+from dmc.engine.runner import Chunk, Runner
 from dmc.engine.stats import Stats, measure
 
 _LOGITS = 1 << 24  # logits of prompt tokens held at once
@@ -28,21 +28,25 @@ class Score:
     stats: Stats
 
 
-def score_batch(runner: Runner, sequences: Sequence[list[int]], prompt_tokens: int) -> list[Score]:
+def score_batch(runner: Runner, sequences: Sequence[list[int]], prompt_tokens: int, chunk: int) -> list[Score]:
     """Scores sequences together; as many slots must be free, and every length at least 2.
 
-    The first ``prompt_tokens`` of each (all but the last, if it is shorter) are prefilled; every later one goes
-    through the decode step.
+    The first ``prompt_tokens`` of each (all but the last, if it is shorter) are prefilled, ``chunk`` at a time; every
+    later one goes through the decode step.
     """
     started = time.perf_counter()
-    slots = [runner.cache.open() for _ in sequences]
+    slots = []
     try:
         prompts = [tokens[: min(prompt_tokens, len(tokens) - 1)] for tokens in sequences]
-        hidden = runner.prefill(slots, prompts)
         logprobs = []  # of each sequence
-        for row, tokens, prompt in zip(hidden, sequences, prompts, strict=True):
+        for tokens, fed in zip(sequences, prompts, strict=True):
             logs = torch.empty(len(tokens) - 1)
-            logs[: len(prompt)] = _prompt_logprobs(runner, row, tokens[1 : len(prompt) + 1])
+            prompt = runner.cache.prompt()
+            for start in range(0, len(fed), chunk):
+                end = min(start + chunk, len(fed))
+                _, (hidden,) = runner.step([], [], [], [Chunk(prompt, fed[start:end])])
+                logs[start:end] = _prompt_logprobs(runner, hidden, tokens[start + 1 : end + 1])
+            slots.append(runner.cache.load(prompt))
             logprobs.append(logs)
         _force(runner, slots, sequences, [len(prompt) for prompt in prompts], logprobs)
         seconds = time.perf_counter() - started
@@ -63,7 +67,7 @@ def _prompt_logprobs(runner: Runner, hidden: Tensor, following: list[int]) -> Te
     rows = max(1, _LOGITS // runner.model.config.vocab_size)
     parts = []
     for states, tokens in zip(hidden[: len(following)].split(rows), torch.tensor(following).split(rows), strict=True):
-        parts.append(_picked(runner.model.logits(states), tokens.to(states.device)))
+        parts.append(_picked(runner.logits(states), tokens.to(states.device)))
     return torch.cat(parts)
 
 
@@ -73,7 +77,8 @@ def _force(
     """Feeds every sequence's tokens from place ``done`` to its last but one, all sequences in step."""
     fed = list(done)
     while alive := [i for i, tokens in enumerate(sequences) if fed[i] < len(tokens) - 1]:
-        logits = runner.decode([slots[i] for i in alive], [sequences[i][fed[i]] for i in alive], [fed[i] for i in alive])
+        hidden, _ = runner.step([slots[i] for i in alive], [sequences[i][fed[i]] for i in alive], [fed[i] for i in alive])
+        logits = runner.logits(hidden)
         following = torch.tensor([sequences[i][fed[i] + 1] for i in alive], device=logits.device)
         for i, value in zip(alive, _picked(logits, following).tolist(), strict=True):
             logprobs[i][fed[i]] = value

@@ -1,29 +1,32 @@
-"""A request on its way through the engine."""
+"""A completion on its way through the engine."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
+from dmc.cache import Prompt, Swapped
 from dmc.engine.params import SamplingParams
-from dmc.engine.sampler import TokenLogprob, choose, generator, logprob
+from dmc.engine.sampler import Sampler, TokenLogprob, logprob
 from dmc.engine.stats import Stats
 from dmc.engine.tokenizer import GrowingText
 
 
 @dataclass(frozen=True)
 class Output:
-    """What became of a request.
+    """What became of a completion.
 
     Attributes:
         prompt_token_ids: as they were fed.
         token_ids: generated, an end token included.
         text: of them, cut before a stop text.
         logprobs: one for each generated token, if asked for.
-        finish_reason: "length" (max_tokens reached), "eos" or "stop".
-        stats: what it cost.
+        finish_reason: "length" (max_tokens reached), "eos" (an end token), "stop" (a stop text), "memory" (the page
+            pool cannot hold one more token, though nothing else is in it) or "cancelled".
+        stats: what it cost; None if it never had a place in the cache.
+        index: of the completion among the n of its prompt.
     """
 
     prompt_token_ids: list[int]
@@ -31,32 +34,48 @@ class Output:
     text: str
     logprobs: list[TokenLogprob] | None
     finish_reason: str
-    stats: Stats
+    stats: Stats | None
+    index: int = 0
 
 
 @dataclass(eq=False)
 class Sequence:
-    """State of a request: waiting (no slot), running, or finished (with a reason).
+    """State of a completion: waiting, its prompt being read, running, away in host memory, or finished.
 
     Attributes:
         prompt: token ids, at least one.
-        ends: token ids that end it.
+        ends: the model's end tokens.
+        index: among the n completions of its prompt.
+        arrival: its place in the order of arrival; given by the engine.
+        partial: its prompt while that is being read.
+        first: logits ``[V]`` after the prompt, while the pool has no room for its pages.
         slot: of the cache, while it runs.
+        away: its part of the cache, while it is in host memory.
+        preemptions: how often it was sent there.
+        times: "added", "admitted", "first" (token) and "finished", in seconds of `time.perf_counter`.
     """
 
     prompt: list[int]
     params: SamplingParams
     ends: tuple[int, ...]
     text: GrowingText
+    index: int = 0
+    arrival: int = -1
+    partial: Prompt | None = None
+    first: Tensor | None = None
     slot: int | None = None
+    away: Swapped | None = None
+    preemptions: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
-    started: float = field(default_factory=time.perf_counter)
+    stats: Stats | None = None
+    times: dict[str, float] = field(default_factory=lambda: {"added": time.perf_counter()})
 
     def __post_init__(self) -> None:
-        """Seeds the request's own source of draws."""
-        self._source = generator(self.params)
+        """Makes the completion's own source of draws."""
+        self._sampler = Sampler(self.params, index=self.index, prompt=self.prompt)
+        self._ends = set(self.params.stop_token_ids) | (set() if self.params.ignore_eos else set(self.ends))
 
     @property
     def position(self) -> int:
@@ -68,13 +87,14 @@ class Sequence:
         """That can come to be cached: the last generated one is not fed back."""
         return len(self.prompt) + self.params.max_tokens - 1
 
-    def advance(self, logits: torch.Tensor) -> None:
+    def advance(self, logits: Tensor) -> None:
         """Chooses the next token from logits ``[V]``, and says in `finish_reason` whether it is the last."""
-        token = choose(logits, self.params, self._source)
+        token = self._sampler.choose(logits)
+        self.times.setdefault("first", time.perf_counter())
         self.tokens.append(token)
         if self.params.logprobs is not None:
             self.logprobs.append(logprob(logits, token, self.params.logprobs))
-        if token in self.ends and not self.params.ignore_eos:
+        if token in self._ends:
             self.finish_reason = "eos"
             self.text.finish()
             return
@@ -86,7 +106,7 @@ class Sequence:
         if self.text.cut(self.params.stop, before):
             self.finish_reason = "stop"
 
-    def output(self, stats: Stats) -> Output:
-        """The finished request."""
+    def output(self) -> Output:
+        """The finished completion."""
         logprobs = None if self.params.logprobs is None else self.logprobs
-        return Output(self.prompt, self.tokens, self.text.text, logprobs, self.finish_reason, stats)
+        return Output(self.prompt, self.tokens, self.text.text, logprobs, self.finish_reason, self.stats, self.index)

@@ -22,6 +22,10 @@ class Stats:
         entries: int64 ``[L, H]``, cache lengths at the end (of several requests: summed).
         held: bytes held at the end, by kind; see `KVCache.held`.
         dense_bytes: of an uncompressed bf16 cache of the same tokens.
+        shared_bytes: of ``held``, pages that sequences with the same beginning held as well.
+        codec_error: relative error (Frobenius) of encoded keys and of values, on a sample of all pages that the engine
+            has encoded so far; zeros for a lossless codec.
+        preemptions: how often it went to host memory.
     """
 
     prompt_tokens: int
@@ -31,6 +35,9 @@ class Stats:
     entries: Tensor
     held: dict[str, int]
     dense_bytes: int
+    shared_bytes: int = 0
+    codec_error: tuple[float, float] = (0.0, 0.0)
+    preemptions: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,7 +70,9 @@ class Stats:
         return self.dense_bytes / self.held_bytes
 
 
-def measure(cache: KVCache, slot: int, *, prompt_tokens: int, cached_tokens: int, generated: int, seconds: float) -> Stats:
+def measure(
+    cache: KVCache, slot: int, *, prompt_tokens: int, cached_tokens: int, generated: int, seconds: float, preemptions: int = 0,
+) -> Stats:
     """The figures of a sequence that is about to be closed."""
     return Stats(
         prompt_tokens=prompt_tokens,
@@ -73,6 +82,9 @@ def measure(cache: KVCache, slot: int, *, prompt_tokens: int, cached_tokens: int
         entries=cache.entries(slot).cpu(),
         held=cache.held(slot),
         dense_bytes=cache.dense_bytes(cached_tokens),
+        shared_bytes=cache.shared_bytes(slot),
+        codec_error=cache.rows.error.relative,
+        preemptions=preemptions,
     )
 
 
@@ -86,4 +98,7 @@ def total(stats: Sequence[Stats], seconds: float) -> Stats:
         entries=torch.stack([each.entries for each in stats]).sum(0),
         held={kind: sum(each.held[kind] for each in stats) for kind in stats[0].held},
         dense_bytes=sum(each.dense_bytes for each in stats),
+        shared_bytes=sum(each.shared_bytes for each in stats),
+        codec_error=stats[-1].codec_error,
+        preemptions=sum(each.preemptions for each in stats),
     )

@@ -16,8 +16,8 @@ from dmc.model.rope import Rope
 from dmc.model.weights import Weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(layer, query [B, Hq, T, D], key and value [B, H, T, D], alpha and omega [B, H, T]) → [B, Hq, T, D].
-Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model)."""
+"""(layer, query [N, Hq, D], key and value [N, H, D], alpha and omega [N, H]) → [N, Hq, D], for N tokens of whichever
+sequences. Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model)."""
 
 
 @dataclass
@@ -83,7 +83,11 @@ class Llama:
         return cls(read_config(directory), Weights(directory), dtype=dtype, device=device)
 
     def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
-        """Last hidden states, normed: tokens int64 ``[B, T]`` → ``[B, T, hidden]``; positions are attend's business."""
+        """Last hidden states, normed: tokens int64 ``[N]`` → ``[N, hidden]``.
+
+        The tokens may be of several sequences, without padding: which belong together and where they stand is the
+        business of ``attend``.
+        """
         x = self.embedding[tokens]
         for index, layer in enumerate(self.layers):
             x = x + self._attention(index, layer, self._normed(x, layer.input_norm), attend)
@@ -98,26 +102,26 @@ class Llama:
     def _attention(self, index: int, layer: Layer, x: Tensor, attend: Attend) -> Tensor:
         config = self.config
         query_heads, heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        states = layer.qkv(x).unflatten(-1, (-1, size)).transpose(1, 2)  # [B, Hq + 2H, T, D]
+        states = layer.qkv(x).unflatten(-1, (-1, size))  # [N, Hq + 2H, D]
         query, key, value = states.split([query_heads, heads, heads], dim=1)
         alpha, omega = self._decide(layer, x, query, key)
         out = attend(index, query, key, value, alpha, omega)
-        return layer.output(out.transpose(1, 2).flatten(2))
+        return layer.output(out.flatten(1))
 
     def _decide(self, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Hard (alpha, omega) ``[B, H, T]``; in the neuron variant also zeroes neuron 0 of query and key, in place."""
+        """Hard (alpha, omega) ``[N, H]``; in the neuron variant also zeroes neuron 0 of query and key, in place."""
         config = self.config
         heads, offset, work = config.num_key_value_heads, config.offset, _work(self.dtype)
         if config.decision == "head":
             logits = F.linear(x.to(layer.decision.dtype), layer.decision)
-            merge, weight = logits.transpose(1, 2).split(heads, dim=1)
+            merge, weight = logits.split(heads, dim=1)
         elif config.decision == "neuron":
             merge = key[..., 0].to(work, copy=True)
             weight = query[..., 0].to(work).unflatten(1, (heads, -1)).mean(2)
             query[..., 0] = 0
             key[..., 0] = 0
         else:
-            return key.new_zeros(key.shape[:3], dtype=work), key.new_ones(key.shape[:3], dtype=work)
+            return key.new_zeros(key.shape[:2], dtype=work), key.new_ones(key.shape[:2], dtype=work)
         return round_alpha(merge, offset=offset), importance(weight, offset=offset)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:

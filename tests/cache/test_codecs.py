@@ -154,6 +154,35 @@ def test_leading_dimensions_are_free():
         assert torch.equal(blocks.tensors[name][1, 2], tensor), name
 
 
+@pytest.mark.parametrize("name, steps", [("int8", 127), ("fp8", 448)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_one_scale_for_each_token_and_head(name, steps, scale):
+    """Against rounding written out in fp64: half a step for int8, a sixteenth of the number for E4M3."""
+    keys, values = (x * scale for x in page(3, 16, 24))
+    keys[0, 3] = 0
+    made = codec(name)
+    blocks = made.encode(keys, values)
+    assert made.nbytes(blocks) == 2 * 3 * 16 * (24 + 2)
+    for x, y in zip((keys, values), made.decode(blocks), strict=True):
+        largest = x.double().abs().amax(-1, keepdim=True)
+        step = largest / steps * (1 + 2**-7)
+        bound = step / 2 if name == "int8" else x.double().abs() / 16 + step * 2**-9
+        assert ((x.double() - y.double()).abs() <= bound * 1.01 + 1e-38).all()
+        assert torch.isfinite(y).all() and (y[0, 3] == 0).all() == (x is keys)
+    query, weights = torch.randn(3, 2, 24), torch.rand(3, 2, 16)
+    k, v = made.decode(blocks)
+    torch.testing.assert_close(made.scores(blocks, query), query @ k.mT, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(made.combine(blocks, weights), weights @ v, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_encoding_again_loses_nothing_more(name):
+    made = codec(name)
+    once = made.decode(made.encode(*page(4, 16, 32)))
+    for x, y in zip(once, made.decode(made.encode(*once)), strict=True):
+        torch.testing.assert_close(x, y, rtol=0.02 if name == "int8" else 0.07, atol=0.03)
+
+
 def test_dense_is_lossless():
     keys, values = page(2, 5, 8)
     made = codec("dense")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmc import LLM
+from dmc.engine.runner import Chunk
 from tests.model import tiny
 
 TOKENS = [5, 17, 3, 88, 41, 7, 7, 60, 12, 33, 90, 4, 29, 51, 8, 77, 15, 62, 19, 44]
@@ -44,9 +45,8 @@ def test_any_split_into_prompt_and_generated(model, dtype, tolerance, page_size)
 def test_whole_logits_after_a_prompt(model):
     directory, expected, _, _ = model
     llm = LLM(directory, dtype="fp32", device="cpu")
-    slot = llm.cache.open()
-    hidden = llm._runner.prefill([slot], [TOKENS])
-    torch.testing.assert_close(llm.model.logits(hidden)[0].double(), expected, rtol=0, atol=1e-4)
+    _, (hidden,) = llm._runner.step([], [], [], [Chunk(llm.cache.prompt(), TOKENS)])
+    torch.testing.assert_close(llm.model.logits(hidden).double(), expected, rtol=0, atol=1e-4)
 
 
 def test_alone_is_batched(model):

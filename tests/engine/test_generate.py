@@ -6,7 +6,9 @@ import torch
 import dmc
 from dmc import LLM, SamplingParams
 from dmc.engine import total_stats
-from dmc.engine.sampler import choose, generator, logprob
+from dmc.engine.core import KEPT_PROMPTS
+from dmc.engine.runner import Chunk
+from dmc.engine.sampler import Sampler, logprob
 from tests.model import tiny
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
@@ -27,16 +29,15 @@ def llm(directory):
 def cache_is_empty_after_each(llm):
     yield
     llm.cache.check_integrity()
-    assert llm.cache.rows.pool.used == 0 and llm.cache.free_slots == 16
+    assert llm.cache.rows.pool.used == 0 and llm.cache.free_slots == 16 + KEPT_PROMPTS
 
 
 def test_greedy_is_the_argmax_of_score(directory):
     llm = LLM(directory, device="cpu", page_size=4)
     output = llm.generate([[7, 8, 9]], GREEDY)[0]
     assert output.finish_reason == "length" and len(output.token_ids) == 30
-    slot = llm.cache.open()
-    hidden = llm._runner.prefill([slot], [[7, 8, 9, *output.token_ids]])
-    assert llm.model.logits(hidden)[0, 2:-1].argmax(-1).tolist() == output.token_ids
+    _, (hidden,) = llm._runner.step([], [], [], [Chunk(llm.cache.prompt(), [7, 8, 9, *output.token_ids])])
+    assert llm.model.logits(hidden)[2:-1].argmax(-1).tolist() == output.token_ids
 
 
 def test_one_prompt_alone_is_the_same_in_a_batch(directory):
@@ -130,7 +131,7 @@ def test_requests_that_are_refused(llm, directory):
         with pytest.raises(ValueError, match=said):
             llm.generate(prompt, params)
     small = LLM(directory, device="cpu", kv_memory=20_000)
-    with pytest.raises(ValueError, match="can need 52 pages of 1024 bytes, but kv_memory holds 19"):
+    with pytest.raises(ValueError, match="about 28 pages of 1024 bytes at a compression ratio of 1.90, but .* 19"):
         small.generate("x" * 170, GREEDY)
     with pytest.raises(ValueError, match="cannot hold the longest"):
         small.score([list(range(3, 90)) * 2])
@@ -162,7 +163,8 @@ def test_a_failure_leaves_nothing_behind(llm, monkeypatch):
 
 @pytest.mark.parametrize("setting, value", [
     ("max_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5),
-    ("top_k", -1), ("stop", [""]), ("seed", -1), ("logprobs", -1),
+    ("top_k", -1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("presence_penalty", 2.5), ("frequency_penalty", -3.0),
+    ("logit_bias", {3: 101.0}), ("n", 0), ("stop_token_ids", [-1]), ("stop", [""]), ("seed", -1), ("logprobs", -1),
 ])
 def test_params_out_of_range(setting, value):
     with pytest.raises(ValueError, match=setting):
@@ -174,8 +176,8 @@ def test_sampling_follows_the_distribution():
 
     def shares(**settings):
         params = SamplingParams(seed=0, **settings)
-        source = generator(params)
-        drawn = [choose(logits, params, source) for _ in range(4000)]
+        sampler = Sampler(params)
+        drawn = [sampler.choose(logits) for _ in range(4000)]
         return torch.bincount(torch.tensor(drawn), minlength=5) / 4000
 
     torch.testing.assert_close(shares(), logits.softmax(0), atol=0.03, rtol=0)
@@ -186,6 +188,47 @@ def test_sampling_follows_the_distribution():
     assert shares(top_p=0.1).argmax() == 4 and shares(top_p=0.1)[4] == 1
     assert shares(temperature=0)[4] == 1
     assert logprob(logits, 2, 0).logprob == pytest.approx(logits.log_softmax(0)[2].item())
+
+
+def test_cuts_and_penalties_are_those_of_transformers():
+    """Against its logits processors, by the probabilities that are left."""
+    from transformers import generation as hf
+
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(3)) * 2
+    prompt, ids = [4, 9, 9, 30], torch.tensor([[4, 9, 9, 30]])
+    for settings, warpers in (
+        ({"min_p": 0.2}, [hf.MinPLogitsWarper(0.2)]),
+        ({"top_k": 9, "top_p": 0.7, "min_p": 0.15, "temperature": 0.6}, [
+            hf.TemperatureLogitsWarper(0.6), hf.TopKLogitsWarper(9), hf.TopPLogitsWarper(0.7), hf.MinPLogitsWarper(0.15)]),
+        ({"repetition_penalty": 1.8}, [hf.RepetitionPenaltyLogitsProcessor(1.8)]),
+    ):
+        expected = logits[None].clone()
+        for warper in warpers:
+            expected = warper(ids, expected)
+        drawn = []
+        for seed in range(600):  # a new sampler each time: the penalty must not see its own draws
+            drawn.append(Sampler(SamplingParams(seed=seed, **settings), prompt=prompt).choose(logits))
+        shares = torch.bincount(torch.tensor(drawn), minlength=60) / 600
+        assert (shares[expected[0] == -torch.inf] == 0).all()
+        torch.testing.assert_close(shares, expected[0].softmax(0), atol=0.08, rtol=0)
+
+
+def test_penalties_of_the_output_and_bias():
+    logits = torch.tensor([0.0, 1.0, 3.0, 2.9])
+    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=0.06, presence_penalty=0.05))
+    assert [sampler.choose(logits) for _ in range(4)] == [2, 3, 2, 3]  # 3, then 2.89 under 2.9, then 2.89 over 2.79
+    assert Sampler(SamplingParams(temperature=0, logit_bias={1: 5.0, 2: -100})).choose(logits) == 1
+    assert Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt=[2, 3]).choose(logits) == 2
+    assert Sampler(SamplingParams(temperature=0, repetition_penalty=4.0), prompt=[2, 3]).choose(logits) == 1
+
+
+def test_stop_tokens(llm):
+    token = llm.generate("hello", GREEDY)[0].token_ids[6]
+    own = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[token])
+    output = llm.generate("hello", own)[0]
+    assert output.finish_reason == "eos" and output.token_ids[-1] == token and token not in output.token_ids[:-1]
+    with pytest.raises(ValueError, match="token id 97"):
+        llm.generate("hello", SamplingParams(logit_bias={97: 1.0}))
 
 
 def test_import_is_light():

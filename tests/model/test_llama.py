@@ -41,20 +41,22 @@ def hugging_face(directory, **changes):
 def test_logits(changes, tmp_path):
     reference = hugging_face(tmp_path, **changes)
     model = Llama.load(tmp_path, dtype=torch.float32)
-    tokens = torch.randint(0, tiny.VOCAB, (3, 40))
+    tokens, nobody = torch.randint(0, tiny.VOCAB, (3, 40)), torch.empty(0, dtype=torch.int64)
     with torch.no_grad():
         expected = reference(tokens).logits
     heads = model.config.num_key_value_heads
     cache = KVCache(
         Shape(tiny.LAYERS, heads, tiny.SIZE, torch.float32), policy("full"), codec("dense"), slots=3, page_size=4
     )
-    slots, lengths = torch.tensor([cache.open() for _ in range(3)]), torch.full((3,), 25)
-    hidden = model.hidden(tokens[:, :25], cache.prefill(slots, lengths, model.rope))
-    torch.testing.assert_close(model.logits(hidden), expected[:, :25], rtol=1e-4, atol=1e-4)
+    prompts = [cache.prompt() for _ in range(3)]
+    attend = cache.step(nobody, nobody, [(prompt, 25) for prompt in prompts], model.rope)
+    hidden = model.hidden(tokens[:, :25].flatten(), attend)  # three prompts in one pass
+    torch.testing.assert_close(model.logits(hidden).unflatten(0, (3, 25)), expected[:, :25], rtol=1e-4, atol=1e-4)
+    slots = torch.tensor([cache.load(prompt) for prompt in prompts])
     for place in range(25, 40):
-        attend = cache.decode(slots, torch.full((3,), place), model.rope)
-        logits = model.logits(model.hidden(tokens[:, place : place + 1], attend))
-        torch.testing.assert_close(logits[:, 0], expected[:, place], rtol=1e-4, atol=1e-4)
+        attend = cache.step(slots, torch.full((3,), place), [], model.rope)
+        logits = model.logits(model.hidden(tokens[:, place], attend))
+        torch.testing.assert_close(logits, expected[:, place], rtol=1e-4, atol=1e-4)
         cache.check_integrity()
     assert (cache.entries(0) == 40).all()
 

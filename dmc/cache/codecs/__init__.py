@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dmc.cache.codecs.base import Blocks, Codec
 from dmc.cache.codecs.dense import DenseCodec
+from dmc.cache.codecs.fp8 import Fp8Codec
 from dmc.cache.codecs.gear import GearCodec
+from dmc.cache.codecs.int8 import Int8Codec
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (DenseCodec, GearCodec)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (
+    DenseCodec,
+    Int8Codec,
+    Fp8Codec,
+    GearCodec,
+)}
 
 __all__ = ["CODECS", "Blocks", "Codec", "codec"]
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from dmc.cache.policies.base import Policy
+from dmc.cache.policies.base import Entries, Policy
 from dmc.cache.policies.dmc import DmcPolicy
 from dmc.cache.policies.full import FullPolicy
+from dmc.cache.policies.streaming import StreamingPolicy
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FullPolicy, DmcPolicy)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
+    FullPolicy,
+    DmcPolicy,
+    StreamingPolicy,
+)}
 
-__all__ = ["POLICIES", "Policy", "policy"]
+__all__ = ["POLICIES", "Entries", "Policy", "policy"]
 
 
-def policy(name: str) -> Policy:
-    """A policy by its name.
+def policy(name: str, **settings: object) -> Policy:
+    """A policy by its name, for example ``policy("streaming", recent=508)``.
 
     Raises:
-        ValueError: if the name is unknown; the known ones are listed.
+        ValueError: if the name or a setting is unknown (the known ones are listed) or a value is not allowed.
     """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-    return POLICIES[name]()
+    known = POLICIES[name].settings()
+    unknown = [setting for setting in settings if setting not in known]
+    if unknown:
+        raise ValueError(
+            f"the {name} policy has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none at all'}"
+        )
+    return POLICIES[name](**settings)

@@ -2,29 +2,97 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Entries:
+    """What an evicting policy chooses among: the closed entries of R rows, the tail left out.
+
+    Rows are those of one layer, sequence by sequence and head by head within a sequence, so that
+    ``tensor.unflatten(0, (-1, heads))`` has a dimension of sequences.
+
+    Attributes:
+        places: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1: no entry.
+        scores: fp32 ``[R, N]``, what `Policy.watches` gathered and `Policy.mark` began with; None if neither is used.
+        heads: H.
+        next: int64 ``[R]``, position of the next query of the row's sequence.
+    """
+
+    places: Tensor
+    scores: Tensor | None
+    heads: int
+    next: Tensor
+
+
 class Policy(ABC):
-    """Decides, from what the model proposes, what each token does to the cache of each key/value head.
+    """Decides, from what the model proposes, which entries each key/value head holds.
+
+    Merging policies override `decide` alone. An evicting policy sets `evicts` and says in `keep` which entries stay;
+    the cache calls it at the end of a prompt and after every generated token, drops the others and frees their pages.
 
     Attributes:
         name: under which `dmc.cache.policy` finds it.
+        evicts: whether entries can go before their sequence ends. Their places are then stored, 4 bytes an entry.
+        watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
+            from all queries so far, those of a head's group added up; "last", those of the newest query alone.
+        marks: whether `mark` gives entries a score to begin with.
     """
 
     name: ClassVar[str]
+    evicts: ClassVar[bool] = False
+    watches: ClassVar[str | None] = None
+    marks: ClassVar[bool] = False
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Names of the settings that the policy is made with."""
+        own = cls.__init__ is not object.__init__
+        return [name for name in inspect.signature(cls.__init__).parameters if name != "self"] if own else []
+
+    @property
+    def scored(self) -> bool:
+        """Whether entries carry a score."""
+        return self.watches is not None or self.marks
 
     @abstractmethod
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """The decisions that are carried out.
+        """The merging decisions that are carried out.
 
         Args:
-            alpha: ``[B, H, T]`` fp32, 1 where the model would merge the token into the open entry, else 0.
-            omega: ``[B, H, T]`` fp32, weight of the token in its entry.
+            alpha: fp32 of any shape, 1 where the model would merge the token into the open entry, else 0.
+            omega: the same shape, weight of the token in its entry.
 
         Returns:
             (alpha, omega) of the same shapes; alpha exactly 0 or 1, omega positive.
         """
+
+    def mark(self, alpha: Tensor, omega: Tensor) -> Tensor:
+        """Score that the entry of each token begins with, if `marks`; from the model's own alpha and omega."""
+        raise NotImplementedError
+
+    def visible(self, places: Tensor, queries: Tensor) -> Tensor | None:
+        """Which earlier entries the queries of a prompt see, by position alone.
+
+        Args:
+            places: int32 ``[..., N]`` as in `Entries`.
+            queries: int64 ``[..., T]``, positions.
+
+        Returns:
+            bool ``[..., T, N]``, or None: all of them. An entry out of sight must stay so for later queries: the
+            cache forgets it during the prompt.
+        """
+        return None
+
+    def keep(self, entries: Entries) -> Tensor:
+        """Which entries stay, if `evicts`: bool ``[R, N]``; asked after each step, before the next query."""
+        raise NotImplementedError
+
+    def most_entries(self, tokens: int) -> int:
+        """Entries, the tail counted, that a row of so many tokens can hold between two steps."""
+        return tokens

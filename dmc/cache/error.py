@@ -1,0 +1,39 @@
+"""What a codec loses, measured while it works."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dmc.cache.codecs import Blocks, Codec
+
+_SAMPLED = 8  # one call of encode in so many has its error measured
+
+
+class CodecError:
+    """What a codec loses, measured on a sample of the pages that it encodes.
+
+    Attributes:
+        pages: sampled so far.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.pages, self._calls = codec, 0, 0
+        self._lost, self._all = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
+
+    def sample(self, encoded: Blocks, keys: Tensor, values: Tensor) -> None:
+        """Looks at the first page of every eighth call, ``[n, P, D]``, if the codec is lossy."""
+        if not self.codec.lossy or not len(keys):
+            return
+        self._calls += 1
+        if self._calls % _SAMPLED != 1:
+            return
+        first = Blocks({name: tensor[:1] for name, tensor in encoded.tensors.items()}, encoded.entries, encoded.head_size)
+        self.pages += 1
+        for part, exact, got in zip("kv", (keys[0], values[0]), self.codec.decode(first), strict=True):
+            self._lost[part] += float((got[0].double() - exact.double()).square().sum())
+            self._all[part] += float(exact.double().square().sum())
+
+    @property
+    def relative(self) -> tuple[float, float]:
+        """Of keys and values: Frobenius norm of the error / of the entries, over all sampled pages; 0 before any."""
+        return tuple((self._lost[part] / self._all[part]) ** 0.5 if self._all[part] else 0.0 for part in "kv")

@@ -1,0 +1,47 @@
+"""StreamingLLM (Xiao et al., arXiv 2309.17453): the first tokens and the newest; everything between is evicted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies.base import Entries, Policy
+
+
+class StreamingPolicy(Policy):
+    """A query sees the first ``sinks`` tokens and the newest ``recent``, itself among them.
+
+    Tokens keep the positions that they have in the text, so a text may be no longer than the model's positions; the
+    paper numbers them anew inside the cache, which goes on for ever.
+
+    Args:
+        sinks: first tokens that stay.
+        recent: newest tokens that stay, at least 1.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    name = "streaming"
+    evicts = True
+
+    def __init__(self, *, sinks: int = 4, recent: int = 252) -> None:
+        if sinks < 0 or recent < 1:
+            raise ValueError(f"streaming policy: sinks={sinks} must be at least 0 and recent={recent} at least 1")
+        self.sinks, self.recent = sinks, recent
+
+    def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is merged; see `Policy.decide`."""
+        return torch.zeros_like(alpha), torch.ones_like(omega)
+
+    def visible(self, places: Tensor, queries: Tensor) -> Tensor:
+        """See `Policy.visible`."""
+        return (places < self.sinks)[..., None, :] | (places[..., None, :] > queries[..., None] - self.recent)
+
+    def keep(self, entries: Entries) -> Tensor:
+        """What the next query will see; see `Policy.keep`."""
+        return self.visible(entries.places, entries.next[:, None])[:, 0]
+
+    def most_entries(self, tokens: int) -> int:
+        """See `Policy.most_entries`."""
+        return min(tokens, self.sinks + self.recent)

@@ -1,0 +1,148 @@
+"""What a query sees is a rule of positions alone: alone = batched = chunked = preempted = shared, for every pair."""
+
+import pytest
+
+from dmc import LLM, SamplingParams
+from dmc.cache import CODECS, POLICIES
+from dmc.engine.predict import Predictor
+from tests.model import tiny
+
+PROMPTS = ["abcdefghijklm" * 4, "tuv", "abcdefghijklm" * 4 + "xyz", "0123456789" * 3, "abcdefghijklm" * 4]
+SETTINGS = {"streaming": {"sinks": 3, "recent": 30}}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    fields = tiny.config("neuron")
+    return tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
+
+
+def params(new=24):
+    drawn = [SamplingParams(max_tokens=new, seed=i, temperature=0.8, ignore_eos=True) for i in range(4)]
+    return [SamplingParams(max_tokens=new, temperature=0, ignore_eos=True), *drawn]
+
+
+def run(llm, prompts, each):
+    """Outputs, with the integrity of the cache checked after every step."""
+    engine = llm.engine
+    sequences = [one for prompt, own in zip(prompts, each, strict=True) for one in llm.sequences(prompt, own)]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.busy:
+        engine.step()
+        llm.cache.check_integrity()
+    assert llm.cache.rows.pool.used == 0 and not engine.kept
+    return [sequence.output() for sequence in sequences]
+
+
+def assert_same(outputs, expected):
+    for output, alone in zip(outputs, expected, strict=True):
+        assert output.token_ids == alone.token_ids and output.text == alone.text
+        assert output.finish_reason == alone.finish_reason
+        assert all(output.stats.held[part] == alone.stats.held[part] for part in ("pages", "exact", "tail"))
+        assert (output.stats.entries == alone.stats.entries).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_alone_is_batched_is_chunked_is_preempted(directory, policy, codec, monkeypatch):
+    common = {"policy": policy, "policy_settings": SETTINGS.get(policy), "codec": codec, "page_size": 8, "device": "cpu"}
+    alone = LLM(directory, **common)
+    expected = [run(alone, [prompt], [own])[0] for prompt, own in zip(PROMPTS, params(), strict=True)]
+    batched = LLM(directory, **common)
+    assert_same(run(batched, PROMPTS, params()), expected)
+    assert_same(run(LLM(directory, prefill_tokens=5, **common), PROMPTS, params()), expected)
+    # A pool that just holds the largest, and a prediction far too low: everyone is admitted, then sent away.
+    pool = alone.cache.rows.pool
+    most = max(sum(output.stats.held[part] for part in ("pages", "exact")) for output in expected) // pool.page_bytes
+    memory = (most + 2 * tiny.LAYERS * 2) * pool.page_bytes
+    monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)
+    tight = LLM(directory, kv_memory=memory, max_batch=4, prefill_tokens=20, **common)
+    outputs = run(tight, PROMPTS, params())
+    assert_same(outputs, expected)
+    assert tight.engine.preemptions > 0 and any(output.stats.preemptions for output in outputs)
+
+
+def test_n_completions_share_their_prompt(directory):
+    llm = LLM(directory, codec="gear", page_size=8, device="cpu")
+    own = SamplingParams(max_tokens=20, n=5, seed=7, ignore_eos=True)
+    used = []
+    step = llm.engine.step
+    llm.engine.step = lambda: (step(), used.append(llm.cache.rows.pool.used))[0]
+    outputs = llm.generate(PROMPTS[0], own)
+    assert [output.index for output in outputs] == list(range(5))
+    assert len({tuple(output.token_ids) for output in outputs}) == 5
+    assert outputs[0].token_ids == llm.generate(PROMPTS[0], SamplingParams(max_tokens=20, seed=7, ignore_eos=True))[0].token_ids
+    assert all(output.stats.shared_bytes > 0 for output in outputs[:4])
+    page = llm.cache.rows.pool.page_bytes
+    unshared = sum(output.stats.held["pages"] + output.stats.held["exact"] for output in outputs) // page
+    assert max(used) < unshared  # shared pages are counted once
+    again = llm.generate(PROMPTS[0], own)
+    assert [output.token_ids for output in again] == [output.token_ids for output in outputs]
+
+
+def test_a_common_beginning_shares_its_pages(directory):
+    """Two prompts that part near the end, together: what each generates alone, on fewer pages."""
+    prompts, each = [PROMPTS[0], PROMPTS[0] + "xyz"], params()[:2]
+    for codec in ("dense", "gear"):
+        llm = LLM(directory, codec=codec, page_size=4, sink_tokens=0, device="cpu")
+        expected = [llm.generate(prompt, own)[0] for prompt, own in zip(prompts, each, strict=True)]
+        outputs = run(llm, prompts, each)
+        assert_same(outputs, expected)
+        assert outputs[0].stats.shared_bytes > 0 and expected[0].stats.shared_bytes == 0
+
+
+def test_order_is_that_of_arrival(directory):
+    llm = LLM(directory, max_batch=2, device="cpu", prefill_tokens=8)
+    each = [SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)] * 6
+    prompts = ["a" * 30, "b", "c" * 20, "d", "e" * 9, "f"]
+    sequences = [one for prompt, own in zip(prompts, each, strict=True) for one in llm.sequences(prompt, own)]
+    for sequence in sequences:
+        llm.engine.add(sequence)
+    while llm.engine.busy:
+        llm.engine.step()
+    admitted = [sequence.times["admitted"] for sequence in sequences]
+    assert admitted == sorted(admitted)
+
+
+def test_cancel_in_every_state(directory):
+    llm = LLM(directory, codec="gear", page_size=8, device="cpu", max_batch=3, prefill_tokens=10)
+    sequences = [llm.sequences(prompt, SamplingParams(max_tokens=30, ignore_eos=True))[0] for prompt in PROMPTS]
+    for sequence in sequences:
+        llm.engine.add(sequence)
+    for _ in range(9):
+        llm.engine.step()
+    llm.engine._preempt(llm.engine.running[-1])
+    assert llm.engine.waiting and llm.engine.reading and llm.engine.running and llm.engine.away
+    for queue in ("away", "running", "reading", "waiting"):
+        victim = getattr(llm.engine, queue)[0]
+        llm.engine.cancel(victim)
+        llm.cache.check_integrity()
+        assert victim.output().finish_reason == "cancelled" and victim not in getattr(llm.engine, queue)
+    while llm.engine.busy:
+        llm.engine.step()
+        llm.cache.check_integrity()
+    assert llm.cache.rows.pool.used == 0 and llm.cache.free_slots == 3 + 4
+
+
+def test_alone_and_out_of_pages(directory, monkeypatch):
+    """More than predicted, with nobody to send away: it ends with what it has, and says why."""
+    monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)
+    llm = LLM(directory, page_size=4, policy="full", device="cpu", kv_memory=40 * 256)
+    short, long, none = run(llm, ["a", "b" * 20, "c" * 100], [SamplingParams(max_tokens=8, temperature=0)] * 1 + [
+        SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)] * 2)
+    assert short.finish_reason in ("length", "eos")
+    assert long.finish_reason == "memory" and 10 < len(long.token_ids) < 100
+    assert none.finish_reason == "memory" and none.token_ids == [] and none.stats is None
+
+
+def test_prediction_follows_what_is_measured(directory):
+    llm = LLM(directory, page_size=4, device="cpu")
+    assert llm.engine.predictor.cr == pytest.approx(1.9)  # what the checkpoint reports
+    before = llm.engine.predictor.pages(200)
+    outputs = llm.generate([prompt * 2 for prompt in PROMPTS[:3]] * 8, SamplingParams(max_tokens=90, ignore_eos=True))
+    measured = sum(o.stats.cached_tokens for o in outputs) * 4 / sum(int(o.stats.entries.sum()) for o in outputs)
+    assert abs(llm.engine.predictor.cr - measured) < 0.5 * abs(1.9 - measured) + 0.05
+    assert llm.engine.predictor.pages(200) != before
+    held = sum(outputs[0].stats.held[part] for part in ("pages", "exact")) // llm.cache.rows.pool.page_bytes
+    assert llm.engine.predictor.pages(outputs[0].stats.cached_tokens) == pytest.approx(held, rel=0.3)
