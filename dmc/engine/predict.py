@@ -34,6 +34,11 @@ class Predictor:
         """Tokens per entry, over all layers and heads."""
         return self._tokens * self._entries.numel() / float(self._entries.sum())
 
+    @property
+    def cr_per_head(self) -> list[list[float]]:
+        """Tokens per entry of each layer and head."""
+        return (self._tokens / self._entries).tolist()
+
     def learn(self, slot: int, tokens: int) -> None:
         """Takes the entries of a sequence that has cached so many tokens."""
         self._tokens += tokens

@@ -34,12 +34,45 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with the special tokens that this tokenizer adds."""
-        return self.inner.encode(text)
+        """Tokens of a prompt, with the special tokens that this tokenizer adds.
+
+        Raises:
+            ValueError: if the text has half a surrogate pair, which is no character.
+        """
+        return self.inner.encode(_checked(text))
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        """Tokens of a conversation, by the tokenizer's chat template, up to where the answer begins.
+
+        Args:
+            messages: each with "role" and "content", texts.
+
+        Raises:
+            ValueError: if there is no template, or it refuses the conversation.
+        """
+        if not self.inner.chat_template:
+            raise ValueError("this model's tokenizer has no chat template: send the text to /v1/completions instead")
+        try:
+            text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template raises
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+        return self.inner.encode(_checked(text), add_special_tokens=False)
+
+    def piece(self, token: int) -> str:
+        """Text of one token by itself."""
+        return self.inner.decode([token], clean_up_tokenization_spaces=False)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, special tokens left out."""
         return self.inner.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is no valid Unicode at character {error.start}: half a surrogate pair") from error
+    return text
 
 
 class GrowingText:
@@ -80,3 +113,13 @@ class GrowingText:
         if first >= 0:
             self.text = self.text[:first]
         return first >= 0
+
+    def settled(self, stops: tuple[str, ...]) -> int:
+        """Characters at the beginning that no stop text can still cut off: what may be shown before the end."""
+        held = 0
+        for stop in stops:
+            for length in range(min(len(stop) - 1, len(self.text)), held, -1):
+                if self.text.endswith(stop[:length]):
+                    held = length
+                    break
+        return len(self.text) - held

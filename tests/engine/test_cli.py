@@ -48,7 +48,7 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
 @pytest.mark.parametrize("arguments, said", [
     ((), "COMMAND"), (("serv",), "invalid choice: 'serv'"), (("generate",), "DIR"),
     (("generate", "DIR"), "--prompt TEXT or --prompt-file FILE"),
-    (("generate", "DIR", "--prompt", "x", "--bites", "4"), "unknown argument --bites for generate; its flags: --help, --prompt"),
+    (("generate", "DIR", "--prompt", "x", "--bites", "4"), "unknown argument --bites for generate; its flags: --help, --policy"),
     (("generate", "DIR", "--prompt", "x", "--codec", "gear", "--bits", "5"), "2, 3, 4, 8"),
     (("generate", "DIR", "--prompt", "x", "--codec", "gear", "--bits", "four"), "invalid int value: 'four'"),
     (("generate", "DIR", "--prompt", "x", "--bits", "4"), "the dense codec has no setting bits"),
@@ -81,3 +81,29 @@ def test_help_names_every_flag_and_needs_no_torch(capsys):
 @pytest.mark.parametrize("text, size", [("512", 512), ("3KiB", 3072), ("2MB", 2_000_000), ("1GiB", 2**30)])
 def test_memory_sizes(text, size):
     assert cli._memory(text) == size
+
+
+def test_inspect(capsys, directory, tmp_path):
+    import json
+
+    file = tmp_path / "text.txt"
+    file.write_text("some-text-of-a-file" * 5)
+    common = ("inspect", directory, "--prompt-file", file, "--codec", "gear", "--page-size", "8", "--device", "cpu")
+    code, out, err = run(capsys, *common)
+    assert code == 0 and err == ""
+    assert "dmc x gear: pages of 8 entries" in out and "codec error" in out and out.count("\n") == 4 + 1 + tiny.LAYERS
+    code, out, _ = run(capsys, *common, "--json")
+    figures = json.loads(out)
+    assert figures["tokens"] == 95 and figures["held_bytes"] == sum(figures["held"].values())
+    assert figures["cr"] == pytest.approx(95 * 4 / figures["entries"]) and len(figures["cr_per_head"]) == tiny.LAYERS
+    assert 0 < figures["codec_error"]["keys"] < 0.3 and figures["byte_ratio"] > 0
+    code, out, err = run(capsys, *common, "--kv-memory", "2KiB")
+    assert code == 2 and err.count("\n") == 1 and "kv_memory" in err
+
+
+def test_policy_with_settings(capsys, directory):
+    common = ("generate", directory, "--prompt", "hello" * 9, "--device", "cpu", "--max-tokens", 20, "--seed", 1)
+    code, out, _ = run(capsys, *common, "--policy", "streaming:sinks=2,recent=10")
+    assert code == 0 and "measured CR 5." in out  # 45 + 19 tokens in 11 entries
+    code, _, err = run(capsys, *common, "--policy", "streaming:budget=3")
+    assert code == 2 and "no setting budget" in err

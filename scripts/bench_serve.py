@@ -1,0 +1,138 @@
+"""Tokens a second of the engine and of `transformers.generate`, on the same model and prompts.
+
+    python scripts/bench_serve.py DIR --contexts 512 2048 --batches 1 8 --new 64 --output docs/results/serve.json
+
+Both generate greedily, prompts of one length cut from the text of this project's own docs. Wall seconds and the
+process's CPU seconds are both printed: on a machine that others use, the second compares and the first does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dmc import LLM, SamplingParams
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Runs every case and prints a table; writes JSON if asked to."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for context in options.contexts:
+        for batch in options.batches:
+            rows += _case(options, context, batch)
+    _print(rows)
+    if options.output:
+        facts = {"model": Path(options.directory).name, "threads": options.threads, "machine": platform.processor() or
+                 platform.machine(), "torch": torch.__version__, "new": options.new, "rows": rows}
+        Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _case(options: argparse.Namespace, context: int, batch: int) -> list[dict]:
+    """One context and batch: each engine, prompt alone (one new token) and the whole."""
+    rows = []
+    for name, load in _engines(options):
+        run, held = load()
+        prompts = _prompts(options.directory, context, batch)
+        run(prompts, 2)  # warm: first touches of memory and code
+        prompt = _least(options.repeats, partial(run, prompts, 1))
+        whole = _least(options.repeats, partial(run, prompts, options.new))
+        made = batch * (options.new - 1)
+        rows.append({
+            "engine": name, "context": context, "batch": batch,
+            "wall_tokens_per_s": batch * options.new / whole[0], "cpu_tokens_per_s": batch * options.new / whole[1],
+            "cpu_prompt_s": prompt[1], "cpu_decode_tokens_per_s": made / max(1e-9, whole[1] - prompt[1]),
+            "held_bytes": held(),
+        })
+        run = held = None
+        gc.collect()
+    return rows
+
+
+def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
+    def ours(codec: str) -> Callable:
+        def load() -> tuple[Callable, Callable]:
+            llm = LLM(options.directory, codec=codec, max_batch=max(options.batches), device="cpu", dtype="fp32",
+                      prefill_tokens=options.prefill_tokens)
+            last = []
+
+            def run(prompts: list[list[int]], new: int) -> None:
+                last[:] = llm.generate(prompts, SamplingParams(max_tokens=new, temperature=0, ignore_eos=True))
+
+            return run, lambda: sum(output.stats.held_bytes for output in last)
+        return load
+
+    def theirs() -> tuple[Callable, Callable]:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(options.directory, dtype=torch.float32).eval()
+
+        def run(prompts: list[list[int]], new: int) -> None:
+            ids = torch.tensor(prompts)
+            with torch.no_grad():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                                     do_sample=False, pad_token_id=0)
+            assert out.shape[1] == ids.shape[1] + new
+
+        return run, lambda: None
+
+    return [("transformers", theirs), *((f"dmc {codec}", ours(codec)) for codec in options.codecs)]
+
+
+def _prompts(directory: str, context: int, batch: int) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    tokens = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
+    tokens *= -(-context * batch // len(tokens))
+    return [tokens[i * context : (i + 1) * context] for i in range(batch)]
+
+
+def _least(repeats: int, what: Callable) -> tuple[float, float]:
+    return min((_timed(what) for _ in range(repeats)), key=lambda pair: pair[1])
+
+
+def _timed(what: Callable) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    what()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _print(rows: list[dict]) -> None:
+    print("| context | batch | engine | tokens / s (wall) | tokens / CPU s | prompt, CPU s | decode, tokens / CPU s | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        base = next(other for other in rows if other["engine"] == "transformers" and (
+            other["context"], other["batch"]) == (row["context"], row["batch"]))
+        print(f"| {row['context']} | {row['batch']} | {row['engine']} | {row['wall_tokens_per_s']:.2f} | "
+              f"{row['cpu_tokens_per_s']:.2f} | {row['cpu_prompt_s']:.2f} | {row['cpu_decode_tokens_per_s']:.2f} | "
+              f"{row['cpu_tokens_per_s'] / base['cpu_tokens_per_s']:.2f} x |")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("directory", help="Hugging Face directory of a Llama")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="tokens of a prompt")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
+    parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
+    parser.add_argument("--new", type=int, default=64, help="tokens generated after each prompt")
+    parser.add_argument("--repeats", type=int, default=2, help="of each measurement; the least CPU time counts")
+    parser.add_argument("--prefill-tokens", type=int, default=512, help="of ours")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--output", help="JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
