@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 setup(
     package_dir={"": "."},
     packages=find_packages(include=["dmc", "dmc.*"]),
+    package_data={"dmc.server": ["page.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.0,<6",

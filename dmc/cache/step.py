@@ -27,11 +27,17 @@ class Step:
         positions: int64 ``[S]`` of these tokens, at least 1: a prompt went before.
         chunks: prompts and how many of their tokens follow, at least 1 each. The last layer adds it to `Prompt.done`.
         rope: see `Rope`.
+        trace: whether to keep the decisions.
+
+    Attributes:
+        merges: bool ``[N, H]`` of each layer so far, True where a token was merged; None without ``trace``.
     """
 
     def __init__(
         self, rows: Rows, policy: Policy, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope,
+        *, trace: bool = False,
     ) -> None:
+        self.merges: list[Tensor] | None = [] if trace else None
         self.rows, self.policy, self.slots, self.positions = rows, policy, slots, positions
         heads = rows.shape.heads
         if len(slots):
@@ -50,6 +56,8 @@ class Step:
         """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega ``[N, H]`` → as query."""
         mark = self.policy.mark(alpha, omega) if self.policy.marks else None
         parts = [query, key, value, *self.policy.decide(alpha, omega), mark]
+        if self.merges is not None:
+            self.merges.append(parts[3] != 0)
         sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
         split = [_cut(part, sizes) for part in parts]
         outs = [self._decode(layer, *(part[0] for part in split))] if sizes[0] else []

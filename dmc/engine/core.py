@@ -95,8 +95,9 @@ class Engine:
         if fed or chunks:
             hidden, parts = self.runner.step(
                 [sequence.slot for sequence in fed], [sequence.tokens[-1] for sequence in fed],
-                [sequence.position for sequence in fed], chunks,
+                [sequence.position for sequence in fed], chunks, trace=self._traced(fed, readers),
             )
+            self._trace(fed, readers, chunks)
             done = [n for n, sequence in enumerate(readers) if sequence.partial.done == len(sequence.prompt)]
             logits = self.runner.logits(torch.cat([hidden, *(parts[n][-1:] for n in done)]))
             for sequence, row in zip([*fed, *(readers[n] for n in done)], logits, strict=True):
@@ -146,8 +147,9 @@ class Engine:
             promised += self.predictor.final_pages(sequence) if limit is not None else 0
             if active and limit is not None and promised > limit:
                 break
-            read = next((read for read in self.kept if read.prompt == sequence.prompt), None)
-            if read is None and any(other.prompt == sequence.prompt for other in self.reading):
+            alone = sequence.trace is not None  # its prompt's decisions are asked for
+            read = None if alone else next((read for read in self.kept if read.prompt == sequence.prompt), None)
+            if read is None and not alone and any(other.prompt == sequence.prompt for other in self.reading):
                 break  # the prompt is being read: a step later it can be taken over
             if read is not None and not self._take_over(sequence, read):
                 break
@@ -201,6 +203,19 @@ class Engine:
         return chunks, readers
 
     # ------------------------------------------------------------------------------------ after it
+
+    @staticmethod
+    def _traced(fed: list[Sequence], readers: list[Sequence]) -> bool:
+        return any(sequence.trace is not None for sequence in (*fed, *readers))
+
+    def _trace(self, fed: list[Sequence], readers: list[Sequence], chunks: list[Chunk]) -> None:
+        """Hands the merging decisions of a step to the sequences that ask for them."""
+        if not self._traced(fed, readers):
+            return
+        sizes = [*(1 for _ in fed), *(len(chunk.tokens) for chunk in chunks)]
+        for sequence, merges in zip((*fed, *readers), self.runner.merges.split(sizes), strict=True):
+            if sequence.trace is not None:
+                sequence.trace += merges.unbind()
 
     def _load(self, ended: list[Sequence]) -> list[Sequence]:
         """Prompts that are read become pages, and their sequences run → those that could, with their first token."""

@@ -25,21 +25,26 @@ class Runner:
 
     def __init__(self, model: Llama, cache: KVCache) -> None:
         self.model, self.cache = model, cache
+        self.merges: Tensor | None = None
 
     @torch.no_grad()
     def step(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int], chunks: Sequence[Chunk] = (),
+        *, trace: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Feeds one token to each running sequence, and a chunk to each of some prompts, in one pass of the model.
 
         Returns:
-            Hidden states: ``[S, hidden]`` of the running sequences, and ``[T, hidden]`` of each chunk.
+            Hidden states: ``[S, hidden]`` of the running sequences, and ``[T, hidden]`` of each chunk. With ``trace``,
+            `merges` then says for all tokens, bool ``[N, L, H]``, where they were merged.
         """
         sizes = [len(slots), *(len(chunk.tokens) for chunk in chunks)]
         flat = [*tokens, *(token for chunk in chunks for token in chunk.tokens)]
         parts = [(chunk.prompt, len(chunk.tokens)) for chunk in chunks]
-        attend = self.cache.step(self._ints(slots), self._ints(positions), parts, self.model.rope)
+        attend = self.cache.step(self._ints(slots), self._ints(positions), parts, self.model.rope, trace=trace)
         hidden = self.model.hidden(self._ints(flat), attend)
+        if trace:
+            self.merges = torch.stack(attend.merges, dim=1).cpu()
         first, *rest = hidden.split(sizes)
         return first, rest
 

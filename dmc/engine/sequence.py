@@ -52,6 +52,7 @@ class Sequence:
         slot: of the cache, while it runs.
         away: its part of the cache, while it is in host memory.
         preemptions: how often it was sent there.
+        trace: None, or a list that grows by a bool ``[L, H]`` for each token that is fed: where it was merged.
         times: "added", "admitted", "first" (token) and "finished", in seconds of `time.perf_counter`.
     """
 
@@ -70,6 +71,7 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stats: Stats | None = None
+    trace: list[Tensor] | None = None
     times: dict[str, float] = field(default_factory=lambda: {"added": time.perf_counter()})
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from dmc.engine.llm import LLM
 from dmc.engine.sampler import TokenLogprob
@@ -37,6 +39,8 @@ class Progress:
         tokens: that were added.
         logprobs: of these tokens, if asked for.
         output: the whole, once it has ended.
+        merges: of tokens that were fed, prompt included, bool ``[L, H]`` each, if the sequence is traced.
+        held_bytes, dense_bytes: of a traced sequence, now.
     """
 
     index: int
@@ -44,6 +48,9 @@ class Progress:
     tokens: list[int]
     logprobs: list[TokenLogprob]
     output: Output | None
+    merges: list[Tensor] = field(default_factory=list)
+    held_bytes: int = 0
+    dense_bytes: int = 0
 
 
 class Stream:
@@ -58,6 +65,7 @@ class Stream:
         self._service, self._left = service, len(sequences)
         self._events: asyncio.Queue[Progress | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self._shown = 0  # decisions of a traced sequence handed on
         self._seen = [[0, 0] for _ in sequences]  # characters and tokens handed on
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
@@ -96,8 +104,18 @@ class Stream:
         self._seen[index] = [until, len(sequence.tokens)]
         return Progress(
             index, sequence.text.text[characters:until], sequence.tokens[tokens:], sequence.logprobs[tokens:],
-            sequence.output() if done else None,
+            sequence.output() if done else None, *self._traced(sequence),
         )
+
+    def _traced(self, sequence: Sequence) -> tuple[list[Tensor], int, int]:
+        if sequence.trace is None:
+            return [], 0, 0
+        new, self._shown = sequence.trace[self._shown :], len(sequence.trace)
+        cache, stats = self._service.llm.cache, sequence.stats
+        if stats is not None:
+            return new, stats.held_bytes, stats.dense_bytes
+        held = 0 if sequence.slot is None else sum(cache.held(sequence.slot).values())
+        return new, held, cache.dense_bytes(len(sequence.trace))
 
 
 class Service:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from dmc.engine import LLM, SamplingParams
 from dmc.engine.sequence import Sequence
 from dmc.engine.service import EngineDead, Progress, Service, ShuttingDown, Stream
-from dmc.server import errors
+from dmc.server import errors, page
 from dmc.server.answer import Chat, Completion, usage
 from dmc.server.errors import RequestError
 from dmc.server.guard import Guard
@@ -169,6 +169,7 @@ def create_app(llm: LLM, settings: Settings, service: Service | None = None) -> 
     app.add_middleware(Guard, settings=settings)
     errors.install(app, api.retry_after)
     _routes(app, api)
+    page.install(app, service, settings.name)
     service.start()
     return app
 
