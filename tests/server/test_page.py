@@ -2,17 +2,14 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import httpx
 import pytest
 import torch
 
 from tests.model import tiny
+from tests.server import chromium
 from tests.server.helpers import model_directory, serving
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +60,28 @@ def test_the_page_asks_nobody_else(server):
     assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:)?//""", answer.text)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.skipif(chromium.PATH is None, reason="needs Chromium")
 def test_in_chromium(server, tmp_path):
-    """The page generates by itself when its address ends in #go; the picture is there to be looked at."""
-    common = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
-              "--virtual-time-budget=20000", "--window-size=1000,800"]
-    dom = subprocess.run([*common, "--dump-dom", f"{server.url}/#go"], capture_output=True, text=True, timeout=180).stdout
-    assert 'data-done="1"' in dom, dom[-2000:]
-    spans = re.findall(r'<span class="([^"]*)"[^>]*title="token (\d+), entry (\d+)"[^>]*>', dom)
-    assert len(spans) > 60 and spans[0] == ("prompt open", "0", "0")
-    entries = [int(entry) for _, _, entry in spans]
-    assert entries == sorted(entries) and entries[-1] < len(spans) - 1  # some were merged
-    assert re.search(r"\d+ tokens cached\. Held [\d,]+ bytes of [\d,]+ \(dense bf16\)", dom)
-    assert re.search(r'id="error" role="alert"></p>', dom)
-    picture = tmp_path / "page.png"
-    subprocess.run([*common, f"--screenshot={picture}", f"{server.url}/#go"], capture_output=True, timeout=180)
-    assert picture.stat().st_size > 20_000
+    """A prompt is typed, the answer comes, colours change with the head; the picture is there to be looked at."""
+    spans = "[...document.querySelectorAll('#text span[title]')].map(s => [s.className, s.title, s.style.background])"
+    with chromium.Page(f"{server.url}/", tmp_path / "profile") as page:
+        page.wait("document.readyState === 'complete' && !!document.getElementById('go')")
+        page.evaluate("document.getElementById('prompt').value = 'def read_lines(path): return open(path).read()'")
+        page.evaluate("document.getElementById('go').click()")
+        page.wait("document.body.dataset.done === '1'")
+        assert page.evaluate("document.getElementById('error').textContent") == ""
+        shown = page.evaluate(spans)
+        assert len(shown) > 50 and shown[0][:2] == ["prompt open", "token 0, entry 0"]
+        entries = [int(title.split()[-1]) for _, title, _ in shown]
+        assert entries == sorted(entries) and entries[-1] < len(shown) - 1  # some were merged
+        for (style, _, colour), entry, before in zip(shown[1:], entries[1:], entries, strict=False):
+            assert ("open" in style) == (entry > before) and colour
+        figures = page.evaluate("document.getElementById('figures').textContent")
+        assert re.search(rf"{len(shown)} tokens cached. Held [\d,]+ bytes of [\d,]+ \(dense bf16\): [\d.]+ x smaller", figures)
+        page.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 20_000
+        page.evaluate("const l = document.getElementById('layer'); l.value = '1'; l.dispatchEvent(new Event('change'))")
+        assert [int(title.split()[-1]) for _, title, _ in page.evaluate(spans)] != entries
+        page.evaluate("document.getElementById('tokens').value = '9999'; document.getElementById('go').click()")
+        page.wait("document.getElementById('error').textContent.includes('more than the 512 positions')")
     server.wait_idle()
