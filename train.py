@@ -186,8 +186,8 @@ def main() -> None:
     """Parse, build, train.
 
     Exit codes: 0 when the run is complete, 75 when a signal stopped it with a resume point, 2 and one sentence for
-    what the user can mend, 1 and one sentence for a run that broke off (diverged, a checkpoint that could not be
-    written, another rank gone).
+    what the user can mend (a full disk among it), 1 and one sentence for a run that broke off (diverged, another
+    rank gone).
     """
     try:
         with peers.reported():
@@ -204,7 +204,7 @@ def main() -> None:
             trainer.train()
     except (FloatingPointError, OSError, peers.Lost) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, OSError) else 1)
     except Stopped as stop:
         if torch.distributed.get_rank() == 0:
             (Path(trainer.config.run.output) / STOPPED).write_text(f"{stop}\n")

@@ -64,7 +64,7 @@ def test_a_rank_killed_while_saving_ends_the_other_and_leaves_the_store(ground, 
 
 def test_a_rank_that_cannot_write_ends_both_with_its_reason(ground, tmp_path, rank_server):
     run = start(ground, tmp_path, rank_server, "in_save", name="step000004", ranks=[1], action="raise", value="no room on node 1")
-    assert run.wait() == [1, 1]
+    assert run.wait() == [2, 2]
     for rank in (0, 1):
         assert "error: the checkpoint was not written: RuntimeError: no room on node 1 (rank 1)" in run.said(rank)
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step000002", "newest"}
