@@ -5,7 +5,8 @@
     python scripts/bench_decode.py --device cpu --small  # a trial of the script itself: the numbers mean nothing
 
 kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run;
-CR 1 dense, then CR 4 with dense, int8 and fp8 pages whose rows differ in length as those of a retrofit do.
+CR 1 dense, then CR 4 with dense, int8, fp8 and GEAR pages (4 bit, keys by channel, values by token, 2 % outliers,
+rank 1) whose rows differ in length as those of a retrofit do.
 model: one decode step (all matmuls and attention of every layer, random weights, on CUDA replayed as a graph; no
 sampling, no scheduler) at the largest batch whose pages fit beside the weights. Entries are random, pages scattered.
 Writes decode.json, decode.md and decode.png to --out.
@@ -26,10 +27,10 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT))
 
 from dmc.kernels.backend import choose  # noqa: E402
-from dmc.kernels.decode import Paged, decode_attention  # noqa: E402
+from dmc.kernels.decode import Gear, Paged, decode_attention  # noqa: E402
 
 COLUMNS = ["section", "what", "batch", "ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
-CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4))
+CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("gear", 4))
 PER_OPEN = 16  # exact entries a page
 
 
@@ -145,19 +146,47 @@ def pages(
         held = torch.arange(table.shape[1]) < need[:, None]
         table[held] = (torch.randperm(int(held.sum()), generator=g) + 1).int()
         tables.append(table.to(device))
-    stored = {"dense": work, "int8": torch.int8, "fp8": torch.uint8}[kind]
-    name = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers"}[kind]
-    encoded, opened, number = {}, {}, [int((tables[0] > 0).sum()) + 1, int((tables[1] > 0).sum()) + 1]
-    for part in "kv":
-        codes = torch.empty(number[0], page, size, dtype=stored, device=device)
-        encoded[name.format(part)] = codes.normal_() if kind == "dense" else codes.random_(0, 64)
-        opened[part] = torch.zeros(number[1], PER_OPEN, size, device=device, dtype=work)
-        if kind != "dense":
-            encoded[f"{part}_scale"] = torch.full((number[0], page), 0.01, device=device, dtype=torch.bfloat16)
+    number = [int((table > 0).sum()) + 1 for table in tables]
+    opened = {part: torch.zeros(number[1], PER_OPEN, size, device=device, dtype=work) for part in "kv"}
+    layout = Gear(4, page, size, key_channel=True, value_channel=False, group=64) if kind == "gear" else None
+    encoded = gear_fields(number[0], layout, device) if layout else plain_fields(number[0], page, size, kind, work, device)
     per_entry = sum(x[0].numel() * x.element_size() for x in encoded.values()) / page
     nbytes = int(counts.sum()) * page * per_entry + int(exact.sum()) * 2 * size * work.itemsize
     nbytes += 4 * sum(int((table > 0).sum()) for table in tables)
-    return Paged(kind, encoded, opened, *tables, counts.to(device), exact.to(device)), int(nbytes)
+    return Paged(kind, encoded, opened, *tables, counts.to(device), exact.to(device), layout), int(nbytes)
+
+
+def plain_fields(count: int, page: int, size: int, kind: str, work: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Random pages of kind dense, int8 or fp8."""
+    stored = {"dense": work, "int8": torch.int8, "fp8": torch.uint8}[kind]
+    name = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers"}[kind]
+    fields = {}
+    for part in "kv":
+        codes = torch.empty(count, page, size, dtype=stored, device=device)
+        fields[name.format(part)] = codes.normal_() if kind == "dense" else codes.random_(0, 64)
+        if kind != "dense":
+            fields[f"{part}_scale"] = torch.full((count, page), 0.01, device=device, dtype=torch.bfloat16)
+    return fields
+
+
+def gear_fields(count: int, gear: Gear, device: torch.device) -> dict[str, Tensor]:
+    """Random GEAR pages of one pool: codes and outliers' places, everything else 0.01."""
+    wanted = {}
+    for part, vectors, length in (("k", gear.head_size, gear.page), ("v", gear.page, gear.head_size)):
+        groups, outliers = gear.groups(part)[0], max(1, round(0.02 * length))
+        shapes = {"scale": (vectors * groups,), "zero": (vectors * groups,), "outliers": (vectors, outliers),
+                  "left": (gear.page, 1), "right": (gear.head_size, 1)}
+        wanted |= {f"{part}_{name}": (torch.bfloat16, shape) for name, shape in shapes.items()}
+        wanted |= {f"{part}_codes": (torch.uint8, (gear.page * gear.head_size * gear.bits // 8,)),
+                   f"{part}_places": (torch.uint8, (vectors, outliers))}
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in wanted.items()}
+    memory = torch.empty(count, -(-sum(sizes.values()) // 16) * 16, dtype=torch.uint8, device=device)
+    fields, offset = {}, 0
+    for name, (dtype, shape) in sorted(wanted.items(), key=lambda field: -field[1][0].itemsize):
+        field = memory[:, offset : offset + sizes[name]].view(dtype).unflatten(-1, shape)
+        fields[name] = field.random_(0, 256 if name.endswith("codes") else 16) if dtype == torch.uint8 else field.fill_(0.01)
+        offset += sizes[name]
+    return fields
 
 
 def _dtype(device: torch.device) -> torch.dtype:

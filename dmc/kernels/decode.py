@@ -17,7 +17,38 @@ KINDS = {
     "dense": ("k", "v"),
     "int8": ("k_codes", "k_scale", "v_codes", "v_scale"),
     "fp8": ("k_numbers", "k_scale", "v_numbers", "v_scale"),
+    "gear": ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"),  # and outliers, places, left, right
 }
+
+
+@dataclass(frozen=True)
+class Gear:
+    """How GEAR pages with a backbone of min/max groups are laid out (docs/kernels.md).
+
+    Attributes:
+        bits: 2, 3, 4 or 8, of a code.
+        page: entries of a page, P.
+        head_size: D.
+        key_channel, value_channel: whether a vector that shares scales is a channel over the entries, or an entry.
+        group: values at most that share a scale; None: the whole vector.
+    """
+
+    bits: int
+    page: int
+    head_size: int
+    key_channel: bool
+    value_channel: bool
+    group: int | None
+
+    def channel(self, part: str) -> bool:
+        """Whether the vectors of "k" or "v" are channels."""
+        return self.key_channel if part == "k" else self.value_channel
+
+    def groups(self, part: str) -> tuple[int, int]:
+        """(groups of a vector, values of a group) for "k" or "v"."""
+        length = self.page if self.channel(part) else self.head_size
+        count = 1 if self.group is None else -(-length // self.group)
+        return count, -(-length // count)
 
 
 @dataclass(frozen=True)
@@ -34,6 +65,7 @@ class Paged:
         encoded_table, open_table: ``[rows, columns]``, pages of each row in order.
         encoded_count: ``[rows]``, encoded pages of each row.
         exact_count: ``[rows]``, exact entries of each row.
+        gear: layout of the pages of kind "gear", whose fields are those of `dmc.cache.codecs.gear`.
     """
 
     kind: str
@@ -43,10 +75,18 @@ class Paged:
     open_table: Tensor
     encoded_count: Tensor
     exact_count: Tensor
+    gear: Gear | None = None
+
+    @property
+    def page(self) -> int:
+        """Entries of an encoded page."""
+        return self.gear.page if self.gear else self.encoded[KINDS[self.kind][0]].shape[1]
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of pages {self.kind!r}; known: {', '.join(KINDS)}")
+        if (self.kind == "gear") != (self.gear is not None):
+            raise ValueError(f"{self.kind} pages and gear={self.gear}: a Gear goes with pages of kind gear, and with no others")
         missing = [name for name in KINDS[self.kind] if name not in self.encoded]
         if missing:
             raise ValueError(f"{self.kind} pages have the fields {', '.join(KINDS[self.kind])}; missing: {', '.join(missing)}")
@@ -91,10 +131,9 @@ def decode_reference(
         encoded = _decoded(paged, part, pages, work).flatten(1, 2)
         exact = paged.opened[part][paged.open_table[index].long()].to(work).flatten(1, 2)
         sides.append(torch.cat([encoded, exact, own[:, None].to(work)], dim=1))
-    entries = paged.encoded[KINDS[paged.kind][0]].shape[1] * paged.encoded_table.shape[1]
+    entries = paged.page * paged.encoded_table.shape[1]
     place = torch.arange(sides[0].shape[1], device=query.device)
-    per_page = paged.encoded[KINDS[paged.kind][0]].shape[1]
-    seen = (place < (paged.encoded_count[index] * per_page)[:, None]) & (place < entries)
+    seen = (place < (paged.encoded_count[index] * paged.page)[:, None]) & (place < entries)
     seen = seen | ((place >= entries) & (place - entries < paged.exact_count[index][:, None]))
     seen[:, -1] = True
     scores = (query.to(work) @ sides[0].transpose(-1, -2)) * scale
@@ -105,8 +144,34 @@ def decode_reference(
 def _decoded(paged: Paged, part: str, pages: Tensor, work: torch.dtype) -> Tensor:
     if paged.kind == "dense":
         return paged.encoded[part][pages].to(work)
+    if paged.kind == "gear":
+        return _gear_page({k[2:]: x[pages] for k, x in paged.encoded.items() if k[0] == part}, paged.gear, part, work)
     if paged.kind == "int8":
         codes = paged.encoded[f"{part}_codes"][pages].to(work)
     else:
         codes = paged.encoded[f"{part}_numbers"][pages].view(torch.float8_e4m3fn).to(work)
     return codes * paged.encoded[f"{part}_scale"][pages].to(work)[..., None]
+
+
+def _gear_page(fields: dict[str, Tensor], gear: Gear, part: str, work: torch.dtype) -> Tensor:
+    """``[..., P, D]``: backbone, outliers and low-rank part added up."""
+    total, (groups, size) = gear.page * gear.head_size, gear.groups(part)
+    index = torch.arange(total, device=fields["codes"].device)
+    codes, start, shift = 0, 0, 0
+    for width in {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}[gear.bits]:
+        stretch = -(-total * width // 8)
+        plane = fields["codes"][..., start + index % stretch].int() >> (index // stretch * width)
+        codes = codes + ((plane & ((1 << width) - 1)) << shift)
+        start, shift = start + stretch, shift + width
+    vectors, length = (gear.head_size, gear.page) if gear.channel(part) else (gear.page, gear.head_size)
+    at = index // length * groups + index % length // size
+    x = codes.to(work) * fields["scale"].to(work)[..., at] + fields["zero"].to(work)[..., at]
+    x = x.unflatten(-1, (vectors, length))
+    x = x.transpose(-1, -2) if gear.channel(part) else x  # [..., P, D]
+    if "outliers" in fields:
+        side = x.transpose(-1, -2).clone() if part == "k" else x.clone()
+        side.scatter_add_(-1, fields["places"].long(), fields["outliers"].to(work))
+        x = side.transpose(-1, -2) if part == "k" else side
+    if "left" in fields:
+        x = x + fields["left"].to(work) @ fields["right"].to(work).transpose(-1, -2)
+    return x

@@ -31,11 +31,8 @@ def decode(
     rows, groups, size = query.shape
     query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
     tile, piece, programs = _cut(query)
-    keys, values = (paged.encoded[name] for name in _sides(paged.kind))
-    key_scale, value_scale = (paged.encoded.get(f"{part}_scale") for part in "kv")
-    if paged.kind == "fp8":
-        keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
-    page, per_open = keys.shape[1], paged.opened["k"].shape[1]
+    page, per_open = paged.page, paged.opened["k"].shape[1]
+    piece = max(piece, page)
 
     most = triton.cdiv(paged.encoded_table.shape[1] * page, piece) + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
     encoded, exact = paged.encoded_count[index], paged.exact_count[index]
@@ -44,19 +41,35 @@ def decode(
     sums = torch.empty(rows * most, 2, groups, dtype=torch.float32, device=query.device)
     parts = torch.empty(rows * most, groups, size, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
-    constants = dict(D=size, BLOCK=max(16, triton.next_power_of_2(size)), G=groups)
-    _pieces[(programs,)](
-        query, index, ends, encoded_pieces, encoded, exact, paged.encoded_table, paged.open_table, keys, values,
-        key_scale, value_scale, paged.opened["k"], paged.opened["v"], sums, parts, scale * LOG2E.value, rows,
-        paged.encoded_table.stride(0), paged.open_table.stride(0), keys.stride(0), values.stride(0),
-        0 if key_scale is None else key_scale.stride(0), 0 if value_scale is None else value_scale.stride(0),
-        paged.opened["k"].stride(0), paged.opened["v"].stride(0),
-        PAGE=page, PER_OPEN=per_open, SCALED=key_scale is not None, PIECE=piece, TILE=tile,
+    sizes = dict(D=size, BLOCK=max(16, triton.next_power_of_2(size)), G=groups)
+    constants = dict(
+        **sizes, PER_OPEN=per_open, PIECE=piece, TILE=tile,
         GROUPS=1 if groups == 1 else max(16, triton.next_power_of_2(groups)),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **constants, num_warps=4, num_stages=2,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )
+    arguments = dict(
+        query=query, index=index, ends=ends, encoded_pieces=encoded_pieces, encoded=encoded, exact=exact,
+        encoded_table=paged.encoded_table, open_table=paged.open_table, open_keys=paged.opened["k"],
+        open_values=paged.opened["v"], sums=sums, parts=parts, scale=scale * LOG2E.value, R=rows,
+        et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0), okp=paged.opened["k"].stride(0),
+        ovp=paged.opened["v"].stride(0),
+    )
+    if paged.kind == "gear":
+        from dmc.kernels.gear_triton import launch
+
+        launch((programs,), arguments, paged, constants)
+    else:
+        keys, values = (paged.encoded[name] for name in _sides(paged.kind))
+        key_scale, value_scale = (paged.encoded.get(f"{part}_scale") for part in "kv")
+        if paged.kind == "fp8":
+            keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
+        _pieces[(programs,)](
+            **arguments, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale, kp=keys.stride(0),
+            vp=values.stride(0), ksp=0 if key_scale is None else key_scale.stride(0),
+            vsp=0 if value_scale is None else value_scale.stride(0), PAGE=page, SCALED=key_scale is not None, **constants,
+        )
     _together[(rows, groups)](
-        query, own_key, own_value, ends, sums, parts, out, scale * LOG2E.value, **constants, num_warps=1
+        query, own_key, own_value, ends, sums, parts, out, scale * LOG2E.value, **sizes, num_warps=1
     )
     return out
 
@@ -75,6 +88,18 @@ def _cut(query: Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
+def find_row(ends, item, R):
+    """The first row whose pieces end behind ``item``."""
+    low, high = 0, R - 1
+    while low < high:
+        middle = (low + high) // 2
+        behind = tl.load(ends + middle) > item
+        high = tl.where(behind, middle, high)
+        low = tl.where(behind, low, middle + 1)
+    return low
+
+
+@triton.jit
 def _pieces(
     query, index, ends, encoded_pieces, encoded, exact, encoded_table, open_table, keys, values, key_scale, value_scale,
     open_keys, open_values, sums, parts, scale, R, et, ot, kp, vp, ksp, vsp, okp, ovp,
@@ -85,25 +110,18 @@ def _pieces(
     g = tl.arange(0, GROUPS)
     d = tl.arange(0, BLOCK)
     for item in range(tl.program_id(0), tl.load(ends + R - 1), tl.num_programs(0)):
-        low, high = 0, R - 1  # the first row whose pieces end behind the item
-        while low < high:
-            middle = (low + high) // 2
-            behind = tl.load(ends + middle) > item
-            high = tl.where(behind, middle, high)
-            low = tl.where(behind, low, middle + 1)
-        row = low
-        before = tl.load(ends + row - 1, row > 0, 0)
-        piece = item - before
+        row = find_row(ends, item, R)
+        piece = item - tl.load(ends + row - 1, row > 0, 0)
         table_row = tl.load(index + row).to(tl.int64)
         q = tl.load(query + (row * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
         coded = tl.load(encoded_pieces + row)
         if piece < coded:
-            top, total, acc = _attend(
+            top, total, acc = attend_piece(
                 q, encoded_table + table_row * et, keys, values, key_scale, value_scale, kp, vp, ksp, vsp,
                 piece * PIECE, tl.load(encoded + row) * PAGE, scale, PAGE, SCALED, PIECE, TILE, GROUPS, PRECISION, D, BLOCK,
             )
         else:
-            top, total, acc = _attend(
+            top, total, acc = attend_piece(
                 q, open_table + table_row * ot, open_keys, open_values, key_scale, value_scale, okp, ovp, ksp, vsp,
                 (piece - coded) * PIECE, tl.load(exact + row), scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D,
                 BLOCK,
@@ -115,7 +133,7 @@ def _pieces(
 
 
 @triton.jit
-def _attend(
+def attend_piece(
     q, table, keys, values, key_scale, value_scale, kp, vp, ksp, vsp, start, length, scale,
     PAGE: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,

@@ -110,6 +110,26 @@ def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
+def decoding_gear(size, dtype, *, bits=4, groups=4, page=32, rows=64, rank=1):
+    """The launches of one decode step over GEAR pages with keys by channel and values by token."""
+    from dmc.kernels.decode import Gear, Paged
+    from dmc.kernels.decode_triton import decode
+
+    pool, fields = torch.zeros(2, 8192, dtype=torch.uint8), {}
+    layout = Gear(bits, page, size, True, False, 64)
+    for part, vectors, count in (("k", size, 1), ("v", page, 2)):
+        shapes = dict(codes=(page * size * bits // 8,), scale=(vectors * layout.groups(part)[0],), places=(vectors, count),
+                      zero=(vectors * layout.groups(part)[0],), outliers=(vectors, count), left=(page, rank), right=(size, rank))
+        for name, shape in shapes.items():
+            kind = torch.uint8 if name in ("codes", "places") else torch.bfloat16
+            fields[f"{part}_{name}"] = pool[:, : torch.Size(shape).numel() * kind.itemsize].view(kind).unflatten(-1, shape)
+    opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    own = torch.zeros(rows, size, dtype=dtype)
+    cache = Paged("gear", fields, opened, table, table, count, count, layout)
+    decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
+
+
 def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
     """The launch of one prompt."""
     from dmc.kernels.prefill_triton import prefill
@@ -134,6 +154,8 @@ def main():
                 decoding(size, torch.bfloat16, kind, groups=groups, rows=1)
             if "train" not in parts:
                 prefilling(size, torch.bfloat16)
+                for bits, groups in ((4, 1), (4, 4), (3, 1)):
+                    decoding_gear(size, torch.bfloat16, bits=bits, groups=groups)
     for name, constants, registers, spilled, shared in recorder.found:
         short = {k: v for k, v in constants.items() if k != "PRECISION" and v is not None}
         print(f"{name:24s} registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  {short}")

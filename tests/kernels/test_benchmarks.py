@@ -10,7 +10,7 @@ import pytest
 from tests.training.helpers import ROOT
 
 EXPECTED = {
-    "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8"},
+    "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8", "CR 4 gear"},
     "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: sdpa", "plain: all keys"},
     "layer": {"plain", "DMC: sdpa"},
 }
@@ -36,6 +36,7 @@ def test_a_small_run_on_a_cpu(tmp_path, name):
     if name == "decode":
         kernel = {row["what"]: row for row in results["rows"] if row["section"] == "kernel"}
         assert 3 < kernel["CR 1 dense"]["bytes"] / kernel["CR 4 dense"]["bytes"] < 5
+        assert kernel["CR 4 gear"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
         assert kernel["CR 4 int8"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
 
 

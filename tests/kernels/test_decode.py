@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from dmc.kernels.decode import KINDS, Paged, decode_attention, decode_reference
+from dmc.cache.codecs.gear import BACKBONES, GearCodec
+from dmc.kernels.decode import KINDS, Gear, Paged, decode_attention, decode_reference
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
+PLAIN = [kind for kind in KINDS if kind != "gear"]
 
 
 def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, columns=None, seed=0):
@@ -78,7 +80,7 @@ def check(cache, inputs, index, **options):
 LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, exact entries)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_equals_the_twin_whatever_the_lengths(kind, groups):
     check(paged(kind, LENGTHS, 8, 16), queries(4, groups, 8), [5, 0, 4, 3])
@@ -95,14 +97,68 @@ def test_low_precision_queries():
 
 
 def test_unknown_pages_are_refused():
-    with pytest.raises(ValueError, match="unknown kind of pages 'zip'; known: dense, int8, fp8"):
+    with pytest.raises(ValueError, match="unknown kind of pages 'zip'; known: dense, int8, fp8, gear"):
         Paged("zip", {}, {}, *[torch.zeros(1)] * 4)
     with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
         Paged("int8", {}, {}, *[torch.zeros(1)] * 4)
 
 
+def gear_pages(size, page, *, dtype=torch.float32, **settings):
+    """Rows over pages that the project's codec encoded, in one byte pool; and the keys and values that it decodes."""
+    g = torch.Generator().manual_seed(0)
+    codec = GearCodec(**settings)
+    keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3)
+    blocks = codec.encode(keys, values)
+    order = sorted(blocks.tensors, key=lambda name: -blocks.tensors[name].element_size())
+    flat = torch.cat([blocks.tensors[name].reshape(6, -1).view(torch.uint8) for name in order], dim=1)
+    memory = torch.full((8, -(-flat.shape[1] // 16) * 16), 255, dtype=torch.uint8)
+    memory[0], memory[1:7, : flat.shape[1]] = 0, flat  # page 0 is the pool's null page
+    memory, fields, offset = memory.to(DEVICE), {}, 0
+    for name in order:
+        x = blocks.tensors[name]
+        width = x[0].numel() * x.element_size()
+        fields[name] = memory[:, offset : offset + width].view(x.dtype).unflatten(-1, x.shape[1:])
+        offset += width
+    (k_axis, k_grouped), (v_axis, _) = BACKBONES[settings["backbone"]]
+    layout = Gear(settings["bits"], page, size, k_axis == "channel", v_axis == "channel",
+                  settings.get("group", 64) if k_grouped else None)
+    tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1, 2], [3, 0], [4, 0]])
+    counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
+    opened = {name: torch.randn(6, 12, size, generator=g).to(DEVICE, dtype) for name in "kv"}
+    small = [x.int().to(DEVICE) for x in (*tables, *counts)]
+    return Paged("gear", fields, opened, *small, layout), codec.decode(blocks)
+
+
+GEARS = [dict(bits=bits, backbone=backbone) for bits, backbone in ((4, "kivi"), (3, "kcvt"), (2, "token"))]
+
+
+@pytest.mark.parametrize("settings", [*GEARS, dict(bits=8, backbone="kivi", rank=2, outliers=0.0, group=8)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gear_pages(settings, groups):
+    """Packed codes, outliers and low rank against the twin, and the twin against the codec that wrote the pages."""
+    settings = {"rank": 1, "outliers": 0.1, **settings}
+    cache, (keys, values) = gear_pages(16, 32, **settings)
+    inputs = queries(3, groups, 16)
+    check(cache, inputs, [2, 0, 1], floor=3e-6)
+    entries = [torch.cat([x[5], own[2][None]]) for x, own in zip((keys.to(DEVICE), values.to(DEVICE)), inputs[1:], strict=True)]
+    expected = ((inputs[0][2] @ entries[0].T) * 16**-0.5).softmax(-1) @ entries[1]
+    index = torch.tensor([2, 0, 1], device=DEVICE)
+    for backend in ("sdpa", "triton"):
+        torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", GEARS)
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gear_pages_on_a_gpu(settings, size, groups, dtype):
+    cache, _ = gear_pages(size, 32, dtype=dtype, rank=2, outliers=0.05, **settings)
+    check(cache, queries(3, groups, size, dtype), [2, 0, 1], floor=5e-3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("page", [16, 64, 256])
 @pytest.mark.parametrize("size", [64, 80])
 def test_matrix_in_the_interpreter(kind, page, size):
@@ -110,7 +166,7 @@ def test_matrix_in_the_interpreter(kind, page, size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("page", [16, 32, 64, 256])
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 @pytest.mark.parametrize("groups", [1, 4, 8])
