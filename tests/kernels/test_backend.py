@@ -52,7 +52,7 @@ def test_argument_over_block_over_default_over_environment(monkeypatch):
 
 @pytest.mark.parametrize("where", ["argument", "environment", "default"])
 def test_an_unknown_name_is_refused_and_the_known_ones_listed(monkeypatch, where):
-    with pytest.raises(ValueError, match="unknown kernels 'cuda'; known: auto, triton, sdpa, flex, reference"):
+    with pytest.raises(ValueError, match="unknown kernels 'cuda'; known: auto, triton, sdpa, flash, flex, reference"):
         if where == "environment":
             monkeypatch.setenv("DMC_KERNELS", "cuda")
         elif where == "default":
