@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmc.cache.codecs import Blocks
 from dmc.cache.policies import Policy
 from dmc.cache.rows import Rows
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in a core's cache
+_ROW_VALUES = 1 << 20  # of padded rows
+_PADDING = 1.3  # pages of padded rows / pages of rows, at most
 
 
 def compact(closes: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +116,8 @@ def row_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
-    Pages are attended to page by page and their parts summed by row, so rows of different length cost what they
-    hold and no padding.
+    Rows of about one length are padded to the longest and attended to whole. Otherwise pages are attended to page by
+    page and their parts summed by row, so rows of different length cost what they hold.
 
     Args:
         rows: the cache.
@@ -127,6 +130,35 @@ def row_attention(
         ``(out [R, G, D], own [R])``: own is the tail's weight, summed over G; None without ``watch``.
     """
     query = query * query.shape[-1] ** -0.5
+    counts = rows.closed[index]
+    longest, total = int(counts.max()), int(counts.sum())
+    if watch is None and not rows.storage.placed and 0 < longest * len(counts) <= _PADDING * total:
+        step = max(1, _ROW_VALUES // (longest * rows.storage.page_size * rows.shape.head_size))
+        parts = zip(*(tensor.split(step) for tensor in (index, counts, query, own_key, own_value)), strict=True)
+        return torch.cat([_padded(rows, *part) for part in parts]), None
+    return _ragged(rows, index, query, own_key, own_value, watch)
+
+
+def _padded(rows: Rows, index: Tensor, counts: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
+    """`row_attention` for rows of about one length: ``counts [R]`` pages; the query is scaled already."""
+    codec, columns, size = rows.storage.codec, max(1, int(counts.max())), rows.storage.page_size
+    blocks = rows.blocks(rows.closed_table[index, :columns].flatten())  # where a row has fewer, the null page
+    blocks = Blocks({name: field.unflatten(0, (-1, columns)) for name, field in blocks.tensors.items()}, size, blocks.head_size)
+    keys, values, valid = rows.exact_entries(index)
+    exact = (query @ keys.to(query.dtype).transpose(-1, -2)).masked_fill_(~valid[:, None], -torch.inf)
+    paged = codec.row_scores(blocks, query)
+    if bool((counts < columns).any()):
+        there = torch.arange(columns * size, device=index.device) < counts[:, None] * size
+        paged = paged.masked_fill_(~there[:, None], -torch.inf)
+    weights = torch.cat([paged, exact, query @ own_key[:, :, None]], dim=-1).softmax(-1)
+    paged, exact, own = weights.split([columns * size, keys.shape[1], 1], dim=-1)
+    return codec.row_combine(blocks, paged) + exact @ values.to(query.dtype) + own * own_value[:, None]
+
+
+def _ragged(
+    rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, watch: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`row_attention` page by page; the query is scaled already."""
     keys, values, valid = rows.exact_entries(index)
     scores = (query @ keys.to(query.dtype).transpose(-1, -2)).masked_fill_(~valid[:, None], -torch.inf)
     scores = torch.cat([scores, query @ own_key[:, :, None]], dim=-1)

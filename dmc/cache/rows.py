@@ -185,7 +185,10 @@ class Rows:
 
     def read_closed(self, pages: Tensor) -> tuple[Blocks, Marks]:
         """`blocks`, and what each entry carries, ``[n, P]``; copies."""
-        views = self.closed_layout.views(self.pool.read(pages))
+        if len(self.closed_layout.fields) == 2:  # few and large: one by one they come out contiguous
+            views = {name: view.index_select(0, pages) for name, view in self.pool.views(self.closed_layout).items()}
+        else:
+            views = self.closed_layout.views(self.pool.read(pages))
         marks = {name: views.pop(f"e_{name}") for name in self.storage.marks}
         return Blocks(views, self.storage.page_size, self.shape.head_size), marks
 

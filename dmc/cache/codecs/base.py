@@ -72,6 +72,15 @@ class Codec(ABC):
         keys, _ = self.decode(blocks)
         return query @ keys.to(query.dtype).transpose(-1, -2)
 
+    def row_scores(self, blocks: Blocks, query: Tensor) -> Tensor:
+        """`scores` of whole rows: blocks with leading dimensions R, C (pages), query ``[R, G, D]`` → ``[R, G, C N]``."""
+        pages = next(iter(blocks.tensors.values())).shape[1]
+        return self.scores(blocks, query[:, None].expand(-1, pages, -1, -1)).transpose(1, 2).flatten(2)
+
+    def row_combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
+        """`combine` of whole rows: weights ``[R, G, C N]`` → ``[R, G, D]``."""
+        return self.combine(blocks, weights.unflatten(-1, (-1, blocks.entries)).transpose(1, 2)).sum(1)
+
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
         """Weighted sum of encoded values: weights ``[..., G, N]`` → ``[..., G, D]``, in the weights' dtype."""
         _, values = self.decode(blocks)

@@ -42,6 +42,14 @@ class DenseCodec(Codec):
         """See `Codec.scores`."""
         return query @ blocks.tensors["k"].to(query.dtype).transpose(-1, -2)
 
+    def row_scores(self, blocks: Blocks, query: Tensor) -> Tensor:
+        """See `Codec.row_scores`; one product a row."""
+        return query @ blocks.tensors["k"].flatten(1, 2).to(query.dtype).transpose(-1, -2)
+
+    def row_combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
+        """See `Codec.row_combine`; one product a row."""
+        return weights @ blocks.tensors["v"].flatten(1, 2).to(weights.dtype)
+
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
         """See `Codec.combine`."""
         return weights @ blocks.tensors["v"].to(weights.dtype)
