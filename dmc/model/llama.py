@@ -125,8 +125,10 @@ class Llama:
         return round_alpha(merge, offset=offset), importance(weight, offset=offset)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype == _work(x.dtype):
+            return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
         normed = F.rms_norm(x.to(_work(x.dtype)), x.shape[-1:], eps=self.config.rms_norm_eps)
-        return weight * normed.to(x.dtype)
+        return weight * normed.to(x.dtype)  # rounded before the weight, as Hugging Face does
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
