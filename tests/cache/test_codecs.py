@@ -7,9 +7,10 @@ from hypothesis import given, settings
 
 from dmc.cache import codec
 from dmc.cache.codecs.bits import PLANES, pack, packed_bytes, unpack
-from dmc.cache.codecs.gear import BACKBONES
+from dmc.cache.codecs.gear import BACKBONES as ALL_BACKBONES
+from dmc.cache.codecs.gear import BITS
 
-BITS = tuple(PLANES)
+BACKBONES = tuple(name for name in ALL_BACKBONES if name != "rotated")  # that one: test_codecs_gear.py
 
 
 def page(*shape, seed=0, outliers=True):
@@ -27,7 +28,7 @@ def error(x, y):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(BITS), st.integers(1, 70), st.integers(1, 3), st.integers(0, 2**31))
+@given(st.sampled_from(tuple(PLANES)), st.integers(1, 70), st.integers(1, 3), st.integers(0, 2**31))
 def test_codes_pack_and_unpack_exactly(bits, count, rows, seed):
     codes = torch.randint(0, 2**bits, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     packed = pack(codes, bits)
@@ -59,7 +60,7 @@ def test_error_falls_with_bits_rank_and_outliers():
     keys, values = page(4, 64, 64)
 
     def errors(**settings):
-        made = codec("gear", **settings)
+        made = codec("gear", backbone="kivi", **settings)
         k, v = made.decode(made.encode(keys, values))
         return torch.tensor([error(keys, k), error(values, v)])
 
@@ -102,7 +103,7 @@ def test_attention_over_blocks_is_attention_over_decode(entries, size, backbone,
 def test_the_low_rank_part_is_never_formed(monkeypatch):
     """During attention no product of a page's A and B is taken: each product has the query or the weights in it."""
     keys, values = page(2, 48, 40)
-    made = codec("gear", rank=3)
+    made = codec("gear", backbone="kivi", rank=3)
     blocks = made.encode(keys, values)
     shapes, matmul = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: shapes.append((a.shape, b.shape)) or matmul(a, b))
@@ -115,7 +116,7 @@ def test_the_low_rank_part_is_never_formed(monkeypatch):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e30, 1e-30])
 def test_constant_pages(bits, value):
     x = torch.full((2, 16, 12), value)
-    made = codec("gear", bits=bits)
+    made = codec("gear", bits=bits, backbone="kivi")
     for y in made.decode(made.encode(x, x)):
         assert torch.isfinite(y).all()
         torch.testing.assert_close(y, x, rtol=0.01, atol=1e-33)
@@ -136,7 +137,7 @@ def test_bytes_are_what_the_formula_says():
         ({}, 5.375), ({"rank": 2}, 5.875), ({"rank": 2, "outliers": 0}, 5.5), ({"outliers": 0, "rank": 0, "bits": 3}, 3.5),
     )
     for settings_, bits in cases:
-        made = codec("gear", **settings_)
+        made = codec("gear", backbone="kivi", **settings_)
         blocks = made.encode(keys, values)
         assert made.nbytes(blocks) == 7 * 2 * 64 * 64 * bits / 8
         assert all(tensor.shape[0] == 7 for tensor in blocks.tensors.values())
@@ -147,7 +148,7 @@ def test_bytes_are_what_the_formula_says():
 
 def test_leading_dimensions_are_free():
     keys, values = page(2, 3, 16, 8)
-    made = codec("gear", bits=3)
+    made = codec("gear", bits=3, backbone="kivi")
     blocks = made.encode(keys, values)
     alone = made.encode(keys[1, 2], values[1, 2])
     for name, tensor in alone.tensors.items():
@@ -190,7 +191,7 @@ def test_dense_is_lossless():
 
 
 @pytest.mark.parametrize("settings_, said", [
-    ({"bits": 5}, "2, 3, 4, 8"), ({"backbone": "kv"}, "token, kcvt, kivi"), ({"rank": -1}, "rank=-1"),
+    ({"bits": 5}, "2, 3, 4, 8"), ({"backbone": "kv"}, "token, kcvt, kivi, rotated"), ({"rank": -1}, "rank=-1"),
     ({"outliers": 0.5}, "outliers=0.5"), ({"scale_dtype": "fp16"}, "bf16, fp32"), ({"levels": 3}, "no setting levels"),
 ])
 def test_settings_that_are_refused(settings_, said):

@@ -7,12 +7,14 @@ from dmc.cache.codecs.dense import DenseCodec
 from dmc.cache.codecs.fp8 import Fp8Codec
 from dmc.cache.codecs.gear import GearCodec
 from dmc.cache.codecs.int8 import Int8Codec
+from dmc.cache.codecs.presets import PRESETS
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (
     DenseCodec,
     Int8Codec,
     Fp8Codec,
     GearCodec,
+    *PRESETS,
 )}
 
 __all__ = ["CODECS", "Blocks", "Codec", "codec"]

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits packed into bytes.
+"""Codes of 1 to 8 bits packed into bytes.
 
 A code is cut into planes of 1, 2, 4 or 8 bits (3 = 2 + 1). A plane of width w puts 8 / w codes into each byte:
 the codes are laid out as 8 / w equal stretches, and byte i holds element i of every stretch. So unpacking is a
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
 def packed_bytes(count: int, bits: int) -> int:

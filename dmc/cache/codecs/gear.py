@@ -4,15 +4,17 @@ A page of one head is ``X ≈ D + S + A Bᵀ``, built in this order: outliers ar
 channel over the page's entries, for values those of each entry over the channels), the rest is quantised to
 D, S holds what D lacks at the outliers' places, and A Bᵀ approximates what is still missing.
 
-Bits per element, everything stored, for pages of N entries and heads of size D (16-bit scales, zeros, factors
-and outliers; 8-bit places; c outliers a vector of n values):
+The paper's backbones are "kivi", "kcvt" and "token". Bits per element, everything stored, for pages of N entries and
+heads of size D (16-bit scales, zeros, factors and outliers; 8-bit places; c outliers a vector of n values):
 
     bits + 32 / group + 16 rank (1/D + 1/N) + 24 c / n
 
-With the defaults (4 bits, rank 1, 1 outlier a vector) on pages of N = 32 entries and D = 64, keys by channel take
-4 + 1 + 0.75 + 0.75 bits and values by entry 4 + 0.5 + 0.75 + 0.375, so an entry of 64 + 64 values takes 97 bytes,
-against 256 in bf16. Longer pages share scales among more entries, but more entries then wait for a full page:
-`dmc.cache` has the sum.
+The backbone "rotated" (`dmc.cache.codecs.rotated`) is what the presets of `dmc.cache.codecs.presets` use: per bit it
+is closer than these three with their low rank and outliers (docs/results/gear.md), and needs neither:
+
+    (key_bits + value_bits) / 2 + 8/D + 4/N + 24/(N D)
+
+With 4 bits, N = 64 and D = 64 an entry of 64 + 64 values takes 67 bytes, against 256 in bf16.
 """
 
 from __future__ import annotations
@@ -20,18 +22,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmc.cache.codecs import trellis
 from dmc.cache.codecs.base import Blocks, Codec
-from dmc.cache.codecs.bits import PLANES
 from dmc.cache.codecs.lowrank import low_rank
 from dmc.cache.codecs.outliers import find, index_dtype, outlier_count
 from dmc.cache.codecs.quantise import Quantiser
+from dmc.cache.codecs.rotated import Rotated
 
+BITS = (2, 3, 4, 8)
 BACKBONES = {
     # name: ((axis of keys, grouped), (axis of values, grouped)); ungrouped takes the whole vector
     "token": (("token", True), ("token", True)),
     "kcvt": (("channel", False), ("token", False)),
     "kivi": (("channel", True), ("token", True)),
+    "rotated": None,
 }
+SPLIT = {2: (2.5, 1.5), 3: (3.25, 2.5), 4: (4.5, 3.5), 8: (8, 8)}  # bits → best (key bits, value bits) if rotated
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -39,15 +45,18 @@ class GearCodec(Codec):
     """GEAR, and its parts: ``outliers=0`` is GEAR-L; ``rank=0`` and ``outliers=0`` the bare backbone.
 
     Args:
-        bits: 2, 3, 4 or 8.
-        backbone: "kivi" (keys by channel, values by token, in groups), "kcvt" (the same over whole vectors) or
-            "token" (both by token, in groups).
-        group: values that share a scale.
-        rank: of the residual's approximation; 0 for none.
-        outliers: share of each vector kept in 16 bits, rounded to a whole number and at least one; 0 for none.
+        bits: 2, 3, 4 or 8, of keys and values on average.
+        backbone: "rotated" (channels mixed, trellis-coded), "kivi" (keys by channel, values by token, in groups),
+            "kcvt" (the same over whole vectors) or "token" (both by token, in groups).
+        key_bits, value_bits: of keys and values apart; None: as ``bits`` says, and for "rotated" divided between
+            them as was measured best (`SPLIT`). "rotated" takes quarters of a bit from 1 to 8, the others whole bits.
+        group: values that share a scale; "rotated" has one scale a token.
+        rank: of the residual's approximation; None: 0 for "rotated", 1 for the others.
+        outliers: share of each vector kept in 16 bits, rounded to a whole number and at least one; None: 0 for
+            "rotated", 0.02 for the others.
         rounds: of the power iteration.
         seed: of the power iteration's start.
-        scale_dtype: "bf16" or "fp32", of scales and zeros.
+        scale_dtype: "bf16" or "fp32", of scales and zeros of all but "rotated".
 
     Raises:
         ValueError: if a setting is not one of these; the sentence names it and what is allowed.
@@ -55,27 +64,41 @@ class GearCodec(Codec):
 
     name = "gear"
     lossy = True
-    page_size = 32
+    page_size = 64
 
     def __init__(
-        self, bits: int = 4, *, backbone: str = "kivi", group: int = 64, rank: int = 1, outliers: float = 0.02,
+        self, bits: int = 4, *, backbone: str = "rotated", key_bits: float | None = None,
+        value_bits: float | None = None, group: int = 64, rank: int | None = None, outliers: float | None = None,
         rounds: int = 3, seed: int = 0, scale_dtype: str = "bf16",
     ) -> None:
         for setting, value, known in (
-            ("bits", bits, PLANES), ("backbone", backbone, BACKBONES), ("scale_dtype", scale_dtype, SCALE_DTYPES),
+            ("bits", bits, BITS), ("backbone", backbone, BACKBONES), ("scale_dtype", scale_dtype, SCALE_DTYPES),
         ):
             if value not in known:
                 raise ValueError(f"gear codec: {setting} must be one of {', '.join(map(str, known))}, got {value!r}")
+        rotated = backbone == "rotated"
+        rank = (0 if rotated else 1) if rank is None else rank
+        outliers = (0.0 if rotated else 0.02) if outliers is None else outliers
         if group < 1 or rank < 0 or rounds < 1 or not 0 <= outliers < 0.5:
             raise ValueError(
                 f"gear codec: group={group} and rounds={rounds} must be at least 1, rank={rank} at least 0 and "
                 f"outliers={outliers} from 0 to below 0.5"
             )
-        self.bits, self.rank, self.outliers, self.rounds, self.seed = bits, rank, outliers, rounds, seed
-        self._parts = {
-            part: Quantiser(bits, axis, group if grouped else None, SCALE_DTYPES[scale_dtype])
-            for part, (axis, grouped) in zip(("k", "v"), BACKBONES[backbone], strict=True)
-        }
+        self.rank, self.outliers, self.rounds, self.seed = rank, outliers, rounds, seed
+        split = SPLIT[bits] if rotated else (bits, bits)
+        self.key_bits, self.value_bits = (
+            _checked(name, default if value is None else value, rotated)
+            for name, value, default in zip(("key_bits", "value_bits"), (key_bits, value_bits), split, strict=True)
+        )
+        if rotated:
+            self._parts = {"k": Rotated(self.key_bits, mean=True), "v": Rotated(self.value_bits, mean=False)}
+        else:
+            self._parts = {
+                part: Quantiser(width, axis, group if grouped else None, SCALE_DTYPES[scale_dtype])
+                for part, width, (axis, grouped) in zip(
+                    ("k", "v"), (self.key_bits, self.value_bits), BACKBONES[backbone], strict=True
+                )
+            }
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """See `Codec.encode`; arithmetic in fp32."""
@@ -94,7 +117,10 @@ class GearCodec(Codec):
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`. The low-rank part is ``(q B) Aᵀ``, so A Bᵀ is never formed."""
-        scores = query @ self._base(blocks, "k").to(query.dtype).transpose(-1, -2)
+        if self.outliers or not isinstance(self._parts["k"], Rotated):
+            scores = query @ self._base(blocks, "k").to(query.dtype).transpose(-1, -2)
+        else:
+            scores = self._parts["k"].scores(_fields(blocks, "k"), blocks.entries, query)
         if self.rank:
             left, right = (factor.to(query.dtype) for factor in self._factors(blocks, "k"))
             scores += (query @ right) @ left.transpose(-1, -2)
@@ -102,7 +128,10 @@ class GearCodec(Codec):
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
         """See `Codec.combine`. The low-rank part is ``(w A) Bᵀ``, so A Bᵀ is never formed."""
-        out = weights @ self._base(blocks, "v").to(weights.dtype)
+        if self.outliers or not isinstance(self._parts["v"], Rotated):
+            out = weights @ self._base(blocks, "v").to(weights.dtype)
+        else:
+            out = self._parts["v"].combine(_fields(blocks, "v"), blocks.head_size, weights)
         if self.rank:
             left, right = (factor.to(weights.dtype) for factor in self._factors(blocks, "v"))
             out += (weights @ left) @ right.transpose(-1, -2)
@@ -131,7 +160,7 @@ class GearCodec(Codec):
 
     def _base(self, blocks: Blocks, part: str) -> Tensor:
         """D + S in fp32, ``[..., N, D]``."""
-        fields = {name[2:]: tensor for name, tensor in blocks.tensors.items() if name[0] == part}
+        fields = _fields(blocks, part)
         base = self._parts[part].decode(fields, blocks.entries, blocks.head_size)
         if "outliers" in fields:
             _vectors(part, base).scatter_add_(-1, fields["places"].long(), fields["outliers"].float())
@@ -139,6 +168,17 @@ class GearCodec(Codec):
 
     def _factors(self, blocks: Blocks, part: str) -> tuple[Tensor, Tensor]:
         return blocks.tensors[f"{part}_left"].float(), blocks.tensors[f"{part}_right"].float()
+
+
+def _fields(blocks: Blocks, part: str) -> dict[str, Tensor]:
+    return {name[2:]: tensor for name, tensor in blocks.tensors.items() if name[0] == part}
+
+
+def _checked(name: str, value: float, rotated: bool) -> float:
+    if value not in (trellis.RATES if rotated else range(1, 9)):
+        known = "quarters of a bit from 1 to 8" if rotated else "whole bits from 1 to 8"
+        raise ValueError(f"gear codec: {name} must be {known} with this backbone, got {value!r}")
+    return value
 
 
 def _vectors(part: str, x: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""The rotated backbone: channels are mixed by an orthogonal matrix, then trellis-coded with one scale a token.
+
+After the rotation every channel of a token looks normal with the same variance, whatever channels were large before,
+so one scale a token is enough and nothing is an outlier. Keys keep a mean of their own over the page in each channel,
+which is where the energy of keys is: it is taken off before and kept in 8 bits. Attention works on rotated queries
+(``q·k = qR·kR``), so nothing is rotated back entry by entry.
+
+Bits per element of a page of N entries and heads of size D: ``rate + 8/D + 16/(N D)``, and with a mean
+``8/N + 16/(N D)`` more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dmc.cache.codecs import trellis
+from dmc.cache.codecs.bits import pack, packed_bytes, unpack
+
+Fields = dict[str, Tensor]
+_STEPS = 32  # of the scales' code, for each halving
+_NONE = 255  # code of the scale 0
+_LARGEST = torch.finfo(torch.bfloat16).max
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """``x ≈ (levels * scale + mean) Rᵀ``; see the head of this file.
+
+    Attributes:
+        rate: bits a code, one of `trellis.RATES`.
+        mean: whether each channel's mean over the page is kept apart.
+    """
+
+    rate: float
+    mean: bool
+
+    def encode(self, x: Tensor) -> Fields:
+        """Quantises fp32 ``[..., N, D]``.
+
+        Returns:
+            "codes" uint8 (packed); "scale" uint8 ``[..., N]``, on a logarithmic scale below "top" bf16 ``[..., 1]``;
+            with a mean "mean" int8 ``[..., D]`` in units of "unit" bf16 ``[..., 1]``.
+        """
+        x = x.double()  # what another batch size changes in the last digit of a sum must not reach the codes
+        size = x.abs().amax((-2, -1), keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
+        y = (x / size) @ rotation(x.shape[-1], x)
+        fields = {}
+        if self.mean:
+            mean, unit = y.mean(-2), size[..., 0]
+            fields["unit"] = (mean.abs().amax(-1, keepdim=True) / 127 * unit).bfloat16()
+            step = fields["unit"] / unit
+            fields["mean"] = (mean / torch.where(step > 0, step, 1.0)).round_().clamp_(-127, 127).to(torch.int8)
+            y = y - (fields["mean"] * step)[..., None, :]
+        scale = _decode_scales(*_encode_scales(y.square().mean(-1).sqrt(), 1.0))[..., None]
+        codes = trellis.choose((y / torch.where(scale > 0, scale, 1.0)).float(), self.rate)
+        levels = trellis.read(codes, self.rate).double()
+        gain = (y * levels).sum(-1) / levels.square().sum(-1)  # the least-squares one for these levels
+        fields["scale"], fields["top"] = _encode_scales(gain.clamp_(min=0), size[..., 0])
+        return fields | {"codes": self._pack(codes)}
+
+    def decode(self, fields: Fields, entries: int, head_size: int) -> Tensor:
+        """The fp32 ``[..., N, D]`` that `encode`'s fields stand for; within bf16's range."""
+        levels, scale, mean = self._parts(fields, entries, head_size)
+        size = scale.amax(-1)[..., None, None]
+        if mean is not None:
+            size = torch.maximum(size, mean.abs().amax(-1)[..., None, None])
+        size = torch.where(size > 0, size, 1.0)
+        y = levels * (scale[..., None] / size)
+        if mean is not None:
+            y = y + mean[..., None, :] / size
+        return (y @ rotation(head_size, y).T).mul_(size).clamp_(-_LARGEST, _LARGEST)
+
+    def scores(self, fields: Fields, entries: int, query: Tensor) -> Tensor:
+        """Query ``[..., G, D]`` times what `decode` gives → ``[..., G, N]``, in the query's dtype."""
+        levels, scale, mean = self._parts(fields, entries, query.shape[-1])
+        query = query @ rotation(query.shape[-1], query)
+        scores = (query @ levels.to(query.dtype).transpose(-1, -2)) * scale.to(query.dtype)[..., None, :]
+        return scores if mean is None else scores + query @ mean.to(query.dtype)[..., None]
+
+    def combine(self, fields: Fields, head_size: int, weights: Tensor) -> Tensor:
+        """Weights ``[..., G, N]`` times what `decode` gives → ``[..., G, D]``, in the weights' dtype."""
+        levels, scale, mean = self._parts(fields, weights.shape[-1], head_size)
+        out = (weights * scale.to(weights.dtype)[..., None, :]) @ levels.to(weights.dtype)
+        if mean is not None:
+            out = out + weights.sum(-1, keepdim=True) * mean.to(weights.dtype)[..., None, :]
+        return out @ rotation(head_size, out).T
+
+    def _parts(self, fields: Fields, entries: int, head_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Levels ``[..., N, D]``, scales ``[..., N]`` and mean ``[..., D]`` or None, all rotated, fp32."""
+        levels = trellis.read(self._unpack(fields["codes"], entries, head_size), self.rate)
+        mean = fields["mean"] * fields["unit"].float() if self.mean else None
+        return levels, _decode_scales(fields["scale"], fields["top"]), mean
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        parts, start = [], 0
+        for count, bits in trellis.stretches(self.rate, codes.shape[-1]):
+            parts.append(pack(codes[..., start : start + count].flatten(-2), bits))
+            start += count
+        return torch.cat(parts, dim=-1)
+
+    def _unpack(self, packed: Tensor, entries: int, head_size: int) -> Tensor:
+        parts, start = [], 0
+        for count, bits in trellis.stretches(self.rate, head_size):
+            size = packed_bytes(entries * count, bits)
+            codes = unpack(packed[..., start : start + size], bits, entries * count)
+            parts.append(codes.unflatten(-1, (entries, count)))
+            start += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def rotation(size: int, like: Tensor) -> Tensor:
+    """The orthogonal matrix R ``[D, D]`` in the dtype and on the device of ``like``: signs, then Hadamard; any D.
+
+    A Hadamard matrix as built here exists for powers of 2. What D has besides (3 of 96, 5 of 80, all of an odd D)
+    is mixed by the cosine transform of that length.
+    """
+    return _rotation(size, like.dtype).to(like.device)
+
+
+@lru_cache
+def _rotation(size: int, dtype: torch.dtype) -> Tensor:
+    matrix, rest = torch.ones(1, 1, dtype=torch.float64), size
+    while rest % 2 == 0:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
+        rest //= 2
+    place = torch.arange(rest, dtype=torch.float64)
+    cosines = torch.cos(math.pi / rest * (place[:, None] + 0.5) * place) * math.sqrt(2 / rest)
+    cosines[:, 0] /= math.sqrt(2)
+    signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (signs * torch.kron(cosines, matrix)).to(dtype)
+
+
+def _encode_scales(scale: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Scales ``[..., N]``, in units of ``unit`` → (code uint8 ``[..., N]``, the largest bf16 ``[..., 1]``, not in them)."""
+    top = (scale.amax(-1, keepdim=True) * unit).clamp(max=_LARGEST).bfloat16()
+    code = torch.log2(top.float() / unit / scale) * _STEPS  # inf for 0, nan where all are 0
+    code = code.nan_to_num_(nan=_NONE, posinf=_NONE, neginf=0).round_().clamp_(0, _NONE)
+    return code.to(torch.uint8), top
+
+
+def _decode_scales(code: Tensor, top: Tensor) -> Tensor:
+    scale = torch.exp2(code.float() / -_STEPS) * top.float()
+    return scale.masked_fill_(code == _NONE, 0.0)
