@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -69,11 +70,19 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
     parser.add_argument("--results", type=Path, default=Path("gear_search.jsonl"), help="one line a measurement; resumed")
     options = parser.parse_args()
+    try:
+        print(search(options))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def search(options: argparse.Namespace) -> str:
+    """Measures what is asked for; returns the table."""
     recipes = [name for chosen in options.set or () for name in SETS[chosen]] + (options.recipe or [])
     recipes = recipes or SETS["presets"]
     codecs = {recipe: parse(recipe) for recipe in recipes}
-    rows = list(measure(options, codecs))
-    print(table(rows))
+    return table(list(measure(options, codecs)))
 
 
 def parse(recipe: str) -> Codec:
