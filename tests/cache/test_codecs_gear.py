@@ -202,5 +202,6 @@ def test_settings_that_are_refused(settings_, said):
 
 def test_presets_take_changes_and_list_their_settings():
     assert codec("gear-2bit", value_bits=3).value_bits == 3
+    assert (codec("gear-2bit").page_size, codec("gear").page_size) == (64, 32)
     with pytest.raises(ValueError, match="no setting levels; it has: bits, backbone"):
         codec("gear-2bit", levels=3)

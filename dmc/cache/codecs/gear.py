@@ -14,7 +14,8 @@ is closer than these three with their low rank and outliers (docs/results/gear.m
 
     (key_bits + value_bits) / 2 + 8/D + 4/N + 24/(N D)
 
-With 4 bits, N = 64 and D = 64 an entry of 64 + 64 values takes 67 bytes, against 256 in bf16.
+With 4 bits, N = 32 and D = 64 an entry of 64 + 64 values takes 68 bytes, against 256 in bf16. Longer pages share the
+keys' mean among more entries, but more entries then wait for a full page.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class GearCodec(Codec):
 
     name = "gear"
     lossy = True
-    page_size = 64
+    page_size = 32
 
     def __init__(
         self, bits: int = 4, *, backbone: str = "rotated", key_bits: float | None = None,
