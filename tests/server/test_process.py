@@ -74,6 +74,7 @@ def test_sigterm_lets_running_requests_end(directory):
     assert {line["status"] for line in server.lines if line["event"] == "request"} == {200, 503}
 
 
+@pytest.mark.slow
 def test_drain_timeout(directory):
     server = Process(directory, "--drain-timeout", "0.2")
     body = LONG | {"max_tokens": 500, "n": 8}
@@ -108,6 +109,7 @@ def test_wrong_use(directory, flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken(directory):
     server = Process(directory)
     other = subprocess.run(
