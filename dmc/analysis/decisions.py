@@ -23,9 +23,10 @@ def decisions(model: Llama, tokens: Tensor) -> Tensor:
     cos, sin = model.rope(torch.arange(len(tokens), device=model.device))
 
     def attend(_: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
+        query, key, value, alpha, omega = (x.transpose(0, 1)[None] for x in (query, key, value, alpha, omega))
         made.append(fn.mask_starts(alpha, None)[0].float().cpu())
-        return fn.attention(query, key, value, alpha, omega, rope=(cos, sin))
+        return fn.attention(query, key, value, alpha, omega, rope=(cos, sin))[0].transpose(0, 1)
 
     with torch.no_grad():
-        model.hidden(tokens[None].to(model.device), attend)
+        model.hidden(tokens.to(model.device), attend)
     return torch.stack(made)
