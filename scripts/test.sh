@@ -8,4 +8,5 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 export OMP_NUM_THREADS=1
 ruff check .
-exec python -m pytest -q "$@"
+# A worker a core (two at most: the tests start processes of their own); the tests of a file stay together.
+exec python -m pytest -q -n "${DMC_TEST_WORKERS:-$(nproc | awk '{print ($1 < 2) ? $1 : 2}')}" --dist loadfile "$@"
