@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+WORKERS=${DMC_TEST_WORKERS:-$(nproc | awk '{print ($1 < 2) ? $1 : 2}')}  # before the next line, which nproc obeys
 export OMP_NUM_THREADS=1
 ruff check .
 # A worker a core (two at most: the tests start processes of their own); the tests of a file stay together.
-exec python -m pytest -q -n "${DMC_TEST_WORKERS:-$(nproc | awk '{print ($1 < 2) ? $1 : 2}')}" --dist loadfile "$@"
+exec python -m pytest -q -n "$WORKERS" --dist loadfile "$@"
