@@ -154,7 +154,7 @@ def test_a_wheel_is_read_as_well(tmp_path):
     (dict(extra=lambda w: w.add_tokenizer_model("llama")), "tokenizer of kind 'llama', only 'gpt2'.*--tokenizer"),
     (dict(extra=lambda w: w.add_embedding_length(100)), "does not describe a Llama: .*100"),
     (dict(extra=lambda w: w.add_tensor("blk.0.attn_q.bias", torch.ones(16).numpy())), "'blk.0.attn_q.bias', which no Llama has"),
-], ids=str)
+], ids=["architecture", "experts", "yarn", "rope factors", "sentencepiece", "width", "biases"])
 def test_what_a_llama_directory_cannot_say_is_refused(tmp_path, capsys, options, words):
     write_gguf(tmp_path / "model.gguf", **options)
     refused([str(tmp_path / "model.gguf"), str(tmp_path / "out")], capsys, words)
