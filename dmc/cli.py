@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-if TYPE_CHECKING:
-    from dmc.engine import LLM, Stats
+from dmc.commands import inspect
+from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
 
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_CODEC_FLAGS = ("bits", "backbone", "group", "rank", "outliers")
+if TYPE_CHECKING:
+    from dmc.engine import Stats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,59 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    """The flags of whatever loads a model into a cache."""
-    parser.add_argument("directory", metavar="DIR", help="Hugging Face directory: an export of this project, or a Llama")
-    cache = parser.add_argument_group("cache")
-    cache.add_argument("--policy", default="dmc", metavar="NAME[:SETTING=VALUE,...]",
-                       help="which entries exist: dmc (default), full, or streaming such as streaming:sinks=4,recent=252")
-    cache.add_argument("--codec", default="dense", help="how full pages are stored: dense (default), int8, fp8 or gear")
-    cache.add_argument("--bits", type=int, help="gear: 2, 3, 4 (default) or 8")
-    cache.add_argument("--backbone", help="gear: rotated (default), kivi, kcvt or token")
-    cache.add_argument("--group", type=int, help="gear: values that share a scale (64; not for rotated)")
-    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (0 for rotated, else 1)")
-    cache.add_argument("--outliers", type=float, help="gear: share of each vector kept apart (0 for rotated, else 0.02)")
-    cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
-    cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
-    cache.add_argument("--window", type=int, default=0, help="newest entries that always stay exact (0)")
-    cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16, of entries outside encoded pages, and of dense ones")
-    cache.add_argument("--kv-memory", type=_memory, metavar="BYTES", help="of the page pool, such as 512MiB (it grows)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--max-batch", type=int, default=16, help="sequences that run at a time (16)")
-    machine.add_argument("--prefill-tokens", type=int, default=512, help="of prompts in one step, at most (512)")
-    machine.add_argument("--device", default="auto", help="cpu, cuda:0, ... (a GPU if there is one)")
-    machine.add_argument("--dtype", default="auto", help="fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)")
-
-
-def _load(options: argparse.Namespace) -> LLM:
-    from dmc.engine import LLM  # torch: not needed for --help
-
-    policy, settings = _named(options.policy)
-    return LLM(
-        options.directory, policy=policy, policy_settings=settings, codec=options.codec,
-        codec_settings={name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None},
-        kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
-        exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
-        dtype=options.dtype, device=options.device,
-    )
-
-
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    text = parser.add_argument_group("prompts (at least one; several run as a batch)")
-    text.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may repeat")
-    text.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="file to continue; - is stdin")
-
-
-def _prompts(options: argparse.Namespace) -> list[str]:
-    prompts = options.prompt + [_read(name) for name in options.prompt_file]
-    if not prompts:
-        raise ValueError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
-    return prompts
-
-
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    _add_prompts(parser)
+    add_model(parser)
+    add_prompts(parser)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=128, help="generated at most (128)")
     sampling.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
@@ -107,14 +57,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompts = _prompts(options)
+    prompts = read_prompts(options)
     from dmc.engine import SamplingParams, total_stats
 
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
         min_p=options.min_p, repetition_penalty=options.repetition_penalty, n=options.n, stop=options.stop, seed=options.seed,
     )
-    llm = _load(options)
+    llm = load(options)
     started = time.perf_counter()
     outputs = llm.generate(prompts, params)
     stats = [output.stats for output in outputs if output.stats]
@@ -138,23 +88,8 @@ def _figures(stats: Stats) -> str:
     )
 
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    _add_prompts(parser)
-    parser.add_argument("--max-tokens", type=int, default=1, help="generated greedily after the text (1)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    prompts = _prompts(options)
-    from dmc.engine import inspect
-
-    report = inspect.report(_load(options), prompts, max_tokens=options.max_tokens)
-    print(inspect.as_json(report) if options.json else inspect.as_text(report))
-
-
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="to listen on (127.0.0.1: this machine only)")
     server.add_argument("--port", type=int, default=8000, help="to listen on (8000; 0 takes a free one)")
@@ -162,7 +97,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--api-key", help="asked for everywhere but at /health (DMC_API_KEY of the environment, or none)")
     server.add_argument("--max-waiting", type=int, default=256, help="sequences that may wait; more get 429 (256)")
     server.add_argument("--default-max-tokens", type=int, default=512, help="of chat requests that do not say (512)")
-    server.add_argument("--max-body", type=_memory, default=1 << 20, metavar="BYTES", help="of a request (1MiB)")
+    server.add_argument("--max-body", type=memory, default=1 << 20, metavar="BYTES", help="of a request (1MiB)")
     server.add_argument("--body-timeout", type=float, default=30.0, help="seconds until a request must be there (30)")
     server.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM (30)")
     server.add_argument("--stall-timeout", type=float, default=60.0, help="seconds without a step until /health is 503 (60)")
@@ -180,13 +115,13 @@ def _serve(options: argparse.Namespace) -> int:
         api_key=options.api_key or os.environ.get("DMC_API_KEY") or None,
         **{name: getattr(options, name) for name in fields},
     )
-    return serve(_load(options), settings)
+    return serve(load(options), settings)
 
 
 COMMANDS = {
     "generate": ("continue a text from a compressed cache", _add_generate, _generate),
     "serve": ("answer OpenAI's HTTP interface from a compressed cache", _add_serve, _serve),
-    "inspect": ("say what a compressed cache holds of a text, per layer and head", _add_inspect, _inspect),
+    "inspect": ("say what a compressed cache holds of a text, per layer and head", inspect.add, inspect.run),
 }
 
 
@@ -210,44 +145,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         commands[name] = choose.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
         add(commands[name])
     return parser, commands
-
-
-def _named(text: str) -> tuple[str, dict[str, float | int | str]]:
-    """``name:setting=value,...`` → (name, settings)."""
-    name, _, rest = text.partition(":")
-    settings = {}
-    for part in rest.split(",") if rest else ():
-        setting, equals, value = part.partition("=")
-        if not (setting and equals and value):
-            raise ValueError(f"{text!r}: {part!r} is no SETTING=VALUE")
-        settings[setting] = _value(value)
-    return name, settings
-
-
-def _value(text: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _read(name: str) -> str:
-    try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text") from error
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
-
-
-def _memory(text: str) -> int:
-    number = text.rstrip("KMGiB")
-    unit = text[len(number) :]
-    if not number.isdigit() or unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with {', '.join(_UNITS)[2:]}")
-    return int(number) * _UNITS[unit]
 
 
 if __name__ == "__main__":

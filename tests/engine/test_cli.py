@@ -5,6 +5,7 @@ import re
 import pytest
 
 from dmc import cli
+from dmc.commands.common import memory
 from tests.model import tiny
 
 
@@ -80,7 +81,7 @@ def test_help_names_every_flag_and_needs_no_torch(capsys):
 
 @pytest.mark.parametrize("text, size", [("512", 512), ("3KiB", 3072), ("2MB", 2_000_000), ("1GiB", 2**30)])
 def test_memory_sizes(text, size):
-    assert cli._memory(text) == size
+    assert memory(text) == size
 
 
 def test_inspect(capsys, directory, tmp_path):

@@ -1,0 +1,1 @@
+"""Commands of the console program, a file each; `dmc.cli` lists them."""

@@ -1,0 +1,111 @@
+"""Flags that several commands have in common, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dmc.engine import LLM
+
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_CODEC_FLAGS = ("bits", "backbone", "group", "rank", "outliers")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flags of whatever loads a model into a cache."""
+    parser.add_argument("directory", metavar="DIR", help="Hugging Face directory: an export of this project, or a Llama")
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--policy", default="dmc", metavar="NAME[:SETTING=VALUE,...]",
+                       help="which entries exist: dmc (default), full, or streaming such as streaming:sinks=4,recent=252")
+    cache.add_argument("--codec", default="dense", help="how full pages are stored: dense (default), int8, fp8 or gear")
+    cache.add_argument("--bits", type=int, help="gear: 2, 3, 4 (default) or 8")
+    cache.add_argument("--backbone", help="gear: rotated (default), kivi, kcvt or token")
+    cache.add_argument("--group", type=int, help="gear: values that share a scale (64; not for rotated)")
+    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (0 for rotated, else 1)")
+    cache.add_argument("--outliers", type=float, help="gear: share of each vector kept apart (0 for rotated, else 0.02)")
+    cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
+    cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
+    cache.add_argument("--window", type=int, default=0, help="newest entries that always stay exact (0)")
+    cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16, of entries outside encoded pages, and of dense ones")
+    cache.add_argument("--kv-memory", type=memory, metavar="BYTES", help="of the page pool, such as 512MiB (it grows)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--max-batch", type=int, default=16, help="sequences that run at a time (16)")
+    machine.add_argument("--prefill-tokens", type=int, default=512, help="of prompts in one step, at most (512)")
+    machine.add_argument("--device", default="auto", help="cpu, cuda:0, ... (a GPU if there is one)")
+    machine.add_argument("--dtype", default="auto", help="fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)")
+
+
+def load(options: argparse.Namespace) -> LLM:
+    """The model and cache that the flags of `add_model` ask for."""
+    from dmc.engine import LLM  # torch: not needed for --help
+
+    policy, settings = named(options.policy)
+    return LLM(
+        options.directory, policy=policy, policy_settings=settings, codec=options.codec,
+        codec_settings={name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None},
+        kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
+        exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
+        dtype=options.dtype, device=options.device,
+    )
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """The flags of whatever takes texts."""
+    text = parser.add_argument_group("prompts (at least one; several run as a batch)")
+    text.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may repeat")
+    text.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="file to continue; - is stdin")
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The texts that the flags of `add_prompts` give.
+
+    Raises:
+        ValueError: if there is none, or a file cannot be read as UTF-8.
+    """
+    prompts = options.prompt + [read(name) for name in options.prompt_file]
+    if not prompts:
+        raise ValueError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
+    return prompts
+
+
+def named(text: str) -> tuple[str, dict[str, float | int | str]]:
+    """``name:setting=value,...`` → (name, settings)."""
+    name, _, rest = text.partition(":")
+    settings = {}
+    for part in rest.split(",") if rest else ():
+        setting, equals, value = part.partition("=")
+        if not (setting and equals and value):
+            raise ValueError(f"{text!r}: {part!r} is no SETTING=VALUE")
+        settings[setting] = _value(value)
+    return name, settings
+
+
+def _value(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read(name: str) -> str:
+    """Text of a file, or of stdin for "-"; ValueError if it cannot be read as UTF-8."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def memory(text: str) -> int:
+    """``"512MiB"`` → bytes; an argparse type."""
+    number = text.rstrip("KMGiB")
+    unit = text[len(number) :]
+    if not number.isdigit() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with {', '.join(_UNITS)[2:]}")
+    return int(number) * _UNITS[unit]
