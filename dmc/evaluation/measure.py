@@ -1,0 +1,256 @@
+"""Perplexity, KL to the uncompressed model and bytes held, through the compressed cache as generation uses it.
+
+Each window's prompt is prefilled and its pages encoded. The tokens after it are then fed one by one, several windows in
+step: each goes into the cache, attends through the encoded pages, and the prediction of the next token is scored.
+Bytes are taken from the tensors after every such step. Nothing is masked or simulated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.cache import Prompt
+from dmc.engine import LLM
+from dmc.engine.runner import Chunk
+from dmc.evaluation.provenance import commit, model_hash, versions
+from dmc.evaluation.reference import Reference, check_fits
+from dmc.evaluation.windows import Windows
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model, policy and codec on the windows of one text. "Mean" is over all scored steps of all windows.
+
+    Attributes:
+        model, model_hash: name of the directory; `dmc.evaluation.provenance.model_hash`.
+        base, base_hash: of the uncompressed model; None if there was no reference.
+        text, text_hash, windows_hash: see `Windows`.
+        windows, prompt_tokens, scored_tokens: W, P, S.
+        policy, codec: names; ``settings`` holds what each was made with, as far as it is a number or a word, and the
+            cache's own settings.
+        perplexity: of the scored tokens.
+        base_perplexity: of the uncompressed model on the same tokens.
+        kl: mean KL(uncompressed || this), nats a token.
+        kl_stderr: standard error of that mean over windows; None for one window.
+        agreement: share of steps at which both models find the same token likeliest.
+        held_bytes: of one window's cache, mean; everything counted, see `KVCache.held`.
+        dense_bytes: of a dense bf16 cache of the same tokens, mean.
+        ratio: dense_bytes / held_bytes.
+        held_bytes_end, dense_bytes_end, ratio_end: the same after the last step, mean over windows.
+        held_end: ``held_bytes_end`` by kind.
+        cr: measured compression ratio at the end, tokens / entries over all windows, layers and heads.
+        cr_per_layer: the same for each layer.
+        codec_error: relative error (Frobenius) of encoded keys and values.
+        seconds: of wall time, prefill included unless prompts were given.
+        device, dtype, commit, versions: what it ran on.
+    """
+
+    model: str
+    model_hash: str
+    base: str | None
+    base_hash: str | None
+    text: str
+    text_hash: str
+    windows_hash: str
+    windows: int
+    prompt_tokens: int
+    scored_tokens: int
+    policy: str
+    codec: str
+    settings: dict[str, dict[str, float | int | str | None]]
+    perplexity: float
+    base_perplexity: float | None
+    kl: float | None
+    kl_stderr: float | None
+    agreement: float | None
+    held_bytes: float
+    dense_bytes: float
+    ratio: float
+    held_bytes_end: float
+    dense_bytes_end: float
+    ratio_end: float
+    held_end: dict[str, float]
+    cr: float
+    cr_per_layer: list[float]
+    codec_error: tuple[float, float]
+    seconds: float
+    device: str
+    dtype: str
+    commit: str
+    versions: dict[str, str]
+
+    def as_json(self) -> str:
+        """On one line."""
+        return json.dumps(asdict(self))
+
+
+def measure(
+    llm: LLM, windows: Windows, *, reference: Reference | None = None, prompts: list[Prompt] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Measures a model under its policy and codec.
+
+    Args:
+        llm: with an empty cache. As many windows run together as its ``max_batch`` (and ``kv_memory``) allows.
+        windows: tokens of the model's vocabulary.
+        reference: of the base model for these windows; None leaves out what compares with it.
+        prompts: of `prefill`, from a model with the same weights and policy: saves doing it again for another codec.
+        progress: called with a number of windows x steps that are done; the sum of all calls is W x S.
+
+    Raises:
+        ValueError: if the windows do not fit the model, the reference is for others or of another vocabulary, the cache is
+            in use, or kv_memory cannot hold one window.
+    """
+    batch = _check(llm, windows, reference, prompts)
+    started = time.perf_counter()
+    runs = []
+    for start in range(0, len(windows.tokens), batch):
+        rows = slice(start, min(start + batch, len(windows.tokens)))
+        part = Windows(windows.tokens[rows], windows.prompt)
+        slots = []
+        try:
+            for prompt in prompts[rows] if prompts else prefill(llm, part):
+                slots.append(llm.cache.load(prompt))
+            runs.append(_force(llm, slots, part, reference, rows, progress))
+        finally:
+            for slot in slots:
+                llm.cache.close(slot)
+    llm.cache.check_integrity()
+    return _result(llm, windows, reference, runs, time.perf_counter() - started)
+
+
+def prefill(llm: LLM, windows: Windows) -> list[Prompt]:
+    """The prompts of windows, run through the model and ready for the cache; their pages are not encoded yet."""
+    done, chunk = [], llm.engine.prefill_tokens
+    for row in windows.tokens[:, : windows.prompt].tolist():
+        prompt = llm.cache.prompt()
+        for start in range(0, len(row), chunk):
+            llm.engine.runner.step([], [], [], [Chunk(prompt, row[start : start + chunk])])
+        done.append(prompt)
+    return done
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Windows that ran together: fp64 ``[W, S]`` each, ``kl`` and what follows None without a reference."""
+
+    logprobs: Tensor
+    held: Tensor
+    dense: Tensor
+    kl: Tensor | None
+    same: Tensor | None
+    base: Tensor | None
+    held_end: list[dict[str, int]]
+    entries: Tensor  # int64 [L, H], of all windows
+
+
+def _force(
+    llm: LLM, slots: list[int], windows: Windows, reference: Reference | None, rows: slice,
+    progress: Callable[[int], None] | None,
+) -> _Run:
+    runner, cache, first = llm.engine.runner, llm.cache, windows.prompt
+    shape = len(slots), windows.scored
+    kept = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logprobs", "held", "dense", "kl", "same", "base")}
+    for place in range(windows.scored):
+        position = first + place
+        hidden, _ = runner.step(slots, windows.tokens[:, position].tolist(), [position] * len(slots))
+        predicted = runner.logits(hidden).log_softmax(-1)
+        following = windows.tokens[:, position + 1, None].to(predicted.device)
+        step = {"logprobs": predicted.gather(-1, following)[:, 0]}
+        if reference:
+            wanted = reference.logprobs(rows, place).to(predicted.device)
+            step["base"] = wanted.gather(-1, following)[:, 0]
+            step["kl"] = torch.nn.functional.kl_div(predicted, wanted, log_target=True, reduction="none").sum(-1)
+            step["same"] = predicted.argmax(-1) == wanted.argmax(-1)
+        step["held"] = torch.tensor([sum(cache.held(slot).values()) for slot in slots])
+        for name, values in step.items():
+            kept[name][:, place] = values.double().cpu()
+        kept["dense"][:, place] = cache.dense_bytes(position + 1)
+        if progress:
+            progress(len(slots))
+    compared = {name: kept[name] if reference else None for name in ("kl", "same", "base")}
+    return _Run(
+        kept["logprobs"], kept["held"], kept["dense"], **compared, held_end=[cache.held(slot) for slot in slots],
+        entries=torch.stack([cache.entries(slot).cpu() for slot in slots]).sum(0),
+    )
+
+
+def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: list[Prompt] | None) -> int:
+    """How many windows can run together."""
+    config, pool = llm.model.config, llm.cache.rows.pool
+    check_fits(windows, config.vocab_size, config.max_position_embeddings, llm.path)
+    if llm.engine.busy:
+        raise ValueError("measuring needs the cache to itself; wait until the requests that run have ended")
+    if reference and reference.windows_hash != windows.hash:
+        raise ValueError("the reference was made for other windows; make it anew for these")
+    if reference and len(reference.head) != config.vocab_size:
+        raise ValueError(
+            f"base model {reference.model} has a vocabulary of {len(reference.head)} and {llm.path} one of {config.vocab_size}: "
+            "only models of one tokenizer can be compared"
+        )
+    if prompts is not None and len(prompts) != len(windows.tokens):
+        raise ValueError(f"{len(windows.tokens)} windows need as many prompts, got {len(prompts)}")
+    if pool.limit is None:
+        return llm.engine.max_batch
+    batch = min(llm.engine.max_batch, pool.limit // llm.cache.worst_pages(windows.tokens.shape[1] - 1))
+    if batch == 0:
+        raise ValueError(f"kv_memory of {pool.limit} pages cannot hold a window; give it more, or ask for shorter windows")
+    return batch
+
+
+def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[_Run], seconds: float) -> Measurement:
+    count, tokens = len(windows.tokens), windows.tokens.shape[1] - 1
+    logprobs, held, dense = (torch.cat([getattr(run, name) for run in runs]) for name in ("logprobs", "held", "dense"))
+    kl = error = same = base = None
+    if reference:
+        each = torch.cat([run.kl for run in runs]).mean(1)
+        kl, error = each.mean().item(), each.std().item() / math.sqrt(count) if count > 1 else None
+        same = torch.cat([run.same for run in runs]).mean().item()
+        base = _perplexity(torch.cat([run.base for run in runs]))
+    ends = [end for run in runs for end in run.held_end]
+    entries = torch.stack([run.entries for run in runs]).sum(0)
+    cache = llm.cache
+    return Measurement(
+        model=llm.path.resolve().name, model_hash=model_hash(llm.path),
+        base=reference and reference.model, base_hash=reference and reference.model_hash,
+        text=windows.name, text_hash=windows.text_hash, windows_hash=windows.hash,
+        windows=count, prompt_tokens=windows.prompt, scored_tokens=windows.scored,
+        policy=cache.policy.name, codec=cache.rows.storage.codec.name, settings=_settings(llm),
+        perplexity=_perplexity(logprobs), base_perplexity=base, kl=kl, kl_stderr=error, agreement=same,
+        held_bytes=held.mean().item(), dense_bytes=dense.mean().item(), ratio=(dense.mean() / held.mean()).item(),
+        held_bytes_end=held[:, -1].mean().item(), dense_bytes_end=dense[:, -1].mean().item(),
+        ratio_end=(dense[:, -1].mean() / held[:, -1].mean()).item(),
+        held_end={kind: sum(end[kind] for end in ends) / count for kind in ends[0]},
+        cr=count * tokens * entries.numel() / int(entries.sum()),
+        cr_per_layer=(count * tokens * entries.shape[1] / entries.sum(1)).tolist(),
+        codec_error=cache.rows.error.relative, seconds=seconds, device=llm.model.device.type,
+        dtype=str(llm.model.dtype).removeprefix("torch."), commit=commit(), versions=versions(),
+    )
+
+
+def _perplexity(logprobs: Tensor) -> float:
+    return math.exp(-logprobs.mean().item())
+
+
+def _settings(llm: LLM) -> dict[str, dict[str, float | int | str | None]]:
+    storage = llm.cache.rows.storage
+    plain = (int, float, str, type(None))
+    made = {
+        kind: {name: value for name in thing.settings() if isinstance(value := getattr(thing, name, _Absent), plain)}
+        for kind, thing in (("policy", llm.cache.policy), ("codec", storage.codec))
+    }
+    return made | {"cache": {
+        "page_size": storage.page_size, "sink_tokens": storage.sink_tokens, "window": storage.window,
+        "exact_dtype": str(storage.exact_dtype).removeprefix("torch."),
+    }}
+
+
+class _Absent:
+    """Stands for a setting that the object does not keep."""

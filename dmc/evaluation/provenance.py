@@ -1,0 +1,64 @@
+"""What a measurement was made with: hashes of models, the commit, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def model_hash(directory: str | Path) -> str:
+    """16 hex digits of a Hugging Face directory's config and weight files.
+
+    A training run records the same digits of the model that it started from.
+
+    Raises:
+        ValueError: if there is no config.json or no safetensors file.
+    """
+    directory = Path(directory)
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights or not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is no model directory: it needs config.json and safetensors weights")
+    state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in (directory / "config.json", *weights))
+    return _digest(state)
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files as they were at a time; kept, since hashing takes seconds for a large model."""
+    config, *weights = (path for path, _, _ in files)
+    digest = hashlib.sha256(config.read_bytes() + b"pretrained")
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str:
+    """Commit of this checkout, "-dirty" behind it if files differ from it; "unknown" if this is no checkout."""
+    here = Path(__file__).resolve()
+    top = _git("rev-parse", "--show-toplevel")
+    if not top or here != Path(top) / "dmc" / "evaluation" / here.name:
+        return "unknown"
+    return _git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that numbers depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,141 @@
+"""What the uncompressed model predicts for windows of a text, computed once and kept on disk.
+
+Kept are last hidden states, not logits: they are smaller by vocabulary / hidden size (85 times for SmolLM2-135M), and
+the product with the model's output matrix gives the logits back exactly as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmc.cache import KVCache, Shape, codec, policy
+from dmc.engine.runner import Chunk, Runner
+from dmc.evaluation.provenance import model_hash
+from dmc.evaluation.windows import Windows
+from dmc.model import Llama, read_config
+
+_FORMAT = 1  # of the files; goes into their names
+_CHUNK = 512  # tokens run through the model at a time
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Predictions of an uncompressed model.
+
+    Attributes:
+        hidden: ``[W, S, hidden]``, last hidden states at the scored places.
+        head: ``[V, hidden]``, output matrix.
+        model: name of its directory.
+        model_hash: see `dmc.evaluation.provenance.model_hash`.
+        windows_hash: of the windows that it is for.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    model: str
+    model_hash: str
+    windows_hash: str
+
+    def logprobs(self, rows: slice, place: int) -> Tensor:
+        """Of windows ``rows`` at scored place ``place``: ``[rows, V]``, fp32 at least."""
+        logits = self.hidden[rows, place].to(self.head.device) @ self.head.T
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def default_store() -> Path:
+    """Where references are kept unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmc" / "references"
+
+
+def reference(
+    directory: str | Path, windows: Windows, *, store: str | Path | None, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """Predictions of a plain Llama for the scored tokens of windows, from ``store`` if it has them.
+
+    Args:
+        directory: of the base model: the one that was retrofitted, or the one whose cache is compressed.
+        windows: of tokens of the model's own vocabulary.
+        store: folder of kept references; None keeps nothing.
+        dtype, device: of the model.
+
+    Raises:
+        ValueError: if the directory holds a retrofitted model or none, or the windows are too long for it.
+    """
+    config, digest = read_config(directory), model_hash(directory)
+    if config.decision is not None:
+        raise ValueError(
+            f"{directory} holds a retrofitted model, which cannot say what the uncompressed one predicts: give the base model "
+            "that it was retrofitted from"
+        )
+    check_fits(windows, config.vocab_size, config.max_position_embeddings, directory)
+    model = Llama.load(directory, dtype=dtype, device=device)
+    path = None
+    if store is not None:
+        kind = f"{str(dtype)[6:]}-{torch.device(device).type}"
+        path = Path(store) / f"{digest}-{windows.hash}-{kind}-{_FORMAT}.safetensors"
+    hidden = path and _read(path, (len(windows.tokens), windows.scored, config.hidden_size), dtype)
+    if hidden is None:
+        hidden = _predict(model, windows)
+        if path:
+            _write(path, hidden)
+    return Reference(hidden, model.head, Path(directory).resolve().name, digest, windows.hash)
+
+
+def check_fits(windows: Windows, vocabulary: int, positions: int, directory: str | Path) -> None:
+    """Raises ValueError if a model cannot run these windows."""
+    if windows.tokens.shape[1] - 1 > positions:
+        raise ValueError(
+            f"windows of {windows.prompt} + {windows.scored} tokens are longer than the {positions} positions of {directory}: "
+            "ask for fewer tokens"
+        )
+    if windows.tokens.min() < 0 or windows.tokens.max() >= vocabulary:
+        raise ValueError(f"the windows hold tokens outside the vocabulary of {directory}, which has {vocabulary}")
+
+
+def _predict(model: Llama, windows: Windows) -> Tensor:
+    """Plain causal attention over whole windows."""
+    config = model.config
+    shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.dtype)
+    runner = Runner(model, KVCache(shape, policy("full"), codec("dense"), slots=1, device=model.device))
+    kept = []
+    for row in windows.tokens.tolist():
+        prompt, parts = runner.cache.prompt(), []
+        for start in range(0, len(row) - 1, _CHUNK):
+            _, (hidden,) = runner.step([], [], [], [Chunk(prompt, row[start : min(start + _CHUNK, len(row) - 1)])])
+            parts.append(hidden)
+        kept.append(torch.cat(parts)[windows.prompt :].cpu())
+    return torch.stack(kept)
+
+
+def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """None if the file is not there, or not whole: it is made anew then."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            hidden = file.get_tensor("hidden")
+    except (SafetensorError, OSError):
+        return None
+    return hidden if tuple(hidden.shape) == shape and hidden.dtype == dtype else None
+
+
+def _write(path: Path, hidden: Tensor) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(number)
+    try:
+        save_file({"hidden": hidden.contiguous()}, name)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
