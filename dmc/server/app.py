@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from dmc.engine import LLM, SamplingParams
 from dmc.engine.sequence import Sequence
@@ -175,25 +175,29 @@ def create_app(llm: LLM, settings: Settings, service: Service | None = None) -> 
 
 
 def _routes(app: FastAPI, api: Api) -> None:
-    @app.post("/v1/completions", response_model=None)
+    generating = errors.documented(404, 422, 429, 503) | {200: {
+        "description": "The answer; a stream of events where stream is true", "content": {"text/event-stream": {}},
+    }}
+
+    @app.post("/v1/completions", response_model=None, responses=generating)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         return await api.completion(asked, request)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=generating)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await api.chat(asked, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=errors.documented())
     async def models() -> dict:
         return {"object": "list", "data": [_model(api)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=errors.documented(404))
     async def model(name: str) -> dict:
         if name != api.settings.name:
             raise RequestError(f"the model {name!r} is not served here", status=404, code="model_not_found")
         return _model(api)
 
-    @app.get("/health")
+    @app.get("/health", responses=errors.documented(503))
     async def health() -> JSONResponse:
         service = api.service
         if service.death is not None:
@@ -204,7 +208,7 @@ def _routes(app: FastAPI, api: Api) -> None:
             return errors.response(503, f"no step was finished for {api.settings.stall_timeout:g} seconds", code="stalled")
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors.documented())
     async def metrics() -> Response:
         return Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dmc.engine.service import EngineDead, QueueFull, ShuttingDown
@@ -26,6 +29,27 @@ class RequestError(Exception):
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+
+
+class ErrorObject(BaseModel):
+    """As OpenAI's."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorObject
+
+
+def documented(*statuses: int) -> dict[int, dict]:
+    """Responses of a route for its OpenAPI description: those that every route has, and these."""
+    every = (400, 401, 405, 408, 413)
+    return {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in (*every, *statuses)}
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict:

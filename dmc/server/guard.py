@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 import time
 import uuid
@@ -15,8 +17,6 @@ from dmc.server.settings import Settings
 
 class _TooLarge(Exception):
     pass
-
-
 
 
 class Guard:
@@ -54,8 +54,9 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._allowed(scope):
+            scheme = 'Basic realm="dmc", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             answer = errors.response(401, "an API key is needed: send it as Authorization: Bearer KEY", code="invalid_api_key",
-                                     headers={"WWW-Authenticate": "Bearer"})
+                                     headers={"WWW-Authenticate": scheme})
             await answer(scope, receive, send)
             return
         try:
@@ -75,8 +76,12 @@ class Guard:
     def _allowed(self, scope: Scope) -> bool:
         if self.settings.api_key is None or scope["path"] == "/health":
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self.settings.api_key.encode())
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"basic":  # a browser: it asks for a name and a password, and sends them with each request
+            given = _password(given)
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(given, self.settings.api_key.encode())
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None if the client went away before it was there."""
@@ -94,6 +99,14 @@ class Guard:
                 raise _TooLarge
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _password(encoded: bytes) -> bytes:
+    """What stands behind the colon of HTTP's basic credentials; nothing, if they are none."""
+    try:
+        return base64.b64decode(encoded, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from dmc.engine import SamplingParams
 from dmc.engine.service import EngineDead, Progress, Service, ShuttingDown, Stream
-from dmc.server.errors import RequestError, error_body
-from dmc.server.schema import Strict
+from dmc.server.errors import RequestError, documented, error_body
+from dmc.server.schema import Count, Seed, Strict
 
 _PAGE = Path(__file__).with_name("page.html")
 
@@ -23,9 +23,9 @@ class TryRequest(Strict):
     """POST /try."""
 
     prompt: str = Field(min_length=1)
-    max_tokens: int = Field(64, ge=1)
+    max_tokens: Count = 64
     temperature: float = Field(1.0, ge=0, le=100)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Seed | None = None
 
 
 def install(app: FastAPI, service: Service, name: str) -> None:
@@ -35,7 +35,9 @@ def install(app: FastAPI, service: Service, name: str) -> None:
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8").replace("@MODEL@", _escaped(name)))
 
-    @app.post("/try", response_model=None)
+    stream = {"description": "A stream of events", "content": {"text/event-stream": {}}}
+
+    @app.post("/try", response_class=StreamingResponse, responses=documented(422, 429, 503) | {200: stream})
     async def trial(asked: TryRequest) -> Response:
         params = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed)
         try:

@@ -8,11 +8,13 @@ import signal
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from dmc.engine import LLM
 from dmc.engine.service import Service
 from dmc.server import logs
 from dmc.server.app import create_app
+from dmc.server.protocol import protocol
 from dmc.server.settings import Settings
 
 _LAST_ANSWERS = 2.0  # seconds between the engine's failure and the end of the process: clients and probes hear of it
@@ -27,17 +29,21 @@ def serve(llm: LLM, settings: Settings) -> int:
     logs.start()
     service = Service(llm, max_waiting=settings.max_waiting)
     app = create_app(llm, settings, service)
-    config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="off", server_header=False,
-        timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = _Server(config, service, settings)
+    server = _Server(config(app, settings), service, settings)
     service.on_death = server.died
     try:
         server.run()
     finally:
         service.stop()
     return 1 if service.death is not None or not server.started else 0
+
+
+def config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=5, http=protocol(settings.head_timeout), h11_max_incomplete_event_size=64 * 1024,
+    )
 
 
 class _Server(uvicorn.Server):

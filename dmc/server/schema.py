@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dmc.engine import SamplingParams
 
+
+def _whole(value: object) -> object:
+    """1.0 is an integer in JSON Schema, and so in the description that clients are given."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 Text = Annotated[str, Field(min_length=1)]
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0), WHOLE]
+Count = Annotated[int, Field(ge=1), WHOLE]
+Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
+Likeliest = Annotated[int, Field(ge=0, le=20), WHOLE]
 
 
 class Strict(BaseModel):
@@ -30,16 +40,16 @@ class Sampling(Strict):
     model: str
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=128)
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Seed | None = None
     user: str | None = None
-    top_k: int = Field(0, ge=0)
+    top_k: Token = 0
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     stop_token_ids: list[Token] = Field(default_factory=list, max_length=64)
@@ -68,8 +78,8 @@ class CompletionRequest(Sampling):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)] | Annotated[list[Token], Field(min_length=1)] | (
         Annotated[list[list[Token]], Field(min_length=1, max_length=128)]
     )
-    max_tokens: int = Field(16, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: Count = 16
+    logprobs: Likeliest | None = None
     echo: Literal[False] = False
     suffix: None = None
     best_of: Literal[1] | None = None
@@ -94,7 +104,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Likeliest | None = None

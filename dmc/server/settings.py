@@ -16,6 +16,7 @@ class Settings:
         max_waiting: sequences that may wait; more are refused with 429.
         default_max_tokens: of chat requests that do not say.
         max_body: bytes of a request.
+        head_timeout: seconds until the head of a request must be there; then 408, or the connection is closed.
         body_timeout: seconds until a request's body must be there.
         drain_timeout: seconds that running requests have when the server is told to stop.
         stall_timeout: seconds without a finished step, though there is work, after which /health turns 503.
@@ -31,13 +32,14 @@ class Settings:
     max_waiting: int = 256
     default_max_tokens: int = 512
     max_body: int = 1 << 20
+    head_timeout: float = 20.0
     body_timeout: float = 30.0
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for field in ("max_waiting", "default_max_tokens", "max_body", "body_timeout", "stall_timeout"):
+        for field in ("max_waiting", "default_max_tokens", "max_body", "head_timeout", "body_timeout", "stall_timeout"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
         if not 0 <= self.port < 65536 or self.drain_timeout < 0 or self.api_key == "":

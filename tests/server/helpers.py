@@ -11,6 +11,7 @@ import uvicorn
 from dmc import LLM
 from dmc.engine.service import Service
 from dmc.server import Settings, create_app
+from dmc.server.run import config
 from tests.model import tiny
 
 TEMPLATE = (
@@ -55,10 +56,7 @@ def serving(directory, *, settings=None, **llm_settings):
     chosen = Settings(name="tiny", port=0, **(settings or {}))
     service = Service(llm, max_waiting=chosen.max_waiting)
     app = create_app(llm, chosen, service)
-    config = uvicorn.Config(
-        app, port=0, log_config=None, access_log=False, lifespan="off", h11_max_incomplete_event_size=64 * 1024
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config(app, chosen))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -170,6 +170,13 @@ def test_api_key(directory):
             with pytest.raises(openai.AuthenticationError):
                 openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key, max_retries=0).models.list()
         assert openai.OpenAI(base_url=f"{locked.url}/v1", api_key="secret").models.list().data
+        # a browser is asked for a password on the page, and then sends it with what the page asks for
+        assert httpx.get(f"{locked.url}/").headers["WWW-Authenticate"].startswith("Basic ")
+        assert httpx.get(f"{locked.url}/", auth=("any", "secret")).status_code == 200
+        tried = httpx.post(f"{locked.url}/try", json={"prompt": "x", "max_tokens": 2}, auth=("", "secret"), timeout=60)
+        assert tried.status_code == 200 and "pieces" in tried.text
+        for header in ("Basic secret", "Basic !!", "Basic", "Digest secret", "secret"):
+            assert httpx.get(f"{locked.url}/", headers={"Authorization": header}).status_code == 401
 
 
 def test_no_chat_template(tmp_path):

@@ -1,7 +1,9 @@
 """What clients do to a server: going away, half requests, too many at once; and what the engine's failure looks like."""
 
 import json
+import random
 import socket
+import struct
 import threading
 import time
 
@@ -68,6 +70,66 @@ def test_what_is_no_request(server, sent, expected):
         connection.sendall(sent)
         assert expected in connection.recv(4096).split(b"\r\n")[0]
     server.wait_idle()
+
+
+@pytest.mark.parametrize("sent, answered", [
+    (b"", b""), (b"POST /v1/comp", b"408"), (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /heal", b"408"),
+])
+def test_a_head_that_never_ends(directory, sent, answered):
+    """Nothing, half a head, half a second head: the connection is closed in time, whoever has begun gets 408."""
+    with serving(directory, settings={"head_timeout": 0.5}) as hasty, hasty.socket() as connection:
+        started, got = time.monotonic(), b""
+        connection.sendall(sent)
+        while piece := connection.recv(4096):
+            got += piece
+        assert 0.4 < time.monotonic() - started < 20
+        last = got.rpartition(b"HTTP/1.1 ")[2]
+        assert last.startswith(answered) and (not answered or json.loads(last.partition(b"\r\n\r\n")[2])["error"]["message"])
+
+
+def test_a_head_byte_by_byte(directory):
+    """Dripping does not start the time again; a whole head in time is answered, however long the answer takes."""
+    with serving(directory, settings={"head_timeout": 1.0}) as hasty:
+        with hasty.socket() as connection:
+            connection.settimeout(0.1)
+            started, got = time.monotonic(), b""
+            while not got and time.monotonic() - started < 20:
+                connection.sendall(b"A")
+                try:
+                    got = connection.recv(4096)
+                except TimeoutError:
+                    continue
+            assert b"408" in got.split(b"\r\n")[0]
+        release, step = threading.Event(), hasty.llm.engine.step
+        hasty.llm.engine.step = lambda: (release.wait(30), step())[1]
+        threading.Timer(2.5, release.set).start()
+        assert post(hasty, LONG | {"max_tokens": 2}).status_code == 200
+
+
+def check_disconnects(server, count):
+    """Clients that leave at random moments: before the answer, in it, with half a request sent."""
+    choose = random.Random(0)
+    for number in range(count):
+        body = raw(server, LONG | {"stream": bool(number % 2), "n": 1 + number % 3})
+        connection = server.socket()
+        connection.sendall(body if number % 5 else body[: choose.randrange(1, len(body))])
+        time.sleep(choose.random() * 0.05)
+        if choose.random() < 0.5:  # a reset instead of an end
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    server.wait_idle(10)
+    server.llm.cache.check_integrity()
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'dmc:num_requests_running{model_name="tiny"} 0.0' in text and 'num_requests_waiting{model_name="tiny"} 0.0' in text
+
+
+def test_disconnects(server):
+    check_disconnects(server, 20)
+
+
+@pytest.mark.slow
+def test_two_hundred_disconnects(server):
+    check_disconnects(server, 200)
 
 
 def test_a_slow_reader_holds_nobody_up(server):
