@@ -148,12 +148,12 @@ def test_a_fork_of_an_evicting_sequence_lives_alone():
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"recent": 0}, "recent=0"), ({"sinks": -1}, "sinks=-1"), ({"budget": 3}, "no setting budget; it has: sinks, recent"),
+    ({"recent": 0}, "recent=0"), ({"sinks": -1}, "sinks=-1"), ({"budget": 3}, "no setting budget; it has: sinks, recent, share"),
 ])
 def test_settings_that_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         policy("streaming", **settings)
     with pytest.raises(ValueError, match="none at all"):
         policy("dmc", budget=3)
-    with pytest.raises(ValueError, match="known: full, dmc, streaming"):
+    with pytest.raises(ValueError, match="known: full, dmc, streaming, h2o, tova"):
         policy("lru")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dmc.cache.policies.base import Entries, Policy
 from dmc.cache.policies.dmc import DmcPolicy
 from dmc.cache.policies.full import FullPolicy
+from dmc.cache.policies.h2o import H2OPolicy
 from dmc.cache.policies.streaming import StreamingPolicy
+from dmc.cache.policies.tova import TovaPolicy
 
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     FullPolicy,
     DmcPolicy,
     StreamingPolicy,
+    H2OPolicy,
+    TovaPolicy,
 )}
 
 __all__ = ["POLICIES", "Entries", "Policy", "policy"]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmc.cache.policies import budget
 from dmc.cache.policies.base import Entries, Policy
 
 
 class StreamingPolicy(Policy):
-    """A query sees the first ``sinks`` tokens and the newest ``recent``, itself among them.
+    """A query sees the first ``sinks`` tokens and the newest ``recent``, itself among them; those of a prompt too.
 
     Tokens keep the positions that they have in the text, so a text may be no longer than the model's positions; the
     paper numbers them anew inside the cache, which goes on for ever.
 
     Args:
         sinks: first tokens that stay.
-        recent: newest tokens that stay, at least 1.
+        recent: newest tokens that stay; at least 2, the query and the token before it.
+        share: None, or sinks and newest together as a part of the tokens so far; ``recent`` then says nothing.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -25,10 +27,15 @@ class StreamingPolicy(Policy):
     name = "streaming"
     evicts = True
 
-    def __init__(self, *, sinks: int = 4, recent: int = 252) -> None:
-        if sinks < 0 or recent < 1:
-            raise ValueError(f"streaming policy: sinks={sinks} must be at least 0 and recent={recent} at least 1")
-        self.sinks, self.recent = sinks, recent
+    def __init__(self, *, sinks: int = 4, recent: int = 252, share: float | None = None) -> None:
+        self.sinks = budget.check_count(self.name, "sinks", sinks, 0)
+        self.recent = budget.check_count(self.name, "recent", recent, 2)
+        self.share = budget.check_share(self.name, share)
+        if share is not None and sinks > budget.LEAST - 2:
+            raise ValueError(
+                f"streaming policy: sinks={sinks} must be at most {budget.LEAST - 2} beside a share, "
+                f"which can be as little as {budget.LEAST} tokens"
+            )
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing is merged; see `Policy.decide`."""
@@ -36,7 +43,8 @@ class StreamingPolicy(Policy):
 
     def visible(self, places: Tensor, queries: Tensor) -> Tensor:
         """See `Policy.visible`."""
-        return (places < self.sinks)[..., None, :] | (places[..., None, :] > queries[..., None] - self.recent)
+        recent = self.recent if self.share is None else budget.of_tokens(self.share, queries + 1)[..., None] - self.sinks
+        return (places < self.sinks)[..., None, :] | (places[..., None, :] > queries[..., None] - recent)
 
     def keep(self, entries: Entries) -> Tensor:
         """What the next query will see; see `Policy.keep`."""
@@ -44,4 +52,4 @@ class StreamingPolicy(Policy):
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""
-        return min(tokens, self.sinks + self.recent)
+        return min(tokens, self.sinks + self.recent if self.share is None else budget.of_tokens(self.share, tokens))

@@ -1,0 +1,69 @@
+"""Budgets of evicting policies: how many entries a query may see, and which have the highest scores."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+LEAST = 16
+"""Entries that a share of the tokens comes to at least: shorter texts are kept whole."""
+
+Count = TypeVar("Count", int, Tensor)
+
+
+def check_count(policy: str, setting: str, value: object, least: int) -> int:
+    """The value, if it is a whole number that is large enough.
+
+    Raises:
+        ValueError: if not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{policy} policy: {setting}={value} must be a whole number, at least {least}")
+    return value
+
+
+def check_share(policy: str, value: object) -> float | None:
+    """The value, if it is None or a share.
+
+    Raises:
+        ValueError: if not.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{policy} policy: share={value} must be above 0 and at most 1, a part of the tokens so far")
+    return float(value)
+
+
+def of_tokens(share: float, tokens: Count) -> Count:
+    """Entries that a query may see, itself among them, when so many tokens have been read, itself among them.
+
+    Args:
+        share: of the tokens.
+        tokens: a count, or int64 of any shape.
+    """
+    if isinstance(tokens, Tensor):
+        return (tokens.double() * share).ceil().long().clamp(min=LEAST)
+    return max(LEAST, math.ceil(tokens * share))
+
+
+def top(scores: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
+    """The entries with the highest scores: of equal ones, those further right.
+
+    Args:
+        scores: fp32 ``[R, N]``.
+        among: bool ``[R, N]``, entries that take part.
+        count: how many of each row; a number, or int64 ``[R, 1]``.
+
+    Returns:
+        bool ``[R, N]``; all that take part where they are no more than ``count``.
+    """
+    if not (among.sum(-1, keepdim=True) > count).any():
+        return among
+    order = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, stable=True)
+    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, place)
+    return among & (rank >= scores.shape[-1] - count)

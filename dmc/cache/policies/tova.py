@@ -1,0 +1,49 @@
+"""TOVA (Oren et al., arXiv 2401.06104): after each token, the one that its query attended to least goes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies import budget as budgets
+from dmc.cache.policies.base import Entries, Policy
+
+
+class TovaPolicy(Policy):
+    """A generated token's query sees ``budget`` tokens, itself and the one before it among them.
+
+    The score of a token is the softmax attention that it got from the newest query, averaged over all query heads of
+    the layer; so all heads of a layer keep the same tokens. A prompt's queries see the whole prompt; it is cut down
+    to the budget by the attention of its last query.
+
+    Args:
+        budget: tokens that a query sees, at least 2.
+        share: None, or the budget as a part of the tokens so far; ``budget`` then says nothing.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    name = "tova"
+    evicts = True
+    watches = "last"
+
+    def __init__(self, *, budget: int = 256, share: float | None = None) -> None:
+        self.budget = budgets.check_count(self.name, "budget", budget, 2)
+        self.share = budgets.check_share(self.name, share)
+
+    def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is merged; see `Policy.decide`."""
+        return torch.zeros_like(alpha), torch.ones_like(omega)
+
+    def keep(self, entries: Entries) -> Tensor:
+        """What the next query will see; see `Policy.keep`."""
+        # Nothing merges and all heads of a layer keep the same, so a column is the same token in each of them.
+        mean = entries.scores.unflatten(0, (-1, entries.heads)).mean(1, keepdim=True)
+        scores = mean.expand(-1, entries.heads, -1).flatten(0, 1)
+        whole = self.budget if self.share is None else budgets.of_tokens(self.share, entries.next[:, None] + 1)
+        return budgets.top(scores, entries.places >= 0, whole - 2)  # the tail and the next query are the other two
+
+    def most_entries(self, tokens: int) -> int:
+        """See `Policy.most_entries`."""
+        return min(tokens, self.budget if self.share is None else budgets.of_tokens(self.share, tokens))
