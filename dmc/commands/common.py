@@ -19,7 +19,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="Hugging Face directory: an export of this project, or a Llama")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--policy", default="dmc", metavar="NAME[:SETTING=VALUE,...]",
-                       help="which entries exist: dmc (default), full, or streaming such as streaming:sinks=4,recent=252")
+                       help="which entries exist: dmc (default), full, streaming (:sinks=4,recent=252), h2o "
+                            "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens instead")
     cache.add_argument("--codec", default="dense", help="how full pages are stored: dense (default), int8, fp8 or gear")
     cache.add_argument("--bits", type=int, help="gear: 2, 3, 4 (default) or 8")
     cache.add_argument("--backbone", help="gear: rotated (default), kivi, kcvt or token")

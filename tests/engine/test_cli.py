@@ -1,5 +1,6 @@
 """The console command: what it prints, and one sentence and exit code 2 for wrong use."""
 
+import json
 import re
 
 import pytest
@@ -46,6 +47,19 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     assert code == 0 and out.startswith(f"--- 1\n{text}\n--- 2\n") and "of prompt" in out
 
 
+@pytest.mark.parametrize("policy, entries", [
+    ("h2o:heavy=9,recent=8", 16), ("tova:budget=17", 16), ("streaming:sinks=2,recent=15", 16), ("h2o:share=0.25", 17),
+])
+def test_evicting_policies_by_name(capsys, directory, policy, entries):
+    """60 tokens and 10 more: between two steps a head holds what the next query may see, but itself."""
+    code, out, err = run(
+        capsys, "inspect", directory, "--prompt", "a" * 60, "--policy", policy, "--max-tokens", 11, "--device", "cpu", "--json",
+    )
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["tokens"] == 70 and figures["entries"] == entries * tiny.LAYERS * 2
+
+
 @pytest.mark.parametrize("arguments, said", [
     ((), "COMMAND"), (("serv",), "invalid choice: 'serv'"), (("generate",), "DIR"),
     (("generate", "DIR"), "--prompt TEXT or --prompt-file FILE"),
@@ -54,6 +68,7 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     (("generate", "DIR", "--prompt", "x", "--codec", "gear", "--bits", "four"), "invalid int value: 'four'"),
     (("generate", "DIR", "--prompt", "x", "--bits", "4"), "the dense codec has no setting bits"),
     (("generate", "DIR", "--prompt", "x", "--policy", "lru"), "known: full, dmc"),
+    (("generate", "DIR", "--prompt", "x", "--policy", "h2o:heavy=none"), "heavy=none must be a whole number"),
     (("generate", "DIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
     (("generate", "DIR", "--prompt", "x", "--kv-memory", "5parsec"), "'5parsec' is no size"),
     (("generate", "DIR", "--prompt", "x", "--max-tokens", "9999"), "10000 are more than the 256 positions"),
@@ -85,8 +100,6 @@ def test_memory_sizes(text, size):
 
 
 def test_inspect(capsys, directory, tmp_path):
-    import json
-
     file = tmp_path / "text.txt"
     file.write_text("some-text-of-a-file" * 5)
     common = ("inspect", directory, "--prompt-file", file, "--codec", "gear", "--page-size", "8", "--device", "cpu")
