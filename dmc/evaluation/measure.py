@@ -39,10 +39,13 @@ class Measurement:
         base_perplexity: of the uncompressed model on the same tokens.
         kl: mean KL(uncompressed || this), nats a token.
         kl_stderr: standard error of that mean over windows; None for one window.
+        kl_windows: mean of each window.
         agreement: share of steps at which both models find the same token likeliest.
         held_bytes: of one window's cache, mean; everything counted, see `KVCache.held`.
         dense_bytes: of a dense bf16 cache of the same tokens, mean.
         ratio: dense_bytes / held_bytes.
+        share: held_bytes / bytes of a dense bf16 cache of the base model, which can have more heads than this one; of this
+            model itself without a reference.
         held_bytes_end, dense_bytes_end, ratio_end: the same after the last step, mean over windows.
         held_end: ``held_bytes_end`` by kind.
         cr: measured compression ratio at the end, tokens / entries over all windows, layers and heads.
@@ -69,10 +72,12 @@ class Measurement:
     base_perplexity: float | None
     kl: float | None
     kl_stderr: float | None
+    kl_windows: list[float] | None
     agreement: float | None
     held_bytes: float
     dense_bytes: float
     ratio: float
+    share: float
     held_bytes_end: float
     dense_bytes_end: float
     ratio_end: float
@@ -208,7 +213,9 @@ def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: lis
 def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[_Run], seconds: float) -> Measurement:
     count, tokens = len(windows.tokens), windows.tokens.shape[1] - 1
     logprobs, held, dense = (torch.cat([getattr(run, name) for run in runs]) for name in ("logprobs", "held", "dense"))
-    kl = error = same = base = None
+    kl = error = each = same = base = None
+    tokens_mean = windows.prompt + (windows.scored + 1) / 2
+    uncompressed = tokens_mean * reference.token_bytes if reference else dense.mean().item()
     if reference:
         each = torch.cat([run.kl for run in runs]).mean(1)
         kl, error = each.mean().item(), each.std().item() / math.sqrt(count) if count > 1 else None
@@ -223,8 +230,10 @@ def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[
         text=windows.name, text_hash=windows.text_hash, windows_hash=windows.hash,
         windows=count, prompt_tokens=windows.prompt, scored_tokens=windows.scored,
         policy=cache.policy.name, codec=cache.rows.storage.codec.name, settings=_settings(llm),
-        perplexity=_perplexity(logprobs), base_perplexity=base, kl=kl, kl_stderr=error, agreement=same,
+        perplexity=_perplexity(logprobs), base_perplexity=base, kl=kl, kl_stderr=error,
+        kl_windows=each if each is None else each.tolist(), agreement=same,
         held_bytes=held.mean().item(), dense_bytes=dense.mean().item(), ratio=(dense.mean() / held.mean()).item(),
+        share=held.mean().item() / uncompressed,
         held_bytes_end=held[:, -1].mean().item(), dense_bytes_end=dense[:, -1].mean().item(),
         ratio_end=(dense[:, -1].mean() / held[:, -1].mean()).item(),
         held_end={kind: sum(end[kind] for end in ends) / count for kind in ends[0]},

@@ -54,6 +54,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def hardware(device: str) -> str:
+    """In words: the GPU's name, or the processor's with the threads that torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(

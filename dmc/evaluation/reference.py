@@ -36,6 +36,7 @@ class Reference:
         model: name of its directory.
         model_hash: see `dmc.evaluation.provenance.model_hash`.
         windows_hash: of the windows that it is for.
+        token_bytes: of the model's keys and values of one token in bf16.
     """
 
     hidden: Tensor
@@ -43,6 +44,7 @@ class Reference:
     model: str
     model_hash: str
     windows_hash: str
+    token_bytes: int
 
     def logprobs(self, rows: slice, place: int) -> Tensor:
         """Of windows ``rows`` at scored place ``place``: ``[rows, V]``, fp32 at least."""
@@ -87,7 +89,8 @@ def reference(
         hidden = _predict(model, windows)
         if path:
             _write(path, hidden)
-    return Reference(hidden, model.head, Path(directory).resolve().name, digest, windows.hash)
+    token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return Reference(hidden, model.head, Path(directory).resolve().name, digest, windows.hash, token_bytes)
 
 
 def check_fits(windows: Windows, vocabulary: int, positions: int, directory: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,30 +64,47 @@ def read_windows(text: str | Path, tokenizer: str | Path, *, prompt: int, scored
         ValueError: if the file is not there or no UTF-8, there is no tokenizer, or the text is too short; the sentence says
             how long it is.
     """
-    for name, value in (("prompt", prompt), ("scored", scored), ("windows", count)):
+    return cut_windows([_read(Path(text))], tokenizer, prompt=prompt, scored=scored, count=count, name=Path(text).name)
+
+
+def cut_windows(
+    texts: Sequence[str], tokenizer: str | Path, *, prompt: int, scored: int, count: int, name: str,
+) -> Windows:
+    """`read_windows` of several texts: each window lies within one, and long texts give more of them than short ones.
+
+    Args:
+        texts: at least one.
+        name: of them all.
+
+    Raises:
+        ValueError: as `read_windows`.
+    """
+    for setting, value in (("prompt", prompt), ("scored", scored), ("windows", count)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    content = _read(Path(text))
+            raise ValueError(f"{setting} must be at least 1, got {value}")
     made = Tokenizer(tokenizer, read_config(tokenizer).vocab_size)
     first = made.encode("")
-    tokens = made.inner.encode(content.decode(), add_special_tokens=False, verbose=False)
-    length = prompt + scored + 1 - len(first)
-    if length < 2 or len(tokens) < count * length:
+    length = max(2, prompt + scored + 1 - len(first))
+    tokens = [made.inner.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+    room = [len(part) // length for part in tokens]
+    if sum(room) < count:
         raise ValueError(
-            f"{text} has {len(tokens)} tokens, and {count} windows of {prompt} + {scored} need {max(2, length) * count}: give a "
-            "longer text, or ask for fewer or shorter windows"
+            f"{name} has {sum(map(len, tokens))} tokens in {len(texts)} texts, which give {sum(room)} windows of {prompt} + "
+            f"{scored}, and {count} are asked for: give a longer text, or ask for fewer or shorter windows"
         )
-    step = len(tokens) // count
-    rows = [first + tokens[i * step : i * step + length] for i in range(count)]
-    return Windows(torch.tensor(rows), prompt, Path(text).name, hashlib.sha256(content).hexdigest()[:16])
+    taken = [((i + 1) * count) // sum(room) - (i * count) // sum(room) for i in range(sum(room))]  # evenly, `count` in all
+    rows = []
+    for part, places in zip(tokens, room, strict=True):
+        chosen, taken = sum(taken[:places]), taken[places:]
+        rows += [part[i * (len(part) // chosen) :][:length] for i in range(chosen)]
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    return Windows(torch.tensor([first + row for row in rows]), prompt, name, digest)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        content.decode()
+        return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    return content

@@ -12,7 +12,7 @@ from dmc import LLM
 from dmc.evaluation.measure import measure, prefill
 from dmc.evaluation.provenance import model_hash
 from dmc.evaluation.reference import reference
-from dmc.evaluation.windows import Windows, read_windows
+from dmc.evaluation.windows import Windows, cut_windows, read_windows
 from tests.model import tiny
 
 PROMPT, SCORED = 21, 6
@@ -61,6 +61,7 @@ def test_kl_between_two_models_is_that_of_transformers(base, other, windows):
     result = measure(LLM(other, policy="full"), windows, reference=reference(base, windows, store=None))
     assert result.kl == pytest.approx(each.mean().item(), rel=1e-4)
     assert result.kl_stderr == pytest.approx(each.std().item() / math.sqrt(3), rel=1e-3)
+    assert result.share == pytest.approx(2 * result.held_bytes / result.dense_bytes)  # it has twice the base's heads
     assert result.agreement == pytest.approx((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
 
 
@@ -159,7 +160,7 @@ def test_windows_of_a_text(base, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"count": 7}, "100 tokens, and 7 windows of 10 . 5 need 112"), ({"scored": 0}, "scored must be at least 1"),
+    ({"count": 7}, "100 tokens in 1 texts, which give 6 windows"), ({"scored": 0}, "scored must be at least 1"),
     ({"prompt": 0}, "prompt must be at least 1"), ({"text": "no.txt"}, "no.txt cannot be read"),
     ({"text": "bytes.txt"}, "bytes.txt is not UTF-8"), ({"tokenizer": "none"}, "config.json"),
 ])
@@ -188,3 +189,11 @@ def test_wrong_measurements_are_refused(base, windows, tmp_path):
         measure(LLM(tiny.write(tmp_path / "small", small, tiny.weights(small))), windows)
     with pytest.raises(ValueError, match="at least one window"):
         Windows(windows.tokens[:, : PROMPT + 1], PROMPT)
+
+
+def test_windows_of_several_texts_stay_within_them(base):
+    texts = ["a" * 20, "b" * 5, "c" * 70, "d" * 33]
+    found = cut_windows(texts, base, prompt=5, scored=4, count=6, name="texts").tokens
+    assert found.shape == (6, 10) and (found == found[:, :1]).all()
+    letters = [chr(row[0] + 30) for row in found.tolist()]
+    assert letters == sorted(letters) and set(letters) == {"a", "c", "d"} and letters.count("c") >= 3

@@ -1,0 +1,141 @@
+"""The cells of a frontier: models x policies x codecs x budgets, from the registries of `dmc.cache`.
+
+What is registered is measured: a policy or codec without recipes of its own here comes with its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmc.cache import CODECS, POLICIES, codec, policy
+from dmc.model import read_config
+
+Value = float | int | str | None
+
+BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+CACHE_SETTINGS = ("page_size", "sink_tokens", "window", "exact_dtype")
+"""What a choice of codec may carry beside the codec's own settings; see `dmc.cache.KVCache`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy or a codec with its settings, ready to be made."""
+
+    name: str
+    settings: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        """As the command line writes it."""
+        words = ",".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.settings)
+        return f"{self.name}:{words}" if words else self.name
+
+
+def choose(name: str, **settings: Value) -> Choice:
+    """A `Choice`."""
+    return Choice(name, tuple(settings.items()))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement of a frontier."""
+
+    model: Path
+    policy: Choice
+    codec: Choice
+
+
+# Recipes of codecs; the first of each is the one that goes with policies that leave entries out.
+RECIPES: dict[str, tuple[Choice, ...]] = {
+    "dense": (choose("dense", dtype="bf16"),),
+    "gear": (
+        choose("gear", bits=4, backbone="kcvt", rank=4, outliers=0.02, page_size=64),
+        choose("gear", bits=2, backbone="kivi", rank=4, outliers=0.02, page_size=64),
+    ),
+    "gear-4bit": (choose("gear-4bit", page_size=32), choose("gear-4bit")),
+    "gear-3bit": (choose("gear-3bit", page_size=32), choose("gear-3bit")),
+    "gear-2bit": (choose("gear-2bit", page_size=32), choose("gear-2bit")),
+}
+"""By the name of the codec: the published settings of each method, and the presets with long and short pages."""
+WITH_EVICTION = ("dense", "gear-4bit", "gear-2bit")
+"""Codecs that the default grid crosses with policies that leave entries out, at every budget."""
+
+
+def codec_choices() -> list[Choice]:
+    """Every registered codec, in the recipes that the default grid has of it."""
+    return [choice for name in CODECS for choice in RECIPES.get(name, (choose(name),))]
+
+
+def cells(
+    models: Sequence[Path], *, policies: Sequence[Choice] | None = None, codecs: Sequence[Choice] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+) -> list[Cell]:
+    """All measurements of a grid, those with the same model and policy one after the other.
+
+    Args:
+        models: directories, the base first.
+        policies: None: all that a model can run. One with a setting "share" that does not give it is crossed with the
+            budgets.
+        codecs: crossed with every policy. None: all of them for policies that keep every token and for retrofitted
+            models; those of `WITH_EVICTION` for policies that evict by a budget.
+        budgets: shares of the tokens.
+
+    Raises:
+        ValueError: if a name or setting is unknown or not allowed, a budget is out of range, a directory is no model, or
+            no cell is left.
+    """
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget {budget} must be above 0 and at most 1: a share of the tokens, such as 1/4")
+    for choice in policies or ():
+        policy(choice.name, **dict(choice.settings))
+    for choice in codecs or ():
+        codec(choice.name, **codec_settings(choice)[0])
+    made = []
+    for model in models:
+        for chosen in _policies(model, policies, budgets):
+            evicts = "share" in dict(chosen.settings)
+            made += [Cell(model, chosen, stored) for stored in codecs or (_with_eviction() if evicts else codec_choices())]
+    made = list(dict.fromkeys(made))
+    if not made:
+        names = ", ".join(str(choice) for choice in policies or ())
+        raise ValueError(f"no model of these runs any of the policies {names}: retrofitted models run their own policy alone")
+    return made
+
+
+def codec_settings(choice: Choice) -> tuple[dict[str, Value], dict[str, Value]]:
+    """(settings of the codec, settings of the cache) of a choice of codec."""
+    own = {name: value for name, value in choice.settings if name not in CACHE_SETTINGS}
+    return own, {name: value for name, value in choice.settings if name in CACHE_SETTINGS}
+
+
+def runnable(model: Path) -> list[str]:
+    """Names of the policies that make sense for a model: a retrofitted one runs what it was trained for, a plain one the rest.
+
+    Raises:
+        ValueError: if the directory holds no model.
+    """
+    config = read_config(model)
+    if config.decision is None:
+        return [name for name in POLICIES if name not in LEARNT]
+    return [getattr(config, "method", "dmc")]
+
+
+LEARNT = ("dmc", "dms")
+"""Policies whose decisions a model must have been trained to make."""
+
+
+def _policies(model: Path, policies: Sequence[Choice] | None, budgets: Sequence[float]) -> Iterator[Choice]:
+    able = runnable(model)
+    for choice in policies or [choose(name) for name in able]:
+        if choice.name not in able:
+            continue
+        if "share" in POLICIES[choice.name].settings() and not choice.settings:
+            yield from (choose(choice.name, share=budget) for budget in budgets)
+        else:
+            yield choice
+
+
+def _with_eviction() -> list[Choice]:
+    return [RECIPES[name][0] for name in WITH_EVICTION if name in CODECS]
