@@ -12,24 +12,13 @@ from torch import Tensor
 
 from dmc.functional import importance, round_alpha
 from dmc.model.config import ModelConfig, read_config
+from dmc.model.linear import Linear
 from dmc.model.rope import Rope
 from dmc.model.weights import Weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [N, Hq, D], key and value [N, H, D], alpha and omega [N, H]) → [N, Hq, D], for N tokens of whichever
 sequences. Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model)."""
-
-
-@dataclass
-class Linear:
-    """``x Wᵀ + b``; several of a layer's projections of the same input are stacked into one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[..., in] → [..., out]``."""
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass
@@ -69,9 +58,10 @@ class Llama:
         self.embedding = tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [_layer(config, tensor, f"model.layers.{i}") for i in range(config.num_hidden_layers)]
         self.norm = tensor("model.norm.weight", config.hidden_size)
-        self.head = self.embedding
+        head = self.embedding
         if not config.tie_word_embeddings:
-            self.head = tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+            head = tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+        self._predict = Linear(head)
 
     @classmethod
     def load(cls, directory: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
@@ -95,9 +85,14 @@ class Llama:
             x = x + layer.down(F.silu(gate) * up)
         return self._normed(x, self.norm)
 
+    @property
+    def head(self) -> Tensor:
+        """What makes logits of hidden states, ``[vocabulary, hidden]``."""
+        return self._predict.dense()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., hidden] → [..., vocabulary]``, in fp32 at least."""
-        return F.linear(hidden, self.head).to(_work(self.dtype))
+        return self._predict(hidden).to(_work(self.dtype))
 
     def _attention(self, index: int, layer: Layer, x: Tensor, attend: Attend) -> Tensor:
         config = self.config
