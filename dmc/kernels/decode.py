@@ -18,7 +18,10 @@ KINDS = {
     "int8": ("k_codes", "k_scale", "v_codes", "v_scale"),
     "fp8": ("k_numbers", "k_scale", "v_numbers", "v_scale"),
     "gear": ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"),  # and outliers, places, left, right
+    "trellis": ("k_codes", "k_scale", "k_top", "v_codes", "v_scale", "v_top"),  # and mean, unit
 }
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths, the low bits first
+SCALE_STEPS, NO_SCALE = 32, 255  # of trellis pages: code c stands for 2 ** (-c / 32) of the page's top, 255 for 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,30 @@ class Gear:
 
 
 @dataclass(frozen=True)
+class Trellis:
+    """How GEAR pages with the rotated backbone are laid out: ``x = (levels * scale + mean) Rᵀ`` (docs/kernels.md).
+
+    Attributes:
+        page: entries of a page, P.
+        head_size: D.
+        key, value: ``(values, bits)`` of each stretch of a vector, one or two that add up to D.
+        levels: by bits, fp32 ``[2 ** (bits + 1)]``, what codes of so many bits stand for.
+        rotation: R, fp32 ``[D, D]``.
+    """
+
+    page: int
+    head_size: int
+    key: tuple[tuple[int, int], ...]
+    value: tuple[tuple[int, int], ...]
+    levels: dict[int, Tensor]
+    rotation: Tensor
+
+    def stretches(self, part: str) -> tuple[tuple[int, int], ...]:
+        """Those of "k" or "v"."""
+        return self.key if part == "k" else self.value
+
+
+@dataclass(frozen=True)
 class Paged:
     """What decode reads, as the page pool holds it: views of its memory, and tables of int32. Nothing is copied.
 
@@ -65,7 +92,7 @@ class Paged:
         encoded_table, open_table: ``[rows, columns]``, pages of each row in order.
         encoded_count: ``[rows]``, encoded pages of each row.
         exact_count: ``[rows]``, exact entries of each row.
-        gear: layout of the pages of kind "gear", whose fields are those of `dmc.cache.codecs.gear`.
+        gear: layout of the pages of kind "gear" or "trellis", whose fields are those of `dmc.cache.codecs.gear`.
     """
 
     kind: str
@@ -75,7 +102,7 @@ class Paged:
     open_table: Tensor
     encoded_count: Tensor
     exact_count: Tensor
-    gear: Gear | None = None
+    gear: Gear | Trellis | None = None
 
     @property
     def page(self) -> int:
@@ -85,8 +112,11 @@ class Paged:
     def __post_init__(self) -> None:  # noqa: D105
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of pages {self.kind!r}; known: {', '.join(KINDS)}")
-        if (self.kind == "gear") != (self.gear is not None):
-            raise ValueError(f"{self.kind} pages and gear={self.gear}: a Gear goes with pages of kind gear, and with no others")
+        if type(self.gear) is not {"gear": Gear, "trellis": Trellis}.get(self.kind, type(None)):
+            raise ValueError(
+                f"{self.kind} pages and gear={self.gear}: a Gear goes with pages of kind gear, a Trellis with those of "
+                "kind trellis, and nothing with others"
+            )
         missing = [name for name in KINDS[self.kind] if name not in self.encoded]
         if missing:
             raise ValueError(f"{self.kind} pages have the fields {', '.join(KINDS[self.kind])}; missing: {', '.join(missing)}")
@@ -145,7 +175,9 @@ def _decoded(paged: Paged, part: str, pages: Tensor, work: torch.dtype) -> Tenso
     if paged.kind == "dense":
         return paged.encoded[part][pages].to(work)
     if paged.kind == "gear":
-        return _gear_page({k[2:]: x[pages] for k, x in paged.encoded.items() if k[0] == part}, paged.gear, part, work)
+        return _gear_page(_fields(paged, part, pages), paged.gear, part, work)
+    if paged.kind == "trellis":
+        return _trellis_page(_fields(paged, part, pages), paged.gear, part, work)
     if paged.kind == "int8":
         codes = paged.encoded[f"{part}_codes"][pages].to(work)
     else:
@@ -153,16 +185,27 @@ def _decoded(paged: Paged, part: str, pages: Tensor, work: torch.dtype) -> Tenso
     return codes * paged.encoded[f"{part}_scale"][pages].to(work)[..., None]
 
 
+def _fields(paged: Paged, part: str, pages: Tensor) -> dict[str, Tensor]:
+    return {name[2:]: field[pages] for name, field in paged.encoded.items() if name[0] == part}
+
+
+def _unpacked(packed: Tensor, start: int, total: int, bits: int) -> tuple[Tensor, int]:
+    """``total`` codes from byte ``start`` on, int32, and the byte behind them."""
+    index = torch.arange(total, device=packed.device)
+    codes, shift = 0, 0
+    for width in PLANES[bits]:
+        stretch = -(-total * width // 8)
+        plane = packed[..., start + index % stretch].int() >> (index // stretch * width)
+        codes = codes + ((plane & ((1 << width) - 1)) << shift)
+        start, shift = start + stretch, shift + width
+    return codes, start
+
+
 def _gear_page(fields: dict[str, Tensor], gear: Gear, part: str, work: torch.dtype) -> Tensor:
     """``[..., P, D]``: backbone, outliers and low-rank part added up."""
     total, (groups, size) = gear.page * gear.head_size, gear.groups(part)
     index = torch.arange(total, device=fields["codes"].device)
-    codes, start, shift = 0, 0, 0
-    for width in {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}[gear.bits]:
-        stretch = -(-total * width // 8)
-        plane = fields["codes"][..., start + index % stretch].int() >> (index // stretch * width)
-        codes = codes + ((plane & ((1 << width) - 1)) << shift)
-        start, shift = start + stretch, shift + width
+    codes, _ = _unpacked(fields["codes"], 0, total, gear.bits)
     vectors, length = (gear.head_size, gear.page) if gear.channel(part) else (gear.page, gear.head_size)
     at = index // length * groups + index % length // size
     x = codes.to(work) * fields["scale"].to(work)[..., at] + fields["zero"].to(work)[..., at]
@@ -175,3 +218,23 @@ def _gear_page(fields: dict[str, Tensor], gear: Gear, part: str, work: torch.dty
     if "left" in fields:
         x = x + fields["left"].to(work) @ fields["right"].to(work).transpose(-1, -2)
     return x
+
+
+def _trellis_page(fields: dict[str, Tensor], layout: Trellis, part: str, work: torch.dtype) -> Tensor:
+    """``[..., P, D]``: levels, found by the path that each code's lowest bit is part of, scaled, shifted, rotated back."""
+    codes, start = [], 0
+    for count, bits in layout.stretches(part):
+        some, start = _unpacked(fields["codes"], start, layout.page * count, bits)
+        codes.append(some.unflatten(-1, (layout.page, count)))
+    code = torch.cat(codes, dim=-1)
+    once, twice = (torch.nn.functional.pad(code, (by, 0))[..., : layout.head_size] & 1 for by in (1, 2))
+    index = 2 * ((code & 1) ^ twice) + once + 2 * (code & ~1)
+    widths = [count for count, _ in layout.stretches(part)]
+    levels = torch.cat([
+        layout.levels[bits].to(work)[some] for (_, bits), some in zip(layout.stretches(part), index.split(widths, -1), strict=True)
+    ], dim=-1)
+    scale = torch.exp2(fields["scale"].to(work) / -SCALE_STEPS) * fields["top"].to(work)
+    x = levels * scale.masked_fill(fields["scale"] == NO_SCALE, 0.0)[..., None]
+    if "mean" in fields:
+        x = x + (fields["mean"].to(work) * fields["unit"].to(work))[..., None, :]
+    return x @ layout.rotation.to(work).T

@@ -58,6 +58,10 @@ def decode(
         from dmc.kernels.gear_triton import launch
 
         launch((programs,), arguments, paged, constants)
+    elif paged.kind == "trellis":
+        from dmc.kernels.trellis_triton import launch
+
+        launch((programs,), arguments, paged, constants)
     else:
         keys, values = (paged.encoded[name] for name in _sides(paged.kind))
         key_scale, value_scale = (paged.encoded.get(f"{part}_scale") for part in "kv")
@@ -68,10 +72,13 @@ def decode(
             vp=values.stride(0), ksp=0 if key_scale is None else key_scale.stride(0),
             vsp=0 if value_scale is None else value_scale.stride(0), PAGE=page, SCALED=key_scale is not None, **constants,
         )
+    # Trellis pages are summed in their own rotated space; rotating back once is all that remains.
+    turned = torch.empty(rows, groups, size, dtype=torch.float32, device=query.device) if paged.kind == "trellis" else None
     _together[(rows, groups)](
-        query, own_key, own_value, ends, sums, parts, out, scale * LOG2E.value, **sizes, num_warps=1
+        query, own_key, own_value, ends, encoded_pieces, sums, parts, out, out if turned is None else turned,
+        scale * LOG2E.value, TURNED=turned is not None, **sizes, num_warps=1,
     )
-    return out
+    return out if turned is None else (out + turned @ paged.gear.rotation.T).to(query.dtype)
 
 
 def _sides(kind: str) -> tuple[str, str]:
@@ -173,9 +180,10 @@ def attend_piece(
 
 @triton.jit
 def _together(
-    query, own_key, own_value, ends, sums, parts, out, scale, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    query, own_key, own_value, ends, encoded_pieces, sums, parts, out, turned, scale,
+    TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
-    """The pieces of one row and one query of its group, and the query's own state."""
+    """The pieces of one row and one query of its group, and the query's own state; what is rotated goes apart."""
     row, g = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     at = row.to(tl.int64) * D + d
@@ -183,12 +191,23 @@ def _together(
     top = tl.sum(q * tl.load(own_key + at, d < D, 0.0).to(tl.float32), 0) * scale
     total = 1.0
     acc = tl.load(own_value + at, d < D, 0.0).to(tl.float32)
-    for item in range(tl.load(ends + row - 1, row > 0, 0), tl.load(ends + row)):
+    rotated = tl.zeros((BLOCK,), tl.float32)
+    first = tl.load(ends + row - 1, row > 0, 0)
+    coded = first + tl.load(encoded_pieces + row)
+    for item in range(first, tl.load(ends + row)):
         i = tl.full((), 0, tl.int64) + item
         piece_top = tl.load(sums + i * 2 * G + g)
         new_top = tl.maximum(top, piece_top)
         old, new = tl.exp2(top - new_top), tl.exp2(piece_top - new_top)
         total = total * old + tl.load(sums + i * 2 * G + G + g) * new
-        acc = acc * old + tl.load(parts + (i * G + g) * D + d, d < D, 0.0) * new
+        part = tl.load(parts + (i * G + g) * D + d, d < D, 0.0) * new
+        if TURNED:
+            acc = acc * old + tl.where(item < coded, 0.0, part)
+            rotated = rotated * old + tl.where(item < coded, part, 0.0)
+        else:
+            acc = acc * old + part
         top = new_top
-    tl.store(out + (row.to(tl.int64) * G + g) * D + d, (acc / total).to(out.dtype.element_ty), d < D)
+    to = (row.to(tl.int64) * G + g) * D + d
+    tl.store(out + to, (acc / total).to(out.dtype.element_ty), d < D)
+    if TURNED:
+        tl.store(turned + to, rotated / total, d < D)

@@ -44,20 +44,30 @@ def launch(grid: tuple[int], arguments: dict, paged, constants: dict) -> None:  
 
 
 @triton.jit
-def _plane(codes, index, TOTAL: tl.constexpr, WIDTH: tl.constexpr, mask):
-    """Plane of WIDTH bits: element ``index`` lies in byte ``index % stretch``, at place ``index // stretch``."""
+def plane(codes, index, TOTAL: tl.constexpr, WIDTH: tl.constexpr, mask):
+    """Plane of WIDTH bits: element ``index`` lies in byte ``index % stretch``, at place ``index // stretch``; int32."""
     stretch: tl.constexpr = (TOTAL * WIDTH + 7) // 8
     byte = tl.load(codes + index % stretch, mask, 0).to(tl.int32)
     return (byte >> (index // stretch * WIDTH)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
-def _codes(codes, index, TOTAL: tl.constexpr, BITS: tl.constexpr, mask):
+def packed(codes, index, TOTAL: tl.constexpr, BITS: tl.constexpr, mask):
+    """Codes of BITS bits, cut into planes as `dmc.kernels.decode.PLANES` says; int32."""
     if BITS == 3:
-        low = _plane(codes, index, TOTAL, 2, mask)
-        return (low + _plane(codes + (TOTAL * 2 + 7) // 8, index, TOTAL, 1, mask) * 4).to(tl.float32)
+        return plane(codes, index, TOTAL, 2, mask) + plane(codes + (TOTAL * 2 + 7) // 8, index, TOTAL, 1, mask) * 4
+    elif BITS > 4 and BITS < 8:
+        rest = codes + (TOTAL * 4 + 7) // 8
+        low = plane(codes, index, TOTAL, 4, mask)
+        if BITS == 5:
+            return low + plane(rest, index, TOTAL, 1, mask) * 16
+        low += plane(rest, index, TOTAL, 2, mask) * 16
+        if BITS == 6:
+            return low
+        else:
+            return low + plane(rest + (TOTAL * 2 + 7) // 8, index, TOTAL, 1, mask) * 64
     else:
-        return _plane(codes, index, TOTAL, BITS, mask).to(tl.float32)
+        return plane(codes, index, TOTAL, BITS, mask)
 
 
 @triton.jit
@@ -71,7 +81,7 @@ def _base(
     else:
         vector, place, LENGTH = n[:, None], d[None, :], D
     at = vector * GROUPS + place // GROUP
-    x = _codes(codes, vector * LENGTH + place, PAGE * D, BITS, mask) * tl.load(scale + at, mask, 0.0).to(tl.float32)
+    x = packed(codes, vector * LENGTH + place, PAGE * D, BITS, mask).to(tl.float32) * tl.load(scale + at, mask, 0.0).to(tl.float32)
     x += tl.load(zero + at, mask, 0.0).to(tl.float32)
     for i in tl.static_range(OUTLIERS):
         if KEYS:  # of each channel, by entry

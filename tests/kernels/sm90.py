@@ -130,6 +130,28 @@ def decoding_gear(size, dtype, *, bits=4, groups=4, page=32, rows=64, rank=1):
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
+def decoding_trellis(size, dtype, *, bits=4, groups=4, page=32, rows=64):
+    """The launches of one decode step over trellis pages, as the project's codec lays them out."""
+    from dmc.cache.codecs import trellis
+    from dmc.cache.codecs.gear import GearCodec
+    from dmc.kernels.decode import Paged, Trellis
+    from dmc.kernels.decode_triton import decode
+
+    codec, pool, fields, start = GearCodec(bits), torch.zeros(2, 1 << 15, dtype=torch.uint8), {}, 0
+    for name, (kind, shape) in codec.layout(page, size, dtype).items():
+        start, nbytes = -(-start // 16) * 16, torch.Size(shape).numel() * kind.itemsize
+        fields[name] = pool[:, start : start + nbytes].view(kind).unflatten(-1, shape)
+        start += nbytes
+    sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
+    levels = {bits: trellis.levels(bits) for side in sides for _, bits in side}
+    layout = Trellis(page, size, *sides, levels, torch.zeros(size, size))
+    opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    own = torch.zeros(rows, size, dtype=dtype)
+    cache = Paged("trellis", fields, opened, table, table, count, count, layout)
+    decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
+
+
 def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
     """The launch of one prompt."""
     from dmc.kernels.prefill_triton import prefill
@@ -156,6 +178,7 @@ def main():
                 prefilling(size, torch.bfloat16)
                 for bits, groups in ((4, 1), (4, 4), (3, 1)):
                     decoding_gear(size, torch.bfloat16, bits=bits, groups=groups)
+                    decoding_trellis(size, torch.bfloat16, bits=bits, groups=groups)
     for name, constants, registers, spilled, shared in recorder.found:
         short = {k: v for k, v in constants.items() if k != "PRECISION" and v is not None}
         print(f"{name:24s} registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  {short}")

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from dmc.cache.codecs import trellis
 from dmc.cache.codecs.gear import BACKBONES, GearCodec
-from dmc.kernels.decode import KINDS, Gear, Paged, decode_attention, decode_reference
+from dmc.cache.codecs.rotated import rotation
+from dmc.kernels.decode import KINDS, Gear, Paged, Trellis, decode_attention, decode_reference
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poison")
-PLAIN = [kind for kind in KINDS if kind != "gear"]
+PLAIN = [kind for kind in KINDS if kind not in ("gear", "trellis")]
 
 
 def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, columns=None, seed=0):
@@ -97,17 +99,17 @@ def test_low_precision_queries():
 
 
 def test_unknown_pages_are_refused():
-    with pytest.raises(ValueError, match="unknown kind of pages 'zip'; known: dense, int8, fp8, gear"):
+    with pytest.raises(ValueError, match="unknown kind of pages 'zip'; known: dense, int8, fp8, gear, trellis"):
         Paged("zip", {}, {}, *[torch.zeros(1)] * 4)
     with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
         Paged("int8", {}, {}, *[torch.zeros(1)] * 4)
 
 
-def gear_pages(size, page, *, dtype=torch.float32, **settings):
+def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     """Rows over pages that the project's codec encoded, in one byte pool; and the keys and values that it decodes."""
     g = torch.Generator().manual_seed(0)
     codec = GearCodec(**settings)
-    keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3)
+    keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3) * scaled_by
     blocks = codec.encode(keys, values)
     order = sorted(blocks.tensors, key=lambda name: -blocks.tensors[name].element_size())
     flat = torch.cat([blocks.tensors[name].reshape(6, -1).view(torch.uint8) for name in order], dim=1)
@@ -119,14 +121,25 @@ def gear_pages(size, page, *, dtype=torch.float32, **settings):
         width = x[0].numel() * x.element_size()
         fields[name] = memory[:, offset : offset + width].view(x.dtype).unflatten(-1, x.shape[1:])
         offset += width
-    (k_axis, k_grouped), (v_axis, _) = BACKBONES[settings["backbone"]]
-    layout = Gear(settings["bits"], page, size, k_axis == "channel", v_axis == "channel",
-                  settings.get("group", 64) if k_grouped else None)
+    layout = trellis_layout(codec, page, size) if settings["backbone"] == "rotated" else min_max_layout(page, size, settings)
     tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1, 2], [3, 0], [4, 0]])
     counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
     opened = {name: torch.randn(6, 12, size, generator=g).to(DEVICE, dtype) for name in "kv"}
     small = [x.int().to(DEVICE) for x in (*tables, *counts)]
-    return Paged("gear", fields, opened, *small, layout), codec.decode(blocks)
+    kind = "trellis" if settings["backbone"] == "rotated" else "gear"
+    return Paged(kind, fields, opened, *small, layout), codec.decode(blocks)
+
+
+def min_max_layout(page, size, settings):
+    (k_axis, k_grouped), (v_axis, _) = BACKBONES[settings["backbone"]]
+    grouped = settings.get("group", 64) if k_grouped else None
+    return Gear(settings["bits"], page, size, k_axis == "channel", v_axis == "channel", grouped)
+
+
+def trellis_layout(codec, page, size):
+    sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
+    levels = {bits: trellis.levels(bits).to(DEVICE) for side in sides for _, bits in side}
+    return Trellis(page, size, *sides, levels, rotation(size, torch.zeros(1)).to(DEVICE))
 
 
 GEARS = [dict(bits=bits, backbone=backbone) for bits, backbone in ((4, "kivi"), (3, "kcvt"), (2, "token"))]
@@ -145,6 +158,47 @@ def test_gear_pages(settings, groups):
     index = torch.tensor([2, 0, 1], device=DEVICE)
     for backend in ("sdpa", "triton"):
         torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
+
+
+TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bits=6.5, value_bits=1), dict(key_bits=7, value_bits=5)]
+
+
+@pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_trellis_pages(settings, groups):
+    """Every width of codes, one stretch and two; against the twin, and the twin against the codec that wrote the pages."""
+    cache, (keys, values) = gear_pages(16, 16, backbone="rotated", **settings)
+    inputs = queries(3, groups, 16)
+    check(cache, inputs, [2, 0, 1], floor=3e-6)
+    entries = [torch.cat([x[5], own[2][None]]) for x, own in zip((keys.to(DEVICE), values.to(DEVICE)), inputs[1:], strict=True)]
+    expected = ((inputs[0][2] @ entries[0].T) * 16**-0.5).softmax(-1) @ entries[1]
+    index = torch.tensor([2, 0, 1], device=DEVICE)
+    for backend in ("sdpa", "triton"):
+        torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_trellis_pages_with_constant_entries():
+    """Entries of zeros (scale code 255) and equal entries."""
+    cache, _ = gear_pages(16, 16, backbone="rotated", bits=4, scaled_by=torch.tensor([0.0, 1.0]).repeat(8)[:, None])
+    check(cache, queries(3, 2, 16), [2, 0, 1], floor=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 80, 96])
+@pytest.mark.parametrize("page", [16, 32])
+def test_trellis_matrix_in_the_interpreter(size, page):
+    cache, _ = gear_pages(size, page, backbone="rotated", bits=3)
+    check(cache, queries(3, 4, size), [2, 0, 1], floor=3e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trellis_pages_on_a_gpu(settings, size, groups, dtype):
+    cache, _ = gear_pages(size, 32, dtype=dtype, backbone="rotated", **settings)
+    check(cache, queries(3, groups, size, dtype), [2, 0, 1], floor=5e-3)
 
 
 @pytest.mark.gpu
