@@ -229,12 +229,10 @@ def _trellis_page(fields: dict[str, Tensor], layout: Trellis, part: str, work: t
     code = torch.cat(codes, dim=-1)
     once, twice = (torch.nn.functional.pad(code, (by, 0))[..., : layout.head_size] & 1 for by in (1, 2))
     index = 2 * ((code & 1) ^ twice) + once + 2 * (code & ~1)
-    widths = [count for count, _ in layout.stretches(part)]
-    levels = torch.cat([
-        layout.levels[bits].to(work)[some] for (_, bits), some in zip(layout.stretches(part), index.split(widths, -1), strict=True)
-    ], dim=-1)
+    counts, widths = zip(*layout.stretches(part), strict=True)
+    levels = [layout.levels[bits].to(work)[some] for bits, some in zip(widths, index.split(counts, -1), strict=True)]
     scale = torch.exp2(fields["scale"].to(work) / -SCALE_STEPS) * fields["top"].to(work)
-    x = levels * scale.masked_fill(fields["scale"] == NO_SCALE, 0.0)[..., None]
+    x = torch.cat(levels, dim=-1) * scale.masked_fill(fields["scale"] == NO_SCALE, 0.0)[..., None]
     if "mean" in fields:
         x = x + (fields["mean"].to(work) * fields["unit"].to(work))[..., None, :]
     return x @ layout.rotation.to(work).T

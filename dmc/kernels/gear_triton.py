@@ -81,7 +81,8 @@ def _base(
     else:
         vector, place, LENGTH = n[:, None], d[None, :], D
     at = vector * GROUPS + place // GROUP
-    x = packed(codes, vector * LENGTH + place, PAGE * D, BITS, mask).to(tl.float32) * tl.load(scale + at, mask, 0.0).to(tl.float32)
+    x = packed(codes, vector * LENGTH + place, PAGE * D, BITS, mask).to(tl.float32)
+    x *= tl.load(scale + at, mask, 0.0).to(tl.float32)
     x += tl.load(zero + at, mask, 0.0).to(tl.float32)
     for i in tl.static_range(OUTLIERS):
         if KEYS:  # of each channel, by entry

@@ -7,7 +7,6 @@ three are unpacked from the page, the level comes from a table of a few hundred 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 

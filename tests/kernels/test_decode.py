@@ -160,7 +160,8 @@ def test_gear_pages(settings, groups):
         torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
 
 
-TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bits=6.5, value_bits=1), dict(key_bits=7, value_bits=5)]
+TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bits=6.5, value_bits=1),
+             dict(key_bits=7, value_bits=5)]
 
 
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
