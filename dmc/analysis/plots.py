@@ -24,7 +24,7 @@ def plot_training(
     Raises:
         ValueError: if a line is no JSON object, or a file has no loss at all.
     """
-    plt = _pyplot()
+    plt = pyplot()
     run = _read(metrics_jsonl)
     loss = "lm_loss" if any("lm_loss" in line for line in run) else "loss"
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 2), layout="constrained")
@@ -64,7 +64,7 @@ def plot_heads(cr: Sequence[Sequence[float]], out_png: str | Path) -> None:
         raise ValueError("cr must be a list of layers with the same number of heads, at least one of each")
     if not all(1 <= value < float("inf") for row in rows for value in row):
         raise ValueError("a compression ratio must be a finite number of at least 1")
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.colors import LogNorm
 
     layers, heads = len(rows), len(rows[0])
@@ -91,7 +91,8 @@ def _mark_ratios(bar: object, largest: float) -> None:
     bar.minorticks_off()
 
 
-def _pyplot():  # noqa: ANN202 - matplotlib is imported only where something is drawn
+def pyplot():  # noqa: ANN201 - matplotlib is imported only where something is drawn
+    """matplotlib.pyplot, for drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -18,7 +18,7 @@ def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 
 
     Returns:
         Tokens, bytes and ratios of all texts together: ``cr`` counts tokens / entries, ``byte_ratio`` bytes of dense
-        bf16 / bytes held.
+        bf16 / bytes held, ``pages`` those of the pool that the texts held when they were done, shared ones for each.
 
     Raises:
         ValueError: if a text cannot be fed; see `LLM.generate`. Or if the pool is too small for it.
@@ -31,6 +31,7 @@ def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 
         "policy": llm.cache.policy.name, "codec": storage.codec.name, "page_size": storage.page_size,
         "page_bytes": pool.page_bytes, "sink_tokens": storage.sink_tokens, "window": storage.window,
         "tokens": stats.cached_tokens, "entries": int(stats.entries.sum()), "cr": stats.cr,
+        "pages": (stats.held["pages"] + stats.held["exact"]) // pool.page_bytes,
         "held": stats.held, "held_bytes": stats.held_bytes, "shared_bytes": stats.shared_bytes,
         "dense_bytes": stats.dense_bytes, "byte_ratio": stats.ratio,
         "codec_error": dict(zip(("keys", "values"), stats.codec_error, strict=True)),
@@ -48,9 +49,10 @@ def as_text(figures: dict) -> str:
     held = ", ".join(f"{kind} {size:,}" for kind, size in figures["held"].items())
     error = figures["codec_error"]
     lines = [
-        f"{figures['policy']} x {figures['codec']}: pages of {figures['page_size']} entries and {figures['page_bytes']:,} bytes, "
+        f"{figures['policy']} x {figures['codec']}: pages of {figures['page_size']} entries, "
         f"{figures['sink_tokens']} sinks, window {figures['window']}",
         f"{figures['tokens']:,} tokens in {figures['entries']:,} entries of all layers and heads: CR {figures['cr']:.2f}",
+        f"pool: {figures['pages']:,} pages of {figures['page_bytes']:,} bytes",
         f"held {figures['held_bytes']:,} bytes ({held}); dense bf16 {figures['dense_bytes']:,} bytes: "
         f"{figures['byte_ratio']:.2f} x",
         f"codec error (relative, sampled): keys {error['keys']:.4f}, values {error['values']:.4f}",

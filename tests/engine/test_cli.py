@@ -105,7 +105,7 @@ def test_inspect(capsys, directory, tmp_path):
     common = ("inspect", directory, "--prompt-file", file, "--codec", "gear", "--page-size", "8", "--device", "cpu")
     code, out, err = run(capsys, *common)
     assert code == 0 and err == ""
-    assert "dmc x gear: pages of 8 entries" in out and "codec error" in out and out.count("\n") == 7 + tiny.LAYERS
+    assert "dmc x gear: pages of 8 entries" in out and "codec error" in out and out.count("\n") == 8 + tiny.LAYERS
     code, out, _ = run(capsys, *common, "--json")
     figures = json.loads(out)
     assert figures["tokens"] == 95 and figures["held_bytes"] == sum(figures["held"].values())
