@@ -4,8 +4,8 @@
     dmc serve DIR --codec gear --kv-memory 2GiB
     dmc inspect DIR --prompt-file text.txt --codec gear
 
-Wrong use ends with one sentence on stderr and exit code 2. A command is a line in `COMMANDS`: its help, a function
-that adds its flags to a parser, and one that runs it.
+Wrong use ends with one sentence on stderr and exit code 2, a rank that died with exit code 1. A command is a line in
+`COMMANDS`: its help, a function that adds its flags to a parser, and one that runs it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        from dmc.engine.parallel_team import RankFailed  # torch, which is loaded by now
+
+        if not isinstance(error, RankFailed):
+            raise
+        print(f"dmc {options.command}: {error}", file=sys.stderr)
+        return 1
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -34,6 +34,11 @@ class CodecError:
             self._all[part] += float(exact.double().square().sum())
 
     @property
+    def sums(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Squared error of keys and values, and their squares, over all sampled pages."""
+        return tuple(self._lost.values()), tuple(self._all.values())
+
+    @property
     def relative(self) -> tuple[float, float]:
         """Of keys and values: Frobenius norm of the error / of the entries, over all sampled pages; 0 before any."""
         return tuple((self._lost[part] / self._all[part]) ** 0.5 if self._all[part] else 0.0 for part in "kv")

@@ -156,7 +156,17 @@ class KVCache:
 
     def likely_pages(self, entries: Tensor) -> int:
         """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
-        return int(self.rows.pages_of((entries.ceil().long() - 1).clamp(min=0)).sum())
+        holes = self.policy.evicts * entries.numel()  # a page more in each row
+        return int(self.rows.pages_of((entries.ceil().long() - 1).clamp(min=0)).sum()) + holes
+
+    def can_append(self, slots: Tensor) -> bool:
+        """Whether the free pages will do for one more token of each of some sequences, whatever it does."""
+        pool = self.rows.pool
+        return pool.limit is None or self.append_pages(slots) <= pool.free
+
+    def can_return(self, swapped: swap.Swapped, *, beside: bool) -> bool:
+        """Whether the free pages will do for `swap_in`, and ``beside`` others for one more page in each row."""
+        return len(swapped.pages) + self.shape.layers * self.shape.heads * beside <= self.rows.pool.free
 
     def append_pages(self, slots: Tensor) -> int:
         """Pages that one more token of each of some sequences can take at most, were every open entry to close."""

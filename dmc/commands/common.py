@@ -36,6 +36,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--max-batch", type=int, default=16, help="sequences that run at a time (16)")
     machine.add_argument("--prefill-tokens", type=int, default=512, help="of prompts in one step, at most (512)")
     machine.add_argument("--device", default="auto", help="cpu, cuda:0, ... (a GPU if there is one)")
+    machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks: processes, or GPUs, that share the "
+                         "heads and weights (1); --kv-memory is that of each")
+    machine.add_argument("--rank-timeout", type=float, default=120.0, help="seconds until a rank that hangs is given up (120)")
     machine.add_argument("--dtype", default="auto", help="fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)")
 
 
@@ -49,7 +52,8 @@ def load(options: argparse.Namespace) -> LLM:
         codec_settings={name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None},
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
-        dtype=options.dtype, device=options.device,
+        dtype=options.dtype, device=options.device, tensor_parallel=options.tensor_parallel,
+        rank_timeout=options.rank_timeout,
     )
 
 

@@ -124,14 +124,12 @@ class Engine:
 
     def _come_back(self) -> None:
         """Sequences in host memory return, in order, as soon as their pages and one more for each row are free."""
-        pool = self.cache.rows.pool
         for sequence in sorted(self.away, key=lambda each: each.arrival):
             if any(other.first is not None and other.arrival < sequence.arrival for other in self.reading):
                 return  # an older one needs pages to begin
-            needed = len(sequence.away.pages) + self.cache.shape.layers * self.cache.shape.heads * bool(self.running)
-            while pool.free < needed and self.kept:
+            while not (fits := self.cache.can_return(sequence.away, beside=bool(self.running))) and self.kept:
                 self._drop_kept()
-            if pool.free < needed and self.running:
+            if not fits and self.running:
                 return
             sequence.slot, sequence.away = self.cache.swap_in(sequence.away), None
             self.away.remove(sequence)
@@ -175,10 +173,9 @@ class Engine:
 
     def _make_room(self) -> list[Sequence]:
         """Preempts until every running sequence can take one more token → one that cannot though it is alone."""
-        pool = self.cache.rows.pool
-        while self.running and pool.limit is not None:
+        while self.running:
             slots = torch.tensor([sequence.slot for sequence in self.running], device=self.runner.model.device)
-            if self.cache.append_pages(slots) <= pool.free:
+            if self.cache.can_append(slots):
                 break
             if self.kept:
                 self._drop_kept()

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-from dmc.cache import Codec, KVCache, Policy, Shape, codec, policy
+from dmc.cache import Codec, Policy, codec, policy
+from dmc.engine import parallel
 from dmc.engine.core import KEPT_PROMPTS, Engine
+from dmc.engine.parallel_team import Team
 from dmc.engine.params import SamplingParams
-from dmc.engine.runner import Runner
+from dmc.engine.parts import Parts
 from dmc.engine.scoring import Score, score_batch
 from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total
 from dmc.engine.tokenizer import GrowingText, Tokenizer
-from dmc.model import Llama, read_config
+from dmc.model import read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -36,17 +38,23 @@ class LLM:
         page_size, sink_tokens, window, exact_dtype: see `dmc.cache.KVCache`.
         prefill_tokens: of prompts run through the model in one step, at most; longer ones go in chunks.
         dtype: "fp32", "bf16", "fp16", "fp64", or "auto": fp32 on the CPU, elsewhere the checkpoint's own.
-        device: such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
+        device: such as "cpu" or "cuda:0", or "auto": a GPU if there is one. With ranks "cpu" or "cuda", one GPU each.
+        tensor_parallel: ranks, processes that each hold a part of the heads and of the weights; ``kv_memory`` is then
+            that of each. Those beside this one are started here, or have been by torchrun: on these this call works for
+            rank 0 and, once that ends, ends the process. See docs/serving-distributed.md.
+        rank_timeout: seconds that a rank may keep the others waiting before all give up.
 
     Raises:
-        ValueError: if the directory, a name or a setting is not usable; one sentence that says why.
+        ValueError: if the directory, a name or a setting is not usable, or a rank cannot start; one sentence that says
+            why.
     """
 
     def __init__(
         self, path: str | Path, *, policy: str | Policy = "dmc", policy_settings: dict | None = None,
         codec: str | Codec = "dense", codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
         page_size: int | None = None, sink_tokens: int | None = None, window: int = 0, exact_dtype: str | None = None,
-        prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto",
+        prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
+        rank_timeout: float = 120.0,
     ) -> None:
         self.path = Path(path)
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
@@ -54,16 +62,16 @@ class LLM:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         store, chosen = _made("codec", codec, codec_settings), _made("policy", policy, policy_settings)
         place = _device(device)
-        config = read_config(path)
-        precision = _dtype(dtype, place, config.dtype)
-        shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, precision)
-        cache = KVCache(
-            shape, chosen, store, slots=max_batch + KEPT_PROMPTS, memory=kv_memory, page_size=page_size, sink_tokens=sink_tokens,
-            window=window, exact_dtype=exact_dtype, device=place,
-        )
-        self.cache = cache
-        self.model = Llama.load(path, dtype=precision, device=place)
-        self._runner = Runner(self.model, cache)
+        parts = Parts(self.path, _dtype(dtype, place, read_config(path).dtype), chosen, store, {
+            "slots": max_batch + KEPT_PROMPTS, "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens,
+            "window": window, "exact_dtype": exact_dtype,
+        })
+        self._team: Team | None = None
+        if tensor_parallel == 1:
+            self._runner = parts.runner(place)
+        else:
+            self._team, self._runner = parallel.start(parts, place, tensor_parallel, rank_timeout)
+        self.cache, self.model = self._runner.cache, self._runner.model
         self.engine = Engine(self._runner, max_batch=max_batch, prefill_tokens=prefill_tokens)
 
     @cached_property
@@ -127,6 +135,20 @@ class LLM:
         ]
         self.engine.check(made[0])
         return made
+
+    def check_ranks(self) -> None:
+        """Notices, while nothing is computed, that a rank has gone.
+
+        Raises:
+            RankFailed: if so.
+        """
+        if self._team:
+            self._team.check()
+
+    def close(self) -> None:
+        """Ends the other ranks; without them there is nothing to end. The end of this process does the same."""
+        if self._team:
+            self._team.close()
 
     @property
     def vocabulary(self) -> int:

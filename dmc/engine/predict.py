@@ -53,9 +53,8 @@ class Predictor:
 
     def pages(self, tokens: int) -> int:
         """Pages of a sequence of so many cached tokens."""
-        policy, shape = self.cache.policy, self.cache.shape
-        entries = (self._entries / self._tokens * tokens).clamp(min=1, max=max(1, policy.most_entries(tokens)))
-        return self.cache.likely_pages(entries) + shape.layers * shape.heads * policy.evicts
+        most = max(1, self.cache.policy.most_entries(tokens))
+        return self.cache.likely_pages((self._entries / self._tokens * tokens).clamp(min=1, max=most))
 
     def final_pages(self, sequence: Sequence) -> int:
         """Pages that a sequence will hold when it ends, where others so far have ended."""

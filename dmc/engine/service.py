@@ -215,7 +215,8 @@ class Service:
                         if not checked:
                             self.llm.cache.check_integrity()
                             checked = True
-                        self._wake.wait(timeout=1.0)
+                        if not self._wake.wait(timeout=1.0):
+                            self.llm.check_ranks()
                 while self._inbox:
                     self._inbox.popleft()()
                 if engine.busy:

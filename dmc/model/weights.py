@@ -44,14 +44,22 @@ class Weights:
         Raises:
             ValueError: if it is missing or has another shape.
         """
+        return self.part(name, shape, 0, slice(None))
+
+    def part(self, name: str, shape: tuple[int, ...], dim: int, which: slice) -> Tensor:
+        """Of a tensor that has ``shape`` as a whole, a slice along dimension 0 or 1; nothing else of it is read.
+
+        Raises:
+            ValueError: as `get`.
+        """
         if name not in self._files:
             raise ValueError(f"{self.directory} has no tensor {name}, which its config.json asks for")
-        tensor = self._files[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
+        tensor = self._files[name].get_slice(name)
+        if tuple(tensor.get_shape()) != shape:
             raise ValueError(
-                f"{self.directory}: tensor {name} has shape {list(tensor.shape)}, but by config.json it is {list(shape)}"
+                f"{self.directory}: tensor {name} has shape {tensor.get_shape()}, but by config.json it is {list(shape)}"
             )
-        return tensor
+        return tensor[which] if dim == 0 else tensor[:, which]
 
     def _paths(self) -> Iterator[Path]:
         index = self.directory / _INDEX

@@ -42,12 +42,15 @@ class Policy(ABC):
         watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
             from all queries so far, those of a head's group added up; "last", those of the newest query alone.
         marks: whether `mark` gives entries a score to begin with.
+        by_head: whether what happens to a head's entries follows from that head alone, so that heads can be on
+            different ranks (tensor parallelism).
     """
 
     name: ClassVar[str]
     evicts: ClassVar[bool] = False
     watches: ClassVar[str | None] = None
     marks: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     @classmethod
     def settings(cls) -> list[str]:

@@ -11,6 +11,7 @@ class DmcPolicy(Policy):
     """Takes the model's decisions as they are; a plain Llama makes none, and is then cached in full."""
 
     name = "dmc"
+    by_head = True
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`."""

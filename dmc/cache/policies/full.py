@@ -12,6 +12,7 @@ class FullPolicy(Policy):
     """Overrules the model: nothing is merged."""
 
     name = "full"
+    by_head = True
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`."""

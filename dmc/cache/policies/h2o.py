@@ -28,6 +28,7 @@ class H2OPolicy(Policy):
 
     name = "h2o"
     evicts = True
+    by_head = True
     watches = "sum"
 
     def __init__(self, *, heavy: int = 128, recent: int = 128, share: float | None = None) -> None:

@@ -26,6 +26,7 @@ class StreamingPolicy(Policy):
 
     name = "streaming"
     evicts = True
+    by_head = True
 
     def __init__(self, *, sinks: int = 4, recent: int = 252, share: float | None = None) -> None:
         self.sinks = budget.check_count(self.name, "sinks", sinks, 0)

@@ -1,0 +1,47 @@
+"""Model and cache of an `LLM`, as settings that can be sent to another process and as what they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dmc.cache import Codec, KVCache, Policy, Shape
+from dmc.engine.runner import Runner
+from dmc.model import Llama, Weights, read_config
+from dmc.model.group import Group
+from dmc.model.sharded import ShardedLlama
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model and its cache are made from.
+
+    Attributes:
+        path: Hugging Face directory.
+        dtype: of the model.
+        policy, codec: ready made.
+        cache: the other settings of `dmc.cache.KVCache`, but shape and device.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    policy: Policy
+    codec: Codec
+    cache: dict
+
+    def runner(self, device: torch.device, group: Group | None = None) -> Runner:
+        """Loads the model, or with a group this rank's part of it, and makes the cache of its heads.
+
+        Raises:
+            ValueError: if the directory or a setting is not usable.
+        """
+        config = read_config(self.path)
+        heads = config.num_key_value_heads // (group.ranks if group else 1)
+        shape = Shape(config.num_hidden_layers, heads, config.head_dim, self.dtype)
+        cache = KVCache(shape, self.policy, self.codec, device=device, **self.cache)
+        weights = Weights(self.path)
+        if group:
+            return Runner(ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device), cache)
+        return Runner(Llama(config, weights, dtype=self.dtype, device=device), cache)
