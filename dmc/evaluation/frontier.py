@@ -88,7 +88,8 @@ def _measured(
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             bar.n = (number + 1) * steps  # a failed cell has not said that it is over
             bar.refresh()
-            yield row | {"seconds": round(time.perf_counter() - started, 2)}
+            row["seconds"] = round(time.perf_counter() - started, 2)
+            yield json.loads(json.dumps(row))  # as it will be read again
 
 
 def _load(cell: Cell, device: str, dtype: str, batch: int) -> LLM:

@@ -46,9 +46,11 @@ class Cell:
     codec: Choice
 
 
-# Recipes of codecs; the first of each is the one that goes with policies that leave entries out.
 RECIPES: dict[str, tuple[Choice, ...]] = {
     "dense": (choose("dense", dtype="bf16"),),
+    "kivi": (choose("kivi", bits=2), choose("kivi", bits=4)),
+    "rotated": (choose("rotated", bits=2), choose("rotated", bits=3), choose("rotated", bits=4)),
+    "svd": (choose("svd", rank=16), choose("svd", rank=8)),
     "gear": (
         choose("gear", bits=4, backbone="kcvt", rank=4, outliers=0.02, page_size=64),
         choose("gear", bits=2, backbone="kivi", rank=4, outliers=0.02, page_size=64),
@@ -57,9 +59,10 @@ RECIPES: dict[str, tuple[Choice, ...]] = {
     "gear-3bit": (choose("gear-3bit", page_size=32), choose("gear-3bit")),
     "gear-2bit": (choose("gear-2bit", page_size=32), choose("gear-2bit")),
 }
-"""By the name of the codec: the published settings of each method, and the presets with long and short pages."""
-WITH_EVICTION = ("dense", "gear-4bit", "gear-2bit")
-"""Codecs that the default grid crosses with policies that leave entries out, at every budget."""
+"""By the name of the codec: the published settings of each method, and the presets with short and long pages. The first
+of each is the one that goes with retrofitted models."""
+WITH_EVICTION = ("dense", "gear-2bit")
+"""Codecs that the default grid crosses with policies that evict, at every budget: none, and the one of fewest bytes."""
 
 
 def codec_choices() -> list[Choice]:
@@ -77,8 +80,8 @@ def cells(
         models: directories, the base first.
         policies: None: all that a model can run. One with a setting "share" that does not give it is crossed with the
             budgets.
-        codecs: crossed with every policy. None: all of them for policies that keep every token and for retrofitted
-            models; those of `WITH_EVICTION` for policies that evict by a budget.
+        codecs: crossed with every policy. None: all recipes where every token is kept, the first of each codec for
+            retrofitted models, and the first of those in `WITH_EVICTION` for policies that evict by a budget.
         budgets: shares of the tokens.
 
     Raises:
@@ -95,8 +98,7 @@ def cells(
     made = []
     for model in models:
         for chosen in _policies(model, policies, budgets):
-            evicts = "share" in dict(chosen.settings)
-            made += [Cell(model, chosen, stored) for stored in codecs or (_with_eviction() if evicts else codec_choices())]
+            made += [Cell(model, chosen, stored) for stored in codecs or _codecs(chosen)]
     made = list(dict.fromkeys(made))
     if not made:
         names = ", ".join(str(choice) for choice in policies or ())
@@ -137,5 +139,12 @@ def _policies(model: Path, policies: Sequence[Choice] | None, budgets: Sequence[
             yield choice
 
 
-def _with_eviction() -> list[Choice]:
-    return [RECIPES[name][0] for name in WITH_EVICTION if name in CODECS]
+def _codecs(chosen: Choice) -> list[Choice]:
+    """What the default grid crosses a policy with."""
+    if "share" in dict(chosen.settings):
+        names = [name for name in WITH_EVICTION if name in CODECS]
+    elif chosen.name in LEARNT:
+        names = list(CODECS)
+    else:
+        return codec_choices()
+    return [RECIPES.get(name, (choose(name),))[0] for name in names]

@@ -1,0 +1,222 @@
+"""`dmc frontier`: the grid, going on after a kill, cells that fail, the report and what the command refuses."""
+
+import json
+import multiprocessing
+import time
+
+import pytest
+import torch
+
+from dmc.cache import CODECS, POLICIES
+from dmc.cli import main
+from dmc.evaluation import frontier, grid
+from dmc.evaluation.grid import Cell, choose
+from dmc.evaluation.plot import plot_frontier
+from dmc.evaluation.report import leaders, report, words
+from dmc.evaluation.windows import Windows
+from tests.model import tiny
+
+SMALL = ("--prompt", "12", "--scored", "3", "--windows", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    fields = tiny.config()
+    return tiny.write(tmp_path_factory.mktemp("models") / "base", fields, tiny.weights(fields))
+
+
+@pytest.fixture(scope="module")
+def retrofit(base):
+    fields = tiny.config("head")
+    return tiny.write(base.parent / "cr2", fields, tiny.weights(fields))
+
+
+@pytest.fixture(scope="module")
+def text(base):
+    path = base.parent / "text.txt"
+    path.write_text("".join(chr(33 + i * i % 94) for i in range(200)))
+    return path
+
+
+def command(base, text, out, *more):
+    return ["frontier", "--base", str(base), "--text", str(text), "--out", str(out), *SMALL, *more]
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ grid
+
+
+def test_default_grid_has_every_policy_and_codec(base, retrofit):
+    cells = grid.cells([base, retrofit])
+    assert {cell.policy.name for cell in cells if cell.model == base} == set(POLICIES) - set(grid.LEARNT)
+    assert {cell.policy.name for cell in cells if cell.model == retrofit} == {"dmc"}
+    for model in (base, retrofit):
+        assert {cell.codec.name for cell in cells if cell.model == model} == set(CODECS)
+    budgets = [dict(cell.policy.settings)["share"] for cell in cells if cell.policy.name == "h2o"]
+    assert set(budgets) == set(grid.BUDGETS)
+    assert len(set(cells)) == len(cells)
+
+
+def test_recipes_are_valid(base):
+    for choice in grid.codec_choices():
+        own, cache = grid.codec_settings(choice)
+        frontier.LLM(base, codec=choice.name, codec_settings=own, device="cpu", **cache)
+    assert str(choose("gear", bits=2, outliers=0.02)) == "gear:bits=2,outliers=0.02"
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+def test_a_killed_run_goes_on_and_nothing_is_measured_twice(base, text, tmp_path):
+    arguments = command(base, text, tmp_path / "out", "--policies", "full", "streaming", "--codecs", "dense:dtype=bf16", "int8",
+                        "--budgets", "1/2", "1")
+    results = tmp_path / "out" / "results.jsonl"
+    frontier.LLM(base).tokenizer.encode("")  # what takes seconds to import is imported once, before the fork
+    process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
+    process.start()
+    while process.is_alive() and not (results.exists() and results.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = rows(tmp_path / "out")
+    assert 1 <= len(before)
+    with results.open("a") as file:
+        file.write(results.read_text().splitlines()[0][:50])  # what a kill in the middle of a write leaves
+    assert main(arguments) == 0
+    after = rows(tmp_path / "out")
+    assert after[: len(before)] == before and len(after) == len({row["key"] for row in after}) == 6
+    stamp = results.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert results.stat().st_mtime_ns == stamp
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert all(f"`{row['policy']}`" in written and f"`{row['codec']}`" in written for row in after)
+
+
+def test_rows_are_what_measure_says(base, retrofit, text, tmp_path):
+    assert main(command(base, text, tmp_path, "--models", str(retrofit), "--codecs", "dense:page_size=2", "--policies",
+                        "full", "dmc")) == 0
+    found = {(row["model"], row["policy"]): row["result"] for row in rows(tmp_path)}
+    assert found["base", "full"]["kl"] == pytest.approx(0, abs=1e-6) and found["base", "full"]["cr"] == 1
+    assert found["cr2", "dmc"]["kl"] > 1e-3 and found["cr2", "dmc"]["cr"] > 1.2
+    assert found["cr2", "dmc"]["share"] < found["base", "full"]["share"]
+    assert found["cr2", "dmc"]["base_hash"] == found["base", "full"]["model_hash"] != found["cr2", "dmc"]["model_hash"]
+    assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_cell_that_fails_is_a_row_and_is_tried_again(base, tmp_path, monkeypatch):
+    windows = Windows(torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(0)), 12, "random")
+    cells = [Cell(base, choose("full"), choose("int8")), Cell(base, choose("full"), choose("dense"))]
+
+    def encode(*_):
+        raise RuntimeError("this codec\nis broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(CODECS["int8"], "encode", encode)
+        broken, fine = frontier.run(cells, windows, base, tmp_path, device="cpu")
+    assert broken["error"] == "RuntimeError: this codec is broken" and "result" not in broken
+    assert fine["result"]["kl"] == pytest.approx(0, abs=1e-6)
+    text = report([broken, fine], command="dmc frontier", hardware="here", picture="x.png")
+    assert "base, full x int8: RuntimeError: this codec is broken" in text
+    mended, same = frontier.run(cells, windows, base, tmp_path, device="cpu")
+    assert "result" in mended and "error" not in mended and same == fine
+    with pytest.raises(ValueError, match="no cell could be measured"):
+        report([broken], command="", hardware="", picture="")
+
+
+def test_two_runs_do_not_share_a_folder(base, tmp_path):
+    windows = Windows(torch.full((1, 16), 5), 12)
+    cells = [Cell(base, choose("full"), choose("dense"))]
+    with frontier._opened(tmp_path / frontier.RESULTS), pytest.raises(ValueError, match="another run is writing"):
+        frontier.run(cells, windows, base, tmp_path, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def row(model, policy, codec, share, kl, windows=(0.0, 0.0)):
+    result = {
+        "model_hash": model, "base_hash": "base", "policy": policy, "codec": codec, "share": share, "kl": kl, "kl_stderr": 0.1,
+        "kl_windows": [kl + w for w in windows], "cr": 1.0, "perplexity": 2.0, "agreement": 1.0, "base": "base", "text": "text",
+        "windows": 2, "prompt_tokens": 8, "scored_tokens": 4, "text_hash": "0", "base_perplexity": 2.0, "commit": "c",
+        "versions": {"torch": "2"}, "dtype": "float32", "device": "cpu",
+    }
+    return {"model": model, "policy": policy, "codec": codec, "result": result, "seconds": 1.0}
+
+
+ROWS = [
+    row("base", "full", "dense", 1.0, 0.0), row("base", "full", "int8", 0.5, 0.001), row("base", "full", "gear-4bit", 0.3, 0.01),
+    row("base", "full", "gear-2bit", 0.2, 0.5), row("base", "full", "rotated", 0.15, 0.3), row("base", "h2o", "dense", 0.25, 0.4),
+    row("cr4", "dmc", "dense", 0.25, 0.2, (-0.3, 0.3)), row("cr4", "dmc", "gear-4bit", 0.06, 0.25),
+]
+
+
+def test_words_follow_from_the_rows():
+    said = words(ROWS)
+    assert "At 1/2 of dense bf16: base, full x int8 leads with a KL of 0.001; the best other is cr4, dmc x dense" in said
+    assert "At 1/4 of dense bf16: cr4, dmc x dense leads with a KL of 0.2000; the best other is base, full x rotated" in said
+    assert "1.5 times as much" in said and "so not settled" in said
+    assert "At 1/16 of dense bf16: cr4, dmc x gear-4bit leads with a KL of 0.2500; no other family is that small" in said
+    assert "DMC x its best codec has the lowest KL of all rows at 1/4, 1/8 and 1/16; not at 1/2." in said
+    assert "gear-4bit is on the frontier" in said
+    assert "gear-2bit is not on the frontier: it holds 0.2000 of dense at a KL of 0.5000, and base, full x rotated" in said
+    assert "no row is that small" in words(ROWS[:4])
+
+
+def test_table_of_leaders_marks_one_a_line():
+    lines = leaders(ROWS).splitlines()
+    assert lines[0] == "| held, at most | full | h2o | dmc |"
+    assert all(line.count("**") == 2 for line in lines[2:])
+    assert lines[5] == "| 1/16 | – | – | **0.2500: cr4, dmc x gear-4bit** |"
+
+
+def test_another_plain_model_competes_under_its_own_name():
+    assert "full (gqa)" in leaders([*ROWS, row("gqa", "full", "dense", 0.5, 0.1)])
+
+
+def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):
+    plot_frontier([*ROWS, {"model": "x", "policy": "y", "codec": "z", "error": "failed"}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_frontier([{"error": "failed"}], tmp_path / "none.png")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--budgets", "2"], "budget 2.0 must be above 0"), (["--budgets", "many"], "budget 'many' is no share"),
+    (["--codecs", "zip"], "unknown codec 'zip'"), (["--codecs", "gear:bits=7"], "bits must be one of"),
+    (["--policies", "lru"], "unknown policy 'lru'"), (["--policies", "streaming:sinks"], "is no SETTING=VALUE"),
+    (["--policies", "dmc"], "no model of these runs any of the policies dmc"), (["--windows", "99"], "give a longer text"),
+    (["--text", "no.txt"], "no.txt cannot be read"), (["--models", "nowhere"], "config.json is missing"),
+    (["--prompt", "300"], "give a longer text"), (["config.yaml"], "config.yaml cannot be read"),
+])
+def test_wrong_use_is_one_sentence_and_leaves_nothing(base, text, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(command(base, text, tmp_path / "out", *more[:1], *more[1:])) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    ("budget: [1]", "has no setting budget; it can have: base, models"), ("- 1", "is no table of settings"),
+    ("codecs: int8", "codecs must be a list"), ("prompt: many", "prompt must be a whole number, got 'many'"), ("a: [", "as YAML"),
+])
+def test_wrong_configs_are_refused(base, text, tmp_path, capsys, content, message):
+    (tmp_path / "config.yaml").write_text(content)
+    assert main(command(base, text, tmp_path / "out")[:1] + [str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_config_and_flags(base, text, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"base: {base}\ntext: {text}\nprompt: 12\nscored: 3\nwindows: 2\npolicies: [full]\ncodecs: [int8, dense]\ndevice: cpu\n"
+    )
+    out = tmp_path / "out"
+    assert main(["frontier", str(tmp_path / "config.yaml"), "--out", str(out), "--codecs", "int8"]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["codecs"] == ["int8"] and plan["prompt"] == 12 and plan["budgets"] == ["1/2", "1/4", "1/8", "1/16"]
+    assert [r["codec"] for r in rows(out)] == ["int8"]
