@@ -17,14 +17,15 @@ they share the keys' mean among more entries, but twice as many wait for a full 
 
 from dmc.cache.codecs import CODECS, Blocks, Codec, codec
 from dmc.cache.kv import KVCache
+from dmc.cache.packing import Packing, Storage
 from dmc.cache.pages import PagePool, PoolExhausted
 from dmc.cache.policies import POLICIES, Entries, Policy, policy
 from dmc.cache.prompt import Prompt
-from dmc.cache.rows import Rows, Shape, Storage
+from dmc.cache.rows import Rows, Shape
 from dmc.cache.step import Step
 from dmc.cache.swap import Swapped
 
 __all__ = [
-    "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "PagePool", "Policy", "PoolExhausted", "Prompt",
+    "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "Packing", "PagePool", "Policy", "PoolExhausted", "Prompt",
     "Rows", "Shape", "Step", "Storage", "Swapped", "codec", "policy",
 ]

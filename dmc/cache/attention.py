@@ -132,8 +132,8 @@ def row_attention(
     query = query * query.shape[-1] ** -0.5
     counts = rows.closed[index]
     longest, total = int(counts.max()), int(counts.sum())
-    if watch is None and not rows.storage.placed and 0 < longest * len(counts) <= _PADDING * total:
-        step = max(1, _ROW_VALUES // (longest * rows.storage.page_size * rows.shape.head_size))
+    if watch is None and not rows.storage.holes and 0 < longest * len(counts) <= _PADDING * total:
+        step = max(1, _ROW_VALUES // (longest * rows.packing(index).page_size * rows.shape.head_size))
         parts = zip(*(tensor.split(step) for tensor in (index, counts, query, own_key, own_value)), strict=True)
         return torch.cat([_padded(rows, *part) for part in parts]), None
     return _ragged(rows, index, query, own_key, own_value, watch)
@@ -141,8 +141,9 @@ def row_attention(
 
 def _padded(rows: Rows, index: Tensor, counts: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
     """`row_attention` for rows of about one length: ``counts [R]`` pages; the query is scaled already."""
-    codec, columns, size = rows.storage.codec, max(1, int(counts.max())), rows.storage.page_size
-    blocks = rows.blocks(rows.closed_table[index, :columns].flatten())  # where a row has fewer, the null page
+    packing, columns = rows.packing(index), max(1, int(counts.max()))
+    codec, size = packing.codec, packing.page_size
+    blocks = rows.blocks(rows.closed_table[index, :columns].flatten(), packing)  # where a row has fewer, the null page
     blocks = Blocks({name: field.unflatten(0, (-1, columns)) for name, field in blocks.tensors.items()}, size, blocks.head_size)
     keys, values, valid = rows.exact_entries(index)
     exact = (query @ keys.to(query.dtype).transpose(-1, -2)).masked_fill_(~valid[:, None], -torch.inf)
@@ -164,13 +165,14 @@ def _ragged(
     scores = torch.cat([scores, query @ own_key[:, :, None]], dim=-1)
     top = scores.amax(-1)  # [R, G]
 
+    packing = rows.packing(index)
     pages, owner = rows.closed_pages(index)
     parts = []  # (pages, owner, blocks, scores [n, G, P]) of some pages each
-    per_part = max(1, _PAGE_VALUES // (rows.storage.page_size * rows.shape.head_size))
+    per_part = max(1, _PAGE_VALUES // (packing.page_size * rows.shape.head_size))
     for some, owners in zip(pages.split(per_part), owner.split(per_part), strict=True):
-        blocks, marks = rows.read_closed(some)
-        paged = rows.storage.codec.scores(blocks, query[owners])
-        if "place" in marks:
+        blocks, marks = rows.read_closed(some, packing)
+        paged = packing.codec.scores(blocks, query[owners])
+        if rows.storage.holes:
             paged = paged.masked_fill_((marks["place"] < 0)[:, None], -torch.inf)
         top.scatter_reduce_(0, owners[:, None].expand(-1, top.shape[1]), paged.amax(-1), "amax")
         parts.append((some, owners, blocks, paged))
@@ -181,7 +183,7 @@ def _ragged(
     for number, (some, owners, blocks, paged) in enumerate(parts):
         paged = paged.sub_(top[owners][..., None]).exp_()
         total.index_add_(0, owners, paged.sum(-1))
-        out.index_add_(0, owners, rows.storage.codec.combine(blocks, paged))
+        out.index_add_(0, owners, packing.codec.combine(blocks, paged))
         parts[number] = (some, owners, paged)
     own = None
     if watch:
@@ -191,7 +193,8 @@ def _ragged(
 
 def _watch(rows: Rows, index: Tensor, weights: Tensor, parts: list, total: Tensor, *, add: bool) -> Tensor:
     """Writes each entry's softmax weight, summed over the queries of its head, to its score → the tail's."""
-    closed, opened = (rows.pool.views(layout)["e_score"] for layout in (rows.closed_layout, rows.open_layout))
+    layouts = rows.packing(index).layout, rows.open_layout
+    closed, opened = (rows.pool.views(layout)["e_score"] for layout in layouts)
     for pages, owners, paged in parts:
         mass = (paged / total[owners][..., None]).sum(1).float()
         closed[pages] = closed[pages] + mass if add else mass

@@ -18,7 +18,8 @@ def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
     _pool(rows)
     store = rows.storage
     waiting = rows.exact - store.sink_tokens - store.window
-    if (waiting >= store.page_size).any() or (not evicting and ((rows.closed > 0) & (waiting < 0)).any()):
+    page_sizes = rows.row_page_sizes(torch.arange(len(waiting), device=waiting.device))
+    if (waiting >= page_sizes).any() or (not evicting and ((rows.closed > 0) & (waiting < 0)).any()):
         raise RuntimeError("a row has a page to encode, or encoded one too early")
     if ((rows.z == 0) & ((rows.exact > 0) | (rows.closed > 0))).any():
         raise RuntimeError("a row has entries but no tail")
@@ -29,7 +30,8 @@ def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
         if rows.z[rows.index(layer, free)].any():
             raise RuntimeError("a free slot holds a sequence")
     if evicting:
-        _places(rows)
+        for layer in range(rows.shape.layers):
+            _places(rows, rows.index(layer, torch.arange(rows.slots, device=rows.z.device)))
 
 
 def _tables(rows: Rows) -> None:
@@ -55,13 +57,15 @@ def _pool(rows: Rows) -> None:
         raise RuntimeError("the null page was written to")
 
 
-def _places(rows: Rows) -> None:
-    pages, owner = rows.closed_pages(torch.arange(len(rows.closed), device=rows.closed.device))
+def _places(rows: Rows, index: torch.Tensor) -> None:
+    """Of one layer's rows."""
+    pages, owner = rows.closed_pages(index)
     if not len(pages):
         return
-    live = rows.read_closed(pages)[1]["place"] >= 0
+    packing = rows.packing(index)
+    live = rows.read_closed(pages, packing)[1]["place"] >= 0
     if not live.any(-1).all():
         raise RuntimeError("an encoded page without entries is still held")
-    entries = torch.zeros_like(rows.closed, dtype=torch.int64).index_add_(0, owner, live.sum(-1))
-    if (rows.closed > -(-entries // rows.storage.page_size)).any():
+    entries = torch.zeros_like(index).index_add_(0, owner, live.sum(-1))
+    if (rows.closed[index] > -(-entries // packing.page_size)).any():
         raise RuntimeError("a row holds more pages than its entries need")

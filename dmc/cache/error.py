@@ -16,20 +16,20 @@ class CodecError:
         pages: sampled so far.
     """
 
-    def __init__(self, codec: Codec) -> None:
-        self.codec, self.pages, self._calls = codec, 0, 0
+    def __init__(self) -> None:
+        self.pages, self._calls = 0, 0
         self._lost, self._all = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
 
-    def sample(self, encoded: Blocks, keys: Tensor, values: Tensor) -> None:
-        """Looks at the first page of every eighth call, ``[n, P, D]``, if the codec is lossy."""
-        if not self.codec.lossy or not len(keys):
+    def sample(self, codec: Codec, encoded: Blocks, keys: Tensor, values: Tensor) -> None:
+        """Looks at the first page of every eighth call with pages, ``[n, P, D]``, of a lossy codec."""
+        if not codec.lossy or not len(keys):
             return
         self._calls += 1
         if self._calls % _SAMPLED != 1:
             return
         first = Blocks({name: tensor[:1] for name, tensor in encoded.tensors.items()}, encoded.entries, encoded.head_size)
         self.pages += 1
-        for part, exact, got in zip("kv", (keys[0], values[0]), self.codec.decode(first), strict=True):
+        for part, exact, got in zip("kv", (keys[0], values[0]), codec.decode(first), strict=True):
             self._lost[part] += float((got[0].double() - exact.double()).square().sum())
             self._all[part] += float(exact.double().square().sum())
 

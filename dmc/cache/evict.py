@@ -17,15 +17,15 @@ from dmc.cache.rows import Rows, ragged
 
 def entries(rows: Rows, index: Tensor, following: Tensor) -> Entries:
     """Closed entries of rows ``[R]`` of one layer, encoded ones first; ``following [R]``: the next query's position."""
-    marks = {}
+    marks, packing = {}, rows.packing(index)
     for name in rows.storage.marks:
         empty = -1 if name == "place" else 0.0
         parts = []
         for table, count, layout, per in (
-            (rows.closed_table, rows.closed, rows.closed_layout, rows.storage.page_size),
+            (rows.closed_table, rows.closed, packing.layout, packing.page_size),
             (rows.open_table, rows.exact, rows.open_layout, rows.per_open_page),
         ):
-            held = count[index] * (per if layout is rows.closed_layout else 1)
+            held = count[index] * (per if layout is packing.layout else 1)
             columns = -(-int(held.max()) // per)
             mark = rows.pool.views(layout)[f"e_{name}"][table[index, :columns]].flatten(1)
             parts.append(mark.masked_fill_(torch.arange(columns * per, device=index.device) >= held[:, None], empty))
@@ -39,7 +39,7 @@ def evict(rows: Rows, index: Tensor, there: Entries, keep: Tensor) -> None:
     if not (held & ~keep).any():
         return
     kept = held & keep
-    encoded = int(rows.closed[index].max()) * rows.storage.page_size
+    encoded = int(rows.closed[index].max()) * rows.packing(index).page_size
     _from_pages(rows, index, held[:, :encoded], kept[:, :encoded])
     _from_exact(rows, index, held[:, encoded:], kept[:, encoded:])
 
@@ -50,10 +50,10 @@ def _from_pages(rows: Rows, index: Tensor, held: Tensor, kept: Tensor) -> None:
     if not some.any():
         return
     index, held, kept = index[some], held[some], kept[some]
-    size = rows.storage.page_size
+    packing, size = rows.packing(index), rows.packing(index).page_size
     table = rows.closed_table[index, : kept.shape[1] // size]
     row, entry = (held & ~kept).nonzero(as_tuple=True)
-    rows.pool.views(rows.closed_layout)["e_place"][table[row, entry // size], entry % size] = -1
+    rows.pool.views(packing.layout)["e_place"][table[row, entry // size], entry % size] = -1
 
     live = kept.unflatten(-1, (-1, size)).any(-1)  # [R, C]
     rows.pool.give(table[~live & (table != NULL_PAGE)].long())
@@ -68,19 +68,20 @@ def _from_pages(rows: Rows, index: Tensor, held: Tensor, kept: Tensor) -> None:
 
 def _pack(rows: Rows, index: Tensor, needed: Tensor) -> None:
     """Moves the encoded entries of rows into their first ``needed`` pages and frees the others."""
-    size, before = rows.storage.page_size, rows.closed[index].long()
+    packing, before = rows.packing(index), rows.closed[index].long()
+    size = packing.page_size
     pages, owner = rows.closed_pages(index)
-    blocks, marks = rows.read_closed(pages)
+    blocks, marks = rows.read_closed(pages, packing)
     page, offset = (marks["place"] >= 0).nonzero(as_tuple=True)  # live entries, row after row, oldest first
     live = torch.bincount(owner[page], minlength=len(index))
     first = live.cumsum(0) - live
     owner, column = ragged(needed)
     slot = column[:, None] * size + torch.arange(size, device=index.device)  # [n, P] within the row
     source = first[owner, None] + slot.minimum(live[owner, None] - 1)  # the last entry fills the last page up
-    keys, values = (part[page[source], offset[source]] for part in rows.storage.codec.decode(blocks))
+    keys, values = (part[page[source], offset[source]] for part in packing.codec.decode(blocks))
     moved = {name: mark[page[source], offset[source]] for name, mark in marks.items()}
     moved["place"] = moved["place"].masked_fill(slot >= live[owner, None], -1)
-    rows.encode_into(rows.closed_table[index[owner], column].long(), keys, values, moved)
+    rows.encode_into(rows.closed_table[index[owner], column].long(), index[owner], keys, values, moved)
 
     owner, column = ragged(before - needed)
     column = column + needed[owner]

@@ -15,10 +15,11 @@ from torch import Tensor
 from dmc.cache import evict, swap
 from dmc.cache.check import check
 from dmc.cache.codecs import Codec
+from dmc.cache.packing import Storage
 from dmc.cache.pages import PoolExhausted
 from dmc.cache.policies import Policy
 from dmc.cache.prompt import Layer, Prompt
-from dmc.cache.rows import Rows, Shape, Storage
+from dmc.cache.rows import Rows, Shape
 from dmc.cache.step import Rope, Step
 
 _SINK_TOKENS = 4
@@ -30,38 +31,43 @@ class KVCache:
 
     Args:
         shape: sizes and dtype of the model.
-        policy, codec: which entries exist, and how a full page of them is stored.
+        policy: which entries exist.
+        codec: how a full page of them is stored; one for all layers, or one each.
         slots: sequences at most at a time.
         memory: bytes of the page pool; None lets it grow.
-        page_size: entries of an encoded page; None: the codec's own.
+        page_size: entries of an encoded page; None: the codec's own. Where layers' codecs differ, of the average layer:
+            see `dmc.cache.packing`.
         sink_tokens: first entries of each row that stay exact; None: 4 for lossy codecs, 0 for lossless ones.
-        window: newest closed entries of each row that always stay exact, beside the page that is filling.
+        window: newest closed entries of each row that always stay exact, beside the page that is filling; None: the
+            codec's own.
         exact_dtype: "fp32", "bf16" or "fp16", of everything outside encoded pages but the tail. None: that of the
             dense codec, or the model's; but with a lossy codec and an fp32 model bf16, whose rounding (2^-9) is far
             below what the codec loses.
         device: of everything.
 
     Raises:
-        ValueError: if a size is out of range, or the memory is less than one page.
+        ValueError: if a size is out of range, there are not as many codecs as layers, or the memory is less than one page.
     """
 
     def __init__(
-        self, shape: Shape, policy: Policy, codec: Codec, *, slots: int, memory: int | None = None,
-        page_size: int | None = None, sink_tokens: int | None = None, window: int = 0, exact_dtype: str | None = None,
+        self, shape: Shape, policy: Policy, codec: Codec | Sequence[Codec], *, slots: int, memory: int | None = None,
+        page_size: int | None = None, sink_tokens: int | None = None, window: int | None = None, exact_dtype: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        page_size = codec.page_size if page_size is None else page_size
-        sink_tokens = _SINK_TOKENS * codec.lossy if sink_tokens is None else sink_tokens
+        codecs = _per_layer(codec, shape)
+        lossy = any(one.lossy for one in codecs)
+        sink_tokens = _SINK_TOKENS * lossy if sink_tokens is None else sink_tokens
+        window = max(one.window for one in codecs) if window is None else window
         for name, value, least in (
             ("page_size", page_size, 1), ("sink_tokens", sink_tokens, 0), ("window", window, 0), ("slots", slots, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        exact = _exact_dtype(exact_dtype, codec, shape.dtype)
-        placed, scored = policy.evicts, policy.evicts and policy.scored
-        storage = Storage(codec, page_size, sink_tokens, window, exact, placed, scored)
-        self.shape, self.policy = shape, policy
-        self.rows = Rows(shape, storage, slots=slots, memory=memory, device=device)
+        exact = _exact_dtype(exact_dtype, codecs, shape.dtype)
+        placed = policy.evicts or any(one.placed for one in codecs)
+        storage = Storage(sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts)
+        self.shape, self.policy, self.codec = shape, policy, codec
+        self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)
         if self.rows.pool.capacity < 1:
             raise ValueError(
                 f"kv memory of {memory} bytes holds no page of {self.rows.pool.page_bytes} bytes; give it more"
@@ -69,6 +75,17 @@ class KVCache:
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
     # ------------------------------------------------------------------------------------ sequences
+
+    @property
+    def codec_name(self) -> str:
+        """Name of the codec, or of those of the layers with " + " between."""
+        return " + ".join(dict.fromkeys(packing.codec.name for packing in self.rows.packings))
+
+    @property
+    def page_size(self) -> int | list[int]:
+        """Entries of an encoded page, of each layer if they differ."""
+        sizes = [packing.page_size for packing in self.rows.packings]
+        return sizes[0] if len(set(sizes)) == 1 else sizes
 
     @property
     def free_slots(self) -> int:
@@ -101,7 +118,7 @@ class KVCache:
         slot, needed, shared = self._slots[-1], 0, []
         for number, (layer, counts) in enumerate(layers):
             shared.append(self._shared(number, layer, counts, donor, common))
-            needed += int(self.rows.pages_of(counts).sum() - shared[-1].sum())
+            needed += int(self.rows.pages_of(counts, self.rows.packings[number].page_size).sum() - shared[-1].sum())
         self._check_free(needed)
         for number, (layer, counts) in enumerate(layers):
             index = self._index(number, slot)
@@ -152,12 +169,13 @@ class KVCache:
     def worst_pages(self, tokens: int) -> int:
         """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged."""
         closed = max(0, self.policy.most_entries(tokens) - 1)
-        return self.rows.worst_pages(closed, evicting=self.policy.evicts) * self.shape.layers * self.shape.heads
+        return self.rows.worst_pages(closed, evicting=self.policy.evicts) * self.shape.heads
 
     def likely_pages(self, entries: Tensor) -> int:
         """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
         holes = self.policy.evicts * entries.numel()  # a page more in each row
-        return int(self.rows.pages_of((entries.ceil().long() - 1).clamp(min=0)).sum()) + holes
+        closed = (entries.ceil().long() - 1).clamp(min=0)
+        return int(self.rows.pages_of(closed, self.rows.page_sizes.to(closed.device)[:, None]).sum()) + holes
 
     def can_append(self, slots: Tensor) -> bool:
         """Whether the free pages will do for one more token of each of some sequences, whatever it does."""
@@ -170,20 +188,20 @@ class KVCache:
 
     def append_pages(self, slots: Tensor) -> int:
         """Pages that one more token of each of some sequences can take at most, were every open entry to close."""
-        rows, store = self.rows, self.rows.storage
+        rows = self.rows
         count = torch.stack([rows.exact[rows.index(layer, slots)] for layer in range(self.shape.layers)])
+        most = torch.tensor([rows.most_exact(packing) for packing in rows.packings], device=count.device)[:, None]
         # A page that fills is encoded into a new one before or after its exact pages are given back.
-        return int(((count % rows.per_open_page == 0) | (count + 1 == store.most_exact)).sum())
+        return int(((count % rows.per_open_page == 0) | (count + 1 == most)).sum())
 
     def entries(self, slot: int) -> Tensor:
         """Cache lengths: int64 ``[L, H]``, the tail counted."""
-        rows, store = self.rows, self.rows.storage
-        index = rows.all_layers(slot)
-        count = rows.closed[index].long() * store.page_size + rows.exact[index] + (rows.z[index] > 0)
+        rows, index = self.rows, self.rows.all_layers(slot)
+        count = rows.closed[index].long() * rows.row_page_sizes(index) + rows.exact[index]
         if self.policy.evicts:
-            there = evict.entries(rows, index, torch.zeros_like(index))
-            count = (there.places >= 0).sum(-1) + (rows.z[index] > 0)
-        return count.view(self.shape.layers, self.shape.heads)
+            there = [evict.entries(rows, some, torch.zeros_like(some)) for some in index.split(self.shape.heads)]
+            count = torch.cat([(layer.places >= 0).sum(-1) for layer in there])
+        return (count + (rows.z[index] > 0)).view(self.shape.layers, self.shape.heads)
 
     def held(self, slot: int) -> dict[str, int]:
         """Bytes that a sequence holds now, by kind, taken from the tensors themselves.
@@ -233,23 +251,31 @@ class KVCache:
         """How many first pages of each head follow from the ``common`` first tokens alone, and are the donor's too."""
         if donor is None or self.policy.evicts or not layer.places.numel():
             return torch.zeros_like(counts)
-        store = self.rows.storage
-        full, _ = self.rows.split(counts)
+        size = self.rows.packings[number].page_size
+        full, _ = self.rows.split(counts, size)
         column = torch.arange(int(full.max()), device=counts.device)
-        last = (store.sink_tokens + (column + 1) * store.page_size - 1).clamp(max=layer.places.shape[1] - 1)
+        last = (self.rows.storage.sink_tokens + (column + 1) * size - 1).clamp(max=layer.places.shape[1] - 1)
         # An entry is final once the token after its newest has opened another.
         settled = (layer.places[:, last] < common - 1) & (column < full[:, None])
         return settled.sum(-1).minimum(self.rows.closed[self._index(number, donor)].long())
 
 
-def _exact_dtype(name: str | None, codec: Codec, model: torch.dtype) -> torch.dtype:
+def _per_layer(codec: Codec | Sequence[Codec], shape: Shape) -> list[Codec]:
+    if isinstance(codec, Codec):
+        return [codec.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer in range(shape.layers)]
+    if len(codec) != shape.layers:
+        raise ValueError(f"{len(codec)} codecs were given, one a layer, but the model has {shape.layers} layers")
+    return [one.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer, one in enumerate(codec)]
+
+
+def _exact_dtype(name: str | None, codecs: Sequence[Codec], model: torch.dtype) -> torch.dtype:
     if name is not None:
         if name not in _EXACT_DTYPES:
             raise ValueError(f"exact_dtype must be one of {', '.join(_EXACT_DTYPES)}, got {name!r}")
         return _EXACT_DTYPES[name]
-    if codec.lossy:
+    if any(codec.lossy for codec in codecs):
         return torch.bfloat16 if model.itemsize > 2 else model
-    return getattr(codec, "dtype", None) or model
+    return getattr(codecs[0], "dtype", None) or model
 
 
 def _bytes(tensor: Tensor) -> int:

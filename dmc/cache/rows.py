@@ -11,12 +11,17 @@ With c closed entries (all but the tail), s sinks, a window of at least w and pa
 ``max(0, c - s - w) // P`` encoded pages, which cover entries s, s + 1, ...; everything else is exact. So what is
 encoded follows from c alone, whatever batch, chunk or schedule brought the entries here.
 
-Under an evicting policy a page also holds each entry's place, the position of its newest token; -1 is an entry that
-was evicted and is seen no more. `dmc.cache.evict` removes entries and frees their pages.
+All pages have the same bytes. Layers may have codecs of their own, and P then is a layer's own too (`Packing`): a layer
+that takes fewer bytes for an entry has more entries in a page.
+
+Under an evicting policy, or with a codec that asks for it, a page also holds each entry's place, the position of its
+newest token; -1 is an entry that was evicted and is seen no more. `dmc.cache.evict` removes entries and frees their
+pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +30,7 @@ from torch import Tensor
 
 from dmc.cache.codecs import Blocks, Codec
 from dmc.cache.error import CodecError
+from dmc.cache.packing import Packing, Storage, packings
 from dmc.cache.pages import NULL_PAGE, Layout, PagePool
 
 _FIRST_COLUMNS = 4  # of the table of encoded pages; doubles when a row outgrows it
@@ -41,40 +47,6 @@ class Shape:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Storage:
-    """How a row's entries are laid out; see the head of this file.
-
-    Attributes:
-        codec: of full pages.
-        page_size: P.
-        sink_tokens: s.
-        window: w.
-        exact_dtype: of sinks and window.
-        placed: whether entries carry their place, an int32.
-        scored: whether entries carry a score, an fp32.
-    """
-
-    codec: Codec
-    page_size: int
-    sink_tokens: int
-    window: int
-    exact_dtype: torch.dtype
-    placed: bool = False
-    scored: bool = False
-
-    @property
-    def marks(self) -> dict[str, torch.dtype]:
-        """What is stored with each entry beside its key and value."""
-        known = (("place", torch.int32, self.placed), ("score", torch.float32, self.scored))
-        return {name: dtype for name, dtype, there in known if there}
-
-    @property
-    def most_exact(self) -> int:
-        """Exact entries of a row just before a page is closed; the tail not counted."""
-        return self.sink_tokens + self.window + self.page_size
-
-
 Marks = dict[str, Tensor]
 """What entries carry beside key and value, as `Storage.marks` names it."""
 
@@ -87,33 +59,35 @@ class Rows:
 
     Args:
         shape, storage: see `Shape`, `Storage`.
+        codecs: of each layer; one object for layers that are stored alike.
+        page_size: entries of an encoded page; None: each codec's own. See `packings` for layers that differ.
         slots: sequences at most.
         memory: bytes of the pool; None lets it grow.
         device: of everything.
     """
 
     def __init__(
-        self, shape: Shape, storage: Storage, *, slots: int, memory: int | None, device: torch.device | str,
+        self, shape: Shape, storage: Storage, codecs: Sequence[Codec], *, page_size: int | None, slots: int,
+        memory: int | None, device: torch.device | str,
     ) -> None:
         self.shape, self.storage, self.slots = shape, storage, slots
         size, dtype = shape.head_size, storage.exact_dtype
-        closed = storage.codec.layout(storage.page_size, size, dtype)
-        self.closed_layout = Layout(closed | {f"e_{name}": (kind, (storage.page_size,)) for name, kind in storage.marks.items()})
-        entry = 2 * size * dtype.itemsize + sum(kind.itemsize for kind in storage.marks.values())
-        page_bytes = max(self.closed_layout.nbytes, -(-entry // 8) * 8)
+        self.packings, page_bytes = packings(codecs, page_size, size, storage)
+        self.page_sizes = torch.tensor([packing.page_size for packing in self.packings], device=device)  # [L]
+        self._alike = len({id(packing) for packing in self.packings}) == 1
+        entry = storage.entry_bytes(size)
         self.per_open_page = page_bytes // entry  # exact entries that a page takes
         part = (dtype, (self.per_open_page, size))
         marks = {f"e_{name}": (kind, (self.per_open_page,)) for name, kind in storage.marks.items()}
         self.open_layout = Layout({"k": part, "v": part} | marks)
         self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
-        self.error = CodecError(storage.codec)
+        self.error = CodecError()
 
         rows = shape.layers * slots * shape.heads
         work = torch.float64 if shape.dtype == torch.float64 else torch.float32
         self.closed_table = torch.full((rows, _FIRST_COLUMNS), NULL_PAGE, dtype=torch.int32, device=device)
-        self.open_table = torch.full(
-            (rows, self.open_pages(storage.most_exact)), NULL_PAGE, dtype=torch.int32, device=device
-        )
+        columns = max(self.open_pages(self.most_exact(packing)) for packing in self.packings)
+        self.open_table = torch.full((rows, columns), NULL_PAGE, dtype=torch.int32, device=device)
         self.closed = torch.zeros(rows, dtype=torch.int32, device=device)  # encoded pages
         self.exact = torch.zeros(rows, dtype=torch.int32, device=device)  # exact entries, the tail not counted
         self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
@@ -138,22 +112,35 @@ class Rows:
         layer = torch.arange(self.shape.layers, device=self.z.device)[:, None]
         return ((layer * self.slots + slot) * heads + torch.arange(heads, device=self.z.device)).flatten()
 
-    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
-        store = self.storage
-        full = (entries - store.sink_tokens - store.window).clamp(min=0) // store.page_size
-        return full, entries - full * store.page_size
+    def packing(self, rows: Tensor) -> Packing:
+        """How the encoded pages of rows ``[R]`` of one layer, at least one, are laid out."""
+        return self.packings[0 if self._alike else int(rows[0]) // (self.slots * self.shape.heads)]
 
-    def pages_of(self, entries: Tensor) -> Tensor:
+    def row_page_sizes(self, rows: Tensor) -> Tensor:
+        """Entries of an encoded page of any rows: int64 ``[R] → [R]``."""
+        return self.page_sizes[rows // (self.slots * self.shape.heads)]
+
+    def most_exact(self, packing: Packing) -> int:
+        """Exact entries of a row just before a page is closed; the tail not counted."""
+        return self.storage.sink_tokens + self.storage.window + packing.page_size
+
+    def split(self, entries: Tensor, page_size: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
+        full = (entries - self.storage.sink_tokens - self.storage.window).clamp(min=0) // page_size
+        return full, entries - full * page_size
+
+    def pages_of(self, entries: Tensor, page_size: int | Tensor) -> Tensor:
         """Pages that rows of so many closed entries hold, if none was evicted; int64, any shape."""
-        full, exact = self.split(entries)
+        full, exact = self.split(entries, page_size)
         return full + self.open_pages(exact)
 
     def worst_pages(self, entries: int, *, evicting: bool) -> int:
-        """Pages that one row can come to need on its way to so many closed entries."""
-        store = self.storage
-        full = max(0, entries - store.sink_tokens - store.window) // store.page_size
-        return full + 2 * evicting + self.open_pages(min(entries + evicting, store.most_exact))
+        """Pages that one row of each layer, together, can come to need on its way to so many closed entries."""
+        store, pages = self.storage, 0
+        for packing in self.packings:
+            full = max(0, entries - store.sink_tokens - store.window) // packing.page_size
+            pages += full + 2 * evicting + self.open_pages(min(entries + evicting, self.most_exact(packing)))
+        return pages
 
     def open_pages(self, entries: int | Tensor) -> int | Tensor:
         """Pages that so many exact entries take."""
@@ -179,18 +166,19 @@ class Rows:
         owner, column = held.nonzero(as_tuple=True)
         return self.closed_table[rows[owner], column], owner
 
-    def blocks(self, pages: Tensor) -> Blocks:
+    def blocks(self, pages: Tensor, packing: Packing) -> Blocks:
         """Copies of encoded pages: ``[n]`` → blocks with leading dimension n."""
-        return self.read_closed(pages)[0]
+        return self.read_closed(pages, packing)[0]
 
-    def read_closed(self, pages: Tensor) -> tuple[Blocks, Marks]:
+    def read_closed(self, pages: Tensor, packing: Packing) -> tuple[Blocks, Marks]:
         """`blocks`, and what each entry carries, ``[n, P]``; copies."""
-        if len(self.closed_layout.fields) == 2:  # few and large: one by one they come out contiguous
-            views = {name: view.index_select(0, pages) for name, view in self.pool.views(self.closed_layout).items()}
+        if len(packing.layout.fields) == 2:  # few and large: one by one they come out contiguous
+            views = {name: view.index_select(0, pages) for name, view in self.pool.views(packing.layout).items()}
         else:
-            views = self.closed_layout.views(self.pool.read(pages))
-        marks = {name: views.pop(f"e_{name}") for name in self.storage.marks}
-        return Blocks(views, self.storage.page_size, self.shape.head_size), marks
+            views = packing.layout.views(self.pool.read(pages))
+        marks = {name: views[f"e_{name}"] for name in self.storage.marks}
+        own = {name: view for name, view in views.items() if name in packing.fields}
+        return Blocks(own, packing.page_size, self.shape.head_size), marks
 
     # ------------------------------------------------------------------------------------ writing
 
@@ -202,7 +190,7 @@ class Rows:
             self._open(rows[fresh], count[fresh] // self.per_open_page)
         self.write_exact(rows, count, keys, values, marks)
         self.exact[rows] = count + 1
-        full = count + 1 == self.storage.most_exact
+        full = count + 1 == self.most_exact(self.packing(rows))
         if full.any():
             self._close_page(rows[full])
 
@@ -220,8 +208,8 @@ class Rows:
             donors: ``[R]``, rows whose first pages hold the same entries.
             shared: ``[R]`` int64, how many of them are taken over instead of encoded again.
         """
-        store = self.storage
-        full, exact = self.split(counts)
+        store, size = self.storage, self.packing(rows).page_size
+        full, exact = self.split(counts, size)
         keys, values = keys.to(store.exact_dtype), values.to(store.exact_dtype)
 
         self.widen(int(full.max()))
@@ -233,8 +221,8 @@ class Rows:
             self.closed_table[rows[owner[taken]], column[taken]] = pages
             owner, column = owner[~taken], column[~taken]
         for owners, columns in zip(owner.split(_ENCODE_PAGES), column.split(_ENCODE_PAGES), strict=True):
-            start = store.sink_tokens + columns * store.page_size
-            which = owners[:, None], start[:, None] + torch.arange(store.page_size, device=rows.device)
+            start = store.sink_tokens + columns * size
+            which = owners[:, None], start[:, None] + torch.arange(size, device=rows.device)
             own = {name: mark[which] for name, mark in marks.items()}
             self._store(rows[owners], columns, keys[which], values[which], own)
         self.closed[rows] = full.int()
@@ -242,7 +230,7 @@ class Rows:
         owner, column = ragged(self.open_pages(exact))
         self._open(rows[owner], column)
         owner, place = ragged(exact)
-        which = owner, torch.where(place < store.sink_tokens, place, place + full[owner] * store.page_size)
+        which = owner, torch.where(place < store.sink_tokens, place, place + full[owner] * size)
         own = {name: mark[which] for name, mark in marks.items()}
         self.write_exact(rows[owner], place, keys[which], values[which], own)
         self.exact[rows] = exact.int()
@@ -254,10 +242,14 @@ class Rows:
         for name in self.state:
             getattr(self, name)[rows] = 0
 
-    def encode_into(self, pages: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> Blocks:
-        """Encodes entries ``[n, P, D]`` with their marks ``[n, P]`` into pages of the pool, ``[n]``."""
-        encoded = self.storage.codec.encode(keys, values)
-        views = self.pool.views(self.closed_layout)
+    def encode_into(self, pages: Tensor, rows: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> Blocks:
+        """Encodes entries ``[n, P, D]`` of rows ``[n]`` with their marks ``[n, P]`` into pages of the pool, ``[n]``."""
+        packing = self.packing(rows)
+        if packing.codec.placed:
+            encoded = packing.codec.encode_at(keys, values, rows % self.shape.heads, marks["place"])
+        else:
+            encoded = packing.codec.encode(keys, values)
+        views = self.pool.views(packing.layout)
         for name, tensor in encoded.tensors.items():
             views[name][pages] = tensor
         for name, mark in marks.items():
@@ -282,12 +274,13 @@ class Rows:
 
     def _close_page(self, rows: Tensor) -> None:
         """Encodes the oldest page of the window of each row, whose exact part is full."""
-        store = self.storage
-        first, end = store.sink_tokens, store.sink_tokens + store.page_size
-        places = torch.arange(first, store.most_exact, device=rows.device).expand(len(rows), -1)
+        store, packing = self.storage, self.packing(rows)
+        first, end = store.sink_tokens, store.sink_tokens + packing.page_size
+        places = torch.arange(first, self.most_exact(packing), device=rows.device).expand(len(rows), -1)
         read = self.read_exact(rows[:, None].expand_as(places), places)
         kept = self.open_pages(first + store.window)
-        self.pool.give(self.open_table[rows, kept:].flatten().long())
+        spare = self.open_table[rows, kept:]
+        self.pool.give(spare[spare != NULL_PAGE].long())
         self.open_table[rows, kept:] = NULL_PAGE
         (keys, values), marks = ((part[:, : end - first] for part in read[:2]), read[2])
         if store.window:
@@ -302,8 +295,11 @@ class Rows:
 
     def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
         """Encodes one page ``[R, P, D]`` a row into a new page of the pool, named at ``columns`` of the table."""
+        if not len(rows):
+            return
         pages = self.pool.take(len(rows))
-        self.error.sample(self.encode_into(pages, keys, values, marks), keys, values)
+        encoded = self.encode_into(pages, rows, keys, values, marks)
+        self.error.sample(self.packing(rows).codec, encoded, keys, values)
         self.closed_table[rows, columns] = pages.int()
 
     def _open(self, rows: Tensor, columns: Tensor) -> None:

@@ -29,7 +29,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--outliers", type=float, help="gear: share of each vector kept apart (0 for rotated, else 0.02)")
     cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
     cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
-    cache.add_argument("--window", type=int, default=0, help="newest entries that always stay exact (0)")
+    cache.add_argument("--window", type=int, help="newest entries that always stay exact (the codec's own: 0; kivi 96)")
     cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16, of entries outside encoded pages, and of dense ones")
     cache.add_argument("--kv-memory", type=memory, metavar="BYTES", help="of the page pool, such as 512MiB (it grows)")
     machine = parser.add_argument_group("machine")

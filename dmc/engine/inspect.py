@@ -18,7 +18,8 @@ def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 
 
     Returns:
         Tokens, bytes and ratios of all texts together: ``cr`` counts tokens / entries, ``byte_ratio`` bytes of dense
-        bf16 / bytes held, ``pages`` those of the pool that the texts held when they were done, shared ones for each.
+        bf16 / bytes held, ``pages`` those of the pool that the texts held when they were done, shared ones for each,
+        ``page_size`` entries of an encoded page, a list where layers differ.
 
     Raises:
         ValueError: if a text cannot be fed; see `LLM.generate`. Or if the pool is too small for it.
@@ -28,8 +29,9 @@ def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 
         raise ValueError("kv_memory is too small for these texts; give it more")
     stats, pool, storage = total_stats(outputs, 0.0), llm.cache.rows.pool, llm.cache.rows.storage
     return {
-        "policy": llm.cache.policy.name, "codec": storage.codec.name, "page_size": storage.page_size,
-        "page_bytes": pool.page_bytes, "sink_tokens": storage.sink_tokens, "window": storage.window,
+        "policy": llm.cache.policy.name, "codec": llm.cache.codec_name,
+        "page_size": llm.cache.page_size, "page_bytes": pool.page_bytes,
+        "sink_tokens": storage.sink_tokens, "window": storage.window,
         "tokens": stats.cached_tokens, "entries": int(stats.entries.sum()), "cr": stats.cr,
         "pages": (stats.held["pages"] + stats.held["exact"]) // pool.page_bytes,
         "held": stats.held, "held_bytes": stats.held_bytes, "shared_bytes": stats.shared_bytes,
@@ -46,10 +48,12 @@ def as_json(figures: dict) -> str:
 
 def as_text(figures: dict) -> str:
     """A `report` as text with a table of layers and heads."""
+    sizes = figures["page_size"]
+    sizes = f"{min(sizes)} to {max(sizes)}" if isinstance(sizes, list) else sizes
     held = ", ".join(f"{kind} {size:,}" for kind, size in figures["held"].items())
     error = figures["codec_error"]
     lines = [
-        f"{figures['policy']} x {figures['codec']}: pages of {figures['page_size']} entries, "
+        f"{figures['policy']} x {figures['codec']}: pages of {sizes} entries, "
         f"{figures['sink_tokens']} sinks, window {figures['window']}",
         f"{figures['tokens']:,} tokens in {figures['entries']:,} entries of all layers and heads: CR {figures['cr']:.2f}",
         f"pool: {figures['pages']:,} pages of {figures['page_bytes']:,} bytes",

@@ -52,7 +52,7 @@ class LLM:
     def __init__(
         self, path: str | Path, *, policy: str | Policy = "dmc", policy_settings: dict | None = None,
         codec: str | Codec = "dense", codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
-        page_size: int | None = None, sink_tokens: int | None = None, window: int = 0, exact_dtype: str | None = None,
+        page_size: int | None = None, sink_tokens: int | None = None, window: int | None = None, exact_dtype: str | None = None,
         prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
         rank_timeout: float = 120.0,
     ) -> None:

@@ -96,10 +96,20 @@ class TeamCache:
     """
 
     def __init__(self, team: Team, own: KVCache) -> None:
-        self._team, self._own, self.policy = team, own, own.policy
+        self._team, self._own, self.policy, self.codec = team, own, own.policy, own.codec
         part = own.shape
         self.shape = Shape(part.layers, part.heads * team.ranks, part.head_size, part.dtype)
         self.rows = _Rows(team, own)
+
+    @property
+    def codec_name(self) -> str:
+        """See `KVCache.codec_name`."""
+        return self._own.codec_name
+
+    @property
+    def page_size(self) -> int | list[int]:
+        """See `KVCache.page_size`."""
+        return self._own.page_size
 
     @property
     def free_slots(self) -> int:

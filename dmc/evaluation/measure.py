@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from dmc.cache import Prompt
+from dmc.cache import Codec, Policy, Prompt
 from dmc.engine import LLM
 from dmc.engine.runner import Chunk
 from dmc.evaluation.provenance import commit, model_hash, versions
@@ -229,7 +229,7 @@ def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[
         base=reference and reference.model, base_hash=reference and reference.model_hash,
         text=windows.name, text_hash=windows.text_hash, windows_hash=windows.hash,
         windows=count, prompt_tokens=windows.prompt, scored_tokens=windows.scored,
-        policy=cache.policy.name, codec=cache.rows.storage.codec.name, settings=_settings(llm),
+        policy=cache.policy.name, codec=cache.codec_name, settings=_settings(llm),
         perplexity=_perplexity(logprobs), base_perplexity=base, kl=kl, kl_stderr=error,
         kl_windows=each if each is None else each.tolist(), agreement=same,
         held_bytes=held.mean().item(), dense_bytes=dense.mean().item(), ratio=(dense.mean() / held.mean()).item(),
@@ -248,17 +248,18 @@ def _perplexity(logprobs: Tensor) -> float:
     return math.exp(-logprobs.mean().item())
 
 
-def _settings(llm: LLM) -> dict[str, dict[str, float | int | str | None]]:
-    storage = llm.cache.rows.storage
-    plain = (int, float, str, type(None))
-    made = {
-        kind: {name: value for name in thing.settings() if isinstance(value := getattr(thing, name, _Absent), plain)}
-        for kind, thing in (("policy", llm.cache.policy), ("codec", storage.codec))
-    }
-    return made | {"cache": {
-        "page_size": storage.page_size, "sink_tokens": storage.sink_tokens, "window": storage.window,
+def _settings(llm: LLM) -> dict[str, dict | list[dict]]:
+    storage, codec = llm.cache.rows.storage, llm.cache.codec
+    made = _plain(codec) if isinstance(codec, Codec) else [_plain(one) for one in codec]
+    return {"policy": _plain(llm.cache.policy), "codec": made, "cache": {
+        "page_size": llm.cache.page_size, "sink_tokens": storage.sink_tokens, "window": storage.window,
         "exact_dtype": str(storage.exact_dtype).removeprefix("torch."),
     }}
+
+
+def _plain(thing: Policy | Codec) -> dict[str, float | int | str | None]:
+    values = {name: getattr(thing, name, _Absent) for name in thing.settings()}
+    return {name: value for name, value in values.items() if isinstance(value, int | float | str | None)}
 
 
 class _Absent:

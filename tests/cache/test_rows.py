@@ -107,7 +107,8 @@ def test_what_is_encoded_follows_from_the_entries_alone(length, data, page_size,
             torch.testing.assert_close(keys[h][valid[h]], want_keys[kept].to(dtype), **tolerance)
             torch.testing.assert_close(values[h][valid[h]], want_values[kept].to(dtype), **tolerance)
             if full:
-                decoded = cache.rows.storage.codec.decode(cache.rows.blocks(pages[owner == h]))
+                packing = cache.rows.packings[i]
+                decoded = packing.codec.decode(cache.rows.blocks(pages[owner == h], packing))
                 inside = slice(sinks, sinks + full * page_size)
                 for got, want in zip(decoded, (want_keys[inside], want_values[inside]), strict=True):
                     assert (got.flatten(0, 1) - want).norm() < 0.25 * want.norm() + 0.1
@@ -125,7 +126,8 @@ def test_decode_attends_to_what_is_held():
         index = cache.rows.index(i, torch.tensor([slot]))
         keys, values, valid = cache.rows.exact_entries(index)
         pages, owner = cache.rows.closed_pages(index)
-        page_keys, page_values = cache.rows.storage.codec.decode(cache.rows.blocks(pages))
+        packing = cache.rows.packings[i]
+        page_keys, page_values = packing.codec.decode(cache.rows.blocks(pages, packing))
         own = cache.rows.numerators[index] / cache.rows.z[index, None]
         now = ROPE(torch.tensor([49]))
         query = rotate(parts[0][49][:, None], now)[:, 0]
@@ -144,9 +146,9 @@ def test_held_bytes_are_those_of_the_tensors(name):
     cache = make(name, exact_dtype="bf16")
     slot, _ = feed(cache, tokens(45, seed=1), prompt=20)
     other, _ = feed(cache, tokens(9, seed=2), prompt=9)
-    rows, store = cache.rows, cache.rows.storage
-    blank = store.codec.encode(*torch.zeros(2, 4, SIZE, dtype=torch.bfloat16))
-    page = -(-max(store.codec.nbytes(blank), 4 * SIZE) // 8) * 8
+    rows, codec_ = cache.rows, cache.rows.packings[0].codec
+    blank = codec_.encode(*torch.zeros(2, 4, SIZE, dtype=torch.bfloat16))
+    page = -(-max(codec_.nbytes(blank), 4 * SIZE) // 8) * 8
     assert page == rows.pool.page_bytes and rows.per_open_page == page // (4 * SIZE)
     pages = exact = 0
     for count in (cache.entries(slot) - 1).flatten().tolist():

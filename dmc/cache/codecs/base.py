@@ -27,6 +27,7 @@ class Blocks:
 
 
 Field = tuple[torch.dtype, tuple[int, ...]]
+PLACE = "e_place"  # field of a `Codec.placed` codec
 
 
 class Codec(ABC):
@@ -36,20 +37,44 @@ class Codec(ABC):
         name: under which `dmc.cache.codec` finds it.
         lossy: whether ``decode(encode(x))`` may differ from x; then a sequence's first entries stay exact.
         page_size: entries of a page unless the user says otherwise.
+        window: newest entries that stay exact unless the user says otherwise.
+        placed: whether it must know which head's entries a page holds and their places; it is then called by
+            `encode_at` and keeps the places in a field `PLACE`, int32 ``[..., N]``, where the cache also writes -1 for
+            entries that it evicts.
     """
 
     name: ClassVar[str]
     lossy: ClassVar[bool]
     page_size: ClassVar[int]
+    window: ClassVar[int] = 0
+    placed: ClassVar[bool] = False
 
     @classmethod
     def settings(cls) -> list[str]:
         """Names of the settings that the codec is made with."""
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
+    def of_layer(self, layer: int, layers: int, heads: int, head_size: int) -> Codec:
+        """The codec of one layer of a model of L layers, H key/value heads and head size D: itself, if all are alike.
+
+        Raises:
+            ValueError: if it was made for a model of another shape.
+        """
+        return self
+
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """Encodes pages: keys (rotated) and values ``[..., N, D]`` of any float dtype. Pure and seeded."""
+
+    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, places: Tensor) -> Blocks:
+        """`encode`, for a codec that is `placed`.
+
+        Args:
+            keys, values: ``[..., N, D]``; keys rotated, each at its place.
+            heads: int64 ``[...]``, key/value head of each page.
+            places: int32 ``[..., N]``, position of each entry's newest token; -1 is an entry that nothing will read.
+        """
+        return self.encode(keys, values)
 
     @abstractmethod
     def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
