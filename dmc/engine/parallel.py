@@ -28,7 +28,7 @@ from dmc.model import read_config
 from dmc.model.group import Group
 from dmc.model.sharded import check_split
 
-_PROGRAM = "import sys; from dmc.engine.parallel_rank import main; sys.exit(main())"
+_PROGRAM = "from dmc.engine.parallel_rank import main; main()"
 
 def start(parts: Parts, device: torch.device, ranks: int, timeout: float) -> tuple[Team, TeamRunner]:
     """Starts the ranks of a model, or joins those that torchrun has started.

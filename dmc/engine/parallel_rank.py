@@ -235,8 +235,18 @@ def _report(link: Connection, error: BaseException) -> None:
         traceback.print_exc()
 
 
-def main() -> int:
-    """A rank that rank 0 has started, with HOST PORT LINK-PORT RANK RANKS and the link's key in the environment."""
+def main() -> None:
+    """A rank that rank 0 has started, with HOST PORT LINK-PORT RANK RANKS and the link's key in the environment.
+
+    Ends the process without the interpreter's teardown, which can take longer than rank 0 wants to wait.
+    """
     host, port, link_port, rank, ranks = sys.argv[1], *(int(argument) for argument in sys.argv[2:])
     store = dist.TCPStore(host, port, is_master=False)
-    return work(store, (host, link_port), bytes.fromhex(os.environ[KEY]), rank, ranks, rank)
+    code = 1
+    try:
+        code = work(store, (host, link_port), bytes.fromhex(os.environ[KEY]), rank, ranks, rank)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

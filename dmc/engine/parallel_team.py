@@ -16,7 +16,7 @@ from dmc.engine.parallel_rank import Rank, Reply, receive, send
 
 START_SECONDS = 1800.0  # for reading a large model from a slow disk
 _LAST_WORDS = 2.0  # seconds to learn from which rank a failure came
-_LAST_STEP = 10.0  # seconds for a rank to end
+_LAST_STEP = 30.0  # seconds for a rank to end
 
 
 class RankFailed(RuntimeError):
