@@ -2,6 +2,7 @@
 
     dmc generate DIR --prompt "def read(" --codec gear --bits 4 --max-tokens 64
     dmc serve DIR --codec gear --kv-memory 2GiB
+    dmc eval DIR --text text.txt --needle --codec gear --json figures.json
     dmc inspect DIR --prompt-file text.txt --codec gear
 
 Wrong use ends with one sentence on stderr and exit code 2, a rank that died with exit code 1. A command is a line in
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dmc.commands import eval as evaluate
 from dmc.commands import frontier, inspect
 from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
 
@@ -130,6 +132,7 @@ def _serve(options: argparse.Namespace) -> int:
 COMMANDS = {
     "generate": ("continue a text from a compressed cache", _add_generate, _generate),
     "serve": ("answer OpenAI's HTTP interface from a compressed cache", _add_serve, _serve),
+    "eval": ("perplexity, needle retrieval and tasks through a compressed cache", evaluate.add, evaluate.run),
     "inspect": ("say what a compressed cache holds of a text, per layer and head", inspect.add, inspect.run),
     "frontier": ("measure policies x codecs x budgets on one text: table, plot and report", frontier.add, frontier.run),
 }

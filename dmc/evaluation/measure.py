@@ -229,7 +229,7 @@ def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[
         base=reference and reference.model, base_hash=reference and reference.model_hash,
         text=windows.name, text_hash=windows.text_hash, windows_hash=windows.hash,
         windows=count, prompt_tokens=windows.prompt, scored_tokens=windows.scored,
-        policy=cache.policy.name, codec=cache.codec_name, settings=_settings(llm),
+        policy=cache.policy.name, codec=cache.codec_name, settings=cache_settings(llm),
         perplexity=_perplexity(logprobs), base_perplexity=base, kl=kl, kl_stderr=error,
         kl_windows=each if each is None else each.tolist(), agreement=same,
         held_bytes=held.mean().item(), dense_bytes=dense.mean().item(), ratio=(dense.mean() / held.mean()).item(),
@@ -248,7 +248,8 @@ def _perplexity(logprobs: Tensor) -> float:
     return math.exp(-logprobs.mean().item())
 
 
-def _settings(llm: LLM) -> dict[str, dict | list[dict]]:
+def cache_settings(llm: LLM) -> dict[str, dict | list[dict]]:
+    """What policy and codec (or each layer's) were made with, where it is a number or a word, and the cache's own."""
     storage, codec = llm.cache.rows.storage, llm.cache.codec
     made = _plain(codec) if isinstance(codec, Codec) else [_plain(one) for one in codec]
     return {"policy": _plain(llm.cache.policy), "codec": made, "cache": {

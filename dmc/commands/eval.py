@@ -1,0 +1,194 @@
+"""`dmc eval`: what a model is worth over its compressed cache, and what that cache holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmc.commands.common import add_model, load
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from dmc.engine import LLM
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its flags."""
+    add_model(parser)
+    _add_text(parser)
+    _add_needle(parser)
+    _add_tasks(parser)
+    out = parser.add_argument_group("all")
+    out.add_argument("--seed", type=int, default=0, help="of needles, few-shot examples and sampling (0)")
+    out.add_argument("--json", metavar="OUT", help="file for all figures, with hashes, commit, versions and settings")
+    out.add_argument("--no-progress", action="store_true", help="no bars (there are none anyway if stderr is no terminal)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what was asked for, prints it and writes it.
+
+    Raises:
+        ValueError: if nothing was asked for, or something cannot be measured; one sentence.
+    """
+    asked = [(name, measure) for name, wanted, measure in (
+        ("text", options.text, _text), ("needle", options.needle, _needle), ("tasks", options.tasks or options.suite, _tasks),
+    ) if wanted]
+    if not asked:
+        raise ValueError("nothing to measure: give --text FILE, --needle, --tasks NAME,NAME or --suite NAME")
+    for flag in ("json", "plot"):
+        path = getattr(options, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{flag} {path}: there is no folder {Path(path).absolute().parent}")
+    if options.plot and not options.needle:
+        raise ValueError("--plot draws needle retrieval: add --needle")
+    llm = load(options)
+    figures = {}
+    for name, measure in asked:
+        figures[name] = measure(options, llm)
+    if options.json:
+        _write(options.json, json.dumps(_origin(options, llm) | figures, indent=1) + "\n")
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("perplexity, and KL to the uncompressed model")
+    text.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8 texts, each by itself")
+    text.add_argument("--prompt-tokens", type=int, default=256, help="of each window, prefilled (256)")
+    text.add_argument("--scored-tokens", type=int, default=256, help="after them, fed one by one (256)")
+    text.add_argument("--windows", type=int, default=8, help="spread evenly over each text (8)")
+    text.add_argument("--base", metavar="DIR", help="the uncompressed model: what DIR was retrofitted from (DIR, if it is plain)")
+    text.add_argument("--references", metavar="DIR", help="where its predictions are kept (~/.cache/dmc/references)")
+
+
+def _text(options: argparse.Namespace, llm: LLM) -> list[dict]:
+    from dataclasses import asdict
+
+    from dmc.evaluation.measure import measure
+    from dmc.evaluation.reference import default_store, reference
+    from dmc.evaluation.windows import read_windows
+
+    base = options.base or (None if llm.model.config.decision else options.directory)
+    figures = []
+    for file in options.text:
+        windows = read_windows(
+            file, options.directory, prompt=options.prompt_tokens, scored=options.scored_tokens, count=options.windows
+        )
+        wanted = base and reference(
+            base, windows, store=options.references or default_store(), dtype=llm.model.dtype, device=llm.model.device
+        )
+        with _bar(options, f"text {Path(file).name}", len(windows.tokens) * windows.scored, " tokens") as bar:
+            done = measure(llm, windows, reference=wanted, progress=bar.update)
+        figures.append(asdict(done))
+        compared = " (no --base: no KL)" if done.kl is None else (
+            f" (uncompressed {done.base_perplexity:.4f}), KL {done.kl:.5f} nats a token, "
+            f"same likeliest token {done.agreement:.1%}"
+        )
+        print(
+            f"{file}: {done.windows} windows of {done.prompt_tokens} + {done.scored_tokens} tokens, perplexity "
+            f"{done.perplexity:.4f}{compared}; CR {done.cr:.2f}, held {done.held_bytes:,.0f} bytes a window, dense bf16 / held "
+            f"{done.ratio:.2f}"
+        )
+    return figures
+
+
+def _add_needle(parser: argparse.ArgumentParser) -> None:
+    hay = parser.add_argument_group("needle in a haystack")
+    hay.add_argument("--needle", action="store_true", help="retrieve a needle from a haystack, at lengths x depths")
+    hay.add_argument("--haystack", nargs="+", action="extend", default=[], metavar="FILE",
+                     help="UTF-8 texts (the Python standard library's prose)")
+    hay.add_argument("--kinds", type=_list(str), default=("passkey", "fact"), help="passkey,fact (default), constant")
+    hay.add_argument("--lengths", type=_list(int), default=(256, 512, 1024), help="tokens of the prompts (256,512,1024)")
+    hay.add_argument("--depths", type=_list(float), default=(0, 25, 50, 75, 100), help="of the needle in %% (0,25,50,75,100)")
+    hay.add_argument("--trials", type=int, default=4, help="prompts of each kind, length and depth (4)")
+    hay.add_argument("--choices", type=int, default=10, help="answers that are compared, the right one among them (10)")
+    hay.add_argument("--plot", metavar="PNG", help="file for a heat map")
+
+
+def _needle(options: argparse.Namespace, llm: LLM) -> dict:
+    from dmc.evaluation import needle
+    from dmc.evaluation.haystack import read_haystack
+    from dmc.evaluation.needle_plot import plot_needle
+
+    settings = needle.NeedleSettings(
+        lengths=options.lengths, depths=tuple(depth / 100 for depth in options.depths), kinds=options.kinds,
+        trials=options.trials, choices=options.choices, seed=options.seed,
+    )
+    haystack = read_haystack(options.haystack)
+    with _bar(options, "needles", needle.count(settings), " needles") as bar:
+        trials = needle.needle(llm, haystack, settings, bar.update)
+    figures = needle.report(trials, haystack, settings)
+    print(needle.as_text(figures))
+    if options.plot:
+        title = f"{llm.path.resolve().name}, {llm.cache.policy.name} x {llm.cache.codec_name}"
+        plot_needle(figures, options.plot, title=title)
+    return figures
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install 'dmc[eval]')")
+    tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="its names, or those of --task-dir")
+    tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (all that are usual)")
+    tasks.add_argument("--task-dir", metavar="DIR", help="task files of your own (YAML; data paths relative to DIR)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="first examples of each task only")
+    tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (as the task says)")
+    tasks.add_argument("--allow-code", action="store_true", help="let tasks run code that the model wrote, on this machine")
+
+
+def _tasks(options: argparse.Namespace, llm: LLM) -> dict:
+    from dmc.evaluation.tasks import as_text, run_tasks, task_names
+
+    figures = run_tasks(
+        llm, task_names(options.tasks, options.suite), task_dir=options.task_dir, limit=options.limit, fewshot=options.fewshot,
+        seed=options.seed, allow_code=options.allow_code, progress=not options.no_progress,
+    )
+    print(as_text(figures))
+    return figures
+
+
+def _origin(options: argparse.Namespace, llm: LLM) -> dict:
+    """What the figures were made with."""
+    from dmc import __version__
+    from dmc.evaluation.measure import cache_settings
+    from dmc.evaluation.provenance import commit, model_hash, versions
+
+    arguments = {name: value for name, value in vars(options).items() if name not in ("command", "json", "no_progress")}
+    return {
+        "dmc": __version__, "commit": commit(), "versions": versions(),
+        "model": llm.path.resolve().name, "model_hash": model_hash(llm.path),
+        "policy": llm.cache.policy.name, "codec": llm.cache.codec_name, "settings": cache_settings(llm),
+        "device": llm.model.device.type, "dtype": str(llm.model.dtype).removeprefix("torch."), "arguments": arguments,
+    }
+
+
+def _write(path: str, text: str) -> None:
+    """Whole or not at all."""
+    number, name = tempfile.mkstemp(dir=Path(path).absolute().parent, suffix=".part")
+    try:
+        with open(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)  # mkstemp's own mode keeps others out
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _bar(options: argparse.Namespace, what: str, total: int, unit: str) -> tqdm:
+    from tqdm import tqdm
+
+    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True, disable=True if options.no_progress else None)
+
+
+def _list(kind: type) -> Callable[[str], tuple]:
+    """``"a,b"`` → (a, b); an argparse type."""
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,2") from error
+    return parse
