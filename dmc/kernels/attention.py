@@ -1,20 +1,22 @@
-"""Training attention of DMC, in memory linear in T.
+"""Training attention of DMC and of DMS, in memory linear in T.
 
-`dmc.functional.attention` is the naive twin ("reference"). `dmc.kernels.backend` says which of these runs:
+`dmc.functional.attention` and `dmc.functional_dms.attention` are the naive twins ("reference"). `dmc.kernels.backend`
+says which of these runs:
 
     triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan`), and attention with a
-                bias for each key, exempt diagonal and borders of documents (`dmc.kernels.attention_triton`)
+                bias for each key, exempt band and borders of documents (`dmc.kernels.attention_triton`)
     sdpa        PyTorch's fused causal attention, below: what runs on a CPU
     flash       the same through the package flash-attn, where it is installed and asked for
     flex        PyTorch's FlexAttention (`dmc.kernels.flex`), for comparison
 
-Two facts let an ordinary causal kernel (sdpa) compute it:
+To these kernels the two methods are one: every key has a bias, which queries up to ``window`` tokens after it are exempt
+from. In DMC the window is 0: the query's own state alone. Two facts let an ordinary causal kernel (sdpa) compute it:
 
 - the per-key bias is one more feature of the keys, met by a constant feature of the queries;
-- the exempt diagonal becomes an extra key in front (the **anchor**), whose score for query i is made to be
-  the query's own score and whose value row carries a marker. Shifted by that one key, the causal mask lets
-  query i see the anchor and the states j < i, and the marker's share of the output is the weight of the
-  query's own state.
+- what is exempt becomes an extra key in front (the **anchor**), whose score for query i is made to be the
+  query's own score, or the logarithm of the summed exponentials of its band (`dmc.kernels.band`), and whose value row
+  carries a marker. Shifted so that query i sees the anchor and the keys j < i - window, the marker's share of the
+  output is the weight of what is exempt.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from dmc import functional as fn
+from dmc import functional_dms as dms
 from dmc.kernels.backend import choose
+from dmc.kernels.band import band_attention
 from dmc.kernels.rope import rotate
 from dmc.kernels.scan import merge
 
@@ -52,12 +56,35 @@ def dmc_attention(
     """
     backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
     if backend == "reference":
-        return _reference(query, key, value, alpha, omega, spans, rope=rope, starts=starts, scale=scale, log_keep=log_keep)
+        return _reference(
+            fn.attention, query, key, value, alpha, omega, spans, rope=rope, starts=starts, scale=scale, log_keep=log_keep
+        )
     keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
     bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
     query = rotate(query, _tables_at(rope, spans), backend=backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _attend(backend, starts, spans, scale, query, keys.to(query.dtype), values.to(query.dtype), bias)
+
+
+def dms_attention(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, *, window: int, rope: tuple[Tensor, Tensor],
+    starts: Tensor | None = None, scale: float | None = None, log_keep: Tensor | None = None,
+    spans: list[tuple[int, int]] | None = None, backend: str | None = None,
+) -> Tensor:
+    """`dmc.functional_dms.attention` (same arguments and result), differentiable in every tensor argument.
+
+    Args and errors beyond its own as in `dmc_attention`. The band is in fp32, what lies behind it in the query's dtype.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        return _reference(
+            dms.attention, query, key, value, alpha, spans, window=window, rope=rope, starts=starts, scale=scale,
+            log_keep=log_keep,
+        )
+    bias = dms.key_bias(alpha, log_keep=log_keep)
+    query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(backend, starts, spans, scale, query, key, value.to(query.dtype), bias, window)
 
 
 def plain_attention(
@@ -71,25 +98,26 @@ def plain_attention(
     backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
     if backend == "reference":
         alpha = torch.zeros(key.shape[:3], device=key.device)
-        return _reference(query, key, value, alpha, alpha + 1, spans, rope=rope, starts=starts, scale=scale)
+        return _reference(fn.attention, query, key, value, alpha, alpha + 1, spans, rope=rope, starts=starts, scale=scale)
     query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _attend("sdpa" if starts is None and backend == "triton" else backend, starts, spans, scale, query, key, value, None)
 
 
-def _reference(query: Tensor, key: Tensor, *rest: Tensor, **options) -> Tensor:  # noqa: ANN003
-    """`dmc.functional.attention`, asked for all positions and cut to those of the spans, the last of ``rest``."""
+def _reference(attend: Callable[..., Tensor], query: Tensor, key: Tensor, *rest: Tensor, **options) -> Tensor:  # noqa: ANN003
+    """A naive twin, asked for all positions and cut to those of the spans, the last of ``rest``."""
     *rest, spans = rest
     at = torch.cat([torch.arange(a, b, device=query.device) for a, b in spans])
     whole = query.new_zeros(*query.shape[:2], key.shape[2], query.shape[3]).index_copy(2, at, query)
-    return fn.attention(whole, key, *rest, **options)[:, :, at]
+    return attend(whole, key, *rest, **options)[:, :, at]
 
 
 def _attend(
     backend: str, starts: Tensor | None, spans: list[tuple[int, int]], scale: float, query: Tensor, key: Tensor,
-    value: Tensor, bias: Tensor | None,
+    value: Tensor, bias: Tensor | None, window: int = 0,
 ) -> Tensor:
-    """The attention product, span by span; everything merged and rotated."""
+    """The attention product, span by span; everything merged and rotated. The newest ``window`` keys before a query and
+    its own are exempt from the bias."""
     parts, causal = [], _flash if backend == "flash" else _causal
     for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
         seen = None if starts is None else starts[:, :stop]
@@ -97,15 +125,17 @@ def _attend(
         if backend == "triton":
             from dmc.kernels.attention_triton import attend
 
-            parts.append(attend(rows, *keys, starts=seen, scale=scale))
+            parts.append(attend(rows, *keys, starts=seen, scale=scale, window=window))
         elif backend == "flex":
             from dmc.kernels.flex import attend_flex
 
-            parts.append(attend_flex(rows, *keys, starts=seen, scale=scale))
+            parts.append(attend_flex(rows, *keys, starts=seen, scale=scale, window=window))
         elif bias is None:
             parts.append(_in_span(lambda *part: causal(*part, scale=scale), seen, first, rows, *keys[:2]))
+        elif window:
+            parts.append(_in_span(lambda *part: _band_exempt(*part, causal, window, scale), seen, first, rows, *keys))
         else:
-            parts.append(_in_span(lambda *part: _anchored(*part, causal, scale=scale), seen, first, rows, *keys))
+            parts.append(_in_span(lambda *part: _own_exempt(*part, causal, scale), seen, first, rows, *keys))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -134,25 +164,51 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor
     return flash_attn_func(*rows, softmax_scale=scale, causal=True).transpose(1, 2)
 
 
-def _anchored(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: Callable[..., Tensor], *, scale: float,
+def _own_exempt(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: Callable[..., Tensor], scale: float,
 ) -> Tensor:
-    heads, size, rows = key.shape[1], key.shape[-1], query.shape[2]
+    """The last queries of a sequence over all earlier keys with their bias, and over their own without."""
+    heads, rows = key.shape[1], query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
     own = (grouped * key[:, :, None, -rows:]).sum(-1, dtype=torch.float32).flatten(1, 2)  # [B, Hq, rows], unscaled
+    out, share = _anchored(query, key[..., :-1, :], value[..., :-1, :], bias[..., :-1], own, causal, scale)
+    return out + (share.unflatten(1, (heads, -1)) * value[:, :, None, -rows:]).flatten(1, 2)
+
+
+def _band_exempt(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: Callable[..., Tensor], window: int, scale: float,
+) -> Tensor:
+    """As `_own_exempt`, with the ``window`` keys before a query's own exempt as well."""
+    rows, behind = query.shape[2], key.shape[2] - window - 1  # keys that the last query sees with a bias
+    if behind <= 0:
+        return causal(query, key, value, scale=scale)
+    out, lse = band_attention(query, key, value, window=window, scale=scale)
+    out = out.to(query.dtype)
+    near = max(0, rows - behind - 1)  # queries that see nothing but their band; one more is left, whose anchor is all it sees
+    past = [x[:, :, :behind] for x in (key, value, bias)]
+    far, share = _anchored(query[:, :, near:], *past, lse[:, :, near:] / scale, causal, scale)
+    joined = far + share * out[:, :, near:]
+    return torch.cat([out[:, :, :near], joined], dim=2) if near else joined
+
+
+def _anchored(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, own: Tensor, causal: Callable[..., Tensor], scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, Hq, R, D]`` over N biased keys, of which the last one sees all, each one less than the next, and
+    over an anchor of score ``own [B, Hq, R]`` (before scaling) → (the keys' part of the output, the anchor's weight
+    ``[B, Hq, R, 1]``)."""
+    size = key.shape[-1]
     own, bias = _split(own, query.dtype), _split(bias / scale, query.dtype)
     extra = 2 * bias.shape[-1]  # features added; the kernels of GPUs want a multiple of 8
     pad = -(size + extra) % 8 if query.is_cuda else 0
     queries = F.pad(torch.cat([query, torch.ones_like(own), own], dim=-1), (0, pad))
     anchor = torch.cat([key.new_zeros(size + bias.shape[-1]), key.new_ones(bias.shape[-1]), key.new_zeros(pad)])
     keys = F.pad(torch.cat([key, bias], dim=-1), (0, bias.shape[-1] + pad))
-    keys = torch.cat([anchor.expand(*keys.shape[:2], 1, -1), keys[..., :-1, :]], dim=-2)
+    keys = torch.cat([anchor.expand(*keys.shape[:2], 1, -1), keys], dim=-2)
     marker = F.pad(value.new_ones(1), (size, extra - 1 + pad))
-    values = F.pad(value, (0, extra + pad))
-    values = torch.cat([marker.expand(*values.shape[:2], 1, -1), values[..., :-1, :]], dim=-2)
+    values = torch.cat([marker.expand(*value.shape[:2], 1, -1), F.pad(value, (0, extra + pad))], dim=-2)
     out = causal(queries, keys, values, scale=scale)
-    share = out[..., size : size + 1].unflatten(1, (heads, -1))
-    return out[..., :size] + (share * value[:, :, None, -rows:]).flatten(1, 2)
+    return out[..., :size], out[..., size : size + 1]
 
 
 def _split(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
-"""Triton kernels of the training attention: causal, a bias for each key, own state exempt, documents apart.
+"""Triton kernels of the training attention: causal, a bias for each key, a band exempt from it, documents apart.
 
-    score(i, j) = scale <q_i, k_j> + (bias_j if j < i else 0)        for first_i <= j <= i, else -inf
+    score(i, j) = scale <q_i, k_j> + (bias_j if j < i - window else 0)        for first_i <= j <= i, else -inf
 
 Keys and values are those of the key/value heads: a query head reads its group's, none is repeated. Nothing of size T
 x T is stored: the forward pass keeps the logarithm of each softmax's sum, from which the backward pass computes the
@@ -24,23 +24,25 @@ from dmc.kernels.backend import interpreted
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, starts: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, window: int = 0,
 ) -> Tensor:
-    """Attention over all intermediate states; differentiable in query, key, value and bias.
+    """Attention with a bias for each key; differentiable in query, key, value and bias.
 
     Args:
         query: ``[B, Hq, M, D]``, rotated, of the last M of the T tokens; Hq a multiple of H; bf16, fp16 or fp32; D up
             to 128.
         key, value: ``[B, H, T, D]`` in the dtype of ``query``, key rotated.
-        bias: ``[B, H, T]`` fp32, added to every score of a key but that of its own token; -inf is allowed. None: 0.
+        bias: ``[B, H, T]`` fp32, added to the scores of a key with queries more than ``window`` tokens later; -inf is
+            allowed. None: 0.
         starts: ``[B, T]`` bool, first tokens of documents.
         scale: of the scores, ``1 / sqrt(D)`` if None.
+        window: 0: a query's own key alone is exempt (DMC). A kernel is compiled for each window.
 
     Returns:
         ``[B, Hq, M, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(query, key, value, bias, *_borders(starts), scale)
+    return _Attention.apply(query, key, value, bias, *_borders(starts), scale, window)
 
 
 def _borders(starts: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -62,11 +64,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: D102
         ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, first: Tensor | None,
-        end: Tensor | None, scale: float,
+        end: Tensor | None, scale: float, window: int,
     ) -> Tensor:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         bias = None if bias is None else bias.float().contiguous()
-        launch = _Launch(query, key, bias, first, scale)
+        launch = _Launch(query, key, bias, first, scale, window)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         blocks = launch.blocks("forward")
@@ -75,7 +77,7 @@ class _Attention(torch.autograd.Function):
             query, key, value, bias, first, out, lse, *launch.numbers, *_strides(query, key, value), **blocks
         )
         ctx.save_for_backward(query, key, value, bias, first, end, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.window = scale, window
         return out
 
     @staticmethod
@@ -83,7 +85,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         query, key, value, bias, first, end, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
-        launch = _Launch(query, key, bias, first, ctx.scale)
+        launch = _Launch(query, key, bias, first, ctx.scale, ctx.window)
         (batch, query_heads, rows, size), (heads, tokens) = query.shape, key.shape[1:3]
         delta = torch.empty_like(lse)
         _delta[(triton.cdiv(delta.numel(), 32),)](
@@ -101,18 +103,20 @@ class _Attention(torch.autograd.Function):
         _backward_queries[(triton.cdiv(rows, blocks["M"]), batch * query_heads)](
             query, key, value, bias, first, grad, lse, delta, d_query, *launch.numbers, *strides, **blocks
         )
-        return d_query, d_key, d_value, d_bias, None, None, None
+        return d_query, d_key, d_value, d_bias, None, None, None, None
 
 
 class _Launch:
     """What the three kernels of one problem have in common: sizes and compile-time constants."""
 
-    def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, bias: Tensor | None, first: Tensor | None, scale: float, window: int,
+    ) -> None:
         self.size, self.narrow = query.shape[-1], query.dtype != torch.float32
         self.numbers = (scale, query.shape[1], key.shape[1], query.shape[2], key.shape[2])
         self.constants = dict(
             D=self.size, BLOCK=max(16, triton.next_power_of_2(self.size)), BIASED=bias is not None,
-            PACKED=first is not None, PRECISION="tf32" if self.narrow else "ieee",
+            PACKED=first is not None, PRECISION="tf32" if self.narrow else "ieee", WINDOW=window,
         )
 
     def blocks(self, kernel: str) -> dict:
@@ -165,10 +169,11 @@ def _store_tile(base, rows, T, x, D: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _forward_blocks(
     acc, total, top, q, key, value, bias, kt, vt, m, first, start, stop, T, scale2,
-    DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Keys ``start`` to ``stop`` for one block of queries; DIAGONAL where some of them are not earlier than all."""
+    """Keys ``start`` to ``stop`` for one block of queries; DIAGONAL where some of them are later than a
+    query or exempt from the bias."""
     for n0 in range(start, stop, N):
         n = n0 + tl.arange(0, N)
         k = _load_tile(key, kt, n, T, DIAGONAL, D, BLOCK)
@@ -176,7 +181,7 @@ def _forward_blocks(
         if BIASED:
             b = tl.load(bias + n, n < T, 0.0) * LOG2E
             if DIAGONAL:
-                s += tl.where(m[:, None] == n[None, :], 0.0, b[None, :])
+                s += tl.where(m[:, None] - n[None, :] <= WINDOW, 0.0, b[None, :])
             else:
                 s += b[None, :]
         if DIAGONAL:
@@ -197,8 +202,8 @@ def _forward_blocks(
 @triton.jit
 def _forward(
     query, key, value, bias, first, out, lse, scale, HQ, H, R, T, qb, qh, qt, kb, kh, kt, vb, vh, vt,
-    BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Output and ``lse``, the base-2 logarithm of each softmax's sum."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest rows first
@@ -221,14 +226,14 @@ def _forward(
     if PACKED:
         begins = tl.load(first + b * T + m, m < T, 0)
         start = tl.load(first + b * T + m0) // N * N
-    middle = tl.maximum(m0 // N * N, start)
+    middle = tl.maximum(tl.maximum(m0 - WINDOW, 0) // N * N, start)
     acc, total, top = _forward_blocks(
         acc, total, top, q, key, value, bias, kt, vt, m, begins, start, middle, T, scale * LOG2E, False, BIASED, PACKED,
-        PRECISION, N, D, BLOCK,
+        PRECISION, WINDOW, N, D, BLOCK,
     )
     acc, total, top = _forward_blocks(
         acc, total, top, q, key, value, bias, kt, vt, m, begins, middle, tl.minimum(m0 + M, T), T, scale * LOG2E, True, BIASED,
-        PACKED, PRECISION, N, D, BLOCK,
+        PACKED, PRECISION, WINDOW, N, D, BLOCK,
     )
     _store_tile(out + row * R * D, rows, R, acc / total[:, None], D, BLOCK)
     tl.store(lse + row * R + rows, top + tl.log2(total), rows < R)
@@ -249,7 +254,7 @@ def _delta(out, grad, delta, rows, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def _backward_keys_blocks(
     dk, dv, db, k, v, b, query, grad, first, lse, delta, qt, n, start, stop, R, T, scale2,
-    DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Rows ``start`` to ``stop`` of the queries of one head for one block of keys; tiles are [keys, queries]."""
@@ -260,7 +265,7 @@ def _backward_keys_blocks(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
         if BIASED:
             if DIAGONAL:
-                s += tl.where(m[None, :] == n[:, None], 0.0, b[:, None])
+                s += tl.where(m[None, :] - n[:, None] <= WINDOW, 0.0, b[:, None])
             else:
                 s += b[:, None]
         p = tl.exp2(s - tl.load(lse + rows, rows < R, float("inf"))[None, :])
@@ -274,7 +279,7 @@ def _backward_keys_blocks(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if BIASED:
             if DIAGONAL:
-                ds = tl.where(m[None, :] == n[:, None], 0.0, ds)
+                ds = tl.where(m[None, :] - n[:, None] <= WINDOW, 0.0, ds)
             db += tl.sum(ds, 1)
     return dk, dv, db
 
@@ -283,8 +288,8 @@ def _backward_keys_blocks(
 def _backward_keys(
     query, key, value, bias, first, end, grad, lse, delta, d_key, d_value, d_bias, scale, HQ, H, R, T,
     qb, qh, qt, kb, kh, kt, vb, vh, vt,
-    BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Gradients of one block of keys, values and biases, over all query heads of the group."""
     n0 = tl.program_id(0) * N
@@ -305,17 +310,17 @@ def _backward_keys(
     db = tl.zeros((N,), tl.float32)
     stop -= T - R  # from here on rows of the queries
     start = tl.maximum(n0 - (T - R), 0) // M * M
-    middle = tl.minimum(tl.maximum(n0 + N - (T - R), 0) + M - 1, tl.maximum(stop, 0) + M - 1) // M * M
+    middle = tl.minimum(tl.maximum(n0 + N + WINDOW - (T - R), 0) + M - 1, tl.maximum(stop, 0) + M - 1) // M * M
     for group in range(0, HQ // H):
         hq = h * (HQ // H) + group
         at = (batch * HQ + hq) * R
         dk, dv, db = _backward_keys_blocks(
             dk, dv, db, k, v, b, query + batch * qb + hq * qh, grad + at * D, first, lse + at, delta + at, qt, n,
-            start, middle, R, T, scale * LOG2E, True, BIASED, PACKED, PRECISION, M, D, BLOCK,
+            start, middle, R, T, scale * LOG2E, True, BIASED, PACKED, PRECISION, WINDOW, M, D, BLOCK,
         )
         dk, dv, db = _backward_keys_blocks(
             dk, dv, db, k, v, b, query + batch * qb + hq * qh, grad + at * D, first, lse + at, delta + at, qt, n,
-            middle, stop, R, T, scale * LOG2E, False, BIASED, PACKED, PRECISION, M, D, BLOCK,
+            middle, stop, R, T, scale * LOG2E, False, BIASED, PACKED, PRECISION, WINDOW, M, D, BLOCK,
         )
     _store_tile(d_key + row * T * D, n, T, dk * scale, D, BLOCK)
     _store_tile(d_value + row * T * D, n, T, dv, D, BLOCK)
@@ -326,7 +331,7 @@ def _backward_keys(
 @triton.jit
 def _backward_queries_blocks(
     dq, q, g, key, value, bias, lse, delta, kt, vt, m, first, start, stop, T, scale2,
-    DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Keys ``start`` to ``stop`` for one block of queries."""
@@ -338,7 +343,7 @@ def _backward_queries_blocks(
         if BIASED:
             b = tl.load(bias + n, n < T, 0.0) * LOG2E
             if DIAGONAL:
-                s += tl.where(m[:, None] == n[None, :], 0.0, b[None, :])
+                s += tl.where(m[:, None] - n[None, :] <= WINDOW, 0.0, b[None, :])
             else:
                 s += b[None, :]
         p = tl.exp2(s - lse[:, None])
@@ -354,8 +359,8 @@ def _backward_queries_blocks(
 @triton.jit
 def _backward_queries(
     query, key, value, bias, first, grad, lse, delta, d_query, scale, HQ, H, R, T, qb, qh, qt, kb, kh, kt, vb, vh, vt,
-    BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Gradient of one block of queries."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -378,14 +383,14 @@ def _backward_queries(
     if PACKED:
         begins = tl.load(first + b * T + m, m < T, 0)
         start = tl.load(first + b * T + m0) // N * N
-    middle = tl.maximum(m0 // N * N, start)
+    middle = tl.maximum(tl.maximum(m0 - WINDOW, 0) // N * N, start)
     dq = tl.zeros((M, BLOCK), tl.float32)
     dq = _backward_queries_blocks(
         dq, q, g, key, value, bias, lse, delta, kt, vt, m, begins, start, middle, T, scale * LOG2E, False, BIASED, PACKED,
-        PRECISION, N, D, BLOCK,
+        PRECISION, WINDOW, N, D, BLOCK,
     )
     dq = _backward_queries_blocks(
         dq, q, g, key, value, bias, lse, delta, kt, vt, m, begins, middle, tl.minimum(m0 + M, T), T, scale * LOG2E, True,
-        BIASED, PACKED, PRECISION, N, D, BLOCK,
+        BIASED, PACKED, PRECISION, WINDOW, N, D, BLOCK,
     )
     _store_tile(d_query + row * R * D, rows, R, dq * scale, D, BLOCK)

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 def attend_flex(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, starts: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, window: int = 0,
 ) -> Tensor:
     """Arguments and result as in `dmc.kernels.attention_triton.attend`.
 
@@ -34,7 +34,7 @@ def attend_flex(
         return seen if document is None else seen & (document[b, i + before] == document[b, j])
 
     def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return torch.where(i + before == j, score, score + bias[b, h // groups, j])
+        return torch.where(i + before - j <= window, score, score + bias[b, h // groups, j])
 
     mask = create_block_mask(visible, None if document is None else batch, None, rows, tokens, device=query.device)
     run = _compiled() if query.is_cuda else flex_attention

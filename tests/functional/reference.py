@@ -93,3 +93,47 @@ def algorithm_1(query, key, value, alpha, omega, *, rotated):
                 out[g, t] = torch.softmax(turned @ q / math.sqrt(size), 0) @ torch.stack([e[1] for e in entries])
         lengths.append(len(entries))
     return out, torch.tensor(lengths)
+
+
+# ------------------------------------------------------------------------------------------- eviction (DMS)
+
+
+def evicting_loop(query, key, value, alpha, starts, *, window, rotated):
+    """Soft DMS attention query by query: token j counts for 1 - alpha_j once it is more than ``window`` back."""
+    batch, query_heads, tokens, size = query.shape
+    heads = key.shape[1]
+    rows = []
+    for b in range(batch):
+        for g in range(query_heads):
+            h = g // (query_heads // heads)
+            for i in range(tokens):
+                first = max(t for t in range(i + 1) if t == 0 or bool(starts[b, t]))
+                q = rotate_one(query[b, g, i], i) if rotated else query[b, g, i]
+                total, sum_ = 0, torch.zeros_like(value[b, h, 0])
+                scores = [(q * (rotate_one(key[b, h, j], j) if rotated else key[b, h, j])).sum() / math.sqrt(size)
+                          for j in range(first, i + 1)]
+                top = max(score.item() for score in scores)
+                for j, score in zip(range(first, i + 1), scores, strict=True):
+                    weight = torch.exp(score - top) * (1 - alpha[b, h, j] if i - j > window else 1)
+                    total, sum_ = total + weight, sum_ + weight * value[b, h, j]
+                rows.append(sum_ / total)
+    return torch.stack(rows).view(batch, query_heads, tokens, size)
+
+
+def evicting_cache(query, key, value, alpha, *, window, rotated):
+    """Inference of one sequence with a list that marked tokens leave; alpha in {0, 1}. → (out [Hq,T,D], lengths [H])."""
+    query_heads, tokens, size = query.shape
+    heads = key.shape[0]
+    out, lengths = torch.zeros_like(query), []
+    for h in range(heads):
+        entries = []  # (position, key, value, marked)
+        for t in range(tokens):
+            k = rotate_one(key[h, t], t) if rotated else key[h, t]
+            entries.append((t, k, value[h, t], alpha[h, t] == 1))
+            for g in range(h * query_heads // heads, (h + 1) * query_heads // heads):
+                q = rotate_one(query[g, t], t) if rotated else query[g, t]
+                weights = torch.softmax(torch.stack([e[1] for e in entries]) @ q / math.sqrt(size), 0)
+                out[g, t] = weights @ torch.stack([e[2] for e in entries])
+            entries = [e for e in entries if not (e[3] and t - e[0] >= window)]  # marked at e[0], gone at e[0] + window
+        lengths.append(len(entries))
+    return out, torch.tensor(lengths)

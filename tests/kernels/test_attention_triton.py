@@ -15,15 +15,16 @@ pytestmark = pytest.mark.usefixtures("poison")
 NAMES = ("out", "d query", "d key", "d value", "d bias")
 
 
-def naive(query, key, value, bias, *, starts=None):
+def naive(query, key, value, bias, *, starts=None, window=0):
     """Attention with all scores in memory, every product and the softmax's result in the dtype of the query."""
     tokens, size = key.shape[-2:]
     rows = query.shape[2]
     queries = torch.nn.functional.pad(query, (0, 0, tokens - rows, 0)).unflatten(1, (key.shape[1], -1))
     scores = (queries @ key[:, :, None].transpose(-1, -2)).to(bias.dtype) * size**-0.5
-    own = torch.eye(tokens, dtype=torch.bool, device=query.device)
-    scores = scores + bias[:, :, None, None].masked_fill(own, 0)
-    visible = torch.ones_like(own).tril()
+    place = torch.arange(tokens, device=query.device)
+    exempt = place[:, None] - place <= window
+    scores = scores + bias[:, :, None, None].masked_fill(exempt, 0)
+    visible = torch.ones_like(exempt).tril()
     if starts is not None:
         document = starts.cumsum(-1)
         visible = visible & (document[:, :, None] == document[:, None, :])[:, None, None]
@@ -154,3 +155,22 @@ def test_memory_is_linear_in_the_length():
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(32768) < 2.2 * peak(16384)
+
+
+# ------------------------------------------------------------------------------------------- a band exempt from the bias (DMS)
+
+
+@pytest.mark.parametrize(("tokens", "window", "packed", "rows"), [
+    (63, 5, True, None), (100, 40, False, None), (40, 64, False, None), (90, 17, True, 30),
+])
+def test_a_band_that_is_exempt(tokens, window, packed, rows):
+    tensors, starts = problem(tokens, 8, packed=packed, batch=1 + packed, rows=rows)
+
+    def run(*leaves, starts):
+        return attend(*leaves, starts=starts, window=window)
+
+    def plain(*leaves, starts):
+        return naive(*leaves, starts=starts, window=window)
+
+    exact = results(plain, tensors, starts, torch.float64)
+    assert_close_enough(NAMES, results(run, tensors, starts), results(plain, tensors, starts), exact)
