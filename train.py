@@ -1,7 +1,8 @@
-"""Retrofit a pretrained Llama with Dynamic Memory Compression, or pretrain one.
+"""Retrofit a pretrained Llama with Dynamic Memory Compression or Sparsification, or pretrain one.
 
     torchrun train.py --target-cr 4                              # the small base model, on this machine
     torchrun train.py --model DIR --target-cr 4 data.text=my.txt # any Hugging Face Llama directory
+    torchrun train.py --method dms --target-cr 4                 # eviction (DMS) instead of merging (DMC)
     torchrun train.py --config configs/quickstart.yaml           # a recipe
     torchrun train.py --config R.yaml run.resume=auto            # go on where it stopped
     python train.py ...                                          # the same, one process
@@ -49,6 +50,7 @@ def parse(argv: list[str]) -> Config:
     )
     parser.add_argument("--config", help="YAML recipe, see configs/")
     parser.add_argument("--target-cr", help="compression ratio to reach, tokens per cache entry (dmc.target_cr)")
+    parser.add_argument("--method", help="dmc, dms, or none for plain pretraining (dmc.method)")
     parser.add_argument("--model", help="Hugging Face Llama directory to start from (run.model)")
     parser.add_argument("--output", help="directory of the run (run.output)")
     parser.add_argument("--resume", help="auto, or a checkpoint directory (run.resume)")
@@ -60,8 +62,8 @@ def parse(argv: list[str]) -> Config:
         known = ", ".join(sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--")))
         raise ValueError(f"unknown flag {unknown[0]}; known: {known}; configuration keys go as section.key=value")
     flags = {
-        "dmc.target_cr": args.target_cr, "run.model": args.model, "run.output": args.output, "run.resume": args.resume,
-        "run.dry_run": args.dry_run, "plan.world": args.world,
+        "dmc.target_cr": args.target_cr, "dmc.method": args.method, "run.model": args.model, "run.output": args.output,
+        "run.resume": args.resume, "run.dry_run": args.dry_run, "plan.world": args.world,
     }
     extra = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     return configuration.load(args.config, [*args.overrides, *extra])

@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _trainer(config: Config, hf: LlamaConfig) -> Trainer:
-    random = (lambda *_: {}) if config.dmc.method == "dmc" and config.distill.weight else None
+    random = (lambda *_: {}) if config.dmc.compresses and config.distill.weight else None
     return Trainer(
         config, hf, batches=pretend.Noise(config, hf.vocab_size, Batch), store=None, meta={}, loader=None, teacher_loader=random,
         reporter=Reporter(config.log, Path(), {}, rank=1, steps=1),
@@ -112,7 +112,7 @@ def _step(trainer: Trainer) -> None:
 
 def _parts(trainer: Trainer) -> dict[str, Callable[[], None]]:
     """What a step consists of, each ready to run forward and backward; those of a layer run once a layer."""
-    trainer.student.state.mode = "soft" if trainer.config.dmc.method == "dmc" else "plain"
+    trainer.student.state.mode = "soft" if trainer.config.dmc.compresses else "plain"
     return _matrices(trainer) | _attention(trainer) | {"loss": _loss(trainer), "optimizer": trainer.student.optimizer.step}
 
 

@@ -14,9 +14,10 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from dmc import functional as fn
-from dmc.kernels.attention import dmc_attention, plain_attention
+from dmc import functional_dms as dms
+from dmc.kernels.attention import dmc_attention, dms_attention, plain_attention
 from dmc.training import context, noise
-from dmc.training.state import AddGradient, LayerState
+from dmc.training.state import AddGradient, AttachGradient, LayerState
 
 
 def row_info(samples: Tensor, starts: Tensor) -> Tensor:
@@ -41,11 +42,13 @@ class DmcSelfAttention(SelfAttention):
         super().__init__(config, *args, **kwargs)
         self.state: LayerState = config.dmc_state
         self.rope: tuple[Tensor, Tensor] = config.dmc_rope
+        self.evicts = self.state.settings.method == "dms"
         self.first_head = self.num_query_groups_per_partition * self.tp_group.rank()
         if self.state.settings.decision == "head":
-            # Rows interleaved per head (alpha, omega), so that a tensor-parallel rank holds its own heads'.
+            # Rows interleaved per head (alpha, omega; with DMS alpha), so that a tensor-parallel rank holds its own heads'.
+            logits = 1 if self.evicts else 2
             self.decision = ColumnParallelLinear(
-                config.hidden_size, 2 * config.num_query_groups, config=config, bias=False, gather_output=False,
+                config.hidden_size, logits * config.num_query_groups, config=config, bias=False, gather_output=False,
                 init_method=torch.nn.init.zeros_, skip_bias_add=False, tp_group=self.tp_group,
             )
 
@@ -60,7 +63,7 @@ class DmcSelfAttention(SelfAttention):
         mode = self.state.mode
         if mode in ("plain", "repurpose"):
             if mode == "repurpose":
-                query, key = (_scale_neuron(x, self.state.neuron_scale) for x in (query, key))
+                query, key = self._scale_neurons(query, key, self.state.neuron_scale)
             context = self._run_core(self._plain, query, key, value, starts)
         else:
             logits, weights, query, key = self._decide(hidden_states, query, key)
@@ -68,16 +71,28 @@ class DmcSelfAttention(SelfAttention):
         context = context.permute(2, 0, 1, 3).flatten(2).contiguous()
         return self.linear_proj(context)
 
-    def _decide(self, hidden: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits of alpha and omega ``[B, H, T]`` fp32, and query and key with the neuron taken out."""
-        gain = self.state.settings.gain
+    def _decide(self, hidden: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Logits of alpha and omega ``[B, H, T]`` fp32 (with DMS there is no omega), and query and key with the neuron
+        taken out."""
+        gain, heads = self.state.settings.gain, key.shape[1]
         if self.state.settings.decision == "head":
-            both, _ = self.decision(hidden)
-            both = gain * both.float().unflatten(-1, (-1, 2)).permute(1, 2, 0, 3)
-            return both[..., 0], both[..., 1], query, key
-        logits = gain * key[..., 0].float()
-        weights = gain * query[..., 0].float().unflatten(1, (key.shape[1], -1)).mean(2)
-        return logits, weights, _scale_neuron(query, 0.0), _scale_neuron(key, 0.0)
+            rows, _ = self.decision(hidden)
+            rows = gain * rows.float().unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            return rows[..., 0], None if self.evicts else rows[..., 1], query, key
+        grouped = query[..., 0].float().unflatten(1, (heads, -1))
+        if self.evicts:
+            logits, weights = gain * grouped[:, :, 0], None
+        else:
+            logits, weights = gain * key[..., 0].float(), gain * grouped.mean(2)
+        return logits, weights, *self._scale_neurons(query, key, 0.0)
+
+    def _scale_neurons(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The neurons that decisions are read from times ``scale``: neuron 0 of every query and key head; with DMS of
+        the first query head of each group alone."""
+        if not self.evicts:
+            return _scale_neuron(query, scale), _scale_neuron(key, scale)
+        first, others = query.unflatten(1, (key.shape[1], -1)).tensor_split([1], dim=2)
+        return torch.cat([_scale_neuron(first, scale), others], dim=2).flatten(1, 2), key
 
     def _run_core(self, core, *inputs: Tensor) -> Tensor:  # noqa: ANN001
         if self.checkpoint_core_attention and self.training:
@@ -91,10 +106,13 @@ class DmcSelfAttention(SelfAttention):
         )
 
     def _compressed(
-        self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, weights: Tensor, samples: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, weights: Tensor | None, samples: Tensor,
         starts: Tensor,
     ) -> Tensor:
         alpha, log_keep = self._alpha(logits, samples, starts)
+        if self.evicts:
+            return self._evicting(query, key, value, alpha, log_keep, starts)
+        alpha = AddGradient.apply(alpha, self.state.alpha_gradient)
         omega = fn.importance(weights, offset=self.state.settings.offset)
         key, value, alpha, omega = (context.gather(x, 2) for x in (key, value, alpha, omega))
         log_keep = None if log_keep is None else context.gather(log_keep, 2)
@@ -103,13 +121,30 @@ class DmcSelfAttention(SelfAttention):
             spans=context.my_spans(key.shape[2]),
         )
 
+    def _evicting(
+        self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, log_keep: Tensor | None, starts: Tensor,
+    ) -> Tensor:
+        """DMS: soft decisions reach attention as ``log_keep`` alone, so the loss's gradient hangs on the keys."""
+        key = AttachGradient.apply(key, alpha, self.state.alpha_gradient)
+        key, value, alpha = (context.gather(x, 2) for x in (key, value, alpha))
+        log_keep = None if log_keep is None else context.gather(log_keep, 2)
+        return dms_attention(
+            query, key, value, alpha, window=self.state.settings.window, rope=self._tables(key), starts=starts,
+            log_keep=log_keep, spans=context.my_spans(key.shape[2]),
+        )
+
     def _alpha(self, logits: Tensor, samples: Tensor, starts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Decisions of this rank's positions ``[B, H, T]`` with the loss's gradient attached, and log(1 - alpha)
-        where they are soft. Counted here, before ranks exchange them: each rank counts what it decided."""
+        """Decisions of this rank's positions ``[B, H, T]``, and log(1 - alpha) where they are soft. Counted here, before
+        ranks exchange them: each rank counts what it decided. 0 where a token is kept whatever its logit says: the first
+        of each document, or with DMS the last ``window`` of the sequence."""
         state, settings = self.state, self.state.settings
         positions = torch.arange(starts.shape[1], device=logits.device)
-        begins = context.my_part(starts | (positions == 0), 1)[:, None]
-        hard = fn.round_alpha(logits, offset=settings.offset).masked_fill(begins, 0.0)
+        if self.evicts:
+            kept = dms.undecided(len(positions), settings.window, device=logits.device).expand_as(starts)
+        else:
+            kept = starts | (positions == 0)
+        kept = context.my_part(kept, 1)[:, None]
+        hard = fn.round_alpha(logits, offset=settings.offset).masked_fill(kept, 0.0)
         alpha, log_keep = hard, None
         if state.mode == "soft":
             drawn = noise.logistic(
@@ -118,9 +153,8 @@ class DmcSelfAttention(SelfAttention):
                 tokens=context.my_part(positions, 0),
             )
             options = dict(offset=settings.offset, temperature=settings.temperature, noise=drawn)
-            # In this order the mask stops the constant too: a first token is kept whatever its logit says.
-            alpha = fn.sample_alpha(logits, **options).masked_fill(begins, 0.0)
-            alpha = AddGradient.apply(alpha, state.alpha_gradient)
+            # The constant gradient comes after, so that the mask stops it too.
+            alpha = fn.sample_alpha(logits, **options).masked_fill(kept, 0.0)
             log_keep = fn.sample_log_keep(logits, **options)
         if state.decisions is not None and (torch.is_grad_enabled() or not self.training):
             # Recomputed activations run twice, the first time without gradients: counted once.

@@ -33,7 +33,7 @@ class DataConfig:
 class DmcConfig:
     """The retrofit; defaults chosen by experiment (docs/results/quickstart.md)."""
 
-    method: str = "dmc"  # "dmc", or "none": plain (continued) pretraining, also the control of a retrofit
+    method: str = "dmc"  # "dmc", "dms" (docs/methods/dms.md), or "none": plain (continued) pretraining, also a control
     target_cr: float = 4.0  # tokens per cache entry at the end of the ramp
     decision: str = "head"  # "neuron": k[0] and q[0], as in the paper; "head": a small added projection
     gain: float = 10.0  # the logit is gain * k[0] - offset; folded into the weights at export
@@ -45,6 +45,12 @@ class DmcConfig:
     repurpose_steps: int = 40  # only for decision=neuron
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
     hold_steps: int = 160  # steps at the final target
+    window: int = 64  # only for method=dms: tokens after which a marked one is evicted (the paper's is 256)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the run is a retrofit."""
+        return self.method != "none"
 
 
 @dataclass
@@ -208,7 +214,7 @@ def check(config: Config) -> None:
 
 def _check_fields(config: Config) -> None:
     d, o, p, r = config.dmc, config.optim, config.parallel, config.run
-    _one_of("dmc.method", d.method, ("dmc", "none"))
+    _one_of("dmc.method", d.method, ("dmc", "dms", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
     _one_of("dmc.train", d.train, ("all", "decision"))
@@ -236,7 +242,7 @@ def _check_fields(config: Config) -> None:
         "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
         "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
         "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
-        "guard.window": config.guard.window,
+        "guard.window": config.guard.window, "dmc.window": d.window,
         "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
     })
     for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
@@ -258,22 +264,31 @@ def _check_fields(config: Config) -> None:
 def _check_together(config: Config) -> None:
     d, o, r = config.dmc, config.optim, config.run
     ramp = d.ramp_steps_per_unit * (d.target_cr - 1)
-    if d.method == "dmc" and not (d.hold_steps or ramp or (d.decision == "neuron" and d.repurpose_steps)):
+    if d.compresses and not (d.hold_steps or ramp or (d.decision == "neuron" and d.repurpose_steps)):
         raise ValueError("dmc.hold_steps is 0 and the ramp has no steps: nothing to train; set one of them")
     if o.global_batch % o.micro_batch:
         raise ValueError(
             f"optim.global_batch {o.global_batch} is not a multiple of optim.micro_batch {o.micro_batch}: change one"
         )
-    distils = d.method == "dmc" and config.distill.weight > 0 or config.distill.teacher != ""
-    if config.distill.weight == 0 and config.distill.lm_weight == 0 and (d.method == "dmc" or distils):
+    distils = d.compresses and config.distill.weight > 0 or config.distill.teacher != ""
+    if config.distill.weight == 0 and config.distill.lm_weight == 0 and (d.compresses or distils):
         raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
-    if d.train == "decision" and (d.method != "dmc" or d.decision != "head"):
+    if d.train == "decision" and not (d.compresses and d.decision == "head"):
         raise ValueError(
             f"dmc.train=decision trains the added decision heads alone, and dmc.method={d.method} with "
-            f"dmc.decision={d.decision} has none: set dmc.method=dmc and dmc.decision=head, or dmc.train=all"
+            f"dmc.decision={d.decision} has none: set dmc.method=dmc (or dms) and dmc.decision=head, or dmc.train=all"
         )
-    if r.init == "random" and d.method == "dmc":
-        raise ValueError("run.init=random with dmc.method=dmc: DMC retrofits a pretrained model; pretrain with dmc.method=none")
+    if r.init == "random" and d.compresses:
+        raise ValueError(
+            f"run.init=random with dmc.method={d.method}: {d.method.upper()} retrofits a pretrained model; pretrain with "
+            "dmc.method=none"
+        )
+    length = config.data.sequence_length
+    if d.method == "dms" and d.window * d.target_cr >= length:
+        raise ValueError(
+            f"dmc.window {d.window} of data.sequence_length {length} tokens are held whatever is decided, so dmc.target_cr "
+            f"{d.target_cr:g} is out of reach: set dmc.window below {length / d.target_cr:g}"
+        )
 
 
 def _check_layout(config: Config) -> None:

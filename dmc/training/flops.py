@@ -71,7 +71,7 @@ def forward_flops(hf: LlamaConfig, tokens: int) -> int:
 
 def distils(config: Config) -> bool:
     """Whether a run of this configuration holds a teacher."""
-    return bool(config.dmc.method == "dmc" and config.distill.weight or config.distill.teacher)
+    return bool(config.dmc.compresses and config.distill.weight or config.distill.teacher)
 
 
 def model_flops(config: Config, hf: LlamaConfig) -> int:

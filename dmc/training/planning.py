@@ -122,9 +122,9 @@ def cost(config: Config, hf: LlamaConfig, layout: Layout, *, peak_tflops: float 
     """Steps, tokens, FLOPs, and the time at ``plan.utilisation`` of ``peak_tflops`` of every rank."""
     schedule = Schedule(config)
     steps: dict[str, int] = {}
-    for name, count in (("plain", 0 if config.dmc.method == "dmc" else schedule.steps), ("repurpose", schedule.ramp_start),
+    for name, count in (("plain", 0 if config.dmc.compresses else schedule.steps), ("repurpose", schedule.ramp_start),
                         ("ramp", schedule.ramp_steps), ("hold", schedule.steps - schedule.hold_start)):
-        if count and (name == "plain") == (config.dmc.method != "dmc"):
+        if count and (name == "plain") == (not config.dmc.compresses):
             steps[name] = count
     length = config.data.sequence_length
     tokens = schedule.steps * config.optim.global_batch * length
@@ -140,7 +140,8 @@ def cost(config: Config, hf: LlamaConfig, layout: Layout, *, peak_tflops: float 
 def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, decisions: bool = True) -> Parameters:
     """What a rank of a stage holds; ``decisions=False`` leaves the decision heads out, as in a teacher."""
     layers, hidden, tensor = hf.num_hidden_layers // layout.pipeline, hf.hidden_size, layout.tensor
-    head = decisions and config.dmc.method == "dmc" and config.dmc.decision == "head"
+    head = decisions and config.dmc.compresses and config.dmc.decision == "head"
+    logits = 2 if config.dmc.method == "dmc" else 1  # of a key/value head: alpha and omega, or alpha
     first, last = stage == 0, stage == layout.pipeline - 1
     table = hf.vocab_size * hidden // tensor
     # Tied embeddings: the last stage holds a copy of its own where the first is another.
@@ -149,7 +150,7 @@ def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, d
         matrices=layers * flops.layer_matrices(hf) // tensor,
         embeddings=tables * table,
         vectors=(2 * layers + last) * hidden,
-        decisions=layers * head * 2 * hf.num_key_value_heads * hidden // tensor,
+        decisions=layers * head * logits * hf.num_key_value_heads * hidden // tensor,
     )
 
 
@@ -202,11 +203,16 @@ def _attention(config: Config, hf: LlamaConfig, layout: Layout, on_gpu: bool) ->
     queries = rows * hf.num_attention_heads // layout.tensor
     projections = size * depth * (queries + 2 * keys)
     tables = 8 * rows // config.optim.micro_batch * depth  # cos and sin at the queries' positions
-    if config.dmc.method != "dmc":
+    if not config.dmc.compresses:
         return projections + size * depth * (2 * queries + keys) + 4 * queries + tables, projections
     features = depth + (2 if size == 4 else 4)
     if on_gpu:
         features += -features % 8  # the kernels' multiple
+    if config.dmc.method == "dms":
+        behind = max(0.0, 1 - config.dmc.window / config.data.sequence_length)  # share of the queries that see past the band
+        band = size * depth * (queries + keys) + (4 + (size if size == 2 else 0)) * depth * queries + 4 * queries
+        far = int(behind * (2 * size * features * (keys + queries) + 4 * queries))
+        return projections + band + far + 12 * keys + (4 * queries if size == 2 else 0) + tables, projections + 4 * keys
     scan = keys * (8 * depth + 4 * (2 * depth + 1))  # its inputs and its states, fp32
     scores = size * depth * (keys + queries) + 2 * size * features * (keys + queries)
     values = keys * depth * (8 if size == 4 else 2)

@@ -25,7 +25,7 @@ class Schedule:
     def __init__(self, config: Config) -> None:
         self._dmc, self._optim, self._run = config.dmc, config.optim, config.run
         repurposed = self._dmc.repurpose_steps if self._dmc.decision == "neuron" else 0
-        compresses = self._dmc.method == "dmc"
+        compresses = self._dmc.compresses
         self.ramp_start = repurposed if compresses else 0
         self.ramp_steps = math.ceil(self._dmc.ramp_steps_per_unit * (self._dmc.target_cr - 1)) if compresses else 0
         self.hold_start = self.ramp_start + self.ramp_steps

@@ -107,7 +107,10 @@ def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) 
     """The model of this rank, from ``loader`` or random (None), under megatron's DDP and the optimizer."""
     dmc = config.dmc
     state = LayerState(
-        Settings(dmc.decision if dmc.method == "dmc" else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed),
+        Settings(
+            dmc.method, dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed,
+            dmc.window,
+        ),
         decisions=DecisionCounts(hf.num_hidden_layers, hf.num_key_value_heads),
     )
     torch.manual_seed(config.run.seed)
@@ -160,7 +163,7 @@ def attach_teacher(config: Config, hf: LlamaConfig, student: Student, loader: We
     chunks = student.chunks
     if loader is not None:
         _check_teacher(hf, student.chunks[0])
-        chunks = _model(config, hf, LayerState(Settings("neuron")), loader)
+        chunks = _model(config, hf, LayerState(Settings(decision="neuron")), loader)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     for own, teacher in zip(student.chunks, chunks, strict=True):
@@ -222,12 +225,14 @@ def gather_weights(config: Config, student: Student) -> None:
 
 
 def zero_neurons(student: Student) -> None:
-    """Set the projection rows of neuron 0 of every query and key head to 0 (the end of repurposing)."""
+    """Set the projection rows of the neurons that decisions are read from to 0 (the end of repurposing): neuron 0 of
+    every query and key head, or with DMS of the first query head of each group."""
+    read = slice(0, 1) if student.state.settings.method == "dms" else slice(None, -1)  # never the value head
     for chunk in student.chunks:
         config = chunk.config
         groups = config.num_query_groups // config.tensor_model_parallel_size
         for name, weight in chunk.named_parameters():
             if name.endswith("linear_qkv.weight"):
                 rows = weight.data.view(groups, -1, config.kv_channels, weight.shape[-1])
-                rows[:, :-1, 0] = 0.0  # all but the value head of each group
+                rows[:, read, 0] = 0.0
     student.optimizer.reload_model_params()  # the optimizer's own fp32 copies, where it keeps some

@@ -12,11 +12,13 @@ from torch import Tensor
 class Settings:
     """The part of a retrofit's configuration that the layers need; constant over a run."""
 
+    method: str = "dmc"  # "dmc" or "dms"
     decision: str = "head"  # "neuron" or "head"
     gain: float = 1.0
     offset: float = 5.0
     temperature: float = 0.1
     seed: int = 0
+    window: int = 0  # of "dms"
 
 
 @dataclass
@@ -59,6 +61,19 @@ class DecisionCounts:
         torch.distributed.all_reduce(sums)
         self.sums.zero_()
         return sums.cpu()
+
+
+class AttachGradient(torch.autograd.Function):
+    """`AddGradient` where alpha itself goes no further: it hangs on ``x``, which passes unchanged."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: Tensor, constant: float) -> Tensor:  # noqa: D102
+        ctx.constant, ctx.shape = constant, alpha.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
+        return grad, torch.full(ctx.shape, ctx.constant, device=grad.device), None
 
 
 class AddGradient(torch.autograd.Function):

@@ -26,7 +26,7 @@ from dmc.training.signals import Stopped, StopSignals
 
 # What a resumed run must share with the checkpoint's; layout, schedule lengths and reports may change.
 SAME_RUN = (
-    "data.sequence_length", "dmc.method", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature", "optim.name",
+    "data.sequence_length", "dmc.method", "dmc.window", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature", "optim.name",
     "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed",
 )
 

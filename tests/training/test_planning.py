@@ -26,6 +26,7 @@ def model(**changes):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("overrides", "tied"), [
     ([], False), (["dmc.decision=neuron"], True), (["dmc.method=none"], True), (["optim.name=muon"], False),
+    (["dmc.method=dms", "dmc.window=16"], False),
 ])
 def test_weights_gradients_and_optimizer_are_exact(process_group, precision, overrides, tied):
     config, hf = load(overrides=[*BASE, f"run.precision={precision}", *overrides]), model(tie_word_embeddings=tied)
@@ -43,7 +44,7 @@ def test_they_are_exact_on_a_rank_of_a_layout(case):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("overrides", [
-    [], ["dmc.method=none"], ["parallel.recompute=selective"], ["parallel.recompute=full"],
+    [], ["dmc.method=none"], ["parallel.recompute=selective"], ["parallel.recompute=full"], ["dmc.method=dms", "dmc.window=16"],
 ])
 def test_activations_are_those_that_autograd_keeps(process_group, precision, overrides):
     """Within 6 %; what one layer needs while it is recomputed comes on top in the plan."""
@@ -55,7 +56,7 @@ def test_activations_are_those_that_autograd_keeps(process_group, precision, ove
 
 
 def _kept_by_autograd(config, student) -> int:
-    student.state.mode = "soft" if config.dmc.method == "dmc" else "plain"
+    student.state.mode = "soft" if config.dmc.compresses else "plain"
     (model,) = student.chunks
     model.train()
     not_counted = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.config.dmc_rope]}
