@@ -53,8 +53,8 @@ def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:
 
     Returns:
         The weights, each read from the disk when it is looked up, and the checkpoint's meta data with the
-        keys that `checkpoints.export_hf` takes: ``hf_config``, ``tokenizer_dir``, ``decision``, ``offset``,
-        ``gain``, ``target_cr``, ``measured_cr``, ``step``, ``compressed`` and ``results`` for the model card.
+        keys that `checkpoints.export_hf` takes: ``hf_config``, ``tokenizer_dir``, ``method``, ``window``, ``decision``,
+        ``offset``, ``gain``, ``target_cr``, ``measured_cr``, ``step``, ``compressed`` and ``results`` for the model card.
 
     Raises:
         ValueError: if the checkpoint is incomplete or damaged.
@@ -68,6 +68,7 @@ def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:
     }
     results = {"base_model": Path(meta["config"]["run"]["model"]).name, "measured": measured}
     return tensors, meta | {
+        "method": settings.get("method", "dmc"), "window": settings.get("window", 0),
         "decision": settings["decision"], "offset": settings["offset"], "gain": settings["gain"], "results": results,
     }
 

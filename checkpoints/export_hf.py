@@ -25,7 +25,7 @@ from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from checkpoints.model_card import model_card
 
 _CODE = Path(__file__).parent / "hf_model"
-_CODE_FILES = ("configuration_dmc_llama.py", "cache_dmc_llama.py", "modeling_dmc_llama.py")
+_CODE_FILES = ("configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py", "modeling_dmc_llama.py")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
     *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
@@ -37,14 +37,15 @@ _NOT_COPIED = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype"
 def export(
     state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, decision: str, offset: float,
     gain: float, target_cr: float, measured_cr: float, tokenizer_dir: str | Path, card: Mapping | str,
-    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
+    method: str = "dmc", window: int = 0, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the model to `out`, with the gain of training folded into the weights.
 
     Args:
         state_dict: every tensor under Llama's Hugging Face names, and with the decision head also
-            `model.layers.{i}.self_attn.decision.weight` [2H, hidden]; the gain not applied. Each is looked up once,
-            when its turn comes; a `meta` method, as of `checkpoints.trained.TrainedWeights`, tells shapes before that.
+            `model.layers.{i}.self_attn.decision.weight` [2H, hidden] (DMS: [H, hidden]); the gain not applied. Each is
+            looked up once, when its turn comes; a `meta` method, as of `checkpoints.trained.TrainedWeights`, tells
+            shapes before that.
         hf_config: the fields of the base model's config.json.
         out: directory to create.
         decision: "neuron" or "head".
@@ -53,6 +54,8 @@ def export(
         target_cr, measured_cr: compression ratio aimed at and reached, tokens per entry.
         tokenizer_dir: directory with the tokenizer's files, and generation_config.json if there is one.
         card: the README.md, or what `model_card` makes one of.
+        method: "dmc" or "dms".
+        window: of "dms": tokens after which a marked one is evicted.
         dtype: of the weights written.
         max_shard_bytes: weights above this are spread over several files.
 
@@ -63,7 +66,9 @@ def export(
         ValueError: if `out` exists, the tensors do not fit the configuration, or there is no tokenizer.
     """
     out, tokenizer_dir = free(out), _with_tokenizer(tokenizer_dir)
-    dmc = {"decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
+    dmc = {"method": method, "decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
+    if method == "dms":
+        dmc["window"] = window
     config = _config(hf_config, dmc, dtype)
     plan = _plan(state_dict, config, DmcLlamaForCausalLM, dtype)
     fold = folding(config, gain)
@@ -136,8 +141,8 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
 def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tensor]:
     """The function (name, tensor) → tensor that multiplies the decision and importance logits by `gain`.
 
-    With the neuron these are the first rows of every key and query head, with the head all of its rows. What it
-    changes is a copy in fp32, the rest the tensor itself.
+    With the neuron these are the first rows of every key and query head (DMS: of the first query head of each group),
+    with the head all of its rows. What it changes is a copy in fp32, the rest the tensor itself.
 
     Raises:
         ValueError: if `gain` is not a positive finite number.
@@ -147,6 +152,9 @@ def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tens
     rows, step = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias"), config.head_dim
     if config.dmc["decision"] == "head":
         rows, step = (".decision.weight",), 1
+    elif config.dmc["method"] == "dms":
+        rows = (".q_proj.weight", ".q_proj.bias")
+        step *= config.num_attention_heads // config.num_key_value_heads
 
     def fold(name: str, tensor: Tensor) -> Tensor:
         if not name.endswith(rows):

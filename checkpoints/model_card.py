@@ -25,8 +25,8 @@ print(out.past_key_values.lengths())             # entries per layer, sequence a
 ```
 
 Greedy decoding, sampling, beam search and batches (padded on the left) compress as they go. Assisted generation
-is refused, since a merged cache cannot be rolled back. The code in this directory needs torch and transformers
-(5.0 or newer) alone. It keeps the merged entries, padded to the longest head of each layer; a serving engine with
+is refused, since such a cache cannot be rolled back. The code in this directory needs torch and transformers
+(5.0 or newer) alone. It keeps the remaining entries, padded to the longest head of each layer; a serving engine with
 pages per head is what turns the whole ratio into memory.
 """
 
@@ -47,7 +47,10 @@ def model_card(name: str, config: PreTrainedConfig, card: Mapping) -> str:
     unknown = sorted(set(card) - set(_KEYS))
     if unknown:
         raise ValueError(f"the card knows no {unknown[0]!r}; known are {', '.join(_KEYS)}")
-    parts = [_front_matter(card), f"# {name}\n", _summary(config, card)]
+    front = _front_matter(card)
+    if config.dmc["method"] == "dms":
+        front = front.replace("- dynamic-memory-compression", "- dynamic-memory-sparsification")
+    parts = [front, f"# {name}\n", _summary(config, card)]
     parts.append(_table([{"": "compression ratio", **_ratios(config)}]))
     if card.get("measured"):
         parts.append(_table([{"measured": key, "value": value} for key, value in card["measured"].items()]))
@@ -80,6 +83,13 @@ def _summary(config: PreTrainedConfig, card: Mapping) -> str:
         f"{source}, retrofitted with Dynamic Memory Compression (arXiv 2403.09636): every key/value head merges\n"
         f"tokens into entries of its cache as it sees fit. It reads the decision from {read}.\n"
     )
+    if config.dmc["method"] == "dms":
+        read = "neuron 0 of its first query head" if config.dmc["decision"] == "neuron" else read
+        text = (
+            f"{source}, retrofitted with Dynamic Memory Sparsification (arXiv 2506.05345): every key/value head marks\n"
+            f"tokens as it sees fit, and a marked token leaves its cache {config.dmc['window']} tokens later. It reads the "
+            f"decision from\n{read}.\n"
+        )
     if card.get("step") is not None:
         text += f"Trained for {card['step']} steps.\n"
     return text + (f"\n{card['summary'].strip()}\n" if card.get("summary") else "")

@@ -2,7 +2,7 @@
 
 megatron-core fuses q, k and v per key/value group (``q1..qG k v`` of group 1, then of group 2, ...) and gate
 with up. The decision head's rows are interleaved per head (alpha, omega) on the megatron side and stacked
-(all alphas, all omegas) on the Hugging Face side.
+(all alphas, all omegas) on the Hugging Face side; with DMS there are alphas alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def to_hf(hf: LlamaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[prefix + "mlp.gate_proj.weight"], out[prefix + "mlp.up_proj.weight"] = gate.clone(), up.clone()
         elif local == "self_attention.decision.weight":
             out[prefix + "self_attn.decision.weight"] = (
-                tensor.view(heads, 2, -1).transpose(0, 1).reshape(2 * heads, -1).contiguous()
+                tensor.view(heads, -1, hf.hidden_size).transpose(0, 1).reshape(-1, hf.hidden_size).contiguous()
             )
         else:
             out[_PLAIN[local] if layer is None else prefix + _PLAIN[local]] = tensor

@@ -1,4 +1,4 @@
-"""The key/value cache of a DMC Llama: entries that merged tokens share.
+"""The key/value cache of a DMC Llama: entries that merged tokens share; with DMS, tokens that are not evicted.
 
 Dimension letters: B batch, H key/value heads, D head size, L layers, N closed entries of the longest head,
 M new entries, F = 2 D + 1 (key, value and weight of an entry).
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from .eviction_dmc_llama import EvictingLayerCache
 
 
 class DmcLayerCache:
@@ -36,6 +38,10 @@ class DmcLayerCache:
         self.lengths: Tensor | None = None
         self.tail: Tensor | None = None
 
+    def count(self, opened: Tensor) -> Tensor:
+        """Entries of each head, the open one included where ``opened`` [B, 1] says that there is one: `[B, H]` int64."""
+        return self.lengths + opened
+
     def append(self, keys: Tensor, values: Tensor, counts: Tensor, tail: Tensor) -> None:
         """Add each head's first `counts` [B, H] of the entries `[B, H, M, D]`, and replace the open entry."""
         self.tail = tail
@@ -55,7 +61,7 @@ class DmcLayerCache:
 
 
 class DmcCache(Cache):
-    """The compressed cache of all layers, and how far it compressed.
+    """The compressed cache of all layers, and how far it compressed; `method` is "dmc" or "dms".
 
     Closed entries are padded to the longest head of a layer, so this form shows what is kept and does not yet
     save all of the memory; ratios count entries.
@@ -68,8 +74,10 @@ class DmcCache(Cache):
         positions: rotary position of the newest real token of each sequence, `[B]` int64.
     """
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[DmcLayerCache() for _ in range(layers)])
+    def __init__(self, layers: int, method: str = "dmc") -> None:
+        layer = EvictingLayerCache if method == "dms" else DmcLayerCache
+        super().__init__(layers=[layer() for _ in range(layers)])
+        self.method = method
         self.reset()
 
     def reset(self) -> None:
@@ -89,11 +97,11 @@ class DmcCache(Cache):
         return self.columns
 
     def lengths(self) -> Tensor:
-        """Entries of every head, the open one included: `[L, B, H]` int64."""
+        """Entries of every head, those still changing or still to be evicted included: `[L, B, H]` int64."""
         if self.tokens is None:
             raise ValueError("the cache is empty: run the model on some tokens first")
         opened = (self.tokens > 0).long()[:, None]
-        return torch.stack([(layer.lengths + opened).cpu() for layer in self.layers])
+        return torch.stack([layer.count(opened).cpu() for layer in self.layers])
 
     def compression_ratio(
         self, layer: int | None = None, head: int | None = None, sequence: int | None = None
@@ -121,8 +129,10 @@ class DmcCache(Cache):
         self._map_batch(lambda x: x.repeat_interleave(repeats, 0))
 
     def crop(self, *args, **kwargs) -> None:
-        """Refused: a token that was merged cannot be taken out again."""
-        raise ValueError("a DmcCache cannot be cropped, since merged tokens cannot be taken out; start a new cache")
+        """Refused: a token that was merged cannot be taken out again, nor one that was evicted brought back."""
+        raise ValueError(
+            "a DmcCache cannot be cropped: merged tokens cannot be taken out nor evicted ones brought back; start a new cache"
+        )
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:

@@ -1,34 +1,44 @@
-"""Configuration of a Llama whose key/value cache compresses itself (Dynamic Memory Compression)."""
+"""Configuration of a Llama whose key/value cache compresses itself (Dynamic Memory Compression or Sparsification)."""
 
 import math
 
 from transformers import LlamaConfig
 
+METHODS = ("dmc", "dms")
 DECISIONS = ("neuron", "head")
 
 
 class DmcLlamaConfig(LlamaConfig):
-    """Llama's configuration and, under `dmc`, what the merge decisions need.
+    """Llama's configuration and, under `dmc`, what its decisions need.
 
     Args:
         dmc: a dict with
+            `method`: "dmc": tokens that the model chooses are merged into the newest entry; "dms": they are evicted
+                after a while (default "dmc");
+            `window`: of "dms": how many tokens later, at least 1;
             `decision`: "neuron" reads the decision from neuron 0 of the keys and the importance from neuron 0
-                of the queries, both before RoPE; "head" reads both from a small linear layer beside k_proj;
-            `offset`: a token merges where its decision logit exceeds it (default 5.0);
+                of the queries, both before RoPE (of "dms": from neuron 0 of the first query head of each group);
+                "head" reads them from a small linear layer beside k_proj;
+            `offset`: a token is merged or marked where its decision logit exceeds it (default 5.0);
             `target_cr`, `measured_cr`: compression ratios (tokens per cache entry) aimed at and reached when
                 the model was trained; information only.
         kwargs: everything that `LlamaConfig` takes.
 
     Raises:
-        ValueError: if `decision` is unknown or `offset` is no finite number.
+        ValueError: if `method` or `decision` is unknown, `offset` is no finite number or `window` none that counts.
     """
 
     model_type = "dmc_llama"
 
     def __init__(self, dmc: dict | None = None, **kwargs) -> None:
         """See the class."""
-        self.dmc = {"decision": "neuron", "offset": 5.0, **(dmc or {})}
-        decision, offset = self.dmc["decision"], self.dmc["offset"]
+        self.dmc = {"method": "dmc", "decision": "neuron", "offset": 5.0, **(dmc or {})}
+        method, decision, offset = self.dmc["method"], self.dmc["decision"], self.dmc["offset"]
+        if method not in METHODS:
+            raise ValueError(f"dmc.method must be one of {', '.join(METHODS)}, got {method!r}")
+        window = self.dmc.get("window", 0)
+        if method == "dms" and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ValueError(f"dmc.window must be a whole number of at least 1 with dmc.method dms, got {window!r}")
         if decision not in DECISIONS:
             raise ValueError(f"dmc.decision must be one of {', '.join(DECISIONS)}, got {decision!r}")
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):

@@ -1,4 +1,5 @@
-"""A Llama whose key/value cache compresses itself (Dynamic Memory Compression, arXiv 2403.09636).
+"""A Llama whose key/value cache compresses itself: Dynamic Memory Compression (DMC, arXiv 2403.09636), described here,
+or Dynamic Memory Sparsification (`eviction_dmc_llama`), as `config.dmc["method"]` says.
 
 Every key/value head of every layer decides for each token whether to merge it into the newest entry of its
 cache (a weighted mean of keys and of values) or to open a new entry. An entry that a later token did not merge
@@ -23,6 +24,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_dmc_llama import DmcCache, DmcLayerCache
 from .configuration_dmc_llama import DmcLlamaConfig
+from .eviction_dmc_llama import EvictingLayerCache, attend_and_evict
 
 _CHUNK = 32  # tokens that one small matrix product of the running sums covers
 _QUERIES = 1024  # queries that attend at once: bounds the memory of the scores in a long prompt
@@ -35,6 +37,7 @@ class _Step:
     Attributes:
         real: False for padding, `[B, T]`.
         first: no real token comes before, `[B, T]`.
+        order: int64 `[B, T]`, how many real tokens come before (for padding: before the newest real one).
         cos, sin: rotary tables fp32 `[B, T + 1, D]`: entry t is of the newest real token before token t, the
             last of the newest of all.
         tokens_after, positions_after: the cache's counts after this pass, `[B]`.
@@ -42,6 +45,7 @@ class _Step:
 
     real: Tensor
     first: Tensor
+    order: Tensor
     cos: Tensor
     sin: Tensor
     tokens_after: Tensor
@@ -49,20 +53,21 @@ class _Step:
 
 
 class DmcLlamaAttention(nn.Module):
-    """Llama's attention over merged entries."""
+    """Llama's attention over the entries that are left."""
 
     def __init__(self, config: DmcLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         hidden, size, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.layer_idx, self.head_dim, self.heads = layer_idx, size, config.num_key_value_heads
         self.offset, self.dropout = float(config.dmc["offset"]), config.attention_dropout
+        self.window = config.dmc["window"] if config.dmc["method"] == "dms" else None
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
         self.k_proj = nn.Linear(hidden, self.heads * size, bias=bias)
         self.v_proj = nn.Linear(hidden, self.heads * size, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=bias)
         self.decision = None
         if config.dmc["decision"] == "head":
-            self.decision = nn.Linear(hidden, 2 * self.heads, bias=False)
+            self.decision = nn.Linear(hidden, self.heads if self.window else 2 * self.heads, bias=False)
 
     def forward(self, hidden: Tensor, step: _Step, cache: DmcCache | None) -> Tensor:
         """`[B, T, hidden]` to the same; fills the cache, where there is one."""
@@ -70,6 +75,9 @@ class DmcLlamaAttention(nn.Module):
         query, key, value = (
             project(hidden).view(split).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.window:
+            out = self._mark_and_attend(hidden, query, key, value, step, cache)
+            return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
         if self.decision is None:
             merge = key[..., 0].float()  # [B, H, T]
             weight = query[..., 0].float().unflatten(1, (self.heads, -1)).mean(2)
@@ -82,6 +90,26 @@ class DmcLlamaAttention(nn.Module):
         layer = cache.layers[self.layer_idx] if cache is not None else DmcLayerCache()
         out = self._attend(query, key, value, opens, omega, step, layer)
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
+
+    def _mark_and_attend(
+        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, step: _Step, cache: DmcCache | None,
+    ) -> Tensor:
+        """Dynamic Memory Sparsification. → `[B, H * G, T, D]`."""
+        if self.decision is None:
+            grouped = query.unflatten(1, (self.heads, -1))
+            logits = grouped[:, :, 0, :, 0].float()  # [B, H, T]
+            read = torch.zeros_like(grouped, dtype=torch.bool)
+            read[:, :, 0, :, 0] = True
+            query = grouped.masked_fill(read, 0.0).flatten(1, 2)
+        else:
+            logits = F.linear(hidden.float(), self.decision.weight.float()).transpose(1, 2)
+        layer = cache.layers[self.layer_idx] if cache is not None else EvictingLayerCache()
+        cos, sin = step.cos[:, None, 1:], step.sin[:, None, 1:]
+        return attend_and_evict(
+            _rotate(query.float(), cos, sin) * self.head_dim**-0.5, _rotate(key.float(), cos, sin).to(key.dtype), value,
+            logits > self.offset, step.order, step.real, layer, window=self.window,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, opens: Tensor, omega: Tensor, step: _Step,
@@ -128,7 +156,7 @@ class DmcLlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["DmcLlamaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    _is_stateful = True  # a merged cache cannot be rolled back: rules assisted generation out
+    _is_stateful = True  # such a cache cannot be rolled back: rules assisted generation out
 
 
 class DmcLlamaModel(DmcLlamaPreTrainedModel):
@@ -155,9 +183,11 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
             raise ValueError("output_attentions is not available: attention runs over entries, not over tokens")
         if past_key_values is not None and not isinstance(past_key_values, DmcCache):
             raise ValueError(f"past_key_values must be a DmcCache or None, got {type(past_key_values).__name__}")
-        cache = past_key_values
+        cache, method = past_key_values, self.config.dmc["method"]
+        if cache is not None and cache.method != method:
+            raise ValueError(f"past_key_values is a cache for {cache.method}, and this model is a {method} one: leave it out")
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = DmcCache(len(self.layers))
+            cache = DmcCache(len(self.layers), method)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         step = self._plan(hidden, attention_mask, position_ids, cache)
         steps = [hidden]
@@ -197,7 +227,7 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
         positions = torch.cat([newest[:, None], position_ids.to(newest).expand(batch, -1)], 1).gather(1, last)
         cos, sin = self.rotary_emb(hidden.new_empty(0, dtype=torch.float32), positions)
         seen = tokens[:, None] + real.cumsum(-1)
-        return _Step(real, seen - real.long() == 0, cos, sin, seen[:, -1], positions[:, -1])
+        return _Step(real, seen - real.long() == 0, (seen - 1).clamp(min=0), cos, sin, seen[:, -1], positions[:, -1])
 
 
 class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):

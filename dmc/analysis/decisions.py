@@ -1,4 +1,4 @@
-"""Which tokens of a text a retrofitted model merges."""
+"""Which tokens of a text a retrofitted model merges, or marks for eviction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmc import functional as fn
+from dmc import functional_dms as dms
 from dmc.model import Llama
 
 
@@ -17,13 +18,17 @@ def decisions(model: Llama, tokens: Tensor) -> Tensor:
         tokens: ``[T]`` int64.
 
     Returns:
-        ``[L, H, T]`` fp32, 1 where token t merges into the open entry of its head.
+        ``[L, H, T]`` fp32, 1 where token t merges into the open entry of its head or, with DMS, is marked.
     """
+    window = model.config.window if model.config.method == "dms" else None
     made: list[Tensor] = []
     cos, sin = model.rope(torch.arange(len(tokens), device=model.device))
 
     def attend(_: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
         query, key, value, alpha, omega = (x.transpose(0, 1)[None] for x in (query, key, value, alpha, omega))
+        if window is not None:
+            made.append(alpha[0].float().cpu())
+            return dms.attention(query, key, value, alpha, window=window, rope=(cos, sin))[0].transpose(0, 1)
         made.append(fn.mask_starts(alpha, None)[0].float().cpu())
         return fn.attention(query, key, value, alpha, omega, rope=(cos, sin))[0].transpose(0, 1)
 

@@ -58,7 +58,7 @@ def test_directory_is_complete(exported):
     }
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "dmc_llama" and config["architectures"] == ["DmcLlamaForCausalLM"]
-    assert config["dmc"] == {"decision": "neuron", "offset": OFFSET, "target_cr": 1.5, "measured_cr": 1.4}
+    assert config["dmc"] == {"method": "dmc", "decision": "neuron", "offset": OFFSET, "target_cr": 1.5, "measured_cr": 1.4}
     assert config["auto_map"] == {
         "AutoConfig": "configuration_dmc_llama.DmcLlamaConfig",
         "AutoModelForCausalLM": "modeling_dmc_llama.DmcLlamaForCausalLM",
