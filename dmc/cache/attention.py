@@ -51,6 +51,7 @@ class Seen:
         own_keys, own_values: ``[H, T, D]``.
         queries: int64 ``[T]``, positions.
         merged: whether an own state can be anything else than the entry that it becomes.
+        marks: fp32 ``[H, N]``, what `Policy.mark` said of each entry; None without.
     """
 
     keys: Tensor
@@ -60,6 +61,7 @@ class Seen:
     own_values: Tensor
     queries: Tensor
     merged: bool
+    marks: Tensor | None = None
 
 
 def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -81,7 +83,7 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
         part, at = query[:, :, start : start + step], seen.queries[start : start + step]
         keys, values = seen.own_keys[:, None, start : start + step], seen.own_values[:, None, start : start + step]
         shown = seen.places[:, None] < at[:, None]  # [H, t, N]
-        if (sight := policy.visible(seen.places, at.expand(heads, -1))) is not None:
+        if (sight := policy.sees(seen.places, seen.marks, at.expand(heads, -1))) is not None:
             shown &= sight
         scores = (part @ seen.keys[:, None].transpose(-1, -2)).masked_fill_(~shown[:, None], -torch.inf)
         weights = torch.cat([scores, (part * keys).sum(-1, keepdim=True)], dim=-1)

@@ -96,7 +96,8 @@ class Prompt:
         entries = [keys.gather(1, final), values.gather(1, final), places]
         if past is not None:
             entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
-        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged)
+        marks = self._scores(past, mark, None, closes, counts)[0] if self.policy.marks else None
+        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, marks)
         turned = rotate(query.transpose(0, 1).to(states.mean.dtype), tuple(part[lead:] for part in table)).to(dtype)
         out, gathered = prompt_attention(turned, seen, self.policy)
         scores, tail_score = self._scores(past, mark, gathered, closes, counts)
@@ -144,7 +145,7 @@ class Prompt:
         if not self.policy.evicts or not layer.places.numel():
             return layer
         query = torch.full((len(layer.places), 1), following, device=layer.places.device)
-        sight = self.policy.visible(layer.places, query)
+        sight = self.policy.sees(layer.places, layer.scores, query)
         return layer if sight is None else _select(layer, sight[:, 0] & (layer.places != _NONE))[0]
 
 

@@ -18,8 +18,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The flags of whatever loads a model into a cache."""
     parser.add_argument("directory", metavar="DIR", help="Hugging Face directory: an export of this project, or a Llama")
     cache = parser.add_argument_group("cache")
-    cache.add_argument("--policy", default="dmc", metavar="NAME[:SETTING=VALUE,...]",
-                       help="which entries exist: dmc (default), full, streaming (:sinks=4,recent=252), h2o "
+    cache.add_argument("--policy", metavar="NAME[:SETTING=VALUE,...]",
+                       help="which entries exist: dmc or dms (default: what the model was retrofitted with; full for a "
+                            "plain Llama), full, streaming (:sinks=4,recent=252), h2o "
                             "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens instead")
     cache.add_argument("--codec", default="dense", help="how full pages are stored: dense (default), int8, fp8 or gear")
     cache.add_argument("--bits", type=int, help="gear: 2, 3, 4 (default) or 8")
@@ -46,7 +47,7 @@ def load(options: argparse.Namespace) -> LLM:
     """The model and cache that the flags of `add_model` ask for."""
     from dmc.engine import LLM  # torch: not needed for --help
 
-    policy, settings = named(options.policy)
+    policy, settings = named(options.policy) if options.policy else (None, None)
     return LLM(
         options.directory, policy=policy, policy_settings=settings, codec=options.codec,
         codec_settings={name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None},

@@ -33,8 +33,8 @@ class Engine:
     def __init__(self, runner: Runner, *, max_batch: int, prefill_tokens: int) -> None:
         self.runner, self.max_batch, self.prefill_tokens = runner, max_batch, prefill_tokens
         config = runner.model.config
-        merges = config.decision is not None and runner.cache.policy.name == "dmc"
-        self.predictor = Predictor(runner.cache, (config.measured_cr or 1.0) if merges else 1.0)
+        own = config.method == runner.cache.policy.name
+        self.predictor = Predictor(runner.cache, (config.measured_cr or 1.0) if own else 1.0)
         self.waiting: deque[Sequence] = deque()
         self.reading: list[Sequence] = []
         self.running: list[Sequence] = []

@@ -18,7 +18,7 @@ from dmc.engine.scoring import Score, score_batch
 from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total
 from dmc.engine.tokenizer import GrowingText, Tokenizer
-from dmc.model import read_config
+from dmc.model import ModelConfig, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -28,9 +28,9 @@ class LLM:
 
     Args:
         path: Hugging Face directory.
-        policy: which entries the cache keeps: a name of `dmc.cache.POLICIES`, or a policy that is ready made. A plain
-            Llama never merges.
-        policy_settings: for a policy given by name, such as ``{"recent": 508}``.
+        policy: which entries the cache keeps: a name of `dmc.cache.POLICIES`, or a policy that is ready made. None: that
+            of the method which the model was retrofitted with ("dmc" or "dms"), "full" for a plain Llama.
+        policy_settings: for a policy given by name, such as ``{"recent": 508}``. The window of "dms" is else the model's.
         codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
         kv_memory: bytes of the page pool; None lets it grow.
@@ -50,7 +50,7 @@ class LLM:
     """
 
     def __init__(
-        self, path: str | Path, *, policy: str | Policy = "dmc", policy_settings: dict | None = None,
+        self, path: str | Path, *, policy: str | Policy | None = None, policy_settings: dict | None = None,
         codec: str | Codec = "dense", codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
         page_size: int | None = None, sink_tokens: int | None = None, window: int | None = None, exact_dtype: str | None = None,
         prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
@@ -60,9 +60,10 @@ class LLM:
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        store, chosen = _made("codec", codec, codec_settings), _made("policy", policy, policy_settings)
+        store, config = _made("codec", codec, codec_settings), read_config(path)
+        chosen = _policy(config, path, policy, policy_settings)
         place = _device(device)
-        parts = Parts(self.path, _dtype(dtype, place, read_config(path).dtype), chosen, store, {
+        parts = Parts(self.path, _dtype(dtype, place, config.dtype), chosen, store, {
             "slots": max_batch + KEPT_PROMPTS, "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens,
             "window": window, "exact_dtype": exact_dtype,
         })
@@ -207,6 +208,23 @@ class LLM:
 def total_stats(results: List[Output] | List[Score], seconds: float) -> Stats:
     """Figures of several outputs or scores together, which took ``seconds`` as a whole."""
     return total([result.stats for result in results], seconds)
+
+
+def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:
+    """The policy to serve a model with; refuses one that would take its decisions for what they are not."""
+    chosen = (config.method or "full") if chosen is None else chosen
+    if chosen == "dms" and config.method == "dms":
+        settings = {"window": config.window} | (settings or {})
+    made = _made("policy", chosen, settings)
+    if made.name == "dms" and config.method != "dms":
+        what = "is a plain Llama" if config.method is None else f"was retrofitted with {config.method}"
+        raise ValueError(f"{path} {what} and marks no tokens for eviction: policy dms needs a model retrofitted with dms")
+    if made.name == "dmc" and config.method == "dms":
+        raise ValueError(
+            f"{path} was retrofitted with dms, whose decisions mark tokens for eviction: policy dmc would merge them; use "
+            "policy dms, or one that takes no decisions, such as full"
+        )
+    return made
 
 
 def _made(kind: str, chosen: str | Codec | Policy, settings: dict | None) -> Codec | Policy:

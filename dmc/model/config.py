@@ -8,6 +8,7 @@ from pathlib import Path
 
 MODEL_TYPES = ("llama", "dmc_llama")
 DECISIONS = ("neuron", "head")
+METHODS = ("dmc", "dms")
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -19,8 +20,10 @@ class ModelConfig:
         num_key_value_heads: H.
         head_dim: D.
         rope: the rope parameters, with "rope_type" and "rope_theta".
-        decision: where merging decisions come from: "neuron", "head", or None for a plain Llama.
+        method: that the model was retrofitted with, "dmc" or "dms"; None for a plain Llama.
+        decision: where its decisions come from: "neuron", "head", or None for a plain Llama.
         offset: c of the decisions.
+        window: of dms: tokens after which a marked one is evicted; else 0.
         measured_cr: compression ratio that the checkpoint reports of itself, or None.
         dtype: of the weights as saved, such as "bfloat16", or None if config.json does not say.
     """
@@ -39,10 +42,17 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
+    method: str | None
     decision: str | None
     offset: float
+    window: int
     measured_cr: float | None
     dtype: str | None
+
+    @property
+    def logits_per_head(self) -> int:
+        """Rows of the decision head for each key/value head: merge or mark, and with dmc weight."""
+        return 1 if self.method == "dms" else 2
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -68,7 +78,6 @@ def read_config(directory: str | Path) -> ModelConfig:
     heads = raw.get("num_key_value_heads") or query_heads
     if query_heads % heads:
         raise ValueError(f"{path}: num_attention_heads {query_heads} is no multiple of num_key_value_heads {heads}")
-    decision, offset, measured_cr = _decision(path, raw)
     return ModelConfig(
         **{name: raw[name] for name in _NEEDED},
         num_key_value_heads=heads,
@@ -80,20 +89,27 @@ def read_config(directory: str | Path) -> ModelConfig:
         attention_bias=raw.get("attention_bias", False),
         mlp_bias=raw.get("mlp_bias", False),
         eos_token_ids=_end_tokens(path.parent, raw),
-        decision=decision,
-        offset=offset,
-        measured_cr=measured_cr,
+        **_decisions(path, raw),
         dtype=raw.get("dtype") or raw.get("torch_dtype"),
     )
 
 
-def _decision(path: Path, raw: dict) -> tuple[str | None, float, float | None]:
+def _decisions(path: Path, raw: dict) -> dict:
+    """The fields of `ModelConfig` that a retrofit sets; exports of before DMS name no method."""
     if raw["model_type"] == "llama":
-        return None, 0.0, None
+        return {"method": None, "decision": None, "offset": 0.0, "window": 0, "measured_cr": None}
     settings = raw.get("dmc")
     if not isinstance(settings, dict) or settings.get("decision") not in DECISIONS:
         raise ValueError(f"{path}: a dmc_llama needs a field dmc with decision one of {', '.join(DECISIONS)}")
-    return settings["decision"], float(settings.get("offset", 5.0)), settings.get("measured_cr")
+    method, window = settings.get("method", "dmc"), settings.get("window", 0)
+    if method not in METHODS:
+        raise ValueError(f"{path}: dmc.method {method!r} cannot be served; known: {', '.join(METHODS)}")
+    if not isinstance(window, int) or isinstance(window, bool) or window < (method == "dms"):
+        raise ValueError(f"{path}: dmc.window {window!r} must be a whole number, with method dms at least 1")
+    return {
+        "method": method, "decision": settings["decision"], "offset": float(settings.get("offset", 5.0)), "window": window,
+        "measured_cr": settings.get("measured_cr"),
+    }
 
 
 def _rope(raw: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Llama as served: plain PyTorch, with DMC's decisions, and attention left to the cache."""
+"""Llama as served: plain PyTorch, with the decisions of DMC or DMS, and attention left to the cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Layer:
 
 
 class Llama:
-    """A Llama, plain or with DMC's decisions, for inference.
+    """A Llama, plain or with the decisions of DMC or DMS, for inference.
 
     Args:
         config: its sizes.
@@ -104,9 +104,12 @@ class Llama:
         return layer.output(out.flatten(1))
 
     def _decide(self, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Hard (alpha, omega) ``[N, H]``; in the neuron variant also zeroes neuron 0 of query and key, in place."""
+        """Hard (alpha, omega) ``[N, H]``, with DMS omega 1; in the neuron variant also zeroes what it read, in place."""
         config = self.config
         heads, offset, work = config.num_key_value_heads, config.offset, _work(self.dtype)
+        if config.method == "dms":
+            marks = round_alpha(self._marks(layer, x, query), offset=offset)
+            return marks, torch.ones_like(marks)
         if config.decision == "head":
             logits = F.linear(x.to(layer.decision.dtype), layer.decision)
             merge, weight = logits.split(heads, dim=1)
@@ -118,6 +121,15 @@ class Llama:
         else:
             return key.new_zeros(key.shape[:2], dtype=work), key.new_ones(key.shape[:2], dtype=work)
         return round_alpha(merge, offset=offset), importance(weight, offset=offset)
+
+    def _marks(self, layer: Layer, x: Tensor, query: Tensor) -> Tensor:
+        """DMS's logits ``[N, H]``: of the head, or neuron 0 of the first query head of each group, which is set to 0."""
+        if self.config.decision == "head":
+            return F.linear(x.to(layer.decision.dtype), layer.decision)
+        read = query.unflatten(1, (self.config.num_key_value_heads, -1))[:, :, 0, 0]
+        logits = read.to(_work(self.dtype), copy=True)
+        read.zero_()
+        return logits
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == _work(x.dtype):
@@ -144,7 +156,7 @@ def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Lay
     attention, mlp = config.attention_bias, config.mlp_bias
     decision = None
     if config.decision == "head":
-        decision = tensor(f"{name}.self_attn.decision.weight", 2 * config.num_key_value_heads, hidden)
+        decision = tensor(f"{name}.self_attn.decision.weight", config.logits_per_head * config.num_key_value_heads, hidden)
         decision = decision.to(_work(decision.dtype))  # decisions are made in fp32 whatever the model's dtype
     return Layer(
         input_norm=tensor(f"{name}.input_layernorm.weight", hidden),

@@ -77,7 +77,7 @@ class ShardedLlama(Llama):
     ) -> None:
         self.group = group
         local, rows = shard_config(config, group.ranks), -(-config.vocab_size // group.ranks)
-        part = ShardWeights(weights, group.rank, group.ranks, config.vocab_size)
+        part = ShardWeights(weights, group.rank, group.ranks, config.vocab_size, logits=config.logits_per_head)
         super().__init__(replace(local, vocab_size=rows), part, dtype=dtype, device=device)
         self.config = local
         self.embedding = _Embedding(self.embedding, group)
@@ -98,10 +98,11 @@ class ShardWeights:
         weights: of the whole model.
         rank, ranks: which part of how many.
         vocabulary: tokens of the whole model.
+        logits: rows of the decision head for each key/value head; see `ModelConfig.logits_per_head`.
     """
 
-    def __init__(self, weights: Weights, rank: int, ranks: int, vocabulary: int) -> None:
-        self._weights, self._rank, self._ranks, self._vocabulary = weights, rank, ranks, vocabulary
+    def __init__(self, weights: Weights, rank: int, ranks: int, vocabulary: int, *, logits: int = 2) -> None:
+        self._weights, self._rank, self._ranks, self._vocabulary, self._logits = weights, rank, ranks, vocabulary, logits
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """This rank's part of a tensor, which must have ``shape``.
@@ -120,9 +121,9 @@ class ShardWeights:
         if name.endswith(_COLUMNS):
             return self._weights.part(name, (shape[0], shape[1] * ranks), 1, _nth(rank, shape[1]))
         if name.endswith("decision.weight"):  # merge rows of all heads, then weight rows of all heads
-            heads, whole = shape[0] // 2, (shape[0] * ranks, shape[1])
+            heads, whole = shape[0] // self._logits, (shape[0] * ranks, shape[1])
             return torch.cat([
-                self._weights.part(name, whole, 0, _nth(half * ranks + rank, heads)) for half in (0, 1)
+                self._weights.part(name, whole, 0, _nth(kind * ranks + rank, heads)) for kind in range(self._logits)
             ])
         tensor = self._weights.get(name, shape)
         return torch.zeros_like(tensor) if rank and name.endswith(_ONCE) else tensor

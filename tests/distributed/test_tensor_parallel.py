@@ -30,6 +30,7 @@ EACH = [
 CASES = {  # decision, key/value heads, fields of config.json, settings
     "gqa-neuron-gear": ("neuron", 2, {"tie_word_embeddings": True}, {"codec": "gear"}),
     "mha-head-biases": ("head", 4, {"attention_bias": True, "mlp_bias": True}, {"codec": "dense"}),
+    "gqa-head-dms": ("head", 2, {"dmc": {"method": "dms", "window": 9, "decision": "head", "offset": 0.0}}, {}),
     "plain-h2o-int8": (None, 2, {}, {"policy": "h2o", "policy_settings": {"heavy": 10, "recent": 12}, "codec": "int8"}),
 }
 

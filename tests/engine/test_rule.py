@@ -9,7 +9,7 @@ from tests.model import tiny
 
 PROMPTS = ["abcdefghijklm" * 4, "tuv", "abcdefghijklm" * 4 + "xyz", "0123456789" * 3, "abcdefghijklm" * 4]
 PAIRS = [  # scores are gathered from exact and from encoded pages alike: two codecs show it, the others are slow
-    pytest.param(policy, codec, marks=[pytest.mark.slow] * (policy in ("h2o", "tova") and codec not in ("dense", "gear")))
+    pytest.param(policy, codec, marks=[pytest.mark.slow] * (policy in ("h2o", "tova", "dms") and codec not in ("dense", "gear")))
     for policy in POLICIES for codec in CODECS
 ]
 SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recent": 17}, "tova": {"budget": 33}}
@@ -19,6 +19,13 @@ SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recen
 def directory(tmp_path_factory):
     fields = tiny.config("neuron")
     return tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
+
+
+@pytest.fixture(scope="module")
+def marking(tmp_path_factory):
+    """A model that marks tokens for eviction, which policy dms asks for."""
+    fields = tiny.config("head", dmc={"method": "dms", "window": 20, "decision": "head", "offset": 0.0})
+    return tiny.write(tmp_path_factory.mktemp("marking"), fields, tiny.weights(fields))
 
 
 def params(new=24):
@@ -48,7 +55,8 @@ def assert_same(outputs, expected):
 
 
 @pytest.mark.parametrize("policy, codec", PAIRS)
-def test_alone_is_batched_is_chunked_is_preempted(directory, policy, codec, monkeypatch):
+def test_alone_is_batched_is_chunked_is_preempted(directory, marking, policy, codec, monkeypatch):
+    directory = marking if policy == "dms" else directory
     common = {"policy": policy, "policy_settings": SETTINGS.get(policy), "codec": codec, "page_size": 8, "device": "cpu"}
     if POLICIES[policy].watches:  # the last bit of a sum that a lossy codec turned can decide which token goes
         common["dtype"] = "fp64"

@@ -117,15 +117,14 @@ def layer_inputs(case, x, layer):
     return query, key, value, alpha, torch.sigmoid(GAIN * weight + OFFSET)
 
 
-def whole_model(case, tokens, attend):
+def whole_model(case, tokens, attend, inputs=layer_inputs):
     """Logits [T, V] and cache lengths [L, H] of a Llama written out in fp64, with ``attend`` as its attention."""
     w, config = case.weights, case.config
     embedding = w["model.embed_tokens.weight"].double()
     x, lengths = embedding[tokens], []
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        query, key, value, alpha, omega = layer_inputs(case, x, layer)
-        out, held = attend(query, key, value, alpha, omega)
+        out, held = attend(*inputs(case, x, layer))
         lengths.append(held)
         x = x + out.transpose(0, 1).flatten(1) @ w[prefix + "self_attn.o_proj.weight"].double().T
         normed = F.rms_norm(x, x.shape[-1:], w[prefix + "post_attention_layernorm.weight"].double(), config.rms_norm_eps)

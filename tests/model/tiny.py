@@ -59,7 +59,8 @@ def weights(fields, seed=0):
             layer["self_attn.k_proj"][::size] = normal(heads, hidden, std=spread)
             layer["self_attn.q_proj"][::size] = normal(query_heads, hidden, std=spread)
         elif decision == "head":
-            layer["self_attn.decision"] = normal(2 * heads, hidden, std=spread)
+            logits = 1 if fields["dmc"].get("method") == "dms" else 2
+            layer["self_attn.decision"] = normal(logits * heads, hidden, std=spread)
         tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
     return tensors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmc.cache.policies.base import Entries, Policy
 from dmc.cache.policies.dmc import DmcPolicy
+from dmc.cache.policies.dms import DmsPolicy
 from dmc.cache.policies.full import FullPolicy
 from dmc.cache.policies.h2o import H2OPolicy
 from dmc.cache.policies.streaming import StreamingPolicy
@@ -15,6 +16,7 @@ POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     StreamingPolicy,
     H2OPolicy,
     TovaPolicy,
+    DmsPolicy,
 )}
 
 __all__ = ["POLICIES", "Entries", "Policy", "policy"]

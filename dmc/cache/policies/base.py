@@ -92,6 +92,10 @@ class Policy(ABC):
         """
         return None
 
+    def sees(self, places: Tensor, marks: Tensor | None, queries: Tensor) -> Tensor | None:
+        """`visible` of a policy that goes by what `mark` said too: ``marks`` fp32 ``[..., N]``, None without `marks`."""
+        return self.visible(places, queries)
+
     def keep(self, entries: Entries) -> Tensor:
         """Which entries stay, if `evicts`: bool ``[R, N]``; asked after each step, before the next query."""
         raise NotImplementedError
