@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Inspection:
         merges: bool ``[L, H, T]`` of the first window.
         pieces: T texts, what its tokens read.
         cache: figures of the engine; see `dmc.engine.inspect.report`.
+        recommendation: see `dmc.analysis.recommend`; None if none was asked for.
     """
 
     about: dict[str, object]
@@ -35,6 +37,7 @@ class Inspection:
     merges: Tensor
     pieces: Sequence[str]
     cache: dict
+    recommendation: dict | None = None
 
     @property
     def merging(self) -> bool:
@@ -54,15 +57,16 @@ def numbers(found: Inspection) -> dict:
         "singular_values": {kind: listed(values) for kind, values in measured.spectrum.items()},
         "entropy_bits": listed(measured.entropy), "entropy_share": listed(measured.entropy_overall),
         "entropy_share_along": listed(measured.entropy_share),
+        "recommendation": found.recommendation,
         "attention_on_first": listed(measured.first), "attention_on_newest": listed(measured.newest),
     }
 
 
 def listed(values: Tensor) -> list:
-    """A tensor as nested lists of numbers with five significant digits; None for NaN."""
+    """A tensor as nested lists of numbers with five significant digits; None for what is no finite number."""
     if values.dim() > 1:
         return [listed(row) for row in values]
-    return [None if value != value else float(f"{value:.5g}") for value in values.double().tolist()]
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values.double().tolist()]
 
 
 def findings(found: Inspection) -> list[str]:

@@ -16,6 +16,7 @@ from dmc.analysis.inspection import KIND_NAMES, Inspection, findings, listed, nu
 from dmc.analysis.markup import folded, heat_table, number_table, segments
 from dmc.analysis.output import REPORT
 from dmc.analysis.style import PAGE
+from dmc.analysis.suggested import divided
 
 _QUERY = "query head"
 _SPANS = 40_000  # tokens of coloured text in the page, all heads together
@@ -23,8 +24,10 @@ _SPECTRUM_POINTS = 64  # of a table
 
 
 def write(found: Inspection, directory: Path) -> None:
-    """Fills a directory: report.html, inspect.json and PNGs."""
+    """Fills a directory: report.html, inspect.json, PNGs, and layers.json if settings of layers were asked for."""
     parts = [_summary(found), _compression(found, directory), _ranks(found, directory), _attention(found, directory)]
+    if found.recommendation is not None:
+        parts.append(divided(found.recommendation, directory))
     if found.merging:
         parts.append(_segments(found))
     title = f"dmc inspect: {found.about['model']}"

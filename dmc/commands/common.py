@@ -49,13 +49,17 @@ def load(options: argparse.Namespace) -> LLM:
 
     policy, settings = named(options.policy) if options.policy else (None, None)
     return LLM(
-        options.directory, policy=policy, policy_settings=settings, codec=options.codec,
-        codec_settings={name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None},
+        options.directory, policy=policy, policy_settings=settings, codec=options.codec, codec_settings=codec_settings(options),
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
         dtype=options.dtype, device=options.device, tensor_parallel=options.tensor_parallel,
         rank_timeout=options.rank_timeout,
     )
+
+
+def codec_settings(options: argparse.Namespace) -> dict[str, float | int | str]:
+    """Settings of the codec that the flags of `add_model` give."""
+    return {name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None}
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmc.commands.common import add_model, add_prompts, load, read_prompts
+from dmc.commands.common import add_model, add_prompts, codec_settings, load, named, read_prompts
 
 if TYPE_CHECKING:
     from dmc.analysis.inspection import Inspection
@@ -27,38 +26,61 @@ def add(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--windows", type=int, default=4, help="pieces of the texts that are measured, spread evenly (4)")
     report.add_argument("--window-tokens", type=int, default=1024, help="of each piece (1024)")
     report.add_argument("--attention-tokens", type=int, default=512, help="first ones of a window for attention's rank (512)")
+    report.add_argument("--recommend", action="store_true",
+                        help="divide the bytes of --codec among the layers by what each loses: layers.json, for --codec-layers")
+    report.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUE,...",
+                        help="of the codec, measured in each layer (key_bits and value_bits, one less and more); may repeat")
     report.add_argument("--precision", default="fp64", help="of the singular values: fp64 (default) or fp32")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints what the cache holds; writes the report if one is asked for."""
     texts = read_prompts(options)
+    vary = _vary(options)
     from dmc.engine import inspect
 
     if options.out is None:
         figures = inspect.report(load(options), texts, max_tokens=options.max_tokens)
     else:
-        figures = _report(options, texts)
+        figures = _report(options, texts, vary)
     print(inspect.as_json(figures) if options.json else inspect.as_text(figures))
 
 
-def _report(options: argparse.Namespace, texts: list[str]) -> dict:
+def _vary(options: argparse.Namespace) -> dict[str, list[float]] | None:
+    if options.recommend and options.out is None:
+        raise ValueError("--recommend writes into a report: give --out REPORT")
+    if options.vary and not options.recommend:
+        raise ValueError("--vary is for --recommend: give both or neither")
+    found = {}
+    for text in options.vary:
+        setting, _, values = text.partition("=")
+        read = [named(f"_:{setting}={value}")[1][setting] for value in values.split(",")] if setting and values else []
+        if not read or not all(isinstance(value, int | float) for value in read):
+            raise ValueError(f"--vary {text!r}: write SETTING=NUMBER,NUMBER,... such as key_bits=2,3,4")
+        found[setting] = read
+    return found or None
+
+
+def _report(options: argparse.Namespace, texts: list[str], vary: dict[str, list[float]] | None) -> dict:
     from dmc.analysis import output, report
     from dmc.analysis.inspection import findings
+    from dmc.analysis.suggested import verdict
 
     output.check_free(options.out)  # before minutes of measuring
-    found = _inspect(options, texts, load(options))
+    found = _inspect(options, texts, vary, load(options))
     with output.replaced(options.out) as directory:
         report.write(found, directory)
     if not options.json:
-        print("\n".join(findings(found)), f"report: {Path(options.out) / 'report.html'}", "", sep="\n")
+        said = findings(found) + ([verdict(found.recommendation)] if found.recommendation else [])
+        print("\n".join(said), f"report: {Path(options.out) / 'report.html'}", "", sep="\n")
     return found.cache
 
 
-def _inspect(options: argparse.Namespace, texts: list[str], llm: LLM) -> Inspection:
+def _inspect(options: argparse.Namespace, texts: list[str], vary: dict[str, list[float]] | None, llm: LLM) -> Inspection:
     from dmc.analysis import windows
     from dmc.analysis.inspection import Inspection
     from dmc.analysis.measure import measure
+    from dmc.analysis.recommend import choices
     from dmc.engine import inspect
 
     positions = llm.model.config.max_position_embeddings
@@ -69,43 +91,49 @@ def _inspect(options: argparse.Namespace, texts: list[str], llm: LLM) -> Inspect
         )
     tokenizer = llm.tokenizer
     tokens = [tokenizer.inner(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
-    chosen, _ = windows.cut(tokens, options.window_tokens, options.windows, prefix=tokenizer.inner("").input_ids)
-    with _progress(len(chosen)) as bar:
+    chosen, others = windows.cut(tokens, options.window_tokens, options.windows, prefix=tokenizer.inner("").input_ids)
+    if options.recommend:
+        choices(options.codec, codec_settings(options), vary)  # what is wrong is said before anything is measured
+    with _progress(len(chosen), "windows") as bar:
         measures, merges = measure(
             llm.model, llm.cache.policy, chosen, leading=options.attention_tokens, precision=options.precision,
             progress=bar.update,
         )
     cache = inspect.report(llm, chosen, max_tokens=options.max_tokens)
-    return Inspection(_about(options, texts, tokens), measures, merges, [tokenizer.piece(token) for token in chosen[0]], cache)
+    recommendation = _recommend(options, llm, chosen, others, vary) if options.recommend else None
+    pieces = [tokenizer.piece(token) for token in chosen[0]]
+    return Inspection(_about(options, texts, tokens), measures, merges, pieces, cache, recommendation)
+
+
+def _recommend(
+    options: argparse.Namespace, llm: LLM, chosen: list[list[int]], others: list[list[int]], vary: dict[str, list[float]] | None,
+) -> dict:
+    from dmc.analysis.recommend import choices, passes, recommend
+
+    name, settings = options.codec, codec_settings(options)
+    count = min(len(chosen), len(others))
+    held_out = [others[number * len(others) // count] for number in range(count)]
+    total = passes(len(llm.model.layers), choices(name, settings, vary), bool(held_out))
+    with _progress(total, "layers x settings") as bar:
+        return recommend(llm.model, llm.cache, name, settings, chosen, held_out, vary=vary, progress=bar.update)
 
 
 def _about(options: argparse.Namespace, texts: list[str], tokens: list[list[int]]) -> dict[str, object]:
+    from dmc.evaluation.provenance import commit, model_hash, versions
+
     names = [*("--prompt" for _ in options.prompt), *(Path(name).name for name in options.prompt_file)]
-    facts = {
+    return {
         "model": Path(options.directory).resolve().name,
-        "config_sha256": hashlib.sha256((Path(options.directory) / "config.json").read_bytes()).hexdigest()[:16],
+        "model_hash": model_hash(options.directory),
         "texts": [
             {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16], "tokens": len(own)}
             for name, text, own in zip(names, texts, tokens, strict=True)
         ],
-        "precision": options.precision,
+        "precision": options.precision, "commit": commit(), "versions": versions(),
     }
-    commit = _commit()
-    return facts | ({"commit": commit} if commit else {})
 
 
-def _commit() -> str | None:
-    """Of the checkout that runs, or None outside one."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _progress(total: int):  # noqa: ANN202 - tqdm is imported only here
+def _progress(total: int, unit: str):  # noqa: ANN202 - tqdm is imported only here
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="windows", file=sys.stderr, disable=None)  # none where stderr is no terminal
+    return tqdm(total=total, desc=unit, file=sys.stderr, disable=None)  # none where stderr is no terminal

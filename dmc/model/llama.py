@@ -78,12 +78,20 @@ class Llama:
         The tokens may be of several sequences, without padding: which belong together and where they stand is the
         business of ``attend``.
         """
-        x = self.embedding[tokens]
-        for index, layer in enumerate(self.layers):
-            x = x + self._attention(index, layer, self._normed(x, layer.input_norm), attend)
-            gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+        return self.finish(self.embedding[tokens], 0, attend)
+
+    def finish(self, x: Tensor, first: int, attend: Attend) -> Tensor:
+        """`hidden` from block ``first`` on, given what goes into it: ``[N, hidden]`` → the same."""
+        for index in range(first, len(self.layers)):
+            x = self.block(x, index, attend)
         return self._normed(x, self.norm)
+
+    def block(self, x: Tensor, index: int, attend: Attend) -> Tensor:
+        """One block: ``[N, hidden]`` → the same."""
+        layer = self.layers[index]
+        x = x + self._attention(index, layer, self._normed(x, layer.input_norm), attend)
+        gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, dim=-1)
+        return x + layer.down(F.silu(gate) * up)
 
     @property
     def head(self) -> Tensor:

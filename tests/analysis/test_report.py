@@ -174,4 +174,4 @@ def test_numbers_as_cells_show_them(value, shown):
 
 
 def test_what_is_missing_is_null():
-    assert listed(torch.tensor([[1 / 3, float("nan")]])) == [[0.33333, None]]
+    assert listed(torch.tensor([[1 / 3, float("nan"), float("inf")]])) == [[0.33333, None, None]]
