@@ -1,0 +1,113 @@
+"""The model class for lm-eval against lm-eval's own for Hugging Face models: the same answers from a full, dense cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'dmc[eval]'")
+pytest.importorskip("accelerate", reason="lm-eval's own model class needs accelerate")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from dmc.engine import LLM  # noqa: E402
+from dmc.evaluation.lm_eval import CompressedLM  # noqa: E402
+from dmc.evaluation.tasks import manager, run_tasks  # noqa: E402
+from tests.model import tiny  # noqa: E402
+
+BASE = Path(__file__).parents[2] / "checkpoints" / "base"
+TASKS = Path(__file__).parent / "tasks"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """64 positions, so that texts of some length are cut."""
+    fields = tiny.config(None, max_position_embeddings=64)
+    return tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
+
+
+def _requests(kind, *arguments):
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+
+
+def _theirs(directory):
+    return HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=1)
+
+
+TEXTS = ("a" * 10 + "bcd", "hello-world" * 9, "x")
+
+
+def test_log_likelihoods_are_those_of_the_harness(small):
+    pairs = [(context, continuation) for context in (*TEXTS, "") for continuation in ("yes", "no", "maybe-not")]
+    theirs, ours = _theirs(small), CompressedLM(LLM(small, device="cpu", page_size=4, max_batch=5), progress=False)
+    expected = theirs.loglikelihood(_requests("loglikelihood", *pairs), disable_tqdm=True)
+    answers = ours.loglikelihood(_requests("loglikelihood", *pairs), disable_tqdm=True)
+    for (logprob, greedy), (own, same) in zip(expected, answers, strict=True):
+        assert own == pytest.approx(logprob, abs=1e-4) and same == greedy
+    usage = ours.usage.as_dict()
+    assert usage["requests"] == len(pairs) and usage["cr"] == 1 and usage["held_bytes"] == sum(usage["held"].values())
+    texts = [("some-text" * 20,), ("short",)]
+    expected = theirs.loglikelihood_rolling(_requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+    assert ours.loglikelihood_rolling(_requests("loglikelihood_rolling", *texts)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_generation_is_that_of_the_harness(small):
+    theirs, ours = _theirs(small), CompressedLM(LLM(small, device="cpu", page_size=4), progress=False)
+    free = [(text, {"max_gen_toks": 20, "do_sample": False}) for text in TEXTS]
+    expected = theirs.generate_until(_requests("generate_until", *free), disable_tqdm=True)
+    assert ours.generate_until(_requests("generate_until", *free)) == expected and all(expected)
+    cut = [(text, {"max_gen_toks": 20, "until": [answer[4:6], "%"]}) for text, answer in zip(TEXTS, expected, strict=True)]
+    stopped = ours.generate_until(_requests("generate_until", *cut))
+    assert stopped == theirs.generate_until(_requests("generate_until", *cut), disable_tqdm=True)
+    assert all(len(short) < len(long) for short, long in zip(stopped, expected, strict=True))
+    sampled = [("hello", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0})] * 2
+    first, second = ours.generate_until(_requests("generate_until", *sampled))
+    assert first != second and ours.generate_until(_requests("generate_until", *sampled)) == [first, second]
+    with pytest.raises(ValueError, match="num_beams=4 in generation, which is not supported"):
+        ours.generate_until(_requests("generate_until", ("a", {"num_beams": 4})))
+    with pytest.raises(ValueError, match="asks for 64 generated tokens"):
+        ours.generate_until(_requests("generate_until", ("a", {"max_gen_toks": 64})))
+    with pytest.raises(ValueError, match="longer than the model's 64 positions"):
+        ours.loglikelihood(_requests("loglikelihood", ("a", "b" * 66)), disable_tqdm=True)
+
+
+def test_local_tasks_give_the_numbers_of_the_harness(tmp_path, monkeypatch):
+    import datasets
+    import lm_eval
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    names = ["local_choice", "local_generate"]
+    figures = run_tasks(LLM(BASE, policy="full", device="cpu"), names, task_dir=TASKS, progress=False)
+    monkeypatch.chdir(TASKS)  # the paths in the task files
+    theirs = lm_eval.simple_evaluate(
+        model=_theirs(BASE), tasks=names, task_manager=manager(TASKS, defaults=False), bootstrap_iters=0,
+    )
+    for name in names:
+        assert figures["tasks"][name]["metrics"] == {
+            key.removesuffix(",none"): pytest.approx(value) for key, value in theirs["results"][name].items()
+            if key.endswith(",none") and "stderr" not in key
+        }
+    choice = figures["tasks"]["local_choice"]
+    assert choice["examples"] == 5 and len(choice["hash"]) == 16 and choice["metrics"]["acc"] > 0.5
+    assert figures["cache"]["requests"] == 15 + 4 and json.dumps(figures)
+    some = run_tasks(LLM(BASE, policy="full", device="cpu"), ["local_choice"], task_dir=TASKS, limit=2, progress=False)
+    assert some["tasks"]["local_choice"]["examples"] == 2 and some["cache"]["requests"] == 6
+
+
+def test_code_is_run_only_if_allowed(small, monkeypatch):
+    llm = LLM(small, device="cpu")
+    for name in ("local_code", "local_group"):
+        with pytest.raises(ValueError, match="local_code executes code that the model writes.*--allow-code"):
+            run_tasks(llm, [name], task_dir=TASKS)
+
+
+def test_no_data_and_no_network_is_one_sentence(small, monkeypatch):
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="task local_hub cannot be loaded: .*someone/data-that-is-nowhere") as caught:
+        run_tasks(LLM(small, device="cpu"), ["local_hub"], task_dir=TASKS)
+    assert "\n" not in str(caught.value) and "is there a network?" in str(caught.value)
