@@ -36,3 +36,24 @@ def leader(rows: Sequence[Row], points: Sequence[Point], most: float) -> Row | N
     """
     able = [i for i, point in enumerate(points) if point[0] <= most]
     return rows[min(able, key=lambda i: (points[i][1], points[i][0], i))] if able else None
+
+
+def between(points: Sequence[Point], size: float, *, least: float = 1e-6) -> float | None:
+    """The second coordinate of a front at a given first one, on straight lines in logarithms of both.
+
+    Args:
+        points: any; their front is taken.
+        size: first coordinate. Above the largest of the front, the front's least second coordinate is the answer: holding
+            fewer bytes is allowed.
+        least: second coordinates below this count as this.
+
+    Returns:
+        None if every point is larger than ``size``.
+    """
+    best = [(point[0], max(point[1], least)) for point in (points[index] for index in front(points))]
+    below = [point for point in best if point[0] <= size]
+    if len(below) in (0, len(best)):
+        return below[-1][1] if below else None
+    (x0, y0), (x1, y1) = below[-1], best[len(below)]
+    part = math.log(size / x0) / math.log(x1 / x0)
+    return y0 * (y1 / y0) ** part

@@ -7,10 +7,14 @@ import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
-from dmc.evaluation.pareto import front, leader
+from dmc.evaluation.pareto import between, front, leader
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 LEARNT = ("dmc", "dms")
+_BETWEEN = (
+    "KL at exactly that size, on straight lines (in logarithms) between the neighbours on each policy's own front: most budgets "
+    "between two measured ones can be had."
+)
 
 
 def point(row: dict) -> tuple[float, float]:
@@ -54,7 +58,7 @@ def report(rows: Sequence[dict], *, command: str, hardware: str, picture: str) -
     first = done[0]["result"]
     parts = [
         f"# Quality for bytes: {first['base']} on {first['text']}", _setup(done, hardware), f"```bash\n{command}\n```",
-        "## Who leads", leaders(done), words(done), f"![KL against bytes held]({picture})",
+        "## Who leads", leaders(done), _BETWEEN, sizes(done), words(done), f"![KL against bytes held]({picture})",
         "## The frontier", table(frontier(done)), "## All rows", table(sorted(done, key=point, reverse=True)),
     ]
     failed = [row for row in rows if "error" in row]
@@ -78,6 +82,27 @@ def leaders(rows: Sequence[dict]) -> str:
             cells.append(f"**{text}**" if row is not None and row is lead else text)
         lines.append(f"| {Fraction(share)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def sizes(rows: Sequence[dict]) -> str:
+    """A Markdown table: for each size and family, the KL that its front has there, interpolated."""
+    found = _interpolated(rows)
+    families = list(found[SHARES[0]])
+    lines = ["| held | " + " | ".join(families) + " |", "|---" * (1 + len(families)) + "|"]
+    for share, values in found.items():
+        least = min((value for value in values.values() if value is not None), default=None)
+        cells = ["–" if v is None else f"**{_figure(v)}**" if v == least else _figure(v) for v in values.values()]
+        lines.append(f"| {Fraction(share)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interpolated(rows: Sequence[dict]) -> dict[float, dict[str, float | None]]:
+    """Size → family → KL."""
+    base = rows[0]["result"]["base_hash"]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(family(row, base), []).append(point(row))
+    return {share: {name: between(own, share) for name, own in points.items()} for share in SHARES}
 
 
 def words(rows: Sequence[dict]) -> str:
@@ -147,16 +172,25 @@ def _compared(lead: dict, other: dict) -> str:
 
 
 def _retrofits(rows: Sequence[dict], base: str) -> list[str]:
-    """Where retrofitted models lead."""
-    lines = []
+    """Where retrofitted models lead: among the rows that are there, and at exactly equal bytes."""
+    lines, exact = [], _interpolated(rows)
     for name in (name for name in LEARNT if any(row["result"]["policy"] == name for row in rows)):
-        leads = [(Fraction(share), _best(rows, share, base)) for share in SHARES]
-        won = [str(share) for share, row in leads if row and row["result"]["policy"] == name]
-        lost = [str(share) for share, row in leads if row and row["result"]["policy"] != name]
-        where = _listed(won) or "none of these sizes"
-        lines.append(f"- **{name.upper()} x its best codec has the lowest KL of all rows at {where}"
-                     + (f"; not at {_listed(lost)}" if lost and won else "") + ".**")
+        leads = {share: _best(rows, share, base) for share in SHARES}
+        won = [share for share, row in leads.items() if row and row["result"]["policy"] == name]
+        equal = [
+            share for share, values in exact.items()
+            if values[name] is not None and values[name] <= min(value for value in values.values() if value is not None)
+        ]
+        lines.append(f"- **{name.upper()} x its best codec has the lowest KL of all rows {_where(won)}; interpolated to exactly "
+                     f"equal bytes, {_where(equal)}.**")
     return lines
+
+
+def _where(won: Sequence[float]) -> str:
+    lost = [str(Fraction(share)) for share in SHARES if share not in won]
+    if not won:
+        return "at none of these sizes"
+    return f"at {_listed([str(Fraction(share)) for share in won])}" + (f", not at {_listed(lost)}" if lost else "")
 
 
 def _presets(rows: Sequence[dict], base: str) -> list[str]:

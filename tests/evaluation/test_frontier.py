@@ -1,6 +1,7 @@
 """`dmc frontier`: the grid, going on after a kill, cells that fail, the report and what the command refuses."""
 
 import json
+import math
 import multiprocessing
 import time
 
@@ -12,7 +13,7 @@ from dmc.cli import main
 from dmc.evaluation import frontier, grid
 from dmc.evaluation.grid import Cell, choose
 from dmc.evaluation.plot import plot_frontier
-from dmc.evaluation.report import leaders, report, words
+from dmc.evaluation.report import leaders, report, sizes, words
 from dmc.evaluation.windows import Windows
 from tests.model import tiny
 
@@ -158,7 +159,8 @@ def test_words_follow_from_the_rows():
     assert "At 1/4 of dense bf16: cr4, dmc x dense leads with a KL of 0.2000; the best other is base, full x rotated" in said
     assert "1.5 times as much" in said and "so not settled" in said
     assert "At 1/16 of dense bf16: cr4, dmc x gear-4bit leads with a KL of 0.2500; no other family is that small" in said
-    assert "DMC x its best codec has the lowest KL of all rows at 1/4, 1/8 and 1/16; not at 1/2." in said
+    assert "DMC x its best codec has the lowest KL of all rows at 1/4, 1/8 and 1/16, not at 1/2; interpolated" in said
+    assert "equal bytes, at 1/8 and 1/16, not at 1/2 and 1/4." in said  # full has .3 at .15 and .01 at .3: .05 at 1/4
     assert "gear-4bit is on the frontier" in said
     assert "gear-2bit is not on the frontier: it holds 0.2000 of dense at a KL of 0.5000, and base, full x rotated" in said
     assert "no row is that small" in words(ROWS[:4])
@@ -169,6 +171,15 @@ def test_table_of_leaders_marks_one_a_line():
     assert lines[0] == "| held, at most | full | h2o | dmc |"
     assert all(line.count("**") == 2 for line in lines[2:])
     assert lines[5] == "| 1/16 | – | – | **0.2500: cr4, dmc x gear-4bit** |"
+
+
+def test_table_of_sizes_interpolates():
+    lines = sizes(ROWS).splitlines()
+    assert lines[0] == "| held | full | h2o | dmc |"
+    assert lines[2].startswith("| 1/2 | **0.001** | 0.4000 | 0.2000 |")
+    expected = 0.3 * (0.01 / 0.3) ** (math.log(0.25 / 0.15) / math.log(2))
+    assert float(lines[3].split("|")[2].strip(" *")) == pytest.approx(expected, abs=5e-5)
+    assert lines[5] == "| 1/16 | – | – | **0.2477** |"
 
 
 def test_another_plain_model_competes_under_its_own_name():
