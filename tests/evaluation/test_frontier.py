@@ -179,7 +179,7 @@ def test_table_of_sizes_interpolates():
     assert lines[2].startswith("| 1/2 | **0.001** | 0.4000 | 0.2000 |")
     expected = 0.3 * (0.01 / 0.3) ** (math.log(0.25 / 0.15) / math.log(2))
     assert float(lines[3].split("|")[2].strip(" *")) == pytest.approx(expected, abs=5e-5)
-    assert lines[5] == "| 1/16 | – | – | **0.2477** |"
+    assert lines[5] == "| 1/16 | – | – | **0.2484** |"
 
 
 def test_another_plain_model_competes_under_its_own_name():
