@@ -49,7 +49,9 @@ def recommend(
     """
     vary = choices(name, settings, vary)
     probe = _probe(model, cache, windows)
-    pages = _Pages(name, dict(settings), cache.rows.storage.page_size, cache.shape.head_size)
+    if not isinstance(cache.page_size, int):
+        raise ValueError("the layers of this cache differ already: give one codec for all of them to divide its bytes")
+    pages = _Pages(name, dict(settings), cache.page_size, cache.shape.head_size)
     measured = {
         setting: {"values": values, "kl": _measured(probe, pages, setting, values, progress)} for setting, values in vary.items()
     }
