@@ -108,7 +108,7 @@ def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) 
     dmc = config.dmc
     state = LayerState(
         Settings(
-            dmc.method, dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed,
+            dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed, dmc.method,
             dmc.window,
         ),
         decisions=DecisionCounts(hf.num_hidden_layers, hf.num_key_value_heads),
@@ -163,7 +163,7 @@ def attach_teacher(config: Config, hf: LlamaConfig, student: Student, loader: We
     chunks = student.chunks
     if loader is not None:
         _check_teacher(hf, student.chunks[0])
-        chunks = _model(config, hf, LayerState(Settings(decision="neuron")), loader)
+        chunks = _model(config, hf, LayerState(Settings("neuron")), loader)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     for own, teacher in zip(student.chunks, chunks, strict=True):

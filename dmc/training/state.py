@@ -12,12 +12,12 @@ from torch import Tensor
 class Settings:
     """The part of a retrofit's configuration that the layers need; constant over a run."""
 
-    method: str = "dmc"  # "dmc" or "dms"
     decision: str = "head"  # "neuron" or "head"
     gain: float = 1.0
     offset: float = 5.0
     temperature: float = 0.1
     seed: int = 0
+    method: str = "dmc"  # "dmc" or "dms"
     window: int = 0  # of "dms"
 
 

@@ -215,8 +215,8 @@ def cli(monkeypatch):
 def _meta(model, tokenizer, **changes):
     """What the checkpoint store tells of a checkpoint."""
     return dict(
-        hf_config=model.config, tokenizer_dir=tokenizer, decision=model.decision, offset=OFFSET, gain=GAIN,
-        target_cr=2.0, measured_cr=1.9, step=7, results={"rows": [{"name": "base", "perplexity": 3.0}]},
+        hf_config=model.config, tokenizer_dir=tokenizer, method="dmc", window=0, decision=model.decision, offset=OFFSET,
+        gain=GAIN, target_cr=2.0, measured_cr=1.9, step=7, results={"rows": [{"name": "base", "perplexity": 3.0}]},
         compressed=True, config={"run": {"precision": "fp32"}}, perplexity=12.3, corpus_hash="c0", held_out_hash="4e",
     ) | changes
 

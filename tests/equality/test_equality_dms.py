@@ -18,6 +18,7 @@ from checkpoints.export_hf import export
 from dmc import LLM, SamplingParams
 from dmc import functional_dms as dms
 from dmc.engine.predict import Predictor
+from dmc.engine.runner import Chunk
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -118,7 +119,7 @@ def test_functional_is_a_cache_that_evicts(case, expected):
 
 def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
-    state = LayerState(Settings("dms", made.decision, GAIN, OFFSET, window=WINDOW), mode="hard")
+    state = LayerState(Settings(made.decision, GAIN, OFFSET, method="dms", window=WINDOW), mode="hard")
     config = copy.deepcopy(made.config)
     model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
@@ -215,6 +216,18 @@ def test_pages_are_freed_in_prefill_and_decode(exported):
             assert (stats.cr > 1.5) == (policy == "dms")
     for prompt in (1, 149):
         assert held["dms", prompt] < 0.75 * held["full", prompt]
+
+
+def test_a_prompt_forgets_while_it_is_read(exported):
+    """What a prompt holds outside the pool until it is done: chunk by chunk only what a later query sees."""
+    tokens = torch.randint(2, 2048, (160,), generator=torch.Generator().manual_seed(5)).split(20)
+    held = {}
+    for policy in ("dms", "full"):
+        llm = LLM(exported[1], policy=policy)
+        prompt = llm.cache.prompt()
+        held[policy] = [llm._runner.step([], [], [], [Chunk(prompt, part.tolist())]) and prompt.nbytes for part in tokens]
+    assert all(ours < theirs for ours, theirs in zip(held["dms"][1:], held["full"][1:], strict=True))
+    assert held["dms"][-1] < 0.75 * held["full"][-1]
 
 
 def test_a_lossy_codec_on_top(exported, alone):
