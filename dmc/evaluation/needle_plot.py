@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PANELS = (("exact", "exact retrieval"), ("choice", "answer likelier than all wrong ones"), ("margin", "margin, nats"))
+_PANELS = (("exact", "exact retrieval"), ("choice", "answer likeliest"), ("margin", "margin, nats"))
 
 
 def plot_needle(figures: dict, out_png: str | Path, *, title: str = "") -> None:

@@ -1,0 +1,103 @@
+"""Needle retrieval and a multiple-choice set of one model under several caches, as a table (docs/results/eval.md).
+
+    python scripts/eval_table.py checkpoints/base --out runs/eval
+
+Runs `dmc eval` once for each cache, all in this process, and writes each report and table.md into --out. The
+multiple-choice set is made from the standard library's held-out files: which line follows 40 lines of source, the real
+one or one of three others of the same file? It is written as a task of the lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+from data.stdlib import documents, split
+from dmc.cli import main as dmc
+
+CACHES = {
+    "full, dense bf16": ["--policy", "full", "--exact-dtype", "bf16"],
+    "full, GEAR 4 bit": ["--policy", "full", "--codec", "gear", "--bits", "4"],
+    "full, GEAR 2 bit": ["--policy", "full", "--codec", "gear", "--bits", "2"],
+    "StreamingLLM 1/4, dense bf16": ["--policy", "streaming:share=0.25", "--exact-dtype", "bf16"],
+    "H2O 1/4, dense bf16": ["--policy", "h2o:share=0.25", "--exact-dtype", "bf16"],
+    "TOVA 1/4, dense bf16": ["--policy", "tova:share=0.25", "--exact-dtype", "bf16"],
+}
+TASK = {
+    "task": "next_line", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "next_line.jsonl"}},
+    "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}", "target_delimiter": "",
+    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+    "metadata": {"version": 1.0},
+}
+LINES = 40
+
+
+def write_choices(folder: Path, count: int) -> None:
+    """The multiple-choice task, ``count`` questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, questions = random.Random(0), []
+    files = [text for document in split(documents(("src",)))[1] if len(text := document.text.splitlines()) > 3 * LINES]
+    while len(questions) < count:
+        lines = draw.choice(files)
+        start = draw.randrange(len(lines) - LINES)
+        text, right = lines[start : start + LINES], lines[start + LINES]
+        others = sorted({line for line in lines if len(line.strip()) > 12 and line not in (*text, right)})
+        if len(right.strip()) <= 12 or len(others) < 3:
+            continue
+        choices = [right, *draw.sample(others, 3)]
+        draw.shuffle(choices)
+        questions.append({
+            "text": "\n".join(text), "choices": [f"\n{choice}" for choice in choices], "answer": choices.index(right)
+        })
+    (folder / "next_line.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
+    (folder / "next_line.yaml").write_text(json.dumps(TASK))  # JSON is YAML
+
+
+def table(reports: dict[str, dict]) -> str:
+    """Markdown, a line a cache."""
+    lines = [
+        "| cache | exact | choice | margin, nats | next line, acc | CR | held bytes a needle prompt | dense bf16 / held |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, report in reports.items():
+        (needle,), (task,) = report["needle"]["kinds"].values(), report["tasks"]["tasks"].values()
+        lines.append(
+            f"| {name} | {needle['exact']:.2f} | {needle['choice']:.2f} | {needle['margin']:+.2f} | "
+            f"{task['metrics']['acc']:.2f} | {needle['cr']:.2f} | {needle['held_bytes']:,.0f} | {needle['byte_ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """See the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=512, help="tokens of needle prompts (512)")
+    parser.add_argument("--trials", type=int, default=4, help="needles at each of three depths (4)")
+    parser.add_argument("--questions", type=int, default=48, help="of the multiple-choice set (48)")
+    options = parser.parse_args()
+    write_choices(options.out / "tasks", options.questions)
+    reports = {}
+    for number, (name, flags) in enumerate(CACHES.items()):
+        out = options.out / f"{number}.json"
+        code = dmc([
+            "eval", options.model, *flags, "--needle", "--kinds", "passkey", "--lengths", str(options.length),
+            "--depths", "10,50,90", "--trials", str(options.trials), "--choices", "6",
+            "--tasks", "next_line", "--task-dir", str(options.out / "tasks"),
+            "--json", str(out), "--plot", str(options.out / f"{number}.png"),
+        ])
+        if code:
+            return code
+        reports[name] = json.loads(out.read_text())
+        (options.out / "table.md").write_text(table(reports))
+        print(f"--- {name}\n{table(reports)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
