@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmc.cache.codecs import Blocks
+from dmc.cache import gathered
+from dmc.cache.gathered import Plan, plans
 from dmc.cache.policies import Policy
 from dmc.cache.rows import Rows
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in a core's cache
-_ROW_VALUES = 1 << 20  # of padded rows
-_PADDING = 1.3  # pages of padded rows / pages of rows, at most
 
 
 def compact(closes: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,11 +114,12 @@ def _unmerged(query: Tensor, seen: Seen) -> Tensor:
 
 def row_attention(
     rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, *, watch: str | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
-    Rows of about one length are padded to the longest and attended to whole. Otherwise pages are attended to page by
-    page and their parts summed by row, so rows of different length cost what they hold.
+    Rows of about one length are gathered and attended to whole, a few at a time. Where entries carry marks, pages are
+    attended to page by page and their parts summed by row. Either way a row costs what it holds.
 
     Args:
         rows: the cache.
@@ -127,35 +127,16 @@ def row_attention(
         query: ``[R, G, D]``, rotated, fp32 or fp64.
         own_key, own_value: ``[R, D]``, the tail as it is now, rotated.
         watch: `Policy.watches`: the weights are then added to the scores of entries, or take their place.
+        plan: of these rows, if there is one already.
 
     Returns:
         ``(out [R, G, D], own [R])``: own is the tail's weight, summed over G; None without ``watch``.
     """
     query = query * query.shape[-1] ** -0.5
-    counts = rows.closed[index]
-    longest, total = int(counts.max()), int(counts.sum())
-    if watch is None and not rows.storage.holes and 0 < longest * len(counts) <= _PADDING * total:
-        step = max(1, _ROW_VALUES // (longest * rows.packing(index).page_size * rows.shape.head_size))
-        parts = zip(*(tensor.split(step) for tensor in (index, counts, query, own_key, own_value)), strict=True)
-        return torch.cat([_padded(rows, *part) for part in parts]), None
+    if watch is None and not rows.storage.holes:
+        plan = plans(rows, index[None])[0] if plan is None else plan
+        return gathered.attend(rows, plan, query, own_key, own_value), None
     return _ragged(rows, index, query, own_key, own_value, watch)
-
-
-def _padded(rows: Rows, index: Tensor, counts: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
-    """`row_attention` for rows of about one length: ``counts [R]`` pages; the query is scaled already."""
-    packing, columns = rows.packing(index), max(1, int(counts.max()))
-    codec, size = packing.codec, packing.page_size
-    blocks = rows.blocks(rows.closed_table[index, :columns].flatten(), packing)  # where a row has fewer, the null page
-    blocks = Blocks({name: field.unflatten(0, (-1, columns)) for name, field in blocks.tensors.items()}, size, blocks.head_size)
-    keys, values, valid = rows.exact_entries(index)
-    exact = (query @ keys.to(query.dtype).transpose(-1, -2)).masked_fill_(~valid[:, None], -torch.inf)
-    paged = codec.row_scores(blocks, query)
-    if bool((counts < columns).any()):
-        there = torch.arange(columns * size, device=index.device) < counts[:, None] * size
-        paged = paged.masked_fill_(~there[:, None], -torch.inf)
-    weights = torch.cat([paged, exact, query @ own_key[:, :, None]], dim=-1).softmax(-1)
-    paged, exact, own = weights.split([columns * size, keys.shape[1], 1], dim=-1)
-    return codec.row_combine(blocks, paged) + exact @ values.to(query.dtype) + own * own_value[:, None]
 
 
 def _ragged(

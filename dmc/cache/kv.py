@@ -97,10 +97,11 @@ class KVCache:
         return Prompt(self.shape.layers, self.policy)
 
     def step(
-        self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope, *, trace: bool = False,
+        self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope, *, merges: bool = True,
+        trace: bool = False,
     ) -> Step:
         """What the model attends through for new tokens of sequences and chunks of prompts; see `Step`."""
-        return Step(self.rows, self.policy, slots, positions, chunks, rope, trace=trace)
+        return Step(self.rows, self.policy, slots, positions, chunks, rope, merges=merges, trace=trace)
 
     def load(self, prompt: Prompt, *, donor: int | None = None, common: int = 0) -> int:
         """A new sequence out of a prompt that is done, its pages encoded → its slot; one must be free.

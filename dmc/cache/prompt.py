@@ -90,10 +90,13 @@ class Prompt:
 
         closes = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
         chosen, counts = compact(closes)
-        final = chosen.clamp(max=lead + tokens - 1)[..., None].expand(-1, -1, size)
         there = torch.arange(chosen.shape[1], device=query.device) < counts[:, None]
         places = torch.where(there, chosen + first - lead, _NONE).int()
-        entries = [keys.gather(1, final), values.gather(1, final), places]
+        if states.merged:
+            final = chosen.clamp(max=lead + tokens - 1)[..., None].expand(-1, -1, size)
+            entries = [keys.gather(1, final), values.gather(1, final), places]
+        else:
+            entries = [keys[:, :-1], values[:, :-1], places]
         if past is not None:
             entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
         marks = self._scores(past, mark, None, closes, counts)[0] if self.policy.marks else None

@@ -34,7 +34,7 @@ from dmc.cache.packing import Packing, Storage, packings
 from dmc.cache.pages import NULL_PAGE, Layout, PagePool
 
 _FIRST_COLUMNS = 4  # of the table of encoded pages; doubles when a row outgrows it
-_ENCODE_PAGES = 1024  # encoded in one go after a prompt; bounds the memory that encoding needs
+_ENCODE_PAGES = 1024  # encoded in one go; bounds the memory that encoding needs
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class Rows:
         first = (layer * self.slots + slots) * heads
         return (first[:, None] + torch.arange(heads, device=slots.device)).flatten()
 
+    def indices(self, slots: Tensor) -> Tensor:
+        """`index` of every layer: int64 ``[S] → [L, S * H]``."""
+        step = self.slots * self.shape.heads
+        return self.index(0, slots) + torch.arange(self.shape.layers, device=slots.device)[:, None] * step
+
     def all_layers(self, slot: int) -> Tensor:
         """All rows of a slot, layer by layer: int64 ``[L * H]``."""
         heads = self.shape.heads
@@ -115,6 +120,17 @@ class Rows:
     def packing(self, rows: Tensor) -> Packing:
         """How the encoded pages of rows ``[R]`` of one layer, at least one, are laid out."""
         return self.packings[0 if self._alike else int(rows[0]) // (self.slots * self.shape.heads)]
+
+    def layers_alike(self) -> list[list[int]]:
+        """Layers whose encoded pages are laid out alike, together."""
+        together: dict[int, list[int]] = {}
+        for layer, packing in enumerate(self.packings):
+            together.setdefault(id(packing), []).append(layer)
+        return list(together.values())
+
+    def joined(self, packing: Packing) -> bool:
+        """Whether exact entries lie as encoded ones do, so that a row can be read as one run of pages."""
+        return not self.storage.sink_tokens and self.open_layout.fields == packing.layout.fields
 
     def row_page_sizes(self, rows: Tensor) -> Tensor:
         """Entries of an encoded page of any rows: int64 ``[R] → [R]``."""
@@ -152,11 +168,14 @@ class Rows:
         """Sinks and window of rows: ``[R] → (keys [R, N, D], values [R, N, D], valid [R, N])``; the rest is 0."""
         count = self.exact[rows]
         columns = self.open_pages(int(count.max()))
-        pages = self.open_table[rows, :columns].flatten()
         valid = torch.arange(columns * self.per_open_page, device=rows.device) < count[:, None]
+        return *self.read_open(self.open_table[rows, :columns].flatten(), len(rows)), valid
+
+    def read_open(self, pages: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, N, D]`` on pages of exact entries ``[R * columns]``: copies."""
         views = self.open_layout.views(self.pool.read(pages))
-        keys, values = (views[part].reshape(len(rows), -1, self.shape.head_size) for part in ("k", "v"))
-        return keys, values, valid
+        keys, values = (views[part].reshape(rows, -1, self.shape.head_size) for part in ("k", "v"))
+        return keys, values
 
     def closed_pages(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Encoded pages of rows, row after row: ``[R] → (pages [n], index into rows of each [n])``."""
@@ -192,7 +211,8 @@ class Rows:
         self.exact[rows] = count + 1
         full = count + 1 == self.most_exact(self.packing(rows))
         if full.any():
-            self._close_page(rows[full])
+            for some in rows[full].split(_ENCODE_PAGES):
+                self._close_page(some)
 
     def load(
         self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, marks: Marks, *,

@@ -9,17 +9,20 @@ from torch import Tensor
 
 from dmc.cache.attention import row_attention
 from dmc.cache.evict import entries, evict
+from dmc.cache.gathered import Plan, plans
 from dmc.cache.policies import Policy
 from dmc.cache.prompt import Prompt
 from dmc.cache.rows import Rows
-from dmc.functional import rotate
 
 Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions, int64 of any shape → (cos, sin), each ``[..., D]`` fp32 or fp64, in the half-split layout."""
 
 
 class Step:
-    """Called once a layer by the model, with the tokens of all parts one after the other.
+    """Called once a layer by the model, layer after layer, with the tokens of all parts one after the other.
+
+    Where nothing merges, the open entries of all layers close when the step is made, and the new ones are written
+    after the last layer; so each layer has only its attention to do.
 
     Args:
         rows, policy: of the cache.
@@ -27,6 +30,7 @@ class Step:
         positions: int64 ``[S]`` of these tokens, at least 1: a prompt went before.
         chunks: prompts and how many of their tokens follow, at least 1 each. The last layer adds it to `Prompt.done`.
         rope: see `Rope`.
+        merges: whether the model can decide to merge.
         trace: whether to keep the decisions.
 
     Attributes:
@@ -35,20 +39,23 @@ class Step:
 
     def __init__(
         self, rows: Rows, policy: Policy, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope,
-        *, trace: bool = False,
+        *, merges: bool = True, trace: bool = False,
     ) -> None:
         self.merges: list[Tensor] | None = [] if trace else None
-        self.rows, self.policy, self.slots, self.positions = rows, policy, slots, positions
-        heads = rows.shape.heads
-        if len(slots):
-            # Repeated per row: [S * H, 1, D] for queries, [S * H, D] for the entry that closes.
-            self.now = tuple(table.repeat_interleave(heads, 0)[:, None] for table in rope(positions))
-            self.before = tuple(table.repeat_interleave(heads, 0) for table in rope(positions - 1))
-            self.following = (positions + 1).repeat_interleave(heads)
+        self.rows, self.policy, self.slots = rows, policy, slots
         self.chunks = []
         for prompt, tokens in chunks:
             places = prompt.positions(tokens, slots.device)
             self.chunks.append((prompt, tokens, places, rope(places)))
+        self.settled = not (merges and policy.merges)
+        if len(slots):
+            self.index = rows.indices(slots)  # [L, S * H]
+            self.now, self.before = (_signed(rope(place)) for place in (positions, positions - 1))  # [S, 1, D]
+            self.following = (positions + 1).repeat_interleave(rows.shape.heads)
+            self.plans: list[Plan | None] = [None] * rows.shape.layers
+            self.tokens: list[Tensor] = []  # where nothing merges: the next open entries of each layer so far
+            for numbers in rows.layers_alike() if self.settled else ():
+                self._close_all(numbers)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor,
@@ -58,19 +65,55 @@ class Step:
         parts = [query, key, value, *self.policy.decide(alpha, omega), mark]
         if self.merges is not None:
             self.merges.append(parts[3] != 0)
+        decode = self._settled if self.settled else self._merging
+        if not self.chunks:
+            return decode(layer, *parts)
         sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
         split = [_cut(part, sizes) for part in parts]
-        outs = [self._decode(layer, *(part[0] for part in split))] if sizes[0] else []
+        outs = [decode(layer, *(part[0] for part in split))] if sizes[0] else []
         for number, (prompt, tokens, places, table) in enumerate(self.chunks, 1):
             outs.append(prompt.attend(layer, *(part[number] for part in split), places, table))
             if layer == self.rows.shape.layers - 1:
                 prompt.done += tokens
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _decode(
+    # ------------------------------------------------------------------------------------ nothing merges
+
+    def _close_all(self, numbers: list[int]) -> None:
+        """Every open entry of some layers, which are stored alike, becomes final."""
+        rows, layers, size = self.rows, len(numbers), self.rows.shape.head_size
+        index = self.index[numbers].flatten()
+        tail = rows.numerators[index] / rows.z[index, None]
+        tail = tail.view(layers, len(self.slots), -1, 2 * size)
+        keys, values = _turn(tail[..., :size], self.before).view(-1, size), tail[..., size:].reshape(-1, size)
+        marks = {}
+        if rows.storage.placed:
+            marks["place"] = (self.following - 2).int().repeat(layers)
+        if rows.storage.scored:
+            marks["score"] = rows.tail_score[index]
+        rows.append(index, keys, values, marks)
+        if not rows.storage.holes:
+            for number, plan in zip(numbers, plans(rows, self.index[numbers]), strict=True):
+                self.plans[number] = plan
+
+    def _settled(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
     ) -> Tensor:
-        rows, index = self.rows, self.rows.index(layer, self.slots)
+        rows, dtype = self.rows, self.rows.z.dtype
+        key, value = key.to(dtype), value.to(dtype)
+        self.tokens.append(torch.cat([key, value], dim=-1))
+        if layer == rows.shape.layers - 1:
+            index = self.index.flatten()
+            rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
+            rows.z[index] = 1.0
+        return self._attend(layer, query, _turn(key, self.now), value, alpha, mark)
+
+    # ------------------------------------------------------------------------------------ merging
+
+    def _merging(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        rows, index = self.rows, self.index[layer]
         alpha, omega = alpha.flatten().to(rows.z.dtype), omega.flatten().to(rows.z.dtype)
         size = key.shape[-1]
         numerators, z = rows.numerators[index], rows.z[index]
@@ -82,36 +125,59 @@ class Step:
         numerators = alpha[:, None] * numerators + omega[:, None] * token
         z = alpha * z + omega
         rows.numerators[index], rows.z[index] = numerators, z
-
-        own = numerators / z[:, None]
-        own_key = rotate(own[:, None, :size], self.now)[:, 0]
-        queries = rotate(query.reshape(len(index), -1, size).to(own.dtype), self.now)  # [S * H, G, D]
-        out, weight = row_attention(rows, index, queries, own_key, own[:, size:], watch=self.policy.watches)
-        if rows.storage.scored:
-            self._score(index, alpha, mark, weight)
-        if self.policy.evicts:
-            there = entries(rows, index, self.following)
-            evict(rows, index, there, self.policy.keep(there))
-        return out.view(query.shape).to(query.dtype)
+        own = (numerators / z[:, None]).view(*key.shape[:2], -1)
+        return self._attend(layer, query, _turn(own[..., :size], self.now), own[..., size:], alpha, mark)
 
     def _close(self, index: Tensor, closing: Tensor, numerators: Tensor, z: Tensor) -> None:
         """The open entries of some rows become final ones."""
-        every = bool(closing.all())
-        some = slice(None) if every else closing
-        done = numerators[some] / z[some, None]
-        keys, values = done.chunk(2, dim=-1)
+        size, heads = self.rows.shape.head_size, self.rows.shape.heads
+        done = numerators / z[:, None]
+        keys = _turn(done[:, :size].view(-1, heads, size), self.before).view(-1, size)
+        some = slice(None) if bool(closing.all()) else closing
         marks = {}
         if self.rows.storage.placed:
             marks["place"] = (self.following[some] - 2).int()
         if self.rows.storage.scored:
             marks["score"] = self.rows.tail_score[index[some]]
-        self.rows.append(index[some], rotate(keys, tuple(table[some] for table in self.before)), values, marks)
+        self.rows.append(index[some], keys[some], done[some, size:], marks)
+
+    # ------------------------------------------------------------------------------------ both
+
+    def _attend(
+        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction."""
+        rows, index, size = self.rows, self.index[layer], query.shape[-1]
+        queries = _turn(query.to(own_key.dtype), self.now).view(len(index), -1, size)  # [S * H, G, D]
+        out, weight = row_attention(
+            rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), watch=self.policy.watches,
+            plan=self.plans[layer],
+        )
+        if rows.storage.scored:
+            self._score(index, alpha.flatten(), mark, weight)
+        if self.policy.evicts:
+            there = entries(rows, index, self.following)
+            evict(rows, index, there, self.policy.keep(there))
+        return out.view(query.shape).to(query.dtype)
 
     def _score(self, index: Tensor, alpha: Tensor, mark: Tensor | None, weight: Tensor | None) -> None:
         score = torch.zeros(len(index), device=index.device) if mark is None else mark.flatten().float()
         if self.policy.watches != "last":
             score = score + alpha.float() * self.rows.tail_score[index]
         self.rows.tail_score[index] = score if weight is None else score + weight
+
+
+def _signed(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each ``[S, D]`` → ``[S, 1, D]`` for `_turn`."""
+    cos, sin = table
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None], torch.cat([-first, second], dim=-1)[:, None]
+
+
+def _turn(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """`dmc.functional.rotate` of ``[..., S, heads, D]`` in fewer operations."""
+    cos, sin = table
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _cut(part: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:

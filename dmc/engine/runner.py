@@ -41,7 +41,10 @@ class Runner:
         sizes = [len(slots), *(len(chunk.tokens) for chunk in chunks)]
         flat = [*tokens, *(token for chunk in chunks for token in chunk.tokens)]
         parts = [(chunk.prompt, len(chunk.tokens)) for chunk in chunks]
-        attend = self.cache.step(self._ints(slots), self._ints(positions), parts, self.model.rope, trace=trace)
+        attend = self.cache.step(
+            self._ints(slots), self._ints(positions), parts, self.model.rope,
+            merges=self.model.config.decision is not None, trace=trace,
+        )
         hidden = self.model.hidden(self._ints(flat), attend)
         if trace:
             self.merges = torch.stack(attend.merges, dim=1).cpu()

@@ -62,6 +62,7 @@ class Llama:
         if not config.tie_word_embeddings:
             head = tensor("lm_head.weight", config.vocab_size, config.hidden_size)
         self._predict = Linear(head)
+        self._plain = torch.tensor([[0.0], [1.0]], dtype=_work(dtype), device=device)  # alpha and omega without decisions
 
     @classmethod
     def load(cls, directory: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
@@ -127,7 +128,8 @@ class Llama:
             query[..., 0] = 0
             key[..., 0] = 0
         else:
-            return key.new_zeros(key.shape[:2], dtype=work), key.new_ones(key.shape[:2], dtype=work)
+            shape = key.shape[:2]
+            return self._plain[0].expand(shape), self._plain[1].expand(shape)
         return round_alpha(merge, offset=offset), importance(weight, offset=offset)
 
     def _marks(self, layer: Layer, x: Tensor, query: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, attention, codec, policy
+from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, attention, codec, gathered, policy
 from dmc.functional import accumulate, rotate
 from dmc.model import Rope
 
@@ -204,17 +204,17 @@ def test_chunks_and_swapping_change_nothing(name, policy_name, settings_):
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("lengths", [(40, 40, 38), (60, 9, 30), (5, 44, 44), (3, 3, 3)])
 def test_padded_rows_are_ragged_rows(name, lengths, monkeypatch):
-    """Both ways through rows of like and of unlike length, some without a page."""
+    """Rows of like and of unlike length, some without a page: one by one, all in one group, and page by page."""
     cache, seen = make(name, policy_name="full"), []
     slots = torch.tensor([cache.load(prefill(cache, tokens(count, seed=count), count)) for count in lengths])
     index = cache.rows.index(1, slots)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(6, *shape, generator=generator) for shape in ((2, SIZE), (SIZE,), (SIZE,)))
-    for padding in (0.0, 1e9):
-        monkeypatch.setattr(attention, "_PADDING", padding)
-        for values in (1, 1 << 20):
-            monkeypatch.setattr(attention, "_ROW_VALUES", values)
-            seen.append(attention.row_attention(cache.rows, index, query, key, value)[0])
+    for values, alike in ((1, 1.0), (1 << 20, 1.0), (1 << 20, 0.0)):
+        monkeypatch.setattr(gathered, "_VALUES", {"cpu": values})
+        monkeypatch.setattr(gathered, "_ALIKE", alike)
+        seen.append(attention.row_attention(cache.rows, index, query, key, value)[0])
+    seen.append(attention._ragged(cache.rows, index, query * SIZE**-0.5, key, value, None)[0])
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=1e-4, atol=1e-5)
 

@@ -38,6 +38,8 @@ class Policy(ABC):
 
     Attributes:
         name: under which `dmc.cache.policy` finds it.
+        merges: whether `decide` can give an alpha other than 0 or an omega other than 1. Where it cannot, the cache
+            knows before a step that every open entry closes in it.
         evicts: whether entries can go before their sequence ends. Their places are then stored, 4 bytes an entry.
         watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
             from all queries so far, those of a head's group added up; "last", those of the newest query alone.
@@ -47,6 +49,7 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    merges: ClassVar[bool] = True
     evicts: ClassVar[bool] = False
     watches: ClassVar[str | None] = None
     marks: ClassVar[bool] = False

@@ -13,6 +13,7 @@ class FullPolicy(Policy):
 
     name = "full"
     by_head = True
+    merges = False
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`."""

@@ -27,6 +27,7 @@ class H2OPolicy(Policy):
     """
 
     name = "h2o"
+    merges = False
     evicts = True
     by_head = True
     watches = "sum"

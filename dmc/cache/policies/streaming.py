@@ -25,6 +25,7 @@ class StreamingPolicy(Policy):
     """
 
     name = "streaming"
+    merges = False
     evicts = True
     by_head = True
 

@@ -25,6 +25,7 @@ class TovaPolicy(Policy):
     """
 
     name = "tova"
+    merges = False
     evicts = True
     watches = "last"
 
