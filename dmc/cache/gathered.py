@@ -16,7 +16,7 @@ from dmc.cache.codecs import Blocks
 from dmc.cache.packing import Packing
 from dmc.cache.rows import Rows
 
-_VALUES = {"cpu": 1 << 17}  # keys gathered at once: with their values they stay in a core's cache
+_VALUES = {"cpu": 1 << 19}  # keys gathered at once: measured, see docs/results/serve.md
 _VALUES_ELSEWHERE = 1 << 24
 _ALIKE = 0.75  # rows are gathered together if they are at least so long as the longest of them ...
 _NEAR = 64  # ... or not more entries shorter
