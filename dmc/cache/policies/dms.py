@@ -22,6 +22,7 @@ class DmsPolicy(Policy):
     """
 
     name = "dms"
+    merges = False
     by_head = True
     evicts = True
     marks = True
