@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+_ROUNDING = 1e-9  # relative
 Choice = tuple[float, float]
 """(cost, loss)."""
 
@@ -28,7 +29,7 @@ def allocate(items: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     """
     hulls = [_hull(choices) for choices in items]
     spent = sum(items[number][hull[0]][0] for number, hull in enumerate(hulls))
-    if spent > budget * (1 + 1e-9):
+    if spent > budget * (1 + _ROUNDING):
         raise ValueError(f"the cheapest choices cost {spent:g}, which is over the budget of {budget:g}")
     place = [0] * len(items)
     heap = [(-slope, number) for number in range(len(items)) if (slope := _slope(items[number], hulls[number], 0)) > 0]
@@ -37,7 +38,7 @@ def allocate(items: Sequence[Sequence[Choice]], budget: float) -> list[int]:
         _, number = heapq.heappop(heap)
         hull, choices = hulls[number], items[number]
         step = choices[hull[place[number] + 1]][0] - choices[hull[place[number]]][0]
-        if spent + step > budget * (1 + 1e-9):
+        if spent + step > budget * (1 + _ROUNDING):
             continue
         spent += step
         place[number] += 1
@@ -54,7 +55,8 @@ def _hull(choices: Sequence[Choice]) -> list[int]:
         cost, loss = choices[index]
         if hull and loss >= choices[hull[-1]][1]:
             continue
-        while len(hull) > 1 and _rate(choices, hull[-2], hull[-1]) <= _rate(choices, hull[-2], index):
+        # Points on a line stay, or a small rest of the budget would find no step that fits.
+        while len(hull) > 1 and _rate(choices, hull[-2], hull[-1]) < (1 - _ROUNDING) * _rate(choices, hull[-2], index):
             hull.pop()
         hull.append(index)
     return hull

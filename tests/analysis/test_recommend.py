@@ -40,6 +40,7 @@ def test_division_is_the_best_there_is(items, budget):
 def test_division_passes_over_what_is_off_the_hull_and_too_dear():
     items = [[(0.0, 9.0), (1.0, 8.9), (2.0, 1.0)], [(0.0, 5.0), (4.0, 0.0)]]
     assert allocate(items, 2.0) == [2, 0] and allocate(items, 5.0) == [2, 0] and allocate(items, 6.0) == [2, 1]
+    assert allocate([[(0.0, 1.0), (1.0, 0.5), (2.0, 0.0)]], 1.0) == [1]
     assert allocate([[(3.0, 1.0), (1.0, 1.0), (2.0, 7.0)]], 9.0) == [1]
     with pytest.raises(ValueError, match="over the budget"):
         allocate(items, -1.0)
