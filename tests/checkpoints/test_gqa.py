@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from checkpoints.convert import HfWeights, load_hf_state, read_config
+from dmc import LLM
 from scripts import export_hf, mha_to_gqa
 from tests.training.helpers import metrics, small_run, tiny_config, tiny_model
 
@@ -86,6 +87,21 @@ def test_the_usual_command_trains_and_exports_it(tmp_path):
     state = load_hf_state(run / "checkpoints" / "final")[0]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
     assert not torch.equal(state["model.norm.weight"], load_file(start / "model.safetensors")["model.norm.weight"])
+
+
+def test_the_engine_serves_it_with_half_the_bytes(tmp_path):
+    source = tiny_model(tmp_path / "in", num_key_value_heads=2)
+    out = convert(source, tmp_path / "out", 1)
+    ids = torch.randint(3, 2048, (40,), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(out)(ids[None]).logits[0].log_softmax(-1)
+    before, after = (
+        LLM(model, policy="full", device="cpu", dtype="fp32").score([ids.tolist()], prompt_tokens=25)[0]
+        for model in (source, out)
+    )
+    torch.testing.assert_close(after.logprobs, expected[:-1].gather(1, ids[1:, None])[:, 0], rtol=0, atol=1e-4)
+    assert after.stats.dense_bytes * 2 == before.stats.dense_bytes
+    assert all(after.stats.held[part] * 2 == before.stats.held[part] for part in ("pages", "exact", "tail"))
 
 
 def _without_tokenizer(directory):
