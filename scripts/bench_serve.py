@@ -2,7 +2,8 @@
 
     python scripts/bench_serve.py DIR --contexts 512 2048 --batches 1 8 --new 64 --output docs/results/serve.json
 
-Both generate greedily, prompts of one length cut from the text of this project's own docs. Wall seconds and the
+Both generate greedily from prompts cut out of this project's own docs, of one length or, with ``--lengths unequal``, from a
+quarter of the context up to the whole of it, which transformers pads on the left. Wall seconds and the
 process's CPU seconds are both printed: on a machine that others use, the second compares and the first does not.
 """
 
@@ -31,7 +32,8 @@ def main() -> None:
     rows = []
     for context in options.contexts:
         for batch in options.batches:
-            rows += _case(options, context, batch)
+            for kind in options.lengths if batch > 1 else ["equal"]:
+                rows += _case(options, context, batch, kind)
     _print(rows)
     if options.output:
         facts = {"model": Path(options.directory).name, "threads": options.threads, "machine": platform.processor() or
@@ -39,18 +41,18 @@ def main() -> None:
         Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def _case(options: argparse.Namespace, context: int, batch: int) -> list[dict]:
-    """One context and batch: each engine, prompt alone (one new token) and the whole."""
+def _case(options: argparse.Namespace, context: int, batch: int, kind: str) -> list[dict]:
+    """One context, batch and kind of lengths: each engine, prompt alone (one new token) and the whole."""
     rows = []
     for name, load in _engines(options):
         run, held = load()
-        prompts = _prompts(options.directory, context, batch)
+        prompts = _prompts(options.directory, context, batch, kind)
         run(prompts, 2)  # warm: first touches of memory and code
         prompt = _least(options.repeats, partial(run, prompts, 1))
         whole = _least(options.repeats, partial(run, prompts, options.new))
         made = batch * (options.new - 1)
         rows.append({
-            "engine": name, "context": context, "batch": batch,
+            "engine": name, "context": context, "batch": batch, "lengths": kind,
             "wall_tokens_per_s": batch * options.new / whole[0], "cpu_tokens_per_s": batch * options.new / whole[1],
             "cpu_prompt_s": prompt[1], "cpu_decode_tokens_per_s": made / max(1e-9, whole[1] - prompt[1]),
             "held_bytes": held(),
@@ -79,10 +81,12 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
         model = AutoModelForCausalLM.from_pretrained(options.directory, dtype=torch.float32).eval()
 
         def run(prompts: list[list[int]], new: int) -> None:
-            ids = torch.tensor(prompts)
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             with torch.no_grad():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                                     do_sample=False, pad_token_id=0)
+                out = model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                     pad_token_id=0)
             assert out.shape[1] == ids.shape[1] + new
 
         return run, lambda: None
@@ -90,13 +94,15 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
     return [("transformers", theirs), *((f"dmc {codec}", ours(codec)) for codec in options.codecs)]
 
 
-def _prompts(directory: str, context: int, batch: int) -> list[list[int]]:
+def _prompts(directory: str, context: int, batch: int, kind: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     tokens = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
     tokens *= -(-context * batch // len(tokens))
-    return [tokens[i * context : (i + 1) * context] for i in range(batch)]
+    least = context if kind == "equal" else context // 4
+    lengths = [least + (context - least) * i // max(1, batch - 1) for i in range(batch)]
+    return [tokens[i * context : i * context + length] for i, length in enumerate(lengths)]
 
 
 def _least(repeats: int, what: Callable) -> tuple[float, float]:
@@ -110,12 +116,13 @@ def _timed(what: Callable) -> tuple[float, float]:
 
 
 def _print(rows: list[dict]) -> None:
-    print("| context | batch | engine | tokens / s (wall) | tokens / CPU s | prompt, CPU s | decode, tokens / CPU s | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| context | batch | lengths | engine | tokens / s (wall) | tokens / CPU s | prompt, CPU s | decode, tokens / CPU s | "
+          "ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         base = next(other for other in rows if other["engine"] == "transformers" and (
-            other["context"], other["batch"]) == (row["context"], row["batch"]))
-        print(f"| {row['context']} | {row['batch']} | {row['engine']} | {row['wall_tokens_per_s']:.2f} | "
+            other["context"], other["batch"], other["lengths"]) == (row["context"], row["batch"], row["lengths"]))
+        print(f"| {row['context']} | {row['batch']} | {row['lengths']} | {row['engine']} | {row['wall_tokens_per_s']:.2f} | "
               f"{row['cpu_tokens_per_s']:.2f} | {row['cpu_prompt_s']:.2f} | {row['cpu_decode_tokens_per_s']:.2f} | "
               f"{row['cpu_tokens_per_s'] / base['cpu_tokens_per_s']:.2f} x |")
 
@@ -125,6 +132,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("directory", help="Hugging Face directory of a Llama")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="tokens of a prompt")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
+    parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"], help="of prompts")
     parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after each prompt")
     parser.add_argument("--repeats", type=int, default=2, help="of each measurement; the least CPU time counts")
