@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dmc.commands import calibrate, frontier, inspect
 from dmc.commands import eval as evaluate
-from dmc.commands import frontier, inspect
 from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ COMMANDS = {
     "generate": ("continue a text from a compressed cache", _add_generate, _generate),
     "serve": ("answer OpenAI's HTTP interface from a compressed cache", _add_serve, _serve),
     "eval": ("perplexity, needle retrieval and tasks through a compressed cache", evaluate.add, evaluate.run),
+    "calibrate": ("find the bases of the eigen codec on a text", calibrate.add, calibrate.run),
     "inspect": ("say what a compressed cache holds of a text, per layer and head", inspect.add, inspect.run),
     "frontier": ("measure policies x codecs x budgets on one text: table, plot and report", frontier.add, frontier.run),
 }

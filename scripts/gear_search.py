@@ -49,6 +49,15 @@ SETS = {
             (2, 2), (2.25, 1.75), (2.5, 1.5), (2.75, 1.25),
         )
     ],
+    "codecs": [  # all codecs, about 8, 5, 4, 3 and 2 bits
+        "int8", "fp8", "svd:rank=32", "svd:rank=32,factors=int8", "svd:rank=16,factors=int8",
+        *(f"gear:bits={bits},backbone=token,group=32,rank=0,outliers=0" for bits in (4, 2)),
+        *(f"kivi:bits={bits}" for bits in (4, 3, 2)),
+        *(f"gear:bits={bits},backbone=kivi,group=32,rank=2,outliers=0.02" for bits in (4, 2)),
+        *(f"rotated:bits={bits}" for bits in (4, 3, 2)),
+        *(f"rotated:bits={bits},mean=1" for bits in (4, 3, 2)),
+        "gear-4bit", "gear-3bit", "gear-2bit",
+    ],
     "additions": [
         f"gear:bits={bits},{addition}"
         for bits in (4, 2)

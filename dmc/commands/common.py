@@ -22,11 +22,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                        help="which entries exist: dmc or dms (default: what the model was retrofitted with; full for a "
                             "plain Llama), full, streaming (:sinks=4,recent=252), h2o "
                             "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens instead")
-    cache.add_argument("--codec", default="dense", help="how full pages are stored: dense (default), int8, fp8 or gear")
-    cache.add_argument("--bits", type=int, help="gear: 2, 3, 4 (default) or 8")
+    cache.add_argument("--codec", default="dense", metavar="NAME[:SETTING=VALUE,...]",
+                       help="how full pages are stored: dense (default), int8, fp8, kivi (:bits=2), rotated (:bits=4), svd "
+                            "(:rank=16), eigen (:file=FILE of dmc calibrate), gear, gear-4bit, gear-3bit or gear-2bit")
+    cache.add_argument("--codec-layers", metavar="FILE", help="the codec and its settings for each layer, as JSON")
+    cache.add_argument("--bits", type=int, help="gear, kivi: 2, 3, 4 or 8; rotated: 1 to 6 (4; kivi 2)")
     cache.add_argument("--backbone", help="gear: rotated (default), kivi, kcvt or token")
-    cache.add_argument("--group", type=int, help="gear: values that share a scale (64; not for rotated)")
-    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (0 for rotated, else 1)")
+    cache.add_argument("--group", type=int, help="gear, kivi: values that share a scale (gear 64, but not rotated; kivi 32)")
+    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (0 for rotated, else 1); svd: of the factors (16)")
     cache.add_argument("--outliers", type=float, help="gear: share of each vector kept apart (0 for rotated, else 0.02)")
     cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
     cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
@@ -48,8 +51,10 @@ def load(options: argparse.Namespace) -> LLM:
     from dmc.engine import LLM  # torch: not needed for --help
 
     policy, settings = named(options.policy) if options.policy else (None, None)
+    codec, own = named(options.codec)
     return LLM(
-        options.directory, policy=policy, policy_settings=settings, codec=options.codec, codec_settings=codec_settings(options),
+        options.directory, policy=policy, policy_settings=settings, codec=codec, codec_settings=own | codec_settings(options),
+        codec_layers=options.codec_layers,
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
         dtype=options.dtype, device=options.device, tensor_parallel=options.tensor_parallel,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dmc.cache import Codec, Policy, codec, policy
+from dmc.cache.codecs.layers import read_layers
 from dmc.engine import parallel
 from dmc.engine.core import KEPT_PROMPTS, Engine
 from dmc.engine.parallel_team import Team
@@ -19,6 +20,7 @@ from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total
 from dmc.engine.tokenizer import GrowingText, Tokenizer
 from dmc.model import ModelConfig, read_config
+from dmc.model.fingerprint import model_hash
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -33,6 +35,8 @@ class LLM:
         policy_settings: for a policy given by name, such as ``{"recent": 508}``. The window of "dms" is else the model's.
         codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
+        codec_layers: a file with settings for each layer, and the codec's name, in place of ``codec``: see
+            `dmc.cache.codecs.layers.read_layers`.
         kv_memory: bytes of the page pool; None lets it grow.
         max_batch: sequences that run at a time.
         page_size, sink_tokens, window, exact_dtype: see `dmc.cache.KVCache`.
@@ -51,8 +55,9 @@ class LLM:
 
     def __init__(
         self, path: str | Path, *, policy: str | Policy | None = None, policy_settings: dict | None = None,
-        codec: str | Codec = "dense", codec_settings: dict | None = None, kv_memory: int | None = None, max_batch: int = 16,
-        page_size: int | None = None, sink_tokens: int | None = None, window: int | None = None, exact_dtype: str | None = None,
+        codec: str | Codec = "dense", codec_settings: dict | None = None, codec_layers: str | Path | None = None,
+        kv_memory: int | None = None, max_batch: int = 16, page_size: int | None = None, sink_tokens: int | None = None,
+        window: int | None = None, exact_dtype: str | None = None,
         prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
         rank_timeout: float = 120.0,
     ) -> None:
@@ -60,10 +65,10 @@ class LLM:
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        store, config = _made("codec", codec, codec_settings), read_config(path)
+        store, config = _stored(codec, codec_settings, codec_layers, self.path), read_config(path)
         chosen = _policy(config, path, policy, policy_settings)
-        place = _device(device)
-        parts = Parts(self.path, _dtype(dtype, place, config.dtype), chosen, store, {
+        place, precision = resolve(device, dtype, config.dtype)
+        parts = Parts(self.path, precision, chosen, store, {
             "slots": max_batch + KEPT_PROMPTS, "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens,
             "window": window, "exact_dtype": exact_dtype,
         })
@@ -224,6 +229,35 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
             f"{path} was retrofitted with dms, whose decisions mark tokens for eviction: policy dmc would merge them; use "
             "policy dms, or one that takes no decisions, such as full"
         )
+    return made
+
+
+def resolve(device: str, dtype: str, saved: str | None) -> tuple[torch.device, torch.dtype]:
+    """What the settings ``device`` and ``dtype`` of `LLM` mean for a checkpoint saved in the dtype of that name.
+
+    Raises:
+        ValueError: if a name is unknown or the device cannot be used.
+    """
+    place = _device(device)
+    return place, _dtype(dtype, place, saved)
+
+
+def _stored(
+    chosen: str | Codec, settings: dict | None, layers: str | Path | None, model: Path,
+) -> Codec | list[Codec]:
+    """The codec, or that of each layer; one that was made for a certain model must have been made for this one."""
+    if layers is None:
+        made = _made("codec", chosen, settings)
+    elif chosen != "dense" or settings:
+        raise ValueError("codec_layers names the codec and its settings itself: leave codec and codec_settings out")
+    else:
+        made = read_layers(layers)
+    for one in made if isinstance(made, list) else [made]:
+        if one.made_for is not None and one.made_for != (found := model_hash(model)):
+            raise ValueError(
+                f"the {one.name} codec's file was calibrated on the model with hash {one.made_for}, and {model} has {found}: "
+                "run `dmc calibrate` on it"
+            )
     return made
 
 

@@ -21,14 +21,14 @@ class Parts:
     Attributes:
         path: Hugging Face directory.
         dtype: of the model.
-        policy, codec: ready made.
+        policy, codec: ready made; a list has a codec for each layer.
         cache: the other settings of `dmc.cache.KVCache`, but shape and device.
     """
 
     path: Path
     dtype: torch.dtype
     policy: Policy
-    codec: Codec
+    codec: Codec | list[Codec]
     cache: dict
 
     def runner(self, device: torch.device, group: Group | None = None) -> Runner:

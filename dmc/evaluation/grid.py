@@ -58,6 +58,7 @@ RECIPES: dict[str, tuple[Choice, ...]] = {
     "gear-4bit": (choose("gear-4bit", page_size=32), choose("gear-4bit")),
     "gear-3bit": (choose("gear-3bit", page_size=32), choose("gear-3bit")),
     "gear-2bit": (choose("gear-2bit", page_size=32), choose("gear-2bit")),
+    "eigen": (),  # needs the file that dmc calibrate makes of a model: asked for with --codecs
 }
 """By the name of the codec: the published settings of each method, and the presets with short and long pages. The first
 of each is the one that goes with retrofitted models."""

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from dmc.cache import CODECS, KVCache, Shape, codec, policy
+from dmc.cache import CODECS, KVCache, Shape, policy
 from dmc.cache.policies import Policy
 from dmc.functional import rotate
+from tests.cache.stored import stored
 from tests.cache.test_rows import HEADS, LAYERS, QUERY_HEADS, ROPE, SIZE, decode, feed, prefill, tokens
 
 COUNT, PROMPT = 60, 25
@@ -91,7 +92,10 @@ def dense(parts, kind, budget=14):
 
 def evicting(made, codec_name="dense", **changes):
     sizes = {"page_size": 4, "sink_tokens": 2, "window": 1} | changes
-    return KVCache(Shape(LAYERS, HEADS, SIZE, torch.float32), made, codec(codec_name), slots=3, **sizes)
+    return KVCache(
+        Shape(LAYERS, HEADS, SIZE, torch.float32), made, stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE), slots=3,
+        **sizes
+    )
 
 
 POLICIES = {

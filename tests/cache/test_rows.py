@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, attention, codec, gathered, policy
+from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, attention, gathered, policy
 from dmc.functional import accumulate, rotate
 from dmc.model import Rope
+from tests.cache.stored import stored
 
 LAYERS, HEADS, QUERY_HEADS, SIZE = 2, 2, 4, 8
 NOBODY = torch.empty(0, dtype=torch.int64)
@@ -18,7 +19,8 @@ ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.flo
 def make(codec_name="gear", *, slots=3, memory=None, policy_name="dmc", policy_settings=None, **changes):
     sizes = {"page_size": 4, "sink_tokens": 2, "window": 1} | changes
     return KVCache(
-        Shape(LAYERS, HEADS, SIZE, torch.float32), policy(policy_name, **(policy_settings or {})), codec(codec_name),
+        Shape(LAYERS, HEADS, SIZE, torch.float32), policy(policy_name, **(policy_settings or {})),
+        stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE),
         slots=slots, memory=memory, **sizes
     )
 

@@ -5,11 +5,16 @@ import pytest
 from dmc import LLM, SamplingParams
 from dmc.cache import CODECS, POLICIES
 from dmc.engine.predict import Predictor
+from dmc.model.fingerprint import model_hash
+from tests.cache.stored import needed
 from tests.model import tiny
 
 PROMPTS = ["abcdefghijklm" * 4, "tuv", "abcdefghijklm" * 4 + "xyz", "0123456789" * 3, "abcdefghijklm" * 4]
+PARTS = ("kivi", "rotated", "svd", "gear-4bit", "gear-3bit", "gear-2bit")  # of the paths of others
 PAIRS = [  # scores are gathered from exact and from encoded pages alike: two codecs show it, the others are slow
-    pytest.param(policy, codec, marks=[pytest.mark.slow] * (policy in ("h2o", "tova", "dms") and codec not in ("dense", "gear")))
+    pytest.param(policy, codec, marks=[pytest.mark.slow] * (
+        (policy in ("h2o", "tova", "dms") and codec not in ("dense", "gear")) or (codec in PARTS and policy != "dmc")
+    ))
     for policy in POLICIES for codec in CODECS
 ]
 SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recent": 17}, "tova": {"budget": 33}}
@@ -58,6 +63,8 @@ def assert_same(outputs, expected):
 def test_alone_is_batched_is_chunked_is_preempted(directory, marking, policy, codec, monkeypatch):
     directory = marking if policy == "dms" else directory
     common = {"policy": policy, "policy_settings": SETTINGS.get(policy), "codec": codec, "page_size": 8, "device": "cpu"}
+    fixed = needed(codec, layers=tiny.LAYERS, heads=2, size=tiny.SIZE, theta=1e4, model_hash=model_hash(directory))
+    common |= {"codec_settings": fixed, "window": 0}
     if POLICIES[policy].watches:  # the last bit of a sum that a lossy codec turned can decide which token goes
         common["dtype"] = "fp64"
     alone = LLM(directory, **common)

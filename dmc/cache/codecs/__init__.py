@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from dmc.cache.codecs.base import Blocks, Codec
 from dmc.cache.codecs.dense import DenseCodec
+from dmc.cache.codecs.eigen import EigenCodec
 from dmc.cache.codecs.fp8 import Fp8Codec
 from dmc.cache.codecs.gear import GearCodec
 from dmc.cache.codecs.int8 import Int8Codec
+from dmc.cache.codecs.kivi import KiviCodec
 from dmc.cache.codecs.presets import PRESETS
+from dmc.cache.codecs.svd import SvdCodec
+from dmc.cache.codecs.turbo import RotatedCodec
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (
     DenseCodec,
     Int8Codec,
     Fp8Codec,
+    KiviCodec,
+    RotatedCodec,
+    SvdCodec,
+    EigenCodec,
     GearCodec,
     *PRESETS,
 )}

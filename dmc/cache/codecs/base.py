@@ -25,6 +25,10 @@ class Blocks:
     entries: int
     head_size: int
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The fields ``prefix_...`` without the prefix, such as those of keys, "k", or of values, "v"."""
+        return {name[len(prefix) + 1 :]: tensor for name, tensor in self.tensors.items() if name.startswith(f"{prefix}_")}
+
 
 Field = tuple[torch.dtype, tuple[int, ...]]
 PLACE = "e_place"  # field of a `Codec.placed` codec
@@ -41,6 +45,7 @@ class Codec(ABC):
         placed: whether it must know which head's entries a page holds and their places; it is then called by
             `encode_at` and keeps the places in a field `PLACE`, int32 ``[..., N]``, where the cache also writes -1 for
             entries that it evicts.
+        made_for: `dmc.model.fingerprint.model_hash` of the only model that it fits; None: it fits all.
     """
 
     name: ClassVar[str]
@@ -48,6 +53,7 @@ class Codec(ABC):
     page_size: ClassVar[int]
     window: ClassVar[int] = 0
     placed: ClassVar[bool] = False
+    made_for: str | None = None
 
     @classmethod
     def settings(cls) -> list[str]:

@@ -121,7 +121,7 @@ class GearCodec(Codec):
         if self.outliers or not isinstance(self._parts["k"], Rotated):
             scores = query @ self._base(blocks, "k").to(query.dtype).transpose(-1, -2)
         else:
-            scores = self._parts["k"].scores(_fields(blocks, "k"), blocks.entries, query)
+            scores = self._parts["k"].scores(blocks.part("k"), blocks.entries, query)
         if self.rank:
             left, right = (factor.to(query.dtype) for factor in self._factors(blocks, "k"))
             scores += (query @ right) @ left.transpose(-1, -2)
@@ -132,7 +132,7 @@ class GearCodec(Codec):
         if self.outliers or not isinstance(self._parts["v"], Rotated):
             out = weights @ self._base(blocks, "v").to(weights.dtype)
         else:
-            out = self._parts["v"].combine(_fields(blocks, "v"), blocks.head_size, weights)
+            out = self._parts["v"].combine(blocks.part("v"), blocks.head_size, weights)
         if self.rank:
             left, right = (factor.to(weights.dtype) for factor in self._factors(blocks, "v"))
             out += (weights @ left) @ right.transpose(-1, -2)
@@ -161,7 +161,7 @@ class GearCodec(Codec):
 
     def _base(self, blocks: Blocks, part: str) -> Tensor:
         """D + S in fp32, ``[..., N, D]``."""
-        fields = _fields(blocks, part)
+        fields = blocks.part(part)
         base = self._parts[part].decode(fields, blocks.entries, blocks.head_size)
         if "outliers" in fields:
             _vectors(part, base).scatter_add_(-1, fields["places"].long(), fields["outliers"].float())
@@ -169,10 +169,6 @@ class GearCodec(Codec):
 
     def _factors(self, blocks: Blocks, part: str) -> tuple[Tensor, Tensor]:
         return blocks.tensors[f"{part}_left"].float(), blocks.tensors[f"{part}_right"].float()
-
-
-def _fields(blocks: Blocks, part: str) -> dict[str, Tensor]:
-    return {name[2:]: tensor for name, tensor in blocks.tensors.items() if name[0] == part}
 
 
 def _checked(name: str, value: float, rotated: bool) -> float:

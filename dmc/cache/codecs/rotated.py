@@ -1,4 +1,4 @@
-"""The rotated backbone: channels are mixed by an orthogonal matrix, then trellis-coded with one scale a token.
+"""The rotated backbone: channels are mixed by an orthogonal matrix, then coded with one scale a token.
 
 After the rotation every channel of a token looks normal with the same variance, whatever channels were large before,
 so one scale a token is enough and nothing is an outlier. Keys keep a mean of their own over the page in each channel,
@@ -12,8 +12,10 @@ Bits per element of a page of N entries and heads of size D: ``rate + 8/D + 16/(
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +24,16 @@ from dmc.cache.codecs import trellis
 from dmc.cache.codecs.bits import pack, packed_bytes, unpack
 
 Fields = dict[str, Tensor]
+
+
+class Coder(Protocol):
+    """How values of about variance 1 become codes: the functions of `dmc.cache.codecs.trellis`, or another's."""
+
+    stretches: Callable[[float, int], list[tuple[int, int]]]
+    choose: Callable[[Tensor, float], Tensor]
+    read: Callable[[Tensor, float], Tensor]
+
+
 _STEPS = 32  # of the scales' code, for each halving
 _NONE = 255  # code of the scale 0
 _LARGEST = torch.finfo(torch.bfloat16).max
@@ -32,12 +44,18 @@ class Rotated:
     """``x ≈ (levels * scale + mean) Rᵀ``; see the head of this file.
 
     Attributes:
-        rate: bits a code, one of `trellis.RATES`.
+        rate: bits a code, one that the coder knows: of the trellis `trellis.RATES`.
         mean: whether each channel's mean over the page is kept apart.
+        coder: of the values; the trellis.
+        rotation: a name of `ROTATIONS`.
+        seed: of the rotation.
     """
 
     rate: float
     mean: bool
+    coder: Coder = trellis
+    rotation: str = "hadamard"
+    seed: int = 0
 
     def encode(self, x: Tensor) -> Fields:
         """Quantises fp32 ``[..., N, D]``.
@@ -49,7 +67,7 @@ class Rotated:
         x = x.double()  # what another batch size changes in the last digit of a sum must not reach the codes
         size = x.abs().amax((-2, -1), keepdim=True)
         size = torch.where(size > 0, size, 1.0)
-        y = (x / size) @ rotation(x.shape[-1], x)
+        y = (x / size) @ self._turn(x.shape[-1], x)
         fields = {}
         if self.mean:
             mean, unit = y.mean(-2), size[..., 0]
@@ -58,8 +76,8 @@ class Rotated:
             fields["mean"] = (mean / torch.where(step > 0, step, 1.0)).round_().clamp_(-127, 127).to(torch.int8)
             y = y - (fields["mean"] * step)[..., None, :]
         scale = _decode_scales(*_encode_scales(y.square().mean(-1).sqrt(), 1.0))[..., None]
-        codes = trellis.choose((y / torch.where(scale > 0, scale, 1.0)).float(), self.rate)
-        levels = trellis.read(codes, self.rate).double()
+        codes = self.coder.choose((y / torch.where(scale > 0, scale, 1.0)).float(), self.rate)
+        levels = self.coder.read(codes, self.rate).double()
         gain = (y * levels).sum(-1) / levels.square().sum(-1)  # the least-squares one for these levels
         fields["scale"], fields["top"] = _encode_scales(gain.clamp_(min=0), size[..., 0])
         return fields | {"codes": self._pack(codes)}
@@ -74,12 +92,12 @@ class Rotated:
         y = levels * (scale[..., None] / size)
         if mean is not None:
             y = y + mean[..., None, :] / size
-        return (y @ rotation(head_size, y).T).mul_(size).clamp_(-_LARGEST, _LARGEST)
+        return (y @ self._turn(head_size, y).T).mul_(size).clamp_(-_LARGEST, _LARGEST)
 
     def scores(self, fields: Fields, entries: int, query: Tensor) -> Tensor:
         """Query ``[..., G, D]`` times what `decode` gives → ``[..., G, N]``, in the query's dtype."""
         levels, scale, mean = self._parts(fields, entries, query.shape[-1])
-        query = query @ rotation(query.shape[-1], query)
+        query = query @ self._turn(query.shape[-1], query)
         scores = (query @ levels.to(query.dtype).transpose(-1, -2)) * scale.to(query.dtype)[..., None, :]
         return scores if mean is None else scores + query @ mean.to(query.dtype)[..., None]
 
@@ -89,24 +107,27 @@ class Rotated:
         out = (weights * scale.to(weights.dtype)[..., None, :]) @ levels.to(weights.dtype)
         if mean is not None:
             out = out + weights.sum(-1, keepdim=True) * mean.to(weights.dtype)[..., None, :]
-        return out @ rotation(head_size, out).T
+        return out @ self._turn(head_size, out).T
+
+    def _turn(self, size: int, like: Tensor) -> Tensor:
+        return rotation(size, like, kind=self.rotation, seed=self.seed)
 
     def _parts(self, fields: Fields, entries: int, head_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Levels ``[..., N, D]``, scales ``[..., N]`` and mean ``[..., D]`` or None, all rotated, fp32."""
-        levels = trellis.read(self._unpack(fields["codes"], entries, head_size), self.rate)
+        levels = self.coder.read(self._unpack(fields["codes"], entries, head_size), self.rate)
         mean = fields["mean"] * fields["unit"].float() if self.mean else None
         return levels, _decode_scales(fields["scale"], fields["top"]), mean
 
     def _pack(self, codes: Tensor) -> Tensor:
         parts, start = [], 0
-        for count, bits in trellis.stretches(self.rate, codes.shape[-1]):
+        for count, bits in self.coder.stretches(self.rate, codes.shape[-1]):
             parts.append(pack(codes[..., start : start + count].flatten(-2), bits))
             start += count
         return torch.cat(parts, dim=-1)
 
     def _unpack(self, packed: Tensor, entries: int, head_size: int) -> Tensor:
         parts, start = [], 0
-        for count, bits in trellis.stretches(self.rate, head_size):
+        for count, bits in self.coder.stretches(self.rate, head_size):
             size = packed_bytes(entries * count, bits)
             codes = unpack(packed[..., start : start + size], bits, entries * count)
             parts.append(codes.unflatten(-1, (entries, count)))
@@ -114,17 +135,28 @@ class Rotated:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def rotation(size: int, like: Tensor) -> Tensor:
-    """The orthogonal matrix R ``[D, D]`` in the dtype and on the device of ``like``: signs, then Hadamard; any D.
+def rotation(size: int, like: Tensor, *, kind: str = "hadamard", seed: int = 0) -> Tensor:
+    """The orthogonal matrix R ``[D, D]`` in the dtype and on the device of ``like``; any D.
+
+    "hadamard": random signs, then Hadamard. "orthogonal": uniformly random, by QR of normal numbers.
 
     A Hadamard matrix as built here exists for powers of 2. What D has besides (3 of 96, 5 of 80, all of an odd D)
     is mixed by the cosine transform of that length.
     """
-    return _rotation(size, like.dtype).to(like.device)
+    return _rotation(size, like.dtype, kind, seed).to(like.device)
 
 
 @lru_cache
-def _rotation(size: int, dtype: torch.dtype) -> Tensor:
+def _rotation(size: int, dtype: torch.dtype, kind: str, seed: int) -> Tensor:
+    return ROTATIONS[kind](size, torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()  # the sign makes it uniform (Mezzadri 2007)
+
+
+def _hadamard(size: int, generator: torch.Generator) -> Tensor:
     matrix, rest = torch.ones(1, 1, dtype=torch.float64), size
     while rest % 2 == 0:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
@@ -132,8 +164,11 @@ def _rotation(size: int, dtype: torch.dtype) -> Tensor:
     place = torch.arange(rest, dtype=torch.float64)
     cosines = torch.cos(math.pi / rest * (place[:, None] + 0.5) * place) * math.sqrt(2 / rest)
     cosines[:, 0] /= math.sqrt(2)
-    signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return (signs * torch.kron(cosines, matrix)).to(dtype)
+    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
+    return signs * torch.kron(cosines, matrix)
+
+
+ROTATIONS = {"hadamard": _hadamard, "orthogonal": _orthogonal}
 
 
 def _encode_scales(scale: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor]:

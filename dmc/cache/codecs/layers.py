@@ -1,0 +1,54 @@
+"""Settings of a codec for each layer, from a file such as `dmc inspect` recommends one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dmc.cache.codecs import codec
+from dmc.cache.codecs.base import Codec
+
+FORMAT = "dmc-layers-1"
+_KEYS = {"format", "codec", "layers"}
+
+
+def read_layers(path: str | Path, fixed: dict[str, object] | None = None) -> list[Codec]:
+    """One codec a layer; layers with equal settings share an object.
+
+    The file is JSON: ``{"format": "dmc-layers-1", "codec": "gear", "layers": [{"bits": 4}, {"bits": 2}, ...]}``, an
+    element of "layers" for each layer of the model, with settings of the codec. A key beside these three that begins
+    with "_" is a note and is passed over.
+
+    Args:
+        path: of the file.
+        fixed: settings of all layers that the file leaves open.
+
+    Raises:
+        ValueError: if the file cannot be read, is no such file, or a layer's settings are refused; the sentence names
+            the layer.
+    """
+    try:
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(read, dict) or read.get("format") != FORMAT:
+        raise ValueError(f'{path} is no file of layers: it needs "format": "{FORMAT}"')
+    unknown = [key for key in read if key not in _KEYS and not key.startswith("_")]
+    if unknown or not isinstance(read.get("codec"), str) or not isinstance(read.get("layers"), list) or not read["layers"]:
+        wrong = f"has an unknown key {unknown[0]!r}" if unknown else "lacks a codec's name or a list of layers"
+        raise ValueError(f'{path} {wrong}; its keys are "format", "codec" and "layers"')
+    made: dict[str, Codec] = {}
+    out = []
+    for number, settings in enumerate(read["layers"]):
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}, layer {number}: settings must be an object such as {{\"bits\": 4}}, got {settings!r}")
+        key = json.dumps(settings, sort_keys=True)
+        if key not in made:
+            try:
+                made[key] = codec(read["codec"], **((fixed or {}) | settings))
+            except ValueError as error:
+                raise ValueError(f"{path}, layer {number}: {error}") from error
+        out.append(made[key])
+    return out
