@@ -14,6 +14,7 @@ from dmc.analysis.recommend import choices, passes, recommend
 from dmc.analysis.sensitivity import Probe, through
 from dmc.analysis.suggested import verdict
 from dmc.cache import codec
+from dmc.cache.codecs.layers import read_layers
 from tests.model import tiny
 
 CONVEX = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3).map(
@@ -118,7 +119,7 @@ def test_exact_entries_lose_nothing(llms, windows):
 
 
 @pytest.mark.parametrize("decision", [None, "head"], ids=["plain", "dmc"])
-def test_recommendation(llms, windows, decision):
+def test_recommendation(llms, windows, decision, tmp_path):
     llm, told = llms[decision], []
     found = recommend(llm.model, llm.cache, "gear", {"bits": 3}, windows[:2], windows[2:], progress=told.append)
     assert sum(told) == passes(tiny.LAYERS, choices("gear", {"bits": 3}, None), True)
@@ -127,6 +128,9 @@ def test_recommendation(llms, windows, decision):
     for own in file["layers"]:
         assert 2.25 <= own["key_bits"] <= 4.25 and 1.5 <= own["value_bits"] <= 3.5
         codec("gear", **own)
+    (tmp_path / "layers.json").write_text(json.dumps(file))
+    read = read_layers(tmp_path / "layers.json")
+    assert [(one.key_bits, one.value_bits) for one in read] == [(own["key_bits"], own["value_bits"]) for own in file["layers"]]
     assert found["bits_per_element"]["recommended"] <= found["bits_per_element"]["uniform"] + 1e-9
     assert found["predicted_kl"]["recommended"] <= found["predicted_kl"]["uniform"]
     for setting in ("key_bits", "value_bits"):
