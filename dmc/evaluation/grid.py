@@ -120,9 +120,7 @@ def runnable(model: Path) -> list[str]:
         ValueError: if the directory holds no model.
     """
     config = read_config(model)
-    if config.decision is None:
-        return [name for name in POLICIES if name not in LEARNT]
-    return [getattr(config, "method", "dmc")]
+    return [name for name in POLICIES if name not in LEARNT] if config.method is None else [config.method]
 
 
 LEARNT = ("dmc", "dms")

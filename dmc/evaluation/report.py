@@ -163,7 +163,8 @@ def _compared(lead: dict, other: dict) -> str:
     apart = [theirs - own for theirs, own in pairs]
     text = f"the best other is {_name(other)} with {_figure(other['result']['kl'])}"
     if lead["result"]["kl"] > 0:
-        text += f", {other['result']['kl'] / lead['result']['kl']:.2g} times as much"
+        times = other["result"]["kl"] / lead["result"]["kl"]
+        text += f", {times:.{0 if times >= 10 else 1}f} times as much"
     if len(apart) > 1:
         error = statistics.stdev(apart) / math.sqrt(len(apart))
         text += f" (difference {_figure(statistics.fmean(apart))} ± {_figure(error)} over the windows"
