@@ -146,4 +146,4 @@ def _codecs(chosen: Choice) -> list[Choice]:
         names = list(CODECS)
     else:
         return codec_choices()
-    return [RECIPES.get(name, (choose(name),))[0] for name in names]
+    return [choice for name in names for choice in RECIPES.get(name, (choose(name),))[:1]]
