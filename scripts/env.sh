@@ -1,6 +1,8 @@
 # Sourced by the other scripts: the virtual environment .venv of this checkout, made and filled once.
-# PYTHON names the interpreter to make it with (3.11 or 3.12).
+# PYTHON names the interpreter to make it with (3.11 or 3.12). EXTRAS says what to install beside the package itself:
+# "[dev,log]", which holds everything, unless it is set.
 VENV=.venv
+EXTRAS=${EXTRAS-[dev,log]}
 WANTED=$(cat setup.py pyproject.toml constraints.txt scripts/env.sh | sha256sum | cut -d' ' -f1)
 if [ ! -x "$VENV/bin/python" ]; then
   for PYTHON in ${PYTHON:-python3.11 python3.12 python3}; do
@@ -11,11 +13,14 @@ if [ ! -x "$VENV/bin/python" ]; then
   echo "making $VENV with $("$PYTHON" --version)"
   "$PYTHON" -m venv "$VENV"
 fi
-if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$WANTED" ]; then
-  echo "installing into $VENV (once; a few minutes)"
-  # torch first and pinned: on a machine without a GPU, a CPU build that pip already knows of satisfies the pin.
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,log]'
-  echo "$WANTED" > "$VENV/installed"
-fi
+case "$(cat "$VENV/installed" 2>/dev/null)" in
+  "$WANTED $EXTRAS" | "$WANTED [dev,log]") ;;
+  *)
+    echo "installing into $VENV (once; a few minutes)"
+    # torch first and pinned: on a machine without a GPU, a CPU build that pip already knows of satisfies the pin.
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$EXTRAS"
+    echo "$WANTED $EXTRAS" > "$VENV/installed"
+    ;;
+esac
 export PATH="$PWD/$VENV/bin:$PATH"
