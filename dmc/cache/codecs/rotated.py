@@ -34,6 +34,14 @@ class Coder(Protocol):
     read: Callable[[Tensor, float], Tensor]
 
 
+class TrellisCoder:
+    """The functions of `dmc.cache.codecs.trellis`, as an object: a module cannot be sent to another process."""
+
+    stretches = staticmethod(trellis.stretches)
+    choose = staticmethod(trellis.choose)
+    read = staticmethod(trellis.read)
+
+
 _STEPS = 32  # of the scales' code, for each halving
 _NONE = 255  # code of the scale 0
 _LARGEST = torch.finfo(torch.bfloat16).max
@@ -53,7 +61,7 @@ class Rotated:
 
     rate: float
     mean: bool
-    coder: Coder = trellis
+    coder: Coder = TrellisCoder()
     rotation: str = "hadamard"
     seed: int = 0
 
