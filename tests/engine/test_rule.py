@@ -72,10 +72,11 @@ def test_alone_is_batched_is_chunked_is_preempted(directory, marking, policy, co
     batched = LLM(directory, **common)
     assert_same(run(batched, PROMPTS, params()), expected)
     assert_same(run(LLM(directory, prefill_tokens=5, **common), PROMPTS, params()), expected)
-    # A pool that just holds the largest, and a prediction far too low: everyone is admitted, then sent away.
+    # A pool that just holds the largest at its worst moment, and a prediction far too low: all are admitted, then sent away.
     pool = alone.cache.rows.pool
     most = max(sum(output.stats.held[part] for part in ("pages", "exact")) for output in expected) // pool.page_bytes
-    memory = (most + 2 * tiny.LAYERS * 2) * pool.page_bytes
+    longest = max(len(output.prompt_token_ids) + len(output.token_ids) for output in expected)
+    memory = max(most + 2 * tiny.LAYERS * 2, alone.cache.worst_pages(longest)) * pool.page_bytes
     monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)
     tight = LLM(directory, kv_memory=memory, max_batch=4, prefill_tokens=20, **common)
     outputs = run(tight, PROMPTS, params())
