@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument("--text", default="stdlib", help="as train.py's data.text (stdlib)")
     parser.add_argument("--sequences", type=int, default=24, help="held-out sequences (24); far tokens: half of them")
     args = parser.parse_args()
+    if not Path(args.model).is_dir() or args.sequences < 1:
+        parser.error(f"{args.model} must be a Hugging Face directory, and --sequences {args.sequences} at least 1")
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = token_files.load_tokenizer(args.model, model.config.vocab_size)

@@ -84,7 +84,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cr", type=float, default=4.0, help="tokens an entry")
     parser.add_argument("--head-size", type=int, default=128, help="D")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after the prompt")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not min(options.tokens) > options.new >= 1 or options.cr < 1:
+        parser.error("--new must be at least 1 and below every --tokens, and --cr at least 1")
+    return options
 
 
 if __name__ == "__main__":

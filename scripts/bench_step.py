@@ -108,7 +108,7 @@ def _theirs(model: torch.nn.Module, lengths: list[int]) -> tuple[Callable, Calla
 
 
 def _lengths(kind: str, context: int, batch: int) -> list[int]:
-    if kind == "equal":
+    if kind == "equal" or batch == 1:
         return [context] * batch
     return [context // 4 + (context - context // 4) * place // (batch - 1) for place in range(batch)]
 
@@ -122,7 +122,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each; the least counts")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(*options.contexts, *options.batches, options.steps, options.threads) < 1:
+        parser.error("--contexts, --batches, --steps and --threads must be at least 1")
+    return options
 
 
 if __name__ == "__main__":

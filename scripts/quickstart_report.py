@@ -61,7 +61,7 @@ def report(runs: Path, context: int, sequences: int) -> None:
         if not (runs / name / "checkpoints" / "final").is_dir():
             raise ValueError(f"{runs / name} holds no finished run: train it first (scripts/quickstart.sh does)")
     settings = json.loads((runs / "retrofit" / "config.json").read_text())
-    base = settings["run"]["model"]
+    base, method = settings["run"]["model"], settings["dmc"]["method"].upper()
     context = context or settings["data"]["sequence_length"]
     held_out = _held_out(settings, context, sequences or settings["log"]["eval_sequences"])
     exports = {name: _export(runs / "retrofit", name, runs / f"{name}-hf") for name in _ratios(settings)}
@@ -71,10 +71,10 @@ def report(runs: Path, context: int, sequences: int) -> None:
     rows = [_row("base", 1.0, _prefilled(base, held_out)), _row(CONTROL, 1.0, _prefilled(control, held_out))]
     for name, path in exports.items():
         target = float(name[2:])
-        rows.append(_row(f"DMC CR {target:g}", target, _prefilled(path, held_out)))
+        rows.append(_row(f"{method} CR {target:g}", target, _prefilled(path, held_out)))
     target = float(last[2:])
     final = rows[-1]
-    rows.append(_row(f"DMC CR {target:g} + GEAR-4bit", target, _decoded(exports[last], held_out)))
+    rows.append(_row(f"{method} CR {target:g} + GEAR-4bit", target, _decoded(exports[last], held_out)))
     for policy, name in (("streaming", "StreamingLLM"), ("h2o", "H2O"), ("tova", "TOVA")):
         for budget, words in (("growing", "as many entries at every token"), ("fixed", "as many at the end")):
             rows.append(_truncated(base, held_out, policy, f"base + {name}, {words}", final, budget))
@@ -187,10 +187,13 @@ def _export(run: Path, name: str, out: Path) -> Path:
 def _draw(runs: Path, base: str, model: Path, final: dict, text: list[int]) -> None:
     plot_training(runs / "retrofit" / "metrics.jsonl", runs / "loss.png", control_jsonl=runs / "control" / "metrics.jsonl")
     plot_heads(final["heads"], runs / "heads.png")
+    llama = Llama.load(model, dtype=torch.float32)
+    if llama.config.method != "dmc":
+        return  # no segments: nothing merges
     shown = torch.tensor(text[:SEGMENT_TOKENS])
     tokenizer = AutoTokenizer.from_pretrained(base)
     pieces: list[str] = [tokenizer.decode([token]) for token in shown.tolist()]
-    segments_html(pieces, decisions(Llama.load(model, dtype=torch.float32), shown), runs / "segments.html")
+    segments_html(pieces, decisions(llama, shown), runs / "segments.html")
 
 
 def _meta(runs: Path) -> dict:

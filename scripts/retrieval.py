@@ -132,6 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     if min(options.budgets) < 8 or not 1 <= options.questions <= options.lines <= len(_NAMES) or options.texts < 1:
         parser.error(f"budgets of at least 8, 1 text or more, and 1 to --lines questions of at most {len(_NAMES)} lines")
     try:
+        if options.output:  # said now rather than when everything has been measured
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            if options.output.is_dir():
+                raise ValueError(f"--output {options.output} is a folder: name a file")
         config = read_config(options.directory)
         encode = partial(Tokenizer(options.directory, config.vocab_size).inner.encode, add_special_tokens=False)
         texts = [text(encode, options.lines, options.questions, seed) for seed in range(options.texts)]

@@ -6,6 +6,7 @@
 # Steps: data retrofit control report needle generate. A training step that LIMIT (seconds) stops ends with 75: call it
 # again and it goes on. From the environment:
 #   MODEL, TEXT   Hugging Face directory; files, patterns or directories of text (scripts/prepare_data.py)
+#   HELD_OUT      share of the documents that are held out (0.005)
 #   TARGET        compression ratio to end at (4)
 #   OUT           folder of everything (runs/smollm2)
 #   EXTRA         settings for both training runs, such as "optim.global_batch=64"
@@ -13,7 +14,7 @@
 #   PYTHON        interpreter (python3)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-MODEL=${MODEL:-models/SmolLM2-135M} TEXT=${TEXT:-} TARGET=${TARGET:-4} OUT=${OUT:-runs/smollm2} PYTHON=${PYTHON:-python3}
+MODEL=${MODEL:-models/SmolLM2-135M} TEXT=${TEXT:-} TARGET=${TARGET:-4} HELD_OUT=${HELD_OUT:-0.005} OUT=${OUT:-runs/smollm2} PYTHON=${PYTHON:-python3}
 STEPS="data retrofit control report needle generate"
 RECIPE=configs/smollm2-135m-distill.yaml
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -29,30 +30,34 @@ train() { # OUTPUT SETTING...
   return "$code"
 }
 
+of_retrofit() { # steps | export: of the run as it was configured
+  local config="$OUT/retrofit/config.json"
+  [ -f "$config" ] || { echo "error: $config is not there: run the step retrofit first" >&2; return 2; }
+  "$PYTHON" - "$config" "$1" <<'PY'
+import json, math, sys
+dmc = json.load(open(sys.argv[1]))["dmc"]
+first = dmc["repurpose_steps"] if dmc["decision"] == "neuron" else 0
+steps = first + math.ceil((dmc["target_cr"] - 1) * dmc["ramp_steps_per_unit"]) + dmc["hold_steps"]
+print(steps if sys.argv[2] == "steps" else f"{sys.argv[1][:-len('/retrofit/config.json')]}/cr{dmc['target_cr']:g}-hf")
+PY
+}
+
 step() {
   case $1 in
     data)
+      [ -d "$OUT/corpus" ] && return
       [ -n "$TEXT" ] || { echo "error: TEXT names no text; set it to files, patterns or directories" >&2; exit 2; }
       # shellcheck disable=SC2086
-      [ -d "$OUT/corpus" ] || "$PYTHON" scripts/prepare_data.py $TEXT --tokenizer "$MODEL" --output "$OUT/corpus" --held-out 0.005 ;;
+      "$PYTHON" scripts/prepare_data.py $TEXT --tokenizer "$MODEL" --output "$OUT/corpus" --held-out "$HELD_OUT" ;;
     retrofit)
       # shellcheck disable=SC2086
       train "$OUT/retrofit" dmc.target_cr="$TARGET" ${RETROFIT:-} ;;
     control)
-      local config="$OUT/retrofit/config.json" steps
-      [ -f "$config" ] || { echo "error: $config is not there: the control takes its steps from the retrofit" >&2; exit 2; }
-      steps=$("$PYTHON" - "$config" <<'PY'
-import json, math, sys
-dmc = json.load(open(sys.argv[1]))["dmc"]
-first = dmc["repurpose_steps"] if dmc["decision"] == "neuron" else 0
-print(first + math.ceil((dmc["target_cr"] - 1) * dmc["ramp_steps_per_unit"]) + dmc["hold_steps"])
-PY
-      )
-      train "$OUT/control" dmc.method=none distill.weight=0 distill.lm_weight=1 run.steps="$steps" ;;
+      train "$OUT/control" dmc.method=none distill.weight=0 distill.lm_weight=1 run.steps="$(of_retrofit steps)" ;;
     report) "$PYTHON" scripts/quickstart_report.py "$OUT" ;;
-    needle) "$PYTHON" -m dmc.cli eval "$OUT/cr$TARGET-hf" --base "$MODEL" --needle --codec gear --json "$OUT/needle.json" ;;
+    needle) "$PYTHON" -m dmc.cli eval "$(of_retrofit export)" --needle --codec gear --json "$OUT/needle.json" ;;
     generate)
-      "$PYTHON" -m dmc.cli generate "$OUT/cr$TARGET-hf" --codec gear --bits 4 --temperature 0 --max-tokens 80 \
+      "$PYTHON" -m dmc.cli generate "$(of_retrofit export)" --codec gear --bits 4 --temperature 0 --max-tokens 80 \
         --prompt "The history of the lighthouse begins" ;;
   esac
 }

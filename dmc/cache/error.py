@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dmc.cache.codecs import Blocks, Codec
 
-_SAMPLED = 8  # one call of encode in so many has its error measured
+_SAMPLED = 13  # one page in so many; a prime, so that layers and heads take turns whatever their number
 
 
 class CodecError:
@@ -17,19 +17,20 @@ class CodecError:
     """
 
     def __init__(self) -> None:
-        self.pages, self._calls = 0, 0
+        self.pages, self._seen = 0, 0
         self._lost, self._all = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
 
     def sample(self, codec: Codec, encoded: Blocks, keys: Tensor, values: Tensor) -> None:
-        """Looks at the first page of every eighth call with pages, ``[n, P, D]``, of a lossy codec."""
-        if not codec.lossy or not len(keys):
+        """Looks at every 13th page that a lossy codec encodes, at one of a call at most: pages ``[n, P, D]``."""
+        if not codec.lossy:
             return
-        self._calls += 1
-        if self._calls % _SAMPLED != 1:
+        at = -self._seen % _SAMPLED
+        self._seen += len(keys)
+        if at >= len(keys):
             return
-        first = Blocks({name: tensor[:1] for name, tensor in encoded.tensors.items()}, encoded.entries, encoded.head_size)
+        page = Blocks({name: x[at : at + 1] for name, x in encoded.tensors.items()}, encoded.entries, encoded.head_size)
         self.pages += 1
-        for part, exact, got in zip("kv", (keys[0], values[0]), codec.decode(first), strict=True):
+        for part, exact, got in zip("kv", (keys[at], values[at]), codec.decode(page), strict=True):
             self._lost[part] += float((got[0].double() - exact.double()).square().sum())
             self._all[part] += float(exact.double().square().sum())
 

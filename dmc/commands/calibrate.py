@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: name a file in a folder that can be")
     if options.context < 4:
         raise ValueError(f"--context must be at least 4, got {options.context}")
     config = read_config(options.directory)

@@ -51,9 +51,9 @@ def load(options: argparse.Namespace) -> LLM:
     from dmc.engine import LLM  # torch: not needed for --help
 
     policy, settings = named(options.policy) if options.policy else (None, None)
-    codec, own = named(options.codec)
+    codec, own = codec_choice(options)
     return LLM(
-        options.directory, policy=policy, policy_settings=settings, codec=codec, codec_settings=own | codec_settings(options),
+        options.directory, policy=policy, policy_settings=settings, codec=codec, codec_settings=own,
         codec_layers=options.codec_layers,
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
@@ -62,9 +62,10 @@ def load(options: argparse.Namespace) -> LLM:
     )
 
 
-def codec_settings(options: argparse.Namespace) -> dict[str, float | int | str]:
-    """Settings of the codec that the flags of `add_model` give."""
-    return {name: value for name in _CODEC_FLAGS if (value := getattr(options, name)) is not None}
+def codec_choice(options: argparse.Namespace) -> tuple[str, dict[str, float | int | str]]:
+    """Name and settings of the codec that the flags of `add_model` give."""
+    name, own = named(options.codec)
+    return name, own | {flag: value for flag in _CODEC_FLAGS if (value := getattr(options, flag)) is not None}
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from dmc.engine import LLM
+    from dmc.evaluation.needle import NeedleSettings
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +46,32 @@ def run(options: argparse.Namespace) -> None:
         path = getattr(options, flag)
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{flag} {path}: there is no folder {Path(path).absolute().parent}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{flag} {path} is a folder: name a file")
     if options.plot and not options.needle:
         raise ValueError("--plot draws needle retrieval: add --needle")
+    if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {options.plot}: pictures are .png, .svg or .pdf")
+    _check(options)
     llm = load(options)
     figures = {}
     for name, measure in asked:
         figures[name] = measure(options, llm)
     if options.json:
         _write(options.json, json.dumps(_origin(options, llm) | figures, indent=1) + "\n")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What is wrong with a later measure is said before the first has run."""
+    if options.needle:
+        from dmc.evaluation.haystack import read_haystack
+
+        _needle_settings(options)
+        read_haystack(options.haystack)
+    if options.tasks or options.suite:
+        from dmc.evaluation.tasks import check_tasks, task_names
+
+        check_tasks(task_names(options.tasks, options.suite), options.task_dir)
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -109,15 +128,21 @@ def _add_needle(parser: argparse.ArgumentParser) -> None:
     hay.add_argument("--plot", metavar="PNG", help="file for a heat map")
 
 
+def _needle_settings(options: argparse.Namespace) -> NeedleSettings:
+    from dmc.evaluation.needle import NeedleSettings
+
+    return NeedleSettings(
+        lengths=options.lengths, depths=tuple(depth / 100 for depth in options.depths), kinds=options.kinds,
+        trials=options.trials, choices=options.choices, seed=options.seed,
+    )
+
+
 def _needle(options: argparse.Namespace, llm: LLM) -> dict:
     from dmc.evaluation import needle
     from dmc.evaluation.haystack import read_haystack
     from dmc.evaluation.needle_plot import plot_needle
 
-    settings = needle.NeedleSettings(
-        lengths=options.lengths, depths=tuple(depth / 100 for depth in options.depths), kinds=options.kinds,
-        trials=options.trials, choices=options.choices, seed=options.seed,
-    )
+    settings = _needle_settings(options)
     haystack = read_haystack(options.haystack)
     with _bar(options, "needles", needle.count(settings), " needles") as bar:
         trials = needle.needle(llm, haystack, settings, bar.update)

@@ -82,12 +82,18 @@ def run(options: argparse.Namespace) -> int:
     plan = _plan(options)
     choices = {kind: _choices(getattr(plan, kind)) for kind in ("policies", "codecs")}
     budgets = [_share(text) for text in plan.budgets]
+    from dmc.engine.llm import resolve
     from dmc.evaluation import frontier, grid
+    from dmc.evaluation.reference import check_fits
     from dmc.evaluation.report import measured
+    from dmc.model import read_config
 
     base, models = Path(plan.base), [Path(model) for model in plan.models]
     cells = grid.cells([base, *models], budgets=budgets, **choices)
     windows = _windows(plan)
+    config = read_config(base)
+    check_fits(windows, config.vocab_size, config.max_position_embeddings, base)
+    resolve(plan.device, plan.dtype, config.dtype)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n")
     rows = frontier.run(cells, windows, base, options.out, device=plan.device, dtype=plan.dtype,
@@ -162,12 +168,11 @@ def _windows(plan: Plan) -> Windows:
 
 def _write(rows: list[dict], out: Path) -> None:
     """The report, as soon as there is a row."""
-    from dmc.evaluation.provenance import hardware
     from dmc.evaluation.report import measured, report
 
     done = measured(rows)
     if not done:
         return
     command = shlex.join(["dmc", *sys.argv[1:]])
-    text = report(rows, command=command, hardware=hardware(done[0]["result"]["device"]), picture=_PICTURE)
+    text = report(rows, command=command, picture=_PICTURE)
     (out / "report.md").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmc.commands.common import add_model, add_prompts, codec_settings, load, named, read_prompts
+from dmc.commands.common import add_model, add_prompts, codec_choice, load, named, read_prompts
 
 if TYPE_CHECKING:
     from dmc.analysis.inspection import Inspection
@@ -67,6 +67,8 @@ def _report(options: argparse.Namespace, texts: list[str], vary: dict[str, list[
     from dmc.analysis.suggested import verdict
 
     output.check_free(options.out)  # before minutes of measuring
+    if options.tensor_parallel != 1:
+        raise ValueError("--out looks into the layers of a whole model: use --tensor-parallel 1")
     found = _inspect(options, texts, vary, load(options))
     with output.replaced(options.out) as directory:
         report.write(found, directory)
@@ -93,7 +95,7 @@ def _inspect(options: argparse.Namespace, texts: list[str], vary: dict[str, list
     tokens = [tokenizer.inner(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
     chosen, others = windows.cut(tokens, options.window_tokens, options.windows, prefix=tokenizer.inner("").input_ids)
     if options.recommend:
-        choices(options.codec, codec_settings(options), vary)  # what is wrong is said before anything is measured
+        choices(*codec_choice(options), vary)  # what is wrong is said before anything is measured
     with _progress(len(chosen), "windows") as bar:
         measures, merges = measure(
             llm.model, llm.cache.policy, chosen, leading=options.attention_tokens, precision=options.precision,
@@ -110,7 +112,7 @@ def _recommend(
 ) -> dict:
     from dmc.analysis.recommend import choices, passes, recommend
 
-    name, settings = options.codec, codec_settings(options)
+    name, settings = codec_choice(options)
     count = min(len(chosen), len(others))
     held_out = [others[number * len(others) // count] for number in range(count)]
     total = passes(len(llm.model.layers), choices(name, settings, vary), bool(held_out))

@@ -1,8 +1,8 @@
 """One rank of a tensor-parallel model: its heads' part of the model and of the cache, and what it is told to do with them.
 
 Rank 0 schedules, samples and speaks to clients. The others know no sequences, only slots, prompts and the order of what
-they are told, which is the same everywhere; so slots have the same numbers on all ranks. As a program
-(``python -m dmc.engine.parallel_rank HOST PORT RANK RANKS``, the key of the link in the environment) it is such a rank.
+they are told, which is the same everywhere; so slots have the same numbers on all ranks. `main` is
+such a rank as a program of its own, which `dmc.engine.parallel` starts.
 """
 
 from __future__ import annotations

@@ -55,7 +55,10 @@ class Team:
                 send(link, (name, arguments, forgotten))
             return self._collect(self.own.execute(name, arguments, forgotten), self._timeout)
         except BaseException as error:
-            raise self._failed(error) from error
+            failed = self._failed(error)
+            if not isinstance(error, Exception):  # Ctrl-C: the ranks are ended, and it stays what it is
+                raise
+            raise failed from error
 
     def check(self) -> None:
         """Notices, while nothing is computed, that a rank has gone.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dmc.engine import LLM
 from dmc.evaluation.grid import Cell, codec_settings
 from dmc.evaluation.measure import measure, prefill
-from dmc.evaluation.provenance import model_hash
+from dmc.evaluation.provenance import hardware, model_hash
 from dmc.evaluation.reference import Reference, reference
 from dmc.evaluation.windows import Windows
 
@@ -83,8 +83,8 @@ def _measured(
                 if prompts[0] != (cell.model, cell.policy):
                     prompts = (cell.model, cell.policy), prefill(llm, windows)
                 result = measure(llm, windows, reference=wanted, prompts=prompts[1], progress=bar.update)
-                row["result"] = asdict(result)
-            except (ValueError, RuntimeError, NotImplementedError, IndexError, TypeError, AssertionError) as error:
+                row["result"], row["hardware"] = asdict(result), hardware(result.device)
+            except (ValueError, RuntimeError) as error:  # refused, or out of memory; anything else is a fault of the program
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             bar.n = (number + 1) * steps  # a failed cell has not said that it is over
             bar.refresh()
@@ -102,8 +102,18 @@ def _load(cell: Cell, device: str, dtype: str, batch: int) -> LLM:
 
 def _key(cell: Cell, windows: Windows, base: Path, device: str, dtype: str) -> str:
     """Of everything that a row depends on but the code; see the row's commit for that."""
-    parts = (model_hash(cell.model), str(cell.policy), str(cell.codec), windows.hash, model_hash(base), device, dtype)
+    parts = [model_hash(cell.model), str(cell.policy), str(cell.codec), windows.hash, model_hash(base), device, dtype]
+    parts += [_digest(value) for name, value in cell.codec.settings if name == "file"]  # what it says, not where it lies
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _digest(path: str) -> str | None:
+    """Of a file; None if it cannot be read, which is the cell's to say."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _done(row: dict | None) -> bool:

@@ -40,13 +40,12 @@ def measured(rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if "result" in row]
 
 
-def report(rows: Sequence[dict], *, command: str, hardware: str, picture: str) -> str:
+def report(rows: Sequence[dict], *, command: str, picture: str) -> str:
     """All of it.
 
     Args:
         rows: of `dmc.evaluation.frontier.run`, at least one with a result.
-        command: that made them.
-        hardware: in words.
+        command: that made them, or the last of them.
         picture: address of the plot, as the Markdown names it.
 
     Raises:
@@ -57,7 +56,7 @@ def report(rows: Sequence[dict], *, command: str, hardware: str, picture: str) -
         raise ValueError("no cell could be measured, so there is nothing to report; see results.jsonl for the reasons")
     first = done[0]["result"]
     parts = [
-        f"# Quality for bytes: {first['base']} on {first['text']}", _setup(done, hardware), f"```bash\n{command}\n```",
+        f"# Quality for bytes: {first['base']} on {first['text']}", _setup(done), f"```bash\n{command}\n```",
         "## Who leads", leaders(done), _BETWEEN, sizes(done), words(done), f"![KL against bytes held]({picture})",
         "## The frontier", table(frontier(done)), "## All rows", table(sorted(done, key=point, reverse=True)),
     ]
@@ -137,18 +136,19 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _setup(rows: Sequence[dict], hardware: str) -> str:
+def _setup(rows: Sequence[dict]) -> str:
     r = rows[0]["result"]
     commits = sorted({row["result"]["commit"] for row in rows})
-    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+    versions = sorted({", ".join(f"{name} {version}" for name, version in row["result"]["versions"].items()) for row in rows})
+    machines = sorted({row.get("hardware", "unknown hardware") for row in rows})  # rows of before did not say
     return (
         f"{r['windows']} windows of the text (hash `{r['text_hash']}`), each a prompt of {r['prompt_tokens']} tokens and "
         f"{r['scored_tokens']} tokens fed one by one through the compressed cache. KL: of the uncompressed {r['base']} (hash "
         f"`{r['base_hash']}`, perplexity {r['base_perplexity']:.4f} on the same tokens) to the row, nats a token, mean over all "
         f"{r['windows'] * r['scored_tokens']} scored tokens; ±: its standard error over windows. Held: all bytes of the cache "
         "(encoded pages, whole pages of exact entries, tails, tables), mean over all scored tokens, over those of a dense bf16 "
-        f"cache of the base model. CR: tokens / entries at the end. {hardware}; {r['dtype']} on {r['device']}; commit "
-        f"{', '.join(commits)}; {versions}; {sum(row['seconds'] for row in rows):.0f} s."
+        f"cache of the base model. CR: tokens / entries at the end. {' and '.join(machines)}; {r['dtype']} on {r['device']}; "
+        f"commit {', '.join(commits)}; {' and '.join(versions)}; {sum(row['seconds'] for row in rows):.0f} s."
     )
 
 

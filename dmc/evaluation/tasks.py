@@ -82,6 +82,17 @@ def run_tasks(
     return _figures(results, groups) | {"cache": model.usage.as_dict(), "lm_eval": lm_eval.__version__}
 
 
+def check_tasks(names: Sequence[str], task_dir: str | Path | None) -> None:
+    """Raises ValueError if the harness is missing, the folder is none, or no task has one of these names."""
+    folder = None if task_dir is None else Path(task_dir).resolve()
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{task_dir} is no folder: --task-dir is one with task files (YAML)")
+    with _needs_lm_eval():
+        import lm_eval  # noqa: F401
+    with _quiet():
+        _known(names, folder)
+
+
 def as_text(figures: dict) -> str:
     """The figures of `run_tasks` as a table."""
     lines = []

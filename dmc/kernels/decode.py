@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmc.kernels.backend import choose
+from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 KINDS = {
     # kind of encoded page: its fields beside the exact ones
@@ -20,8 +21,6 @@ KINDS = {
     "gear": ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"),  # and outliers, places, left, right
     "trellis": ("k_codes", "k_scale", "k_top", "v_codes", "v_scale", "v_top"),  # and mean, unit
 }
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths, the low bits first
-SCALE_STEPS, NO_SCALE = 32, 255  # of trellis pages: code c stands for 2 ** (-c / 32) of the page's top, 255 for 0
 
 
 @dataclass(frozen=True)

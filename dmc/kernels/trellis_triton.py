@@ -12,6 +12,9 @@ import triton.language as tl
 
 from dmc.kernels.decode_triton import attend_piece, find_row
 from dmc.kernels.gear_triton import packed, plane
+from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
+
+NONE, FALL = tl.constexpr(NO_SCALE), tl.constexpr(-1 / SCALE_STEPS)
 
 
 def launch(grid: tuple[int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
@@ -54,8 +57,7 @@ def _lowest(codes, n, d, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.const
 @triton.constexpr_function
 def _bytes(count, bits):
     """Bytes that ``count`` codes take: every plane is rounded up."""
-    widths = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}[bits]
-    return sum((count * width + 7) // 8 for width in widths)
+    return sum((count * width + 7) // 8 for width in PLANES[bits])
 
 
 @triton.jit
@@ -79,9 +81,9 @@ def _levels(
 
 @triton.jit
 def _scales(scale, top, n):
-    """fp32 ``[PAGE]``; the code 255 stands for 0, the others for halvings of the page's largest scale by 32nds."""
+    """fp32 ``[PAGE]``; see `dmc.kernels.layout`."""
     code = tl.load(scale + n)
-    return tl.where(code == 255, 0.0, tl.exp2(code.to(tl.float32) * -0.03125) * tl.load(top).to(tl.float32))
+    return tl.where(code == NONE, 0.0, tl.exp2(code.to(tl.float32) * FALL) * tl.load(top).to(tl.float32))
 
 
 @triton.jit

@@ -47,15 +47,16 @@ class Arguments(BaseModel):
     replicas: int = Field(1, ge=1)
     health_period: float = Field(5.0, gt=0)
 
-    policy: str = "dmc"
-    policy_settings: dict[str, float | int | str] = {}
+    policy: str | None = None
+    policy_settings: dict[str, float | int | str] | None = None
     codec: str = "dense"
-    codec_settings: dict[str, float | int | str] = {}
+    codec_settings: dict[str, float | int | str] | None = None
+    codec_layers: str | None = None
     kv_memory: int | None = None
     max_batch: int = Field(16, ge=1)
     page_size: int | None = None
     sink_tokens: int | None = None
-    window: int = 0
+    window: int | None = None
     exact_dtype: str | None = None
     prefill_tokens: int = 512
     dtype: str = "auto"

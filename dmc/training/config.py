@@ -40,7 +40,7 @@ class DmcConfig:
     offset: float = 2.5  # c (the paper's is 5): alpha = sigmoid((logit - c + noise) / temperature), omega = sigmoid(logit + c)
     temperature: float = 0.1  # of the relaxed decisions
     cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
-    cr_weight: float = 2.0  # of the compression loss (the paper's is 1)
+    cr_weight: float = 3.0  # of the compression loss (the paper's is 1)
     train: str = "all"  # "all" weights, or "decision": an adapter, the added heads alone with the base model frozen
     repurpose_steps: int = 40  # only for decision=neuron
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
@@ -285,9 +285,12 @@ def _check_together(config: Config) -> None:
         )
     length = config.data.sequence_length
     if d.method == "dms" and d.window * d.target_cr >= length:
+        remedy = f"set dmc.window below {length / d.target_cr:g}"
+        if length <= d.target_cr:  # no window is that small
+            remedy = "lower dmc.target_cr or raise data.sequence_length"
         raise ValueError(
             f"dmc.window {d.window} of data.sequence_length {length} tokens are held whatever is decided, so dmc.target_cr "
-            f"{d.target_cr:g} is out of reach: set dmc.window below {length / d.target_cr:g}"
+            f"{d.target_cr:g} is out of reach: {remedy}"
         )
 
 

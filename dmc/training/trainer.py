@@ -216,7 +216,11 @@ class Trainer:
                 )
         for name in SAME_RUN:
             section, key = name.split(".")
-            then, now = meta["config"][section].get(key), self.meta["config"][section][key]
+            here = getattr(self.config, section)
+            if key == "window" and here.method != "dms":
+                continue  # it does nothing there
+            default = getattr(type(here)(), key)  # what a checkpoint of before the setting was trained with
+            then, now = meta["config"][section].get(key, default), self.meta["config"][section][key]
             if then != now:
                 raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")
 

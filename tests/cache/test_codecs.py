@@ -197,3 +197,19 @@ def test_dense_is_lossless():
 def test_settings_that_are_refused(settings_, said):
     with pytest.raises(ValueError, match=said):
         codec("gear", **settings_)
+
+
+@pytest.mark.parametrize("pages", [1, 2, 12, 60, 270])
+def test_sampled_errors_take_turns(pages):
+    """One call a step brings a page of each layer and head, always in the same order: in time each of them is looked at."""
+    from dmc.cache.error import CodecError
+
+    measured, x = CodecError(), torch.randn(pages, 4, 8)
+    looked = set()
+    lossy = codec("int8")
+    for _ in range(20 * pages):
+        before = measured.pages
+        measured.sample(lossy, lossy.encode(x, x), x, x)
+        if measured.pages > before:
+            looked.add(-(measured._seen - pages) % 13)
+    assert looked == set(range(min(pages, 13))) and 0 < measured.relative[0] < 0.02

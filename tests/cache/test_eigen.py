@@ -117,6 +117,21 @@ def test_calibration_finds_the_directions_and_keeps_the_budget(directory, tmp_pa
     torch.testing.assert_close(directions(seen.keys)[1][0], share / share[-1])
 
 
+def test_a_model_that_evicts_is_calibrated_in_full(tmp_path):
+    """Its marks are not merges: what is seen is what the same model without marks sees."""
+    windows = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    plain, marking = tiny.config(), tiny.config("head", dmc={"method": "dms", "window": 4, "decision": "head", "offset": 0.0})
+    tensors = tiny.weights(marking)
+    of_plain = {name: tensor for name, tensor in tensors.items() if "decision" not in name}
+    seen = [
+        gather(Llama.load(tiny.write(tmp_path / name, fields, weights), dtype=torch.float32), windows)
+        for name, fields, weights in (("plain", plain, of_plain), ("marking", marking, tensors))
+    ]
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one.keys, other.keys)
+        assert all((alpha == 0).all() and (omega == 1).all() for *_, alpha, omega in other.last)
+
+
 def test_the_command_and_the_refusals(directory, tmp_path, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "eigen.safetensors"
     text.write_text(TEXT)
@@ -132,6 +147,7 @@ def test_the_command_and_the_refusals(directory, tmp_path, capsys):
     for arguments, said in (
         (["calibrate", *common, "--budget", "2", "--windows", "2", "--context", "48"], "budget must be above 0 and below 1"),
         (["calibrate", *common, "--windows", "9000"], "give a longer text"),
+        (["calibrate", *common[:-6], "--out", str(tmp_path)], "name a file in a folder that can be"),
         (["generate", str(directory), "--prompt", "a", "--codec", "eigen"], "it needs file=FILE"),
         (["generate", str(directory), "--prompt", "a", "--codec", f"eigen:file={text}"], "no safetensors file"),
         (["generate", str(directory), "--prompt", "a", "--codec", "eigen:file=nowhere"], "nowhere is missing"),

@@ -12,9 +12,13 @@ from tests.cache.test_rows import HEADS, LAYERS, QUERY_HEADS, ROPE, SIZE, decode
 COUNT, PROMPT = 60, 25
 
 
-class Unmerged(Policy):
-    evicts = True
+def test_a_policy_that_does_not_do_what_it_says_is_refused_when_it_is_defined():
+    for flag, method in (("evicts", "keep"), ("marks", "mark")):
+        with pytest.raises(TypeError, match=f"policy Empty sets {flag} and does not define {method}"):
+            type("Empty", (Policy,), {flag: True})
 
+
+class Unmerged(Policy):
     def decide(self, alpha, omega):
         return torch.zeros_like(alpha), torch.ones_like(omega)
 
@@ -22,7 +26,7 @@ class Unmerged(Policy):
 class Heavy(Unmerged):
     """Keeps the ``budget`` entries with the most attention so far, the newest 3 in any case: scattered holes."""
 
-    name, watches = "heavy", "sum"
+    name, watches, evicts = "heavy", "sum", True
 
     def __init__(self, budget=14):
         self.budget = budget
@@ -48,7 +52,7 @@ class Latest(Heavy):
 class Marked(Unmerged):
     """Entries that the model marks go once they are 8 tokens old."""
 
-    name, marks = "marked", True
+    name, marks, evicts = "marked", True, True
 
     def mark(self, alpha, omega):
         return alpha

@@ -118,12 +118,12 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(base, tmp_path, monkeypat
         broken, fine = frontier.run(cells, windows, base, tmp_path, device="cpu")
     assert broken["error"] == "RuntimeError: this codec is broken" and "result" not in broken
     assert fine["result"]["kl"] == pytest.approx(0, abs=1e-6)
-    text = report([broken, fine], command="dmc frontier", hardware="here", picture="x.png")
+    text = report([broken, fine], command="dmc frontier", picture="x.png")
     assert "base, full x int8: RuntimeError: this codec is broken" in text
     mended, same = frontier.run(cells, windows, base, tmp_path, device="cpu")
     assert "result" in mended and "error" not in mended and same == fine
     with pytest.raises(ValueError, match="no cell could be measured"):
-        report([broken], command="", hardware="", picture="")
+        report([broken], command="", picture="")
 
 
 def test_two_runs_do_not_share_a_folder(base, tmp_path):

@@ -243,3 +243,23 @@ def test_fields_that_contradict_each_other(overrides, words):
 ])
 def test_fields_that_go_together(overrides):
     load(overrides=overrides)
+
+
+def test_a_checkpoint_of_before_a_setting_has_its_default():
+    """Settings that came later: resumed with their defaults, refused with others where they matter."""
+    import types
+    from dataclasses import asdict
+
+    from dmc.training.trainer import Trainer
+
+    hashes = {key: "h" for key in ("model_hash", "corpus_hash", "tokenizer_hash")}
+    for method, window, allowed in (("dmc", 64, True), ("dmc", 7, True), ("dms", 64, True), ("dms", 7, False)):
+        config = load(None, [f"dmc.method={method}", f"dmc.window={window}"])
+        then = asdict(config)
+        del then["dmc"]["window"], then["dmc"]["train"]
+        trainer = types.SimpleNamespace(config=config, meta=hashes | {"config": asdict(config)})
+        if allowed:
+            Trainer._check_same_run(trainer, "P", hashes | {"config": then})
+        else:
+            with pytest.raises(ValueError, match="trained with dmc.window=64, here it is 7"):
+                Trainer._check_same_run(trainer, "P", hashes | {"config": then})

@@ -92,11 +92,6 @@ class EigenLayer(Codec):
         self._frequencies = frequencies
         self._table = self._rope(64)
 
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """Of keys and of values."""
-        return self._bases["k"].shape[-1], self._bases["v"].shape[-1]
-
     def layout(self, entries: int, head_size: int, dtype: torch.dtype) -> dict[str, Field]:
         """See `Codec.layout`."""
         blank = torch.zeros(1, entries, head_size, dtype=dtype)

@@ -49,8 +49,12 @@ def write(path: Path, made: EigenFile) -> None:
         tensors[f"layers.{number}.keys"] = bases.keys.float().contiguous()
         tensors[f"layers.{number}.values"] = bases.values.float().contiguous()
     beside = path.with_name(f".{path.name}.part")
-    save_file(tensors, str(beside), metadata={**made.notes, "format": FORMAT, "model_hash": made.model_hash})
-    beside.replace(path)
+    try:
+        save_file(tensors, str(beside), metadata={**made.notes, "format": FORMAT, "model_hash": made.model_hash})
+        beside.replace(path)
+    except (SafetensorError, OSError) as error:
+        beside.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written: {error}") from error
 
 
 def read(path: Path) -> EigenFile:
@@ -72,6 +76,9 @@ def read(path: Path) -> EigenFile:
     try:
         count = (len(tensors) - 1) // 2
         layers = [Bases(tensors[f"layers.{i}.keys"], tensors[f"layers.{i}.values"]) for i in range(count)]
+        bases = [part for one in layers for part in (one.keys, one.values)]
+        if not bases or any(part.dim() != 3 or 2 * len(tensors["frequencies"]) != part.shape[1] for part in bases):
+            raise ValueError(f"eigen codec: {path} holds no bases [H, D, r] for each layer; make it again with `dmc calibrate`")
         return EigenFile(notes.pop("model_hash"), tensors["frequencies"], layers, notes)
     except KeyError as error:
         raise ValueError(f"eigen codec: {path} lacks {error.args[0]}; make it again with `dmc calibrate`") from error

@@ -12,7 +12,7 @@ FORMAT = "dmc-layers-1"
 _KEYS = {"format", "codec", "layers"}
 
 
-def read_layers(path: str | Path, fixed: dict[str, object] | None = None) -> list[Codec]:
+def read_layers(path: str | Path) -> list[Codec]:
     """One codec a layer; layers with equal settings share an object.
 
     The file is JSON: ``{"format": "dmc-layers-1", "codec": "gear", "layers": [{"bits": 4}, {"bits": 2}, ...]}``, an
@@ -21,7 +21,6 @@ def read_layers(path: str | Path, fixed: dict[str, object] | None = None) -> lis
 
     Args:
         path: of the file.
-        fixed: settings of all layers that the file leaves open.
 
     Raises:
         ValueError: if the file cannot be read, is no such file, or a layer's settings are refused; the sentence names
@@ -47,8 +46,8 @@ def read_layers(path: str | Path, fixed: dict[str, object] | None = None) -> lis
         key = json.dumps(settings, sort_keys=True)
         if key not in made:
             try:
-                made[key] = codec(read["codec"], **((fixed or {}) | settings))
-            except ValueError as error:
+                made[key] = codec(read["codec"], **settings)
+            except (ValueError, TypeError) as error:  # of another JSON type than the setting's
                 raise ValueError(f"{path}, layer {number}: {error}") from error
         out.append(made[key])
     return out

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dmc.cache.codecs import trellis
 from dmc.cache.codecs.bits import pack, packed_bytes, unpack
+from dmc.kernels.layout import NO_SCALE, SCALE_STEPS
 
 Fields = dict[str, Tensor]
 
@@ -42,8 +43,6 @@ class TrellisCoder:
     read = staticmethod(trellis.read)
 
 
-_STEPS = 32  # of the scales' code, for each halving
-_NONE = 255  # code of the scale 0
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
@@ -182,11 +181,11 @@ ROTATIONS = {"hadamard": _hadamard, "orthogonal": _orthogonal}
 def _encode_scales(scale: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor]:
     """Scales ``[..., N]``, in units of ``unit`` → (code uint8 ``[..., N]``, the largest bf16 ``[..., 1]``, not in them)."""
     top = (scale.amax(-1, keepdim=True) * unit).clamp(max=_LARGEST).bfloat16()
-    code = torch.log2(top.float() / unit / scale) * _STEPS  # inf for 0, nan where all are 0
-    code = code.nan_to_num_(nan=_NONE, posinf=_NONE, neginf=0).round_().clamp_(0, _NONE)
+    code = torch.log2(top.float() / unit / scale) * SCALE_STEPS  # inf for 0, nan where all are 0
+    code = code.nan_to_num_(nan=NO_SCALE, posinf=NO_SCALE, neginf=0).round_().clamp_(0, NO_SCALE)
     return code.to(torch.uint8), top
 
 
 def _decode_scales(code: Tensor, top: Tensor) -> Tensor:
-    scale = torch.exp2(code.float() / -_STEPS) * top.float()
-    return scale.masked_fill_(code == _NONE, 0.0)
+    scale = torch.exp2(code.float() / -SCALE_STEPS) * top.float()
+    return scale.masked_fill_(code == NO_SCALE, 0.0)

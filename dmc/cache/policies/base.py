@@ -55,6 +55,13 @@ class Policy(ABC):
     marks: ClassVar[bool] = False
     by_head: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """A policy that says it evicts or marks must do so: known when it is defined, not at the first step."""
+        super().__init_subclass__(**kwargs)
+        for flag, method in (("evicts", "keep"), ("marks", "mark")):
+            if getattr(cls, flag) and getattr(cls, method) is getattr(Policy, method):
+                raise TypeError(f"policy {cls.__name__} sets {flag} and does not define {method}")
+
     @classmethod
     def settings(cls) -> list[str]:
         """Names of the settings that the policy is made with."""

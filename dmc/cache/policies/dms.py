@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmc.cache.policies import budget
 from dmc.cache.policies.base import Entries, Policy
 
 
@@ -28,9 +29,7 @@ class DmsPolicy(Policy):
     marks = True
 
     def __init__(self, *, window: int = 64) -> None:
-        if window < 0:
-            raise ValueError(f"dms policy: window must be at least 0, got {window}")
-        self.window = window
+        self.window = budget.check_count(self.name, "window", window, 0)
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing is merged; see `Policy.decide`."""
