@@ -43,6 +43,7 @@ PY
 }
 
 step() {
+  local steps model
   case $1 in
     data)
       [ -d "$OUT/corpus" ] && return
@@ -53,11 +54,15 @@ step() {
       # shellcheck disable=SC2086
       train "$OUT/retrofit" dmc.target_cr="$TARGET" ${RETROFIT:-} ;;
     control)
-      train "$OUT/control" dmc.method=none distill.weight=0 distill.lm_weight=1 run.steps="$(of_retrofit steps)" ;;
+      steps=$(of_retrofit steps)  # a command of its own: its failure ends the script
+      train "$OUT/control" dmc.method=none distill.weight=0 distill.lm_weight=1 run.steps="$steps" ;;
     report) "$PYTHON" scripts/quickstart_report.py "$OUT" ;;
-    needle) "$PYTHON" -m dmc.cli eval "$(of_retrofit export)" --needle --codec gear --json "$OUT/needle.json" ;;
+    needle)
+      model=$(of_retrofit export)
+      "$PYTHON" -m dmc.cli eval "$model" --needle --codec gear --json "$OUT/needle.json" ;;
     generate)
-      "$PYTHON" -m dmc.cli generate "$(of_retrofit export)" --codec gear --bits 4 --temperature 0 --max-tokens 80 \
+      model=$(of_retrofit export)
+      "$PYTHON" -m dmc.cli generate "$model" --codec gear --bits 4 --temperature 0 --max-tokens 80 \
         --prompt "The history of the lighthouse begins" ;;
   esac
 }
