@@ -32,10 +32,11 @@ class Layout:
     def __init__(self, fields: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self.fields = {}  # name → (offset, bytes, dtype, shape)
         offset = 0
-        for name, (dtype, shape) in sorted(fields.items(), key=lambda field: -field[1][0].itemsize):
-            size = dtype.itemsize * torch.Size(shape).numel()
-            self.fields[name] = (offset, size, dtype, shape)
-            offset += size
+        sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in fields.items()}
+        # Those of the roundest sizes first, so that each begins at a multiple of its dtype and large ones can be read widely.
+        for name in sorted(fields, key=lambda name: -(sizes[name] & -sizes[name])):
+            self.fields[name] = (offset, sizes[name], *fields[name])
+            offset += sizes[name]
         self.nbytes = -(-offset // _ALIGNMENT) * _ALIGNMENT
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:

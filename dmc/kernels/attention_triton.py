@@ -132,9 +132,9 @@ class _Launch:
 
 BLOCKS = {
     # kernel: ((M, N, warps, stages) for head sizes up to 64, for larger ones)
-    "forward": ((128, 64, 4, 3), (128, 64, 8, 3)),
-    "keys": ((64, 128, 8, 2), (64, 128, 8, 2)),
-    "queries": ((128, 64, 8, 2), (128, 64, 8, 2)),
+    "forward": ((128, 64, 4, 3), (64, 64, 4, 3)),
+    "keys": ((64, 128, 8, 2), (64, 64, 4, 2)),
+    "queries": ((128, 64, 8, 2), (64, 64, 4, 2)),
 }
 
 

@@ -1,13 +1,13 @@
 """Triton kernels of `dmc.kernels.decode`.
 
-Rows differ in length, by head as much as by sequence. Their entries are cut into equal pieces, and a fixed number of
-programs deals the pieces of all rows out among themselves: each finds the row of its next piece in the running count
-of pieces. So the work is balanced whatever the lengths are, and no length is ever known to the host. A piece leaves
-its maximum, its sum and its weighted values; a second kernel puts the pieces of each row together and adds the query's
-own state.
+Rows differ in length, by head as much as by sequence. Their entries are cut into equal pieces, and a program is launched
+for each piece that the block tables have room for: one whose row ends before it returns at once, which costs next to
+nothing, the device deals out the others as they come, and no length is ever known to the host. A piece leaves its
+maximum, its sum and its weighted values; a second kernel puts the pieces of each row together and adds the query's own
+state.
 
-A row's last pieces are its exact entries, the others its encoded pages. A tile gathers its entries page by page through
-the block table, so any page size will do.
+A row's first pieces are its encoded pages, the last ones its exact entries. A tile gathers its entries page by page
+through the block table, so any page size will do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from dmc.kernels.backend import interpreted
 from dmc.kernels.decode import KINDS, Paged
 
-_PROGRAMS = 4  # for each multiprocessor
 LOG2E = tl.constexpr(1.4426950408889634)
+PIECE, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program
 
 
 def decode(
@@ -30,55 +30,66 @@ def decode(
     """`dmc.kernels.decode.decode_attention`."""
     rows, groups, size = query.shape
     query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
-    tile, piece, programs = _cut(query)
+    tile, piece = (16, 32) if interpreted() else (TILE, PIECE)
     page, per_open = paged.page, paged.opened["k"].shape[1]
     piece = max(piece, page)
+    encoded_pieces = triton.cdiv(paged.encoded_table.shape[1] * page, piece)
+    pieces = encoded_pieces + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
 
-    most = triton.cdiv(paged.encoded_table.shape[1] * page, piece) + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
-    encoded, exact = paged.encoded_count[index], paged.exact_count[index]
-    encoded_pieces = (encoded * page + (piece - 1)) // piece
-    ends = (encoded_pieces + (exact + (piece - 1)) // piece).cumsum(0, dtype=torch.int32)
-    sums = torch.empty(rows * most, 2, groups, dtype=torch.float32, device=query.device)
-    parts = torch.empty(rows * most, groups, size, dtype=torch.float32, device=query.device)
+    sums = torch.empty(rows * pieces, 2, groups, dtype=torch.float32, device=query.device)
+    parts = torch.empty(rows * pieces, groups, size, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
     sizes = dict(D=size, BLOCK=max(16, triton.next_power_of_2(size)), G=groups)
+    where = dict(index=index, encoded=paged.encoded_count, exact=paged.exact_count, first_exact=encoded_pieces)
     constants = dict(
         **sizes, PER_OPEN=per_open, PIECE=piece, TILE=tile,
         GROUPS=1 if groups == 1 else max(16, triton.next_power_of_2(groups)),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=2,
     )
     arguments = dict(
-        query=query, index=index, ends=ends, encoded_pieces=encoded_pieces, encoded=encoded, exact=exact,
-        encoded_table=paged.encoded_table, open_table=paged.open_table, open_keys=paged.opened["k"],
-        open_values=paged.opened["v"], sums=sums, parts=parts, scale=scale * LOG2E.value, R=rows,
-        et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0), okp=paged.opened["k"].stride(0),
-        ovp=paged.opened["v"].stride(0),
+        query=query, **where, encoded_table=paged.encoded_table, open_table=paged.open_table,
+        open_keys=paged.opened["k"], open_values=paged.opened["v"], sums=sums, parts=parts, scale=scale * LOG2E.value,
+        et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0),
+        okp=page_words(paged.opened["k"]), ovp=page_words(paged.opened["v"]),
     )
+    grid = rows, pieces
     if paged.kind == "gear":
         from dmc.kernels.gear_triton import launch
 
-        launch((programs,), arguments, paged, constants)
+        launch(grid, arguments, paged, constants)
     elif paged.kind == "trellis":
         from dmc.kernels.trellis_triton import launch
 
-        launch((programs,), arguments, paged, constants)
+        launch(grid, arguments, paged, constants)
     else:
         keys, values = (paged.encoded[name] for name in _sides(paged.kind))
         key_scale, value_scale = (paged.encoded.get(f"{part}_scale") for part in "kv")
         if paged.kind == "fp8":
             keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
-        _pieces[(programs,)](
-            **arguments, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale, kp=keys.stride(0),
-            vp=values.stride(0), ksp=0 if key_scale is None else key_scale.stride(0),
+        _pieces[grid](
+            **arguments, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale, kp=page_words(keys),
+            vp=page_words(values), ksp=0 if key_scale is None else key_scale.stride(0),
             vsp=0 if value_scale is None else value_scale.stride(0), PAGE=page, SCALED=key_scale is not None, **constants,
         )
     # Trellis pages are summed in their own rotated space; rotating back once is all that remains.
     turned = torch.empty(rows, groups, size, dtype=torch.float32, device=query.device) if paged.kind == "trellis" else None
     _together[(rows, groups)](
-        query, own_key, own_value, ends, encoded_pieces, sums, parts, out, out if turned is None else turned,
-        scale * LOG2E.value, TURNED=turned is not None, **sizes, num_warps=1,
+        query, own_key, own_value, **where, sums=sums, parts=parts, out=out, turned=out if turned is None else turned,
+        scale=scale * LOG2E.value, pieces=pieces, PAGE=page, PIECE=piece, TURNED=turned is not None, **sizes, num_warps=1,
     )
     return out if turned is None else (out + turned @ paged.gear.rotation.T).to(query.dtype)
+
+
+def page_words(field: Tensor) -> int:
+    """Bytes from page to page of a field, in eights: pages of the pool begin at multiples of 8, which lets loads be wide.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    words, rest = divmod(field.stride(0) * field.element_size(), 8)
+    if rest:
+        raise ValueError(f"pages are {8 * words + rest} bytes apart: the kernels take pages of a multiple of 8 bytes")
+    return words
 
 
 def _sides(kind: str) -> tuple[str, str]:
@@ -86,67 +97,61 @@ def _sides(kind: str) -> tuple[str, str]:
     return names[0], names[len(names) // 2]
 
 
-def _cut(query: Tensor) -> tuple[int, int, int]:
-    """(entries of a tile, entries of a piece, programs)."""
-    if interpreted():
-        return 16, 32, 3
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 132
-    return 64, 256, _PROGRAMS * processors
+@triton.jit
+def first_of_page(base, page, words):
+    """Where page number ``page`` of a field begins; ``words`` as `page_words` gives it."""
+    return base + page * words * (64 // base.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit
-def find_row(ends, item, R):
-    """The first row whose pieces end behind ``item``."""
-    low, high = 0, R - 1
-    while low < high:
-        middle = (low + high) // 2
-        behind = tl.load(ends + middle) > item
-        high = tl.where(behind, middle, high)
-        low = tl.where(behind, low, middle + 1)
-    return low
+def store_piece(
+    sums, parts, top, total, acc, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+):
+    """What a piece leaves."""
+    item = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    g, d = tl.arange(0, GROUPS), tl.arange(0, BLOCK)
+    tl.store(sums + item * 2 * G + g, top, g < G)
+    tl.store(sums + item * 2 * G + G + g, total, g < G)
+    tl.store(parts + (item * G + g)[:, None] * D + d[None, :], acc, (g < G)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _pieces(
-    query, index, ends, encoded_pieces, encoded, exact, encoded_table, open_table, keys, values, key_scale, value_scale,
-    open_keys, open_values, sums, parts, scale, R, et, ot, kp, vp, ksp, vsp, okp, ovp,
+    query, index, encoded, exact, first_exact, encoded_table, open_table, keys, values, key_scale, value_scale,
+    open_keys, open_values, sums, parts, scale, et, ot, kp, vp, ksp, vsp, okp, ovp,
     PAGE: tl.constexpr, PER_OPEN: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
-    """Maximum, sum and weighted values of every piece, the programs taking turns."""
-    g = tl.arange(0, GROUPS)
-    d = tl.arange(0, BLOCK)
-    for item in range(tl.program_id(0), tl.load(ends + R - 1), tl.num_programs(0)):
-        row = find_row(ends, item, R)
-        piece = item - tl.load(ends + row - 1, row > 0, 0)
-        table_row = tl.load(index + row).to(tl.int64)
-        q = tl.load(query + (row * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
-        coded = tl.load(encoded_pieces + row)
-        if piece < coded:
+    """Maximum, sum and weighted values of one piece of one row."""
+    row, piece = tl.program_id(0), tl.program_id(1)
+    table_row = tl.load(index + row).to(tl.int64)
+    if piece < first_exact:
+        start, length = piece * PIECE, tl.load(encoded + table_row) * PAGE
+        if start < length:
             top, total, acc = attend_piece(
-                q, encoded_table + table_row * et, keys, values, key_scale, value_scale, kp, vp, ksp, vsp,
-                piece * PIECE, tl.load(encoded + row) * PAGE, scale, PAGE, SCALED, PIECE, TILE, GROUPS, PRECISION, D, BLOCK,
+                query, encoded_table + table_row * et, keys, values, key_scale, value_scale, kp, vp, ksp, vsp,
+                start, length, scale, PAGE, SCALED, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
             )
-        else:
+            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+    else:
+        start, length = (piece - first_exact) * PIECE, tl.load(exact + table_row)
+        if start < length:
             top, total, acc = attend_piece(
-                q, open_table + table_row * ot, open_keys, open_values, key_scale, value_scale, okp, ovp, ksp, vsp,
-                (piece - coded) * PIECE, tl.load(exact + row), scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D,
-                BLOCK,
+                query, open_table + table_row * ot, open_keys, open_values, key_scale, value_scale, okp, ovp, ksp, vsp,
+                start, length, scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
             )
-        at = tl.full((), 0, tl.int64) + item
-        tl.store(sums + at * 2 * G + g, top, g < G)
-        tl.store(sums + at * 2 * G + G + g, total, g < G)
-        tl.store(parts + (at * G + g)[:, None] * D + d[None, :], acc, (g < G)[:, None] & (d < D)[None, :])
+            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
 
 
 @triton.jit
 def attend_piece(
-    q, table, keys, values, key_scale, value_scale, kp, vp, ksp, vsp, start, length, scale,
+    query, table, keys, values, key_scale, value_scale, kp, vp, ksp, vsp, start, length, scale,
     PAGE: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
     """One piece of a row, in base-2 logarithms: its maximum and sum ``[GROUPS]``, its weighted values."""
-    d = tl.arange(0, BLOCK)
+    d, g = tl.arange(0, BLOCK), tl.arange(0, GROUPS)
+    q = tl.load(query + (tl.program_id(0) * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
     top = tl.full((GROUPS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     acc = tl.zeros((GROUPS, BLOCK), tl.float32)
@@ -155,7 +160,8 @@ def attend_piece(
         page = tl.load(table + n // PAGE, n < length, 0).to(tl.int64)
         within = n % PAGE
         mask = (n < length)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + (page * kp + within * D)[:, None] + d[None, :], mask, 0.0)
+        k = tl.load((first_of_page(keys, page, kp) + within * D)[:, None] + d[None, :], mask, 0.0)
+        v = tl.load((first_of_page(values, page, vp) + within * D)[:, None] + d[None, :], mask, 0.0)
         if GROUPS == 1:
             s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
         else:
@@ -169,7 +175,6 @@ def attend_piece(
         total = total * shrink + tl.sum(p, 1)
         if SCALED:
             p *= tl.load(value_scale + page * vsp + within, n < length, 0.0).to(tl.float32)[None, :]
-        v = tl.load(values + (page * vp + within * D)[:, None] + d[None, :], mask, 0.0)
         if GROUPS == 1:
             acc = acc * shrink[:, None] + tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
         else:
@@ -180,34 +185,33 @@ def attend_piece(
 
 @triton.jit
 def _together(
-    query, own_key, own_value, ends, encoded_pieces, sums, parts, out, turned, scale,
-    TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    query, own_key, own_value, index, encoded, exact, first_exact, sums, parts, out, turned, scale, pieces,
+    PAGE: tl.constexpr, PIECE: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
     """The pieces of one row and one query of its group, and the query's own state; what is rotated goes apart."""
-    row, g = tl.program_id(0), tl.program_id(1)
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK)
-    at = row.to(tl.int64) * D + d
-    q = tl.load(query + (row.to(tl.int64) * G + g) * D + d, d < D, 0.0).to(tl.float32)
-    top = tl.sum(q * tl.load(own_key + at, d < D, 0.0).to(tl.float32), 0) * scale
+    q = tl.load(query + (row * G + g) * D + d, d < D, 0.0).to(tl.float32)
+    top = tl.sum(q * tl.load(own_key + row * D + d, d < D, 0.0).to(tl.float32), 0) * scale
     total = 1.0
-    acc = tl.load(own_value + at, d < D, 0.0).to(tl.float32)
+    acc = tl.load(own_value + row * D + d, d < D, 0.0).to(tl.float32)
     rotated = tl.zeros((BLOCK,), tl.float32)
-    first = tl.load(ends + row - 1, row > 0, 0)
-    coded = first + tl.load(encoded_pieces + row)
-    for item in range(first, tl.load(ends + row)):
-        i = tl.full((), 0, tl.int64) + item
-        piece_top = tl.load(sums + i * 2 * G + g)
+    table_row = tl.load(index + row).to(tl.int64)
+    coded = tl.cdiv(tl.load(encoded + table_row) * PAGE, PIECE)
+    for place in range(0, coded + tl.cdiv(tl.load(exact + table_row), PIECE)):
+        item = row * pieces + tl.where(place < coded, place, first_exact + place - coded)
+        piece_top = tl.load(sums + item * 2 * G + g)
         new_top = tl.maximum(top, piece_top)
         old, new = tl.exp2(top - new_top), tl.exp2(piece_top - new_top)
-        total = total * old + tl.load(sums + i * 2 * G + G + g) * new
-        part = tl.load(parts + (i * G + g) * D + d, d < D, 0.0) * new
+        total = total * old + tl.load(sums + item * 2 * G + G + g) * new
+        part = tl.load(parts + (item * G + g) * D + d, d < D, 0.0) * new
         if TURNED:
-            acc = acc * old + tl.where(item < coded, 0.0, part)
-            rotated = rotated * old + tl.where(item < coded, part, 0.0)
+            acc = acc * old + tl.where(place < coded, 0.0, part)
+            rotated = rotated * old + tl.where(place < coded, part, 0.0)
         else:
             acc = acc * old + part
         top = new_top
-    to = (row.to(tl.int64) * G + g) * D + d
+    to = (row * G + g) * D + d
     tl.store(out + to, (acc / total).to(out.dtype.element_ty), d < D)
     if TURNED:
         tl.store(turned + to, rotated / total, d < D)

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dmc.kernels.decode_triton import attend_piece, find_row
+from dmc.kernels.decode_triton import attend_piece, store_piece
 
 
-def launch(grid: tuple[int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
+def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
     """Fills the pieces of `dmc.kernels.decode_triton.decode` for ``paged.kind == "gear"``."""
     fields, pages = paged.encoded, paged.gear
     bytes_of = {x.stride(0) * x.element_size() for x in fields.values()}
@@ -98,8 +98,8 @@ def _base(
 
 @triton.jit
 def _gear_pieces(
-    query, index, ends, encoded_pieces, encoded, exact, encoded_table, open_table, open_keys, open_values, sums, parts,
-    scale, R, et, ot, okp, ovp,
+    query, index, encoded, exact, first_exact, encoded_table, open_table, open_keys, open_values, sums, parts,
+    scale, et, ot, okp, ovp,
     k_codes, k_scale, k_zero, k_outliers, k_places, k_left, k_right,
     v_codes, v_scale, v_zero, v_outliers, v_places, v_left, v_right, page8, page16,
     PAGE: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr,
@@ -108,57 +108,54 @@ def _gear_pieces(
     V_CHANNEL: tl.constexpr, V_GROUPS: tl.constexpr, V_GROUP: tl.constexpr, V_OUTLIERS: tl.constexpr,
 ):
     """As `dmc.kernels.decode_triton._pieces`, for GEAR pages."""
-    g = tl.arange(0, GROUPS)
-    d = tl.arange(0, BLOCK)
-    n = tl.arange(0, PAGE)
-    mask = (n < PAGE)[:, None] & (d < D)[None, :]
-    for item in range(tl.program_id(0), tl.load(ends + R - 1), tl.num_programs(0)):
-        row = find_row(ends, item, R)
-        piece = item - tl.load(ends + row - 1, row > 0, 0)
-        table_row = tl.load(index + row).to(tl.int64)
-        q = tl.load(query + (row * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
-        coded = tl.load(encoded_pieces + row)
-        top = tl.full((GROUPS,), float("-inf"), tl.float32)
-        total = tl.zeros((GROUPS,), tl.float32)
-        acc = tl.zeros((GROUPS, BLOCK), tl.float32)
-        if piece < coded:
-            for column in range(piece * (PIECE // PAGE), tl.minimum((piece + 1) * (PIECE // PAGE), tl.load(encoded + row))):
-                page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
-                at8, at16 = page * page8, page * page16
-                k = _base(k_codes + at8, k_scale + at16, k_zero + at16, k_outliers + at16, k_places + at8, n, d, mask, True,
-                          K_CHANNEL, K_GROUPS, K_GROUP, K_OUTLIERS, BITS, PAGE, D)
-                if GROUPS == 1:
-                    s = tl.sum(q.to(tl.float32) * k, 1)[None, :]
-                else:
-                    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-                for r in tl.static_range(RANK):
-                    right = tl.load(k_right + at16 + d * RANK + r, d < D, 0.0).to(tl.float32)
-                    left = tl.load(k_left + at16 + n * RANK + r).to(tl.float32)
-                    s += tl.sum(q.to(tl.float32) * right[None, :], 1)[:, None] * left[None, :]
-                s *= scale
-                new_top = tl.maximum(top, tl.max(s, 1))
-                p = tl.exp2(s - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.sum(p, 1)
-                v = _base(v_codes + at8, v_scale + at16, v_zero + at16, v_outliers + at16, v_places + at8, n, d, mask, False,
-                          V_CHANNEL, V_GROUPS, V_GROUP, V_OUTLIERS, BITS, PAGE, D)
-                acc *= shrink[:, None]
-                if GROUPS == 1:
-                    acc += tl.sum(tl.trans(p) * v, 0)[None, :]
-                else:
-                    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
-                for r in tl.static_range(RANK):
-                    left = tl.load(v_left + at16 + n * RANK + r).to(tl.float32)
-                    right = tl.load(v_right + at16 + d * RANK + r, d < D, 0.0).to(tl.float32)
-                    acc += tl.sum(p * left[None, :], 1)[:, None] * right[None, :]
-                top = new_top
-        else:
+    row, piece = tl.program_id(0), tl.program_id(1)
+    table_row = tl.load(index + row).to(tl.int64)
+    if piece >= first_exact:
+        start, length = (piece - first_exact) * PIECE, tl.load(exact + table_row)
+        if start < length:
             top, total, acc = attend_piece(
-                q, open_table + table_row * ot, open_keys, open_values, k_scale, v_scale, okp, ovp, 0, 0,
-                (piece - coded) * PIECE, tl.load(exact + row), scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D,
-                BLOCK,
+                query, open_table + table_row * ot, open_keys, open_values, k_scale, v_scale, okp, ovp, 0, 0,
+                start, length, scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
             )
-        at = tl.full((), 0, tl.int64) + item
-        tl.store(sums + at * 2 * G + g, top, g < G)
-        tl.store(sums + at * 2 * G + G + g, total, g < G)
-        tl.store(parts + (at * G + g)[:, None] * D + d[None, :], acc, (g < G)[:, None] & (d < D)[None, :])
+            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+        return
+    first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
+    if first >= last:
+        return
+    g, d, n = tl.arange(0, GROUPS), tl.arange(0, BLOCK), tl.arange(0, PAGE)
+    mask = (n < PAGE)[:, None] & (d < D)[None, :]
+    q = tl.load(query + (row * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
+    top = tl.full((GROUPS,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUPS,), tl.float32)
+    acc = tl.zeros((GROUPS, BLOCK), tl.float32)
+    for column in range(first, tl.minimum(first + PIECE // PAGE, last)):
+        page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
+        at8, at16 = page * page8, page * page16
+        k = _base(k_codes + at8, k_scale + at16, k_zero + at16, k_outliers + at16, k_places + at8, n, d, mask, True,
+                  K_CHANNEL, K_GROUPS, K_GROUP, K_OUTLIERS, BITS, PAGE, D)
+        if GROUPS == 1:
+            s = tl.sum(q.to(tl.float32) * k, 1)[None, :]
+        else:
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        for r in tl.static_range(RANK):
+            right = tl.load(k_right + at16 + d * RANK + r, d < D, 0.0).to(tl.float32)
+            left = tl.load(k_left + at16 + n * RANK + r).to(tl.float32)
+            s += tl.sum(q.to(tl.float32) * right[None, :], 1)[:, None] * left[None, :]
+        s *= scale
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v = _base(v_codes + at8, v_scale + at16, v_zero + at16, v_outliers + at16, v_places + at8, n, d, mask, False,
+                  V_CHANNEL, V_GROUPS, V_GROUP, V_OUTLIERS, BITS, PAGE, D)
+        acc *= shrink[:, None]
+        if GROUPS == 1:
+            acc += tl.sum(tl.trans(p) * v, 0)[None, :]
+        else:
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+        for r in tl.static_range(RANK):
+            left = tl.load(v_left + at16 + n * RANK + r).to(tl.float32)
+            right = tl.load(v_right + at16 + d * RANK + r, d < D, 0.0).to(tl.float32)
+            acc += tl.sum(p * left[None, :], 1)[:, None] * right[None, :]
+        top = new_top
+    store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)

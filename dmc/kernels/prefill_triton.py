@@ -1,7 +1,8 @@
 """Triton kernel of `dmc.kernels.prefill`: flash attention that starts from the query's own state.
 
-A block of queries visits the entries up to the last one that closed before its last query; how many those are comes
-from one search over the places, on the device. Heads of different length take as many steps as they have entries.
+A block of queries visits the entries up to the last one that closed before its last query, without a mask those that closed
+before its first; how many those are comes from one search over the places, on the device. Heads of different length take
+as many steps as they have entries.
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ def prefill(
     places, positions = places.contiguous(), positions.contiguous()
     rows, groups, tokens, size = query.shape
     narrow = query.dtype != torch.float32
-    m, n, warps, stages = (128, 64, 4 if size <= 64 else 8, 3) if narrow else (32, 32, 4, 1)
-    if interpreted():
-        m, n, stages = 32, 16, 1
+    m, n, warps, stages = (32, 16, 4, 1) if interpreted() else BLOCKS[size > 64] if narrow else (32, 32, 4, 1)
     blocks = triton.cdiv(tokens, m)
-    last = torch.arange(1, blocks + 1, device=query.device) * m - 1
-    seen = torch.searchsorted(places, positions[last.clamp(max=tokens - 1)].expand(rows, -1).contiguous()).int()
+    ends = torch.arange(blocks, device=query.device) * m
+    ends = torch.stack([ends, (ends + m - 1).clamp(max=tokens - 1)])  # first and last query of each block
+    seen = torch.searchsorted(places, positions[ends].view(1, -1).expand(rows, -1).contiguous(), out_int32=True)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _prefill[(blocks, rows * groups)](
         query, keys, values, places, own_keys, own_values, positions, seen, out, scale * LOG2E.value, groups, tokens,
@@ -43,13 +43,45 @@ def prefill(
     return out
 
 
+BLOCKS = ((128, 64, 4, 3), (64, 64, 4, 3))  # (queries, entries, warps, stages) for head sizes up to 64, for larger ones
+
+
+@triton.jit
+def _prefill_blocks(
+    acc, total, top, q, keys, values, places, at, first, stop, scale, ENTRIES, kn, vn,
+    MASKED: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Entries ``first`` to ``stop`` for one block of queries; MASKED where some of them closed after a query."""
+    d = tl.arange(0, BLOCK)
+    for start in range(first, stop, N):
+        n = start + tl.arange(0, N)
+        if MASKED:
+            inside = (n < ENTRIES)[:, None] & (d < D)[None, :]
+        else:
+            inside = (n >= 0)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + n[:, None] * kn + d[None, :], inside, 0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if MASKED:
+            place = tl.load(places + n, n < ENTRIES, 2147483647)
+            s = tl.where(place[None, :] < at[:, None], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        v = tl.load(values + n[:, None] * vn + d[None, :], inside, 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink + tl.sum(p, 1)
+        top = new_top
+    return acc, total, top
+
+
 @triton.jit
 def _prefill(
     query, keys, values, places, own_keys, own_values, positions, seen, out, scale, G, T, ENTRIES,
     qr, qg, qt, kr, kn, vr, vn, okr, okt, ovr, ovt,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    blocks = tl.num_programs(0)
+    block = blocks - 1 - tl.program_id(0)  # the longest first
     both = tl.program_id(1).to(tl.int64)
     row, g = both // G, both % G
     m = block * M + tl.arange(0, M)
@@ -61,18 +93,14 @@ def _prefill(
     total = tl.full((M,), 1.0, tl.float32)
     acc = tl.load(own_values + row * ovr + m[:, None] * ovt + d[None, :], mask, 0.0).to(tl.float32)
     at = tl.load(positions + m, m < T, 0)
-    for first in range(0, tl.load(seen + row * tl.num_programs(0) + block), N):
-        n = first + tl.arange(0, N)
-        inside = (n < ENTRIES)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + row * kr + n[:, None] * kn + d[None, :], inside, 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        place = tl.load(places + row * ENTRIES + n, n < ENTRIES, 2147483647)
-        s = tl.where(place[None, :] < at[:, None], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        v = tl.load(values + row * vr + n[:, None] * vn + d[None, :], inside, 0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        total = total * shrink + tl.sum(p, 1)
-        top = new_top
+    keys, values, places = keys + row * kr, values + row * vr, places + row * ENTRIES
+    seen += row * 2 * blocks + block
+    middle = tl.load(seen) // N * N
+    acc, total, top = _prefill_blocks(
+        acc, total, top, q, keys, values, places, at, 0, middle, scale, ENTRIES, kn, vn, False, N, D, BLOCK, PRECISION
+    )
+    acc, total, top = _prefill_blocks(
+        acc, total, top, q, keys, values, places, at, middle, tl.load(seen + blocks), scale, ENTRIES, kn, vn, True, N, D, BLOCK,
+        PRECISION,
+    )
     tl.store(out + (both * T + m)[:, None] * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask)

@@ -1,16 +1,19 @@
 """Triton kernels of `dmc.kernels.scan`: eq. 9 for keys and values together, forward and backward.
 
-The sequence is cut into chunks of C tokens and segments of a few chunks. With P[i, j] the product of the decays
-alpha after j up to i, a chunk's numerators are ``(P * omega) @ x + through * state``: small matrix products of
-products, exact for alphas of 0 and 1, where differences of logarithms would not be. A program walks one segment of
-one head and carries the state in registers; what it starts from comes from a first, small kernel that sums up each
-segment. That kernel walks a segment from the side that matters and stops where the decay product has become 0, which
-after a few closed entries it is, so most of a segment is read once, not twice; a head that merges everything is read
-twice and stays exact.
+A state is the mean of its entry's tokens, and with z the sum of their weights a token moves it by
 
-The backward pass is the same recurrence run backwards in time on ``gradient / z``. Everything that depends on the
-merged states is taken from products of gradients with the inputs, so the states themselves are never formed again;
-only each chunk's start is kept from the forward pass (1/16 of the bytes of k and v in bf16).
+    y_t = kept_t y_{t-1} + new_t x_t,    kept_t = alpha_t z_{t-1} / z_t,    new_t = omega_t / z_t,
+
+two shares that add up to 1 and are exactly 0 and 1 where a token opens an entry. The same line backwards in time is the
+gradient: ``A_t = g_t + kept_{t+1} A_{t+1}`` reaches the state, ``new_t A_t`` the token, and ``<A_t, x_t - y_{t-1}>`` its share,
+from which alpha and omega follow by one more recurrence, of single numbers. Nothing cancels where nothing merges.
+
+The sequence is cut into segments. A program walks one segment of one head's keys or values token by token and carries the
+state in registers; tokens are loaded a chunk of C at a time, so that many bytes are on their way. What it starts from comes from a first,
+small kernel that sums up each segment from the side that matters and stops where the product of the shares has become 0,
+which after a few closed entries it is: so of most of a segment little is read twice, and a head that merges everything
+is read twice and stays exact. Going backward the states of a chunk are walked again from the one before it, which the forward
+pass kept.
 
 Letters beside those of `dmc.functional`: C tokens of a chunk, S segments, R = B * H rows.
 """
@@ -22,29 +25,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmc.kernels.backend import interpreted
 from dmc.kernels.tiles_triton import (
-    along,
-    decay_products,
-    decay_products_before,
-    element_of,
-    load_halves,
+    first_of,
+    follow,
+    last_of,
     load_rope,
     load_state,
-    load_whole,
-    mix_tile,
-    mix_wide_tile,
-    onto,
-    row_of,
-    store_halves,
+    load_tokens,
+    rotated_back,
     store_state,
-    store_whole,
-    weigh,
+    store_token,
 )
 
-CHUNK = 32
-_SEGMENT = 256  # tokens that one program walks; fewer where that would leave the device idle
-_SLICE = 64  # features of keys, and of values, that one program takes
-_BUSY = 528  # programs that keep the largest device busy: four on each of 132 multiprocessors
+CHUNK = 16
+_SEGMENT = 128  # tokens that one program walks; fewer where that would leave the device idle
+_BUSY = 2112  # programs that keep the largest device busy: sixteen on each of 132 multiprocessors
 
 
 class Merge(torch.autograd.Function):
@@ -57,42 +53,46 @@ class Merge(torch.autograd.Function):
         key, value = _rows_contiguous(key), _rows_contiguous(value)
         alpha, omega, cos, sin = (x.contiguous() for x in (alpha, omega, cos, sin))
         launch = _Launch(key)
+        z, kept, new = (torch.empty_like(alpha) for _ in range(3))
+        _weights[(launch.rows,)](alpha, omega, z, kept, new, key.shape[2], BLOCK=launch.block, num_warps=4)
         out_key, out_value = torch.empty_like(key, memory_format=torch.contiguous_format), value.new_empty(value.shape)
         save = any(ctx.needs_input_grad)
-        states, weights = launch.buffers(launch.chunks if save else 1)
-        ends = launch.segment_buffers()
-        common = (key, value, alpha, omega)
+        states = launch.states(launch.chunks if save else 1)
+        ends = launch.states(launch.segments), launch.decays()
+        common, strides = (key, value, kept, new), launch.strides(key, value)
         if launch.segments > 1:
-            _segment_ends[launch.grid(launch.segments - 1)](
-                *common, *ends, *launch.sizes, **launch.strides(key, value), **launch.blocks
-            )
+            _segment_ends[launch.grid(launch.segments - 1)](*common, *ends, *launch.sizes, **strides, **launch.constants)
         _forward[launch.grid(launch.segments)](
-            *common, cos, sin, *ends, out_key, out_value, states, weights, *launch.sizes,
-            **launch.strides(key, value), SAVE=save, **launch.blocks,
+            *common, cos, sin, *ends, out_key, out_value, states, *launch.sizes, **strides, SAVE=save, **launch.constants,
         )
         if save:
-            ctx.save_for_backward(*common, cos, sin, states, weights)
+            ctx.save_for_backward(*common, cos, sin, states, alpha, z)
         return out_key, out_value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        key, value, alpha, omega, cos, sin, states, weights = ctx.saved_tensors
-        grads = grad_key.contiguous(), grad_value.contiguous()
+        key, value, kept, new, cos, sin, states, alpha, z = ctx.saved_tensors
+        grads = _rows_contiguous(grad_key), _rows_contiguous(grad_value)
         launch = _Launch(key)
-        ends = launch.segment_buffers()
-        inputs = (key, value, alpha, omega, cos, sin, states, weights, *grads)
+        ends = launch.states(launch.segments), launch.decays()
+        strides = launch.strides(key, value) | launch.strides(*grads, letter="g")
         if launch.segments > 1:
             _segment_starts[launch.grid(launch.segments - 1)](
-                *inputs, *ends, *launch.sizes, **launch.strides(key, value), **launch.blocks
+                kept, cos, sin, *grads, *ends, *launch.sizes, **launch.strides(*grads, letter="g"),
+                **launch.constants,
             )
         d_key, d_value = key.new_empty(key.shape), value.new_empty(value.shape)
-        d_alpha, d_omega = (torch.empty(launch.slices, *alpha.shape, device=alpha.device) for _ in range(2))
+        d_share = torch.empty(2, *alpha.shape, device=alpha.device)  # of keys and of values
         _backward[launch.grid(launch.segments)](
-            *inputs, *ends, d_key, d_value, d_alpha, d_omega, *launch.sizes, **launch.strides(key, value),
-            **launch.blocks,
+            key, value, kept, new, cos, sin, states, *grads, *ends, d_key, d_value, d_share, *launch.sizes, **strides,
+            **launch.constants,
         )
-        return d_key, d_value, d_alpha.sum(0), d_omega.sum(0), None, None
+        d_alpha, d_omega = torch.empty_like(alpha), torch.empty_like(alpha)
+        _decisions[(launch.rows,)](
+            alpha, z, kept, new, d_share, d_alpha, d_omega, launch.rows, key.shape[2], BLOCK=launch.block, num_warps=4
+        )
+        return d_key, d_value, d_alpha, d_omega, None, None
 
 
 class _Launch:
@@ -100,33 +100,30 @@ class _Launch:
 
     def __init__(self, key: Tensor) -> None:
         batch, heads, tokens, size = key.shape
-        self.rows, self.device = batch * heads, key.device
-        self.slices = triton.cdiv(size, _SLICE)
+        self.rows, self.device, self.size = batch * heads, key.device, size
         self.chunks = triton.cdiv(tokens, CHUNK)
         per_segment = _SEGMENT // CHUNK
-        while per_segment > 2 and self.rows * self.slices * triton.cdiv(self.chunks, per_segment) < _BUSY:
+        while per_segment > 1 and self.rows * 2 * triton.cdiv(self.chunks, per_segment) < _BUSY:
             per_segment //= 2
         self.segments = triton.cdiv(self.chunks, per_segment)
         self.sizes = (heads, tokens, self.segments)
-        self.state_size = 2 * size
-        block = min(_SLICE, max(32, triton.next_power_of_2(size)))
-        self.blocks = dict(D=size, HALF=block // 2, BLOCK=block, C=CHUNK, PER_SEGMENT=per_segment, num_warps=4)
+        self.block = 64 if interpreted() else min(1024, max(16, triton.next_power_of_2(tokens)))
+        self.constants = dict(
+            D=size, HALF=max(1, triton.next_power_of_2(size // 2)), C=CHUNK, PER_SEGMENT=per_segment, num_warps=1
+        )
 
     def grid(self, segments: int) -> tuple[int, int, int]:
-        return self.rows, segments, self.slices
+        return self.rows, segments, 2
 
-    def buffers(self, count: int) -> tuple[Tensor, Tensor]:
-        states = torch.empty(self.rows, count, self.state_size, dtype=torch.float32, device=self.device)
-        return states, states.new_empty(self.rows, count)
+    def states(self, count: int) -> Tensor:
+        return torch.empty(self.rows, count, 2, self.size, dtype=torch.float32, device=self.device)
 
-    def segment_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What segments leave: numerators, weights (going backward, each slice's part of them) and decays."""
-        states, decays = self.buffers(self.segments)
-        return states, decays.new_empty(self.slices, *decays.shape), decays
+    def decays(self) -> Tensor:
+        return torch.empty(self.rows, self.segments, dtype=torch.float32, device=self.device)
 
     @staticmethod
-    def strides(key: Tensor, value: Tensor) -> dict[str, int]:
-        names = ("kb", "kh", "kt", "vb", "vh", "vt")
+    def strides(key: Tensor, value: Tensor, letter: str = "") -> dict[str, int]:
+        names = [f"{letter}{name}" for name in ("kb", "kh", "kt", "vb", "vh", "vt")]
         return dict(zip(names, (*key.stride()[:3], *value.stride()[:3]), strict=True))
 
 
@@ -134,253 +131,211 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@triton.jit
+def _side(key, value, row, H, kb, kh, kt, vb, vh, vt):
+    """A row's keys or values, as ``program_id(2)`` says: (where they begin, stride of a token)."""
+    base, stride = key + row // H * kb + row % H * kh, kt
+    if tl.program_id(2) == 1:
+        base, stride = value + row // H * vb + row % H * vh, vt
+    return base, stride
+
+
+# ------------------------------------------------------------------------------------------- single numbers
+
+
+@triton.jit
+def _weights(alpha, omega, z, kept, new, T, BLOCK: tl.constexpr):
+    """z and both shares of every token of a row: ``z_t = alpha_t z_{t-1} + omega_t``."""
+    row = tl.program_id(0).to(tl.int64) * T
+    i = tl.arange(0, BLOCK)
+    carried = 0.0  # z before the block
+    for first in range(0, T, BLOCK):
+        t = first + i
+        inside = (i > 0) & (t - 1 < T)
+        decay = tl.load(alpha + row + t - 1, inside, 1.0)
+        decay, before = tl.associative_scan((decay, tl.load(omega + row + t - 1, inside, 0.0)), 0, follow)
+        before = tl.load(alpha + row + t, t < T, 1.0) * (before + decay * carried)
+        weight = tl.load(omega + row + t, t < T, 0.0)
+        after = tl.where(t < T, before + weight, 1.0)
+        tl.store(z + row + t, after, t < T)
+        tl.store(kept + row + t, before / after, t < T)
+        tl.store(new + row + t, weight / after, t < T)
+        carried = last_of(after, BLOCK)
+
+
+@triton.jit
+def _decisions(alpha, z, kept, new, d_share, d_alpha, d_omega, R, T, BLOCK: tl.constexpr):
+    """Gradients of alpha and omega from those of the new tokens' shares, ``d_share [2, R, T]``.
+
+    Through its own share a token's z adds ``c_t = -new_t / z_t * d_share_t`` to the gradient of ``alpha_t z_{t-1}``, and
+    through later ones ``B_t = alpha_{t+1} (c_{t+1} + B_{t+1})``.
+    """
+    row = tl.program_id(0).to(tl.int64) * T
+    carried = 0.0
+    for back in range(0, tl.cdiv(T, BLOCK)):
+        t = (tl.cdiv(T, BLOCK) - 1 - back) * BLOCK + tl.arange(0, BLOCK)
+        decay = tl.load(alpha + row + t + 1, t + 1 < T, 0.0)
+        later = decay * _through_own(z + row, new + row, d_share + row, t + 1, R, T)
+        decay, rest = tl.associative_scan((decay, later), 0, follow, reverse=True)
+        rest += decay * carried
+        carried = first_of(rest, BLOCK)
+        after, before = tl.load(z + row + t, t < T, 1.0), tl.load(z + row + t - 1, (t > 0) & (t < T), 0.0)
+        share = _both_parts(d_share + row, t, R, T)
+        tl.store(d_omega + row + t, tl.load(kept + row + t, t < T, 0.0) / after * share + rest, t < T)
+        tl.store(d_alpha + row + t, before * (_through_own(z + row, new + row, d_share + row, t, R, T) + rest), t < T)
+
+
+@triton.jit
+def _through_own(z, new, d_share, t, R, T):
+    """c of `_decisions` for tokens t; 0 outside."""
+    return -tl.load(new + t, t < T, 0.0) / tl.load(z + t, t < T, 1.0) * _both_parts(d_share, t, R, T)
+
+
+@triton.jit
+def _both_parts(d_share, t, R, T):
+    """Of keys and values together."""
+    return tl.load(d_share + t, t < T, 0.0) + tl.load(d_share + tl.full((), 1, tl.int64) * R * T + t, t < T, 0.0)
+
+
 # ------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
 def _segment_ends(
-    key, value, alpha, omega, end_states, end_weights, end_decays, H, T, S, kb, kh, kt, vb, vh, vt,
-    D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    key, value, kept, new, end_states, end_decays, H, T, S, kb, kh, kt, vb, vh, vt,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
 ):
-    """What each segment alone leaves at its end: numerators, z, and the decay through all of it."""
+    """What each segment alone leaves at its end, and how much of what came before."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    key += row // H * kb + row % H * kh
-    value += row // H * vb + row % H * vh
-    alpha += row * T
-    omega += row * T
-    i = tl.arange(0, C)
+    x, stride = _side(key, value, row, H, kb, kh, kt, vb, vh, vt)
+    kept, new = kept + row * T, new + row * T
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    whole = tl.zeros((BLOCK,), tl.float32)
-    weight = 0.0
-    left = 1.0  # product of the decays after the chunk
+    left = 1.0  # product of what is kept after the token
     chunk = PER_SEGMENT - 1
     while (chunk >= 0) & (left > 0):
-        t = (segment * PER_SEGMENT + chunk) * C + i
-        decay = tl.load(alpha + t, t < T, 1.0)
-        following = tl.load(alpha + t + 1, (t + 1 < T) & (i + 1 < C), 1.0)
-        share = tl.load(omega + t, t < T, 0.0) * tl.cumprod(following, 0, reverse=True) * left
-        x1, x2 = load_halves(key, kt, t, T, D, HALF)
-        xv = load_whole(value, vt, t, T, D, BLOCK)
-        one += weigh(share, x1)
-        two += weigh(share, x2)
-        whole += weigh(share, xv)
-        weight += tl.sum(share, 0)
-        left *= element_of(tl.cumprod(decay, 0), C - 1, C)
+        first = (segment * PER_SEGMENT + chunk) * C
+        x1, x2 = load_tokens(x, stride, first, T, C, D, HALF)
+        for back in tl.static_range(C):
+            t = first + C - 1 - back
+            share = left * tl.load(new + t, t < T, 0.0)
+            one += share * x1[C - 1 - back]
+            two += share * x2[C - 1 - back]
+            left *= tl.load(kept + t, t < T, 1.0)
         chunk -= 1
     at = row * S + segment
-    store_state(end_states + at * 2 * D, one, two, whole, D, HALF, BLOCK)
-    tl.store(end_weights + tl.program_id(2) * tl.num_programs(0) * S + at, weight)
+    store_state(end_states + (at * 2 + tl.program_id(2)) * D, one, two, D, HALF)
     tl.store(end_decays + at, left)
 
 
 @triton.jit
 def _forward(
-    key, value, alpha, omega, cos, sin, end_states, end_weights, end_decays, out_key, out_value, states, weights,
-    H, T, S, kb, kh, kt, vb, vh, vt,
-    SAVE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    PER_SEGMENT: tl.constexpr,
+    key, value, kept, new, cos, sin, end_states, end_decays, out_key, out_value, states, H, T, S, kb, kh, kt, vb, vh, vt,
+    SAVE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
 ):
-    """Merged and rotated keys, merged values, and, with SAVE, the state before each chunk."""
-    row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    key += row // H * kb + row % H * kh
-    value += row // H * vb + row % H * vh
-    alpha += row * T
-    omega += row * T
-    out_key += row * T * D
-    out_value += row * T * D
+    """Merged keys, rotated, or merged values, and, with SAVE, the state before each chunk."""
+    row, segment, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    x, stride = _side(key, value, row, H, kb, kh, kt, vb, vh, vt)
+    out, out_stride = _side(out_key, out_value, row, 1, T * D, 0, D, T * D, 0, D)
+    kept, new = kept + row * T, new + row * T
     chunks = tl.cdiv(T, C)
-    i = tl.arange(0, C)
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    whole = tl.zeros((BLOCK,), tl.float32)
-    weight = 0.0
     left = 1.0
     before = segment - 1
     while (before >= 0) & (left > 0):
         at = row * S + before
-        e1, e2, ev = load_state(end_states + at * 2 * D, D, HALF, BLOCK)
+        e1, e2 = load_state(end_states + (at * 2 + part) * D, D, HALF)
         one += left * e1
         two += left * e2
-        whole += left * ev
-        weight += left * tl.load(end_weights + tl.program_id(2) * tl.num_programs(0) * S + at)
         left *= tl.load(end_decays + at)
         before -= 1
     for chunk in range(segment * PER_SEGMENT, tl.minimum((segment + 1) * PER_SEGMENT, chunks)):
         if SAVE:
-            at = row * chunks + chunk
-            store_state(states + at * 2 * D, one, two, whole, D, HALF, BLOCK)
-            tl.store(weights + at, weight)
-        t = chunk * C + i
-        decay = tl.load(alpha + t, t < T, 1.0)
-        shares = decay_products(decay, C) * tl.load(omega + t, t < T, 0.0)[None, :]
-        through = tl.cumprod(decay, 0)
-        z = tl.sum(shares, 1) + through * weight
-        mix, rest = shares / z[:, None], through / z  # rows of them sum to 1: an entry of one token is that token
-        x1, x2 = load_halves(key, kt, t, T, D, HALF)
-        xv = load_whole(value, vt, t, T, D, BLOCK)
-        y1 = mix_tile(mix, x1) + rest[:, None] * one[None, :]
-        y2 = mix_tile(mix, x2) + rest[:, None] * two[None, :]
-        c, s = load_rope(cos, sin, t, T, D, HALF)
-        store_halves(out_key, D, t, T, y1 * c - y2 * s, y2 * c + y1 * s, D, HALF)
-        store_whole(out_value, D, t, T, mix_tile(mix, xv) + rest[:, None] * whole[None, :], D, BLOCK)
-        share, left = row_of(shares, C - 1, C), element_of(through, C - 1, C)
-        one = weigh(share, x1) + left * one
-        two = weigh(share, x2) + left * two
-        whole = weigh(share, xv) + left * whole
-        weight = tl.sum(share, 0) + left * weight
+            store_state(states + ((row * chunks + chunk) * 2 + part) * D, one, two, D, HALF)
+        first = chunk * C
+        x1, x2 = load_tokens(x, stride, first, T, C, D, HALF)
+        for i in tl.static_range(C):
+            t = first + i
+            old, share = tl.load(kept + t, t < T, 1.0), tl.load(new + t, t < T, 0.0)
+            one = old * one + share * x1[i]
+            two = old * two + share * x2[i]
+            c, s = load_rope(cos, sin, t, T, part == 0, D, HALF)
+            store_token(out, out_stride, t, T, one * c - two * s, two * c + one * s, D, HALF)
 
 
 # ------------------------------------------------------------------------------------------- backward
 
 
 @triton.jit
-def _load_gradients(grad_key, grad_value, cos, sin, t, T, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of the merged key, rotated back, in fp32, and of the merged value."""
-    r1, r2 = load_halves(grad_key, D, t, T, D, HALF)
-    c, s = load_rope(cos, sin, t, T, D, HALF)
-    return r1 * c + r2 * s, r2 * c - r1 * s, load_whole(grad_value, D, t, T, D, BLOCK)
-
-
-@triton.jit
-def _chunk(key, value, alpha, omega, states, weights, kt, vt, g1, g2, gv, chunk, T, D: tl.constexpr,
-           HALF: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """What a chunk's gradients and inputs give without anything from after the chunk.
-
-    Returns P, P * omega, the decay through the chunk up to each token, 1 / z, and the products of each gradient with
-    the inputs ``[C, C]``, with the state before the chunk ``[C]`` and with the merged state of its own token ``[C]``.
-    """
-    t = chunk * C + tl.arange(0, C)
-    decay = tl.load(alpha + t, t < T, 1.0)
-    products = decay_products(decay, C)
-    shares = products * tl.load(omega + t, t < T, 0.0)[None, :]
-    through = tl.cumprod(decay, 0)
-    inverse = 1.0 / (tl.sum(shares, 1) + through * tl.load(weights + chunk))
-    x1, x2 = load_halves(key, kt, t, T, D, HALF)
-    xv = load_whole(value, vt, t, T, D, BLOCK)
-    on_inputs = onto(gv, xv, onto(g2, x2, onto(g1, x1, tl.zeros((C, C), tl.float32))))
-    n1, n2, nv = load_state(states + chunk * 2 * D, D, HALF, BLOCK)
-    on_state = along(g1, n1) + along(g2, n2) + along(gv, nv)
-    on_merged = (tl.sum(shares * on_inputs, 1) + through * on_state) * inverse
-    return products, shares, through, inverse, on_inputs, on_state, on_merged
-
-
-@triton.jit
 def _segment_starts(
-    key, value, alpha, omega, cos, sin, states, weights, grad_key, grad_value, end_states, end_weights, end_decays,
-    H, T, S, kb, kh, kt, vb, vh, vt,
-    D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    kept, cos, sin, grad_key, grad_value, end_states, end_decays, H, T, S, gkb, gkh, gkt, gvb, gvh, gvt,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
 ):
-    """What each segment but the first alone sends back through its first token: to the numerators, to z, and the decay."""
+    """What each segment but the first alone sends back through its first token, and how much of what comes after it."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1) + 1
-    chunks = tl.cdiv(T, C)
-    key += row // H * kb + row % H * kh
-    value += row // H * vb + row % H * vh
-    alpha += row * T
-    omega += row * T
-    states += row * chunks * 2 * D
-    weights += row * chunks
-    grad_key += row * T * D
-    grad_value += row * T * D
-    i = tl.arange(0, C)
+    grad, stride = _side(grad_key, grad_value, row, H, gkb, gkh, gkt, gvb, gvh, gvt)
+    kept += row * T
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    whole = tl.zeros((BLOCK,), tl.float32)
-    weight = 0.0
-    left = 1.0  # product of the decays before the chunk
+    left = 1.0  # product of what is kept up to the token
     chunk = segment * PER_SEGMENT
-    stop = tl.minimum((segment + 1) * PER_SEGMENT, chunks)
+    stop = tl.minimum((segment + 1) * PER_SEGMENT, tl.cdiv(T, C))
     while (chunk < stop) & (left > 0):
-        t = chunk * C + i
-        g1, g2, gv = _load_gradients(grad_key, grad_value, cos, sin, t, T, D, HALF, BLOCK)
-        _, _, through, inverse, _, _, on_merged = _chunk(
-            key, value, alpha, omega, states, weights, kt, vt, g1, g2, gv, chunk, T, D, HALF, BLOCK, C
-        )
-        share = left * through * inverse
-        one += weigh(share, g1)
-        two += weigh(share, g2)
-        whole += weigh(share, gv)
-        weight -= tl.sum(share * on_merged, 0)
-        left *= element_of(through, C - 1, C)
+        g1, g2 = load_tokens(grad, stride, chunk * C, T, C, D, HALF)
+        for i in tl.static_range(C):
+            t = chunk * C + i
+            left *= tl.load(kept + t, t < T, 1.0)
+            a1, a2 = rotated_back(g1[i], g2[i], cos, sin, t, T, tl.program_id(2) == 0, D, HALF)
+            one += left * a1
+            two += left * a2
         chunk += 1
     at = row * S + segment
-    store_state(end_states + at * 2 * D, one, two, whole, D, HALF, BLOCK)
-    tl.store(end_weights + tl.program_id(2) * tl.num_programs(0) * S + at, weight)
+    store_state(end_states + (at * 2 + tl.program_id(2)) * D, one, two, D, HALF)
     tl.store(end_decays + at, left)
 
 
 @triton.jit
 def _backward(
-    key, value, alpha, omega, cos, sin, states, weights, grad_key, grad_value, end_states, end_weights, end_decays,
-    d_key, d_value, d_alpha, d_omega, H, T, S, kb, kh, kt, vb, vh, vt,
-    D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    key, value, kept, new, cos, sin, states, grad_key, grad_value, end_states, end_decays, d_key, d_value, d_share,
+    H, T, S, kb, kh, kt, vb, vh, vt, gkb, gkh, gkt, gvb, gvh, gvt,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
 ):
-    """Gradients of the inputs, chunk by chunk from the segment's end."""
-    row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Gradients of keys or values, and of the share that each new token has, chunk by chunk from the segment's end."""
+    row, segment, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    x, stride = _side(key, value, row, H, kb, kh, kt, vb, vh, vt)
+    grad, grad_stride = _side(grad_key, grad_value, row, H, gkb, gkh, gkt, gvb, gvh, gvt)
+    d_x, d_stride = _side(d_key, d_value, row, 1, T * D, 0, D, T * D, 0, D)
+    kept, new = kept + row * T, new + row * T
+    d_share += (part * tl.num_programs(0) + row) * T
     chunks = tl.cdiv(T, C)
-    key += row // H * kb + row % H * kh
-    value += row // H * vb + row % H * vh
-    alpha += row * T
-    omega += row * T
-    states += row * chunks * 2 * D
-    weights += row * chunks
-    grad_key += row * T * D
-    grad_value += row * T * D
-    d_key += row * T * D
-    d_value += row * T * D
-    part = (tl.program_id(2) * tl.num_programs(0) + row) * T
-    i = tl.arange(0, C)
-    one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    whole = tl.zeros((BLOCK,), tl.float32)
-    weight = 0.0
+    one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)  # what later tokens send back
     left = 1.0
     after = segment + 1
     while (after < S) & (left > 0):
         at = row * S + after
-        e1, e2, ev = load_state(end_states + at * 2 * D, D, HALF, BLOCK)
+        e1, e2 = load_state(end_states + (at * 2 + part) * D, D, HALF)
         one += left * e1
         two += left * e2
-        whole += left * ev
-        weight += left * tl.load(end_weights + tl.program_id(2) * tl.num_programs(0) * S + at)
         left *= tl.load(end_decays + at)
         after += 1
     last = tl.minimum((segment + 1) * PER_SEGMENT, chunks) - 1
     for back in range(0, last - segment * PER_SEGMENT + 1):
-        chunk = last - back
-        t = chunk * C + i
-        g1, g2, gv = _load_gradients(grad_key, grad_value, cos, sin, t, T, D, HALF, BLOCK)
-        products, shares, through, inverse, on_inputs, on_state, on_merged = _chunk(
-            key, value, alpha, omega, states, weights, kt, vt, g1, g2, gv, chunk, T, D, HALF, BLOCK, C
-        )
-        w = tl.load(omega + t, t < T, 0.0)
-        tail = row_of(products, C - 1, C)  # decay from each token to the chunk's end
-        mix, rest = tl.trans(shares * inverse[:, None]), tail * w
-        x1, x2 = load_halves(key, kt, t, T, D, HALF)
-        xv = load_whole(value, vt, t, T, D, BLOCK)
-        d1 = mix_wide_tile(mix, g1, x1) + rest[:, None] * one[None, :]
-        d2 = mix_wide_tile(mix, g2, x2) + rest[:, None] * two[None, :]
-        store_halves(d_key, D, t, T, d1, d2, D, HALF)
-        store_whole(d_value, D, t, T, mix_tile(mix, gv) + rest[:, None] * whole[None, :], D, BLOCK)
-
-        # Gradients of omega_t and alpha_t: how far x_t and the state before t lie from each later state, along its
-        # gradient. Differences first, so that nothing cancels where nothing merges.
-        reach = products * inverse[:, None]
-        after_x = along(x1, one) + along(x2, two) + along(xv, whole) + weight
-        to_omega = tl.sum(reach * (on_inputs - on_merged[:, None]), 0) + tail * after_x
-        tl.store(d_omega + part + t, to_omega, t < T)
-
-        previous = tl.load(alpha + t - 1, (i > 0) & (t - 1 < T), 1.0)
-        through_before = tl.cumprod(previous, 0)
-        shares = decay_products_before(previous, C) * w[None, :]
-        z = tl.sum(shares, 1) + through_before * tl.load(weights + chunk)  # before each token
-        scaled = tl.where(z > 0, 1.0, 0.0) / tl.where(z > 0, z, 1.0)
-        mix, rest = shares * scaled[:, None], through_before * scaled
-        n1, n2, nv = load_state(states + chunk * 2 * D, D, HALF, BLOCK)
-        after_state = tl.sum(n1 * one, 0) + tl.sum(n2 * two, 0) + tl.sum(nv * whole, 0)
-        after_before = tl.sum(mix * (after_x - weight)[None, :], 1) + rest * after_state + weight
-        on_before = tl.dot(on_inputs, tl.trans(mix), input_precision="tf32x3") + on_state[:, None] * rest[None, :]
-        to_alpha = z * (tl.sum(reach * (on_before - on_merged[:, None]), 0) + tail * after_before)
-        tl.store(d_alpha + part + t, to_alpha, t < T)
-
-        share, left = through * inverse, element_of(through, C - 1, C)
-        weight = left * weight - tl.sum(share * on_merged, 0)
-        one = left * one + weigh(share, g1)
-        two = left * two + weigh(share, g2)
-        whole = left * whole + weigh(share, gv)
+        first = (last - back) * C
+        x1, x2 = load_tokens(x, stride, first, T, C, D, HALF)
+        g1, g2 = load_tokens(grad, grad_stride, first, T, C, D, HALF)
+        y1, y2 = load_state(states + ((row * chunks + last - back) * 2 + part) * D, D, HALF)
+        s1, s2 = (y1,), (y2,)  # the state before each token
+        for i in tl.static_range(C - 1):
+            t = first + i
+            old, share = tl.load(kept + t, t < T, 1.0), tl.load(new + t, t < T, 0.0)
+            y1 = old * y1 + share * x1[i]
+            y2 = old * y2 + share * x2[i]
+            s1, s2 = s1 + (y1,), s2 + (y2,)
+        for j in tl.static_range(C - 1, -1, -1):
+            t = first + j
+            a1, a2 = rotated_back(g1[j], g2[j], cos, sin, t, T, part == 0, D, HALF)
+            one += a1
+            two += a2
+            tl.store(d_share + t, tl.sum(one * (x1[j] - s1[j]) + two * (x2[j] - s2[j]), 0), t < T)
+            share, old = tl.load(new + t, t < T, 0.0), tl.load(kept + t, t < T, 1.0)
+            store_token(d_x, d_stride, t, T, share * one, share * two, D, HALF)
+            one *= old
+            two *= old

@@ -1,82 +1,164 @@
 """Decode over GEAR pages with the rotated backbone: trellis-coded, read in registers, never rotated back by entry.
 
-A tile is one page. The level of a code depends on its own bits and on the lowest bits of the two codes before it; all
-three are unpacked from the page, the level comes from a table of a few hundred bytes. Queries are rotated beforehand
-(``q·k = qR·kR``), sums of values come out rotated, and `dmc.kernels.decode_triton.decode` rotates them back at the end.
+The level of a code depends on its own bits and on the lowest bits of the two codes before it (docs/kernels.md). Codes are
+read as words of four, whose places in the table of levels are computed together in a few instructions; the table, of at
+most 2 KiB, stays in the cache nearest to the cores. Queries are rotated beforehand (``q·k = qR·kR``), sums of values
+come out rotated, and `dmc.kernels.decode_triton.decode` rotates them back at the end.
+
+A vector of D codes is one stretch or two of different widths; features are held by their place in a word, in four tiles whose
+columns are words, those of two stretches taking turns.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from dmc.kernels.decode_triton import attend_piece, find_row
-from dmc.kernels.gear_triton import packed, plane
+from dmc.kernels.decode_triton import attend_piece, store_piece
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 NONE, FALL = tl.constexpr(NO_SCALE), tl.constexpr(-1 / SCALE_STEPS)
 
 
-def launch(grid: tuple[int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
+def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
     """Fills the pieces of `dmc.kernels.decode_triton.decode` for ``paged.kind == "trellis"``."""
-    fields, pages = paged.encoded, paged.gear
-    bytes_of = {x.stride(0) * x.element_size() for x in fields.values()}
-    if len(bytes_of) > 1 or pages.page & (pages.page - 1) or pages.page < 16:
-        raise ValueError(
-            f"the kernel takes trellis pages of one pool with a power of two of at least 16 entries, not {pages.page} "
-            f"entries and strides {sorted(bytes_of)}; choose kernels=sdpa"
-        )
-    query, stride, sides = arguments["query"], bytes_of.pop(), {}
+    fields, pages, sides = paged.encoded, paged.gear, {}
+    stride = _check(fields, pages)
     for part, upper in (("k", "K"), ("v", "V")):
         (count, bits), *rest = pages.stretches(part)
         sides |= {
             f"{upper}_FIRST": count, f"{upper}_BITS": bits, f"{upper}_REST": rest[0][1] if rest else 0,
-            f"{upper}_MEAN": f"{part}_mean" in fields,
+            f"{part}_codes": fields[f"{part}_codes"].view(torch.int32),
             f"{part}_levels": pages.levels[bits], f"{part}_rest": pages.levels[rest[0][1]] if rest else pages.levels[bits],
         }
-        for name in ("codes", "scale", "top", "mean", "unit"):
-            sides[f"{part}_{name}"] = fields.get(f"{part}_{name}", fields[f"{part}_top"])
-    rotated = (query.float() @ pages.rotation).to(query.dtype).contiguous()
+        sides |= {f"{part}_{name}": fields[f"{part}_{name}"] for name in ("scale", "top")}
+    sides |= {f"k_{name}": fields.get(f"k_{name}", fields["k_top"]) for name in ("mean", "unit")}
+    counts = [count for part in "kv" for count, _ in pages.stretches(part)]
+    pairs = [len(pages.stretches(part)) for part in "kv"]
+    words = max(16 // min(pairs), triton.next_power_of_2(max(counts) // 4))  # 16 columns at least make a product
+    rotated = (arguments["query"].float() @ pages.rotation).to(arguments["query"].dtype).contiguous()
     _trellis_pieces[grid](
-        **arguments, rotated=rotated, **sides, page8=stride, page16=stride // 2, PAGE=pages.page, **constants | {"num_warps": 8},
+        **arguments, rotated=rotated, **sides, K_MEAN="k_mean" in fields, page8=stride, page16=stride // 2, page32=stride // 4, PAGE=pages.page, WORDS=words,
+        K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1],
+        **constants | {"GROUPS": max(16, constants["GROUPS"]), "num_stages": 1},
     )
 
 
-@triton.jit
-def _lowest(codes, n, d, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, mask):
-    """The lowest bit of the codes at ``d``; 0 where d is negative."""
-    LOW: tl.constexpr = 4 if BITS > 4 and BITS < 8 else (2 if BITS == 3 else BITS)
-    bit = plane(codes, n * FIRST + d, PAGE * FIRST, LOW, mask & (d >= 0) & (d < FIRST))
-    if REST > 0:
-        BYTES: tl.constexpr = _bytes(PAGE * FIRST, BITS)
-        LOW_REST: tl.constexpr = 4 if REST > 4 and REST < 8 else (2 if REST == 3 else REST)
-        bit += plane(codes + BYTES, n * (D - FIRST) + d - FIRST, PAGE * (D - FIRST), LOW_REST, mask & (d >= FIRST))
-    return bit & 1
+def _check(fields: dict[str, torch.Tensor], pages) -> int:  # noqa: ANN001
+    """Bytes from page to page.
+
+    Raises:
+        ValueError: if the kernel cannot read such pages.
+    """
+    bytes_of = {x.stride(0) * x.element_size() for x in fields.values()}
+    counts = [count for part in "kv" for count, _ in pages.stretches(part)]
+    places = [fields[f"{part}_codes"].storage_offset() % 4 for part in "kv"]
+    if "v_mean" in fields:
+        raise ValueError("the kernel takes trellis pages with a mean of the keys alone, not of the values; choose kernels=sdpa")
+    if len(bytes_of) > 1 or pages.page & (pages.page - 1) or pages.page < 16 or any(x % 4 for x in (*bytes_of, *counts, *places)):
+        raise ValueError(
+            f"the kernel takes trellis pages of one pool with a power of two of at least 16 entries, and codes in whole "
+            f"words, not {pages.page} entries, strides {sorted(bytes_of)} and stretches of {counts} codes; choose kernels=sdpa"
+        )
+    return bytes_of.pop()
 
 
 @triton.constexpr_function
-def _bytes(count, bits):
-    """Bytes that ``count`` codes take: every plane is rounded up."""
-    return sum((count * width + 7) // 8 for width in PLANES[bits])
+def _words(count, bits):
+    """Words that ``count`` codes take: every plane is rounded up to a byte."""
+    return sum((count * width + 7) // 8 for width in PLANES[bits]) // 4
+
+
+@triton.constexpr_function
+def _widths(bits):
+    return PLANES[bits]
 
 
 @triton.jit
-def _levels(
-    codes, levels, levels_rest, n, d, mask, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr,
-    D: tl.constexpr,
+def _plane(codes, n, w, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
+    """Bits of one plane, four codes a word, each in a byte of its own: int32, of the shape of ``n`` and ``w`` together."""
+    ROWS: tl.constexpr = PAGE * WIDTH // 8  # entries that share a bit's place
+    MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1) if WIDTH < 8 else -1
+    word = tl.load(codes + (n % ROWS) * (COUNT // 4) + w, mask, 0)
+    return (word >> (n // ROWS * WIDTH)) & MASK
+
+
+@triton.jit
+def _lowest(codes, n, w, mask, COUNT: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr):
+    """The path: the lowest bit of each code."""
+    return _plane(codes, n, w, mask, COUNT, _widths(BITS)[0], PAGE) & 0x01010101
+
+
+@triton.jit
+def _places(
+    codes, n, w, before, COUNT: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """The levels of a page, fp32 ``[PAGE, BLOCK]``; 0 outside of the mask."""
-    n, d = n[:, None], d[None, :]
-    once = _lowest(codes, n, d - 1, FIRST, BITS, REST, PAGE, D, mask)
-    twice = _lowest(codes, n, d - 2, FIRST, BITS, REST, PAGE, D, mask)
-    here = mask & (d < FIRST)
-    code = packed(codes, n * FIRST + d, PAGE * FIRST, BITS, here)
-    level = tl.load(levels + 2 * ((code & 1) ^ twice) + once + 2 * (code - (code & 1)), here, 0.0)
+    """Places in the table of levels, four a word ``[PAGE, WORDS]``: (all bits, or all but the lowest at 8 bits; that one).
+
+    ``before [PAGE]``: the path's word before the stretch.
+    """
+    n, w = n[:, None], w[None, :]
+    mask = (w < COUNT // 4) & (n >= 0)
+    WIDTHS: tl.constexpr = _widths(BITS)
+    code = _plane(codes, n, w, mask, COUNT, WIDTHS[0], PAGE)
+    path = code & 0x01010101
+    if len(WIDTHS) > 1:
+        start: tl.constexpr = PAGE * COUNT * WIDTHS[0] // 32
+        code |= _plane(codes + start, n, w, mask, COUNT, WIDTHS[1], PAGE) << WIDTHS[0]
+    if len(WIDTHS) > 2:
+        start2: tl.constexpr = PAGE * COUNT * (WIDTHS[0] + WIDTHS[1]) // 32
+        code |= _plane(codes + start2, n, w, mask, COUNT, WIDTHS[2], PAGE) << (WIDTHS[0] + WIDTHS[1])
+    earlier = _lowest(codes, n, w - 1, mask & (w > 0), COUNT, BITS, PAGE)
+    earlier = tl.where(w > 0, earlier, before[:, None])
+    once = (path << 8) | (earlier >> 24)
+    twice = (path << 16) | (earlier >> 16)
+    high = code ^ twice  # the cell, and path xor twice below it
+    if BITS == 8:
+        return high, once
+    else:
+        return (high << 1) | once, once
+
+
+@triton.jit
+def _level(table, places, once, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Levels of the j-th codes of words."""
+    place = (places >> (8 * j)) & 255
+    if BITS == 8:
+        place = 2 * place + ((once >> (8 * j)) & 1)
+    # Nothing is known of the places; said so along the words, the compiler gives the loads the words' own layout, where it
+    # would send every address through shared memory otherwise. Without a multiple it loads one by one, as it must.
+    return tl.load(table + tl.max_contiguous(place, (1, 2))).to(dtype)
+
+
+@triton.jit
+def _page(
+    codes, table, more_table, n, w, dtype: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr,
+    PAGE: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr,
+):
+    """A page's levels by their place in a word, four ``[PAGE, WORDS]``, or ``[PAGE, 2 WORDS]`` where two stretches take turns."""
+    a, a_once = _places(codes, n, w, tl.zeros((PAGE,), tl.int32), FIRST, BITS, PAGE)
+    found = ()
     if REST > 0:
-        there = mask & (d >= FIRST)
-        code = packed(codes + _bytes(PAGE * FIRST, BITS), n * (D - FIRST) + d - FIRST, PAGE * (D - FIRST), REST, there)
-        level += tl.load(levels_rest + 2 * ((code & 1) ^ twice) + once + 2 * (code - (code & 1)), there, 0.0)
-    return level
+        more = codes + _words(PAGE * FIRST, BITS)
+        b, b_once = _places(more, n, w, _lowest(codes, n, FIRST // 4 - 1, n >= 0, FIRST, BITS, PAGE), D - FIRST, REST, PAGE)
+        for j in tl.static_range(4):
+            both = tl.join(_level(table, a, a_once, j, BITS, dtype), _level(more_table, b, b_once, j, REST, dtype))
+            found = found + (tl.reshape(both, (PAGE, 2 * WORDS)),)
+    else:
+        for j in tl.static_range(4):
+            found = found + (_level(table, a, a_once, j, BITS, dtype),)
+    return found
+
+
+@triton.jit
+def _features(x, FIRST: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
+    """Which feature the first codes of words are, in the order of `_page`'s columns ``x``, and whether it is one."""
+    if REST > 0:
+        w, second = x // 2, x % 2
+        return second * FIRST + 4 * w, 4 * w < tl.where(second > 0, D - FIRST, FIRST)
+    else:
+        return 4 * x, 4 * x < D
 
 
 @triton.jit
@@ -88,66 +170,70 @@ def _scales(scale, top, n):
 
 @triton.jit
 def _trellis_pieces(
-    query, rotated, index, ends, encoded_pieces, encoded, exact, encoded_table, open_table, open_keys, open_values, sums,
-    parts, scale, R, et, ot, okp, ovp,
-    k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_rest, v_codes, v_scale, v_top, v_mean, v_unit, v_levels, v_rest,
-    page8, page16, PAGE: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    query, rotated, index, encoded, exact, first_exact, encoded_table, open_table, open_keys, open_values, sums, parts,
+    scale, et, ot, okp, ovp,
+    k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_rest, v_codes, v_scale, v_top, v_levels, v_rest,
+    page8, page16, page32, PAGE: tl.constexpr, WORDS: tl.constexpr, K_COLUMNS: tl.constexpr,
+    V_COLUMNS: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr,
+    TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
-    V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, V_MEAN: tl.constexpr,
+    V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr,
 ):
     """As `dmc.kernels.decode_triton._pieces`, for trellis pages; their pieces leave rotated values."""
-    g = tl.arange(0, GROUPS)
-    d = tl.arange(0, BLOCK)
-    n = tl.arange(0, PAGE)
-    mask = (n < PAGE)[:, None] & (d < D)[None, :]
-    for item in range(tl.program_id(0), tl.load(ends + R - 1), tl.num_programs(0)):
-        row = find_row(ends, item, R)
-        piece = item - tl.load(ends + row - 1, row > 0, 0)
-        table_row = tl.load(index + row).to(tl.int64)
-        inside = (g < G)[:, None] & (d < D)[None, :]
-        coded = tl.load(encoded_pieces + row)
-        top = tl.full((GROUPS,), float("-inf"), tl.float32)
-        total = tl.zeros((GROUPS,), tl.float32)
-        acc = tl.zeros((GROUPS, BLOCK), tl.float32)
-        if piece < coded:
-            q = tl.load(rotated + (row * G + g)[:, None] * D + d[None, :], inside, 0.0)
-            for column in range(piece * (PIECE // PAGE), tl.minimum((piece + 1) * (PIECE // PAGE), tl.load(encoded + row))):
-                page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
-                at8, at16 = page * page8, page * page16
-                k = _levels(k_codes + at8, k_levels, k_rest, n, d, mask, K_FIRST, K_BITS, K_REST, PAGE, D)
-                if GROUPS == 1:
-                    s = tl.sum(q.to(tl.float32) * k, 1)[None, :]
-                else:
-                    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-                s *= _scales(k_scale + at8, k_top + at16, n)[None, :]
-                if K_MEAN:
-                    mean = tl.load(k_mean + at8 + d, d < D, 0).to(tl.float32) * tl.load(k_unit + at16).to(tl.float32)
-                    s += tl.sum(q.to(tl.float32) * mean[None, :], 1)[:, None]
-                s *= scale
-                new_top = tl.maximum(top, tl.max(s, 1))
-                p = tl.exp2(s - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.sum(p, 1)
-                acc *= shrink[:, None]
-                if V_MEAN:
-                    mean = tl.load(v_mean + at8 + d, d < D, 0).to(tl.float32) * tl.load(v_unit + at16).to(tl.float32)
-                    acc += tl.sum(p, 1)[:, None] * mean[None, :]
-                p *= _scales(v_scale + at8, v_top + at16, n)[None, :]
-                v = _levels(v_codes + at8, v_levels, v_rest, n, d, mask, V_FIRST, V_BITS, V_REST, PAGE, D)
-                if GROUPS == 1:
-                    acc += tl.sum(tl.trans(p) * v, 0)[None, :]
-                else:
-                    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
-                top = new_top
-        else:
-            q = tl.load(query + (row * G + g)[:, None] * D + d[None, :], inside, 0.0)
+    row, piece = tl.program_id(0), tl.program_id(1)
+    table_row = tl.load(index + row).to(tl.int64)
+    if piece >= first_exact:
+        start, length = (piece - first_exact) * PIECE, tl.load(exact + table_row)
+        if start < length:
             top, total, acc = attend_piece(
-                q, open_table + table_row * ot, open_keys, open_values, k_top, v_top, okp, ovp, 0, 0,
-                (piece - coded) * PIECE, tl.load(exact + row), scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D,
-                BLOCK,
+                query, open_table + table_row * ot, open_keys, open_values, k_top, v_top, okp, ovp, 0, 0, start, length,
+                scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
             )
-        at = tl.full((), 0, tl.int64) + item
-        tl.store(sums + at * 2 * G + g, top, g < G)
-        tl.store(sums + at * 2 * G + G + g, total, g < G)
-        tl.store(parts + (at * G + g)[:, None] * D + d[None, :], acc, (g < G)[:, None] & (d < D)[None, :])
+            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+        return
+    first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
+    if first >= last:
+        return
+    g, n, w = tl.arange(0, GROUPS), tl.arange(0, PAGE), tl.arange(0, WORDS)
+    dtype: tl.constexpr = rotated.dtype.element_ty
+    feature, there = _features(tl.arange(0, K_COLUMNS), K_FIRST, K_REST, D)
+    at, mask = rotated + (row * G + g)[:, None] * D + feature[None, :], (g < G)[:, None] & there[None, :]
+    q = tl.load(at, mask, 0.0), tl.load(at + 1, mask, 0.0), tl.load(at + 2, mask, 0.0), tl.load(at + 3, mask, 0.0)
+    blank = tl.zeros((GROUPS, V_COLUMNS), tl.float32)
+    acc0, acc1, acc2, acc3 = blank, blank, blank, blank
+    top = tl.full((GROUPS,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUPS,), tl.float32)
+    d = tl.arange(0, BLOCK)
+    whole = tl.load(rotated + (row * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
+    for column in range(first, tl.minimum(first + PIECE // PAGE, last)):
+        page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
+        at8, at16, at32 = page * page8, page * page16, page * page32
+        levels = _page(k_codes + at32, k_levels, k_rest, n, w, dtype, K_FIRST, K_BITS, K_REST, PAGE, WORDS, D)
+        s = tl.zeros((GROUPS, PAGE), tl.float32)
+        for j in tl.static_range(4):
+            s = tl.dot(q[j], tl.trans(levels[j]), s, input_precision=PRECISION)
+        s *= _scales(k_scale + at8, k_top + at16, n)[None, :]
+        if K_MEAN:
+            mean = tl.load(k_mean + at8 + d, d < D, 0).to(tl.float32) * tl.load(k_unit + at16).to(tl.float32)
+            s += tl.sum(whole * mean[None, :], 1)[:, None]
+        s *= scale
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        p = (p * _scales(v_scale + at8, v_top + at16, n)[None, :]).to(dtype)
+        levels = _page(v_codes + at32, v_levels, v_rest, n, w, dtype, V_FIRST, V_BITS, V_REST, PAGE, WORDS, D)
+        acc0 = tl.dot(p, levels[0], acc0 * shrink[:, None], input_precision=PRECISION)
+        acc1 = tl.dot(p, levels[1], acc1 * shrink[:, None], input_precision=PRECISION)
+        acc2 = tl.dot(p, levels[2], acc2 * shrink[:, None], input_precision=PRECISION)
+        acc3 = tl.dot(p, levels[3], acc3 * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    item = row.to(tl.int64) * tl.num_programs(1) + piece
+    tl.store(sums + item * 2 * G + g, top, g < G)
+    tl.store(sums + item * 2 * G + G + g, total, g < G)
+    feature, there = _features(tl.arange(0, V_COLUMNS), V_FIRST, V_REST, D)
+    to, mask = parts + (item * G + g)[:, None] * D + feature[None, :], (g < G)[:, None] & there[None, :]
+    tl.store(to, acc0, mask)
+    tl.store(to + 1, acc1, mask)
+    tl.store(to + 2, acc2, mask)
+    tl.store(to + 3, acc3, mask)

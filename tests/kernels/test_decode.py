@@ -6,6 +6,7 @@ import torch
 from dmc.cache.codecs import trellis
 from dmc.cache.codecs.gear import BACKBONES, GearCodec
 from dmc.cache.codecs.rotated import rotation
+from dmc.cache.pages import Layout
 from dmc.kernels.decode import KINDS, Gear, Paged, Trellis, decode_attention, decode_reference
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
@@ -111,16 +112,12 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     codec = GearCodec(**settings)
     keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3) * scaled_by
     blocks = codec.encode(keys, values)
-    order = sorted(blocks.tensors, key=lambda name: -blocks.tensors[name].element_size())
-    flat = torch.cat([blocks.tensors[name].reshape(6, -1).view(torch.uint8) for name in order], dim=1)
-    memory = torch.full((8, -(-flat.shape[1] // 16) * 16), 255, dtype=torch.uint8)
-    memory[0], memory[1:7, : flat.shape[1]] = 0, flat  # page 0 is the pool's null page
-    memory, fields, offset = memory.to(DEVICE), {}, 0
-    for name in order:
-        x = blocks.tensors[name]
-        width = x[0].numel() * x.element_size()
-        fields[name] = memory[:, offset : offset + width].view(x.dtype).unflatten(-1, x.shape[1:])
-        offset += width
+    where = Layout({name: (x.dtype, tuple(x.shape[1:])) for name, x in blocks.tensors.items()})
+    memory = torch.full((8, where.nbytes), 255, dtype=torch.uint8)
+    memory[0] = 0  # the pool's null page
+    for name, view in where.views(memory).items():
+        view[1:7] = blocks.tensors[name]
+    fields = where.views(memory.to(DEVICE))
     layout = trellis_layout(codec, page, size) if settings["backbone"] == "rotated" else min_max_layout(page, size, settings)
     tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1, 2], [3, 0], [4, 0]])
     counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
