@@ -18,7 +18,9 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-          torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv"}
+          torch.int64: "*i64", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
+          torch.float8_e4m3fn: "*fp8e4nv"}
+KINDS_OF = {"int8": torch.int8, "fp8": torch.uint8}  # of an encoded page's numbers
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -162,19 +164,59 @@ def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
     prefill(zeros(rows, groups, tokens, size), keys, keys, places, own, own, positions, size**-0.5)
 
 
+def growing(size, dtype, *, page=64, per_open=17, rows=64):
+    """Rows that tokens are appended to, in one byte pool."""
+    from dmc.kernels.append import Growing
+
+    memory, int32 = torch.zeros(2, 1 << 15, dtype=torch.uint8), dict(dtype=torch.int32)
+    half = per_open * size * dtype.itemsize
+    opened = {part: memory[:, n * half : (n + 1) * half].view(dtype).unflatten(1, (-1, size)) for n, part in enumerate("kv")}
+    count, open_table = torch.zeros(rows, **int32), torch.zeros(rows, 5, **int32)
+    return Growing(
+        4, 0, page, torch.zeros(rows, 2 * size), torch.zeros(rows), count, count, open_table, open_table, memory, opened,
+        torch.zeros(1, dtype=torch.int64), torch.zeros(1, **int32), torch.zeros(2, **int32), torch.zeros(1, **int32),
+    )
+
+
+def appending(size, dtype, *, rows=64):
+    """The launch of one token a row."""
+    from dmc.kernels.append_triton import append
+
+    x, alpha, table = torch.zeros(rows, size, dtype=dtype), torch.zeros(rows), torch.zeros(64, size)
+    append(growing(size, dtype, rows=rows), torch.arange(rows), x, x, alpha, alpha, torch.arange(8), (table, table))
+
+
+def encoding(size, dtype, kind, *, page=64, rows=64):
+    """The launches that encode the pages of full rows."""
+    from dmc.kernels.encode import KINDS, Encoding
+    from dmc.kernels.encode_triton import encode
+
+    state, fields = growing(size, dtype, page=page, rows=rows), {}
+    for name in KINDS[kind]:
+        kind_of, width = (torch.bfloat16, 1) if "scale" in name else (KINDS_OF.get(kind, dtype), size)
+        x = state.memory[:, : page * width * kind_of.itemsize].view(kind_of)
+        fields[name] = x if width == 1 else x.unflatten(1, (page, size))
+    encode(state, torch.arange(rows), Encoding(kind, fields, None))
+
+
 def main():
-    """``python -m tests.kernels.sm90 [train|serve] SIZE ...``: a line for each kernel."""
+    """``python -m tests.kernels.sm90 [train|serve|grow] SIZE ...``: a line for each kernel."""
     import sys
 
     parts, sizes = [x for x in sys.argv[1:] if not x.isdigit()], [int(x) for x in sys.argv[1:] if x.isdigit()]
     with Recorder() as recorder:
         for size in sizes or [64, 80, 96, 128]:
-            if "serve" not in parts:
+            if not parts or "train" in parts:
                 training(size, torch.bfloat16)
-            for kind, groups in (("dense", 1), ("dense", 4), ("int8", 1), ("fp8", 4)) if "train" not in parts else ():
+            if not parts or "grow" in parts:
+                appending(size, torch.bfloat16)
+                for kind in ("dense", "int8", "fp8"):
+                    encoding(size, torch.bfloat16, kind)
+            serving = not parts or "serve" in parts
+            for kind, groups in (("dense", 1), ("dense", 4), ("int8", 1), ("fp8", 4)) if serving else ():
                 decoding(size, torch.bfloat16, kind, groups=groups)
                 decoding(size, torch.bfloat16, kind, groups=groups, rows=1)
-            if "train" not in parts:
+            if serving:
                 prefilling(size, torch.bfloat16)
                 for bits, groups in ((4, 1), (4, 4), (3, 1)):
                     decoding_gear(size, torch.bfloat16, bits=bits, groups=groups)

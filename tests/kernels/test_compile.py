@@ -12,10 +12,11 @@ pytest.importorskip("triton")
 TRAINING = {"_segment_ends", "_forward", "_segment_starts", "_backward", "_rotate", "_delta", "_backward_keys",
             "_backward_queries"}
 SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_together", "_prefill"}
+GROWING = {"_append", "_take", "_plain", "_settle"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "expected"), [("train", TRAINING), ("serve", SERVING)])
+@pytest.mark.parametrize(("part", "expected"), [("train", TRAINING), ("serve", SERVING), ("grow", GROWING)])
 @pytest.mark.parametrize("size", [64, 80, 128])
 def test_kernels_compile_for_sm90(part, expected, size):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,0 +1,220 @@
+"""Full pages are encoded on the device: bit for bit as the codecs do it, and over many steps as the cache itself does."""
+
+import pytest
+import torch
+
+from dmc.kernels.append import NO_COLUMN, NO_PAGE, append_tokens
+from dmc.kernels.encode import Encoding, encode_pages
+from tests.kernels.conftest import DEVICE
+from tests.kernels.growing import (
+    HEADS,
+    LAYERS,
+    append,
+    back,
+    cache,
+    content,
+    encoding,
+    fill,
+    growing,
+    load,
+    own_states,
+    rope,
+    same,
+    step,
+    tokens,
+)
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poison")
+PLAIN = ["dense", "int8", "fp8"]
+BACKENDS = ("triton", "reference")
+
+
+def equal_blocks(ours, theirs):
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, x in ours.tensors.items():
+        assert torch.equal(x, theirs.tensors[name]), f"{name} of {(x != theirs.tensors[name]).sum()} of {x.numel()} differ"
+
+
+def entries(rows, count, size):
+    """Entries of every magnitude, some of them 0, some with two values that fall between codes."""
+    g = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, rows, count, size, generator=g)
+    scale = 10.0 ** torch.randint(-30, 30, (rows, count, 1), generator=g)
+    keys, values = keys * scale, values.half().float()
+    keys[:, ::5], values[:, 1::7] = 0.0, 0.0
+    values[:, ::3, 0], values[:, ::3, 1:] = 127.0, (values[:, ::3, 1:] * 8).round() / 2  # int8 of scale 1: ties
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # fp8 of scale 1: ties
+    between = (numbers[1:] + numbers[:-1])[torch.randint(126, values[:, ::4, 1:].shape, generator=g)] / 2
+    values[:, ::4, 0], values[:, ::4, 1:] = 448.0, between * torch.randn(between.shape, generator=g).sign()
+    return keys, values
+
+
+@pytest.mark.parametrize("exact", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_bit_for_bit_as_the_codec(kind, exact):
+    """Rows in every state, full ones among them; several open pages to a row, a window that moves over its old place."""
+    check_bits(kind, exact, 10)
+
+
+def check_bits(kind, exact, size, page=7):
+    counts = [22 + page, 0, 21 + page, 22 + page, 22 + page, 1, 20 + page, 22 + page, 22 + page]
+    both = [cache(kind, size=size, page_size=page, sink_tokens=3, window=19, exact_dtype=exact, slots=3) for _ in range(2)]
+    keys, values = entries(len(counts), 22 + page, size)
+    keys = keys.clamp(-6e4, 6e4) if exact == "fp16" else keys
+    for held, backend in zip(both, BACKENDS, strict=True):
+        fill(held, counts, keys, values)
+        state = growing(held)
+        encode_pages(state, torch.tensor([8, 0, 1, -1, 2, 3, 5, 6, 7], device=DEVICE), encoding(held), backend=backend)
+        assert not state.failed.any() and state.exact[:9].tolist() == [22, 0, 21 + page, 22, 22 + page, 1, 20 + page, 22, 22]
+        encode_pages(state, torch.tensor([4], device=DEVICE), encoding(held), backend=backend)
+        back(held, state)
+    (ours, ours_pages), (theirs, theirs_pages) = map(content, both)
+    same(ours, theirs, bits=True)
+    equal_blocks(ours_pages, theirs_pages)
+    assert all(len(x) == 5 for x in ours_pages.tensors.values())
+
+
+SHAPES = [
+    ("dense", "fp16", dict(page_size=4, sink_tokens=2, window=1)), ("int8", "fp32", dict(page_size=1, sink_tokens=0, window=0)),
+    ("fp8", "bf16", dict(page_size=3, sink_tokens=0, window=2)), ("dense", "bf16", dict(page_size=4, sink_tokens=0, window=0)),
+]
+NAMED = pytest.mark.parametrize(("kind", "exact", "shape"), SHAPES, ids=["-".join(shape[:2]) for shape in SHAPES])
+
+
+@NAMED
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_steps_as_the_cache_itself(kind, exact, shape, backend):
+    """Prompts of unequal lengths, then tokens at random decisions: after each step the two caches hold the same."""
+    check_steps(kind, exact, shape, backend, steps=5 if backend == "triton" else 24)
+
+
+@pytest.mark.slow
+@NAMED
+def test_many_more_steps(kind, exact, shape):
+    check_steps(kind, exact, shape, "triton", steps=40, size=8, lengths=(3, 1, 40))
+
+
+def check_steps(kind, exact, shape, backend, *, steps, size=6, lengths=(1, 18), compare=same):
+    turn, both = rope(size), [cache(kind, size=size, exact_dtype=exact, **shape, columns=128, pages=2000) for _ in range(2)]
+    texts = [tokens(length + steps, size, seed, merging=0.3) for seed, length in enumerate(lengths)]
+    for held in both:
+        slots = [load(held, text, length, turn) for text, length in zip(texts, lengths, strict=True)]
+    ours, theirs = both
+    state, how = growing(ours), encoding(ours)
+    for more in range(steps):
+        places = [length + more for length in lengths]
+        parts = [
+            [torch.stack([text[layer][part][place] for text, place in zip(texts, places, strict=True)]) for part in range(4)]
+            for layer in range(LAYERS)
+        ]
+        step(theirs, slots, places, parts, turn)
+        for layer, part in enumerate(parts):
+            got = append(state, ours, layer, slots, places, part, turn, backend=backend)
+            encode_pages(state, ours.rows.index(layer, torch.tensor(slots, device=DEVICE)), how, backend=backend)
+            for own, want in zip(got, own_states(theirs, layer, slots, places, turn), strict=True):
+                torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
+        back(ours, state)
+        found, expected = content(ours), content(theirs)
+        compare(found[0], expected[0])
+        decoded = [held.rows.packings[0].codec.decode(pages) for held, (_, pages) in zip(both, (found, expected), strict=True)]
+        for x, y in zip(*decoded, strict=True):
+            assert (x.float() - y.float()).norm() <= 0.01 * y.float().norm()
+    assert theirs.rows.closed.max() > 2 and ours.rows.pool.used == theirs.rows.pool.used and not state.failed.any()
+    for slot in slots:
+        ours.close(slot)
+    assert ours.rows.pool.used == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_page_or_a_column_rows_stay_full(backend):
+    """And are encoded by the next call once there is room."""
+    held = cache("int8", page_size=4, sink_tokens=2, window=1, columns=4)
+    keys, values = entries(9, 7, 8)
+    fill(held, [7] * 9, keys, values)
+    state, how, index = growing(held), encoding(held), torch.arange(9, device=DEVICE)
+    state.free.fill_(2)
+    before = held.rows.exact_entries(index)[0].clone()
+    encode_pages(state, index, how, backend=backend)
+    done = state.closed[:9] == 1
+    assert done.sum() == 2 and int(state.failed) == NO_PAGE and (state.exact[:9][~done] == 7).all()
+    assert torch.equal(held.rows.exact_entries(index[~done])[0], before[~done])
+    given = 2 * held.rows.open_pages(7) - 2 * held.rows.open_pages(3)
+    assert int(state.free) == given and (state.closed_table[:9] > 0).sum() == 2 and not state.memory[0].any()
+    state.failed.zero_()
+    state.free.add_(100)
+    state.closed[0] = 4  # as many as the table has columns
+    state.exact[0] = 7
+    encode_pages(state, index, how, backend=backend)
+    assert int(state.failed) == NO_COLUMN and state.exact[0] == 7 and state.closed[:9].tolist() == [4] + [1] * 8
+    assert (state.closed_table[:9, 0] > 0).all() or not done[0]
+
+
+def test_unknown_pages_are_refused():
+    with pytest.raises(ValueError, match="no kernel encodes pages of kind 'kivi'; known: dense, int8, fp8"):
+        Encoding("kivi", {}, lambda keys, values: {})
+    with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
+        Encoding("int8", {}, lambda keys, values: {})
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_no_full_row_changes_nothing(kind):
+    held = cache(kind)
+    keys, values = entries(9, 6, 8)
+    fill(held, [0, 1, 2, 3, 4, 5, 6, 6, 0], keys, values)
+    state = growing(held)
+    before = held.rows.pool.memory.clone()
+    encode_pages(state, torch.arange(9, device=DEVICE), encoding(held), backend="triton")
+    back(held, state)
+    assert torch.equal(held.rows.pool.memory, before) and not state.closed.any() and HEADS == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("page", [16, 64, 256])
+@pytest.mark.parametrize("exact", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_bit_for_bit_on_a_gpu(kind, exact, page, size):
+    check_bits(kind, exact, size, page)
+
+
+@pytest.mark.gpu
+@NAMED
+def test_many_steps_on_a_gpu(kind, exact, shape):
+    check_steps(kind, exact, shape, "triton", steps=60, size=64, lengths=(1, 18, 33))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PLAIN)
+def test_capture_in_a_cuda_graph(kind):
+    """Append and encode captured once, replayed token after token: the same pages and counts as the cache's own."""
+    shape = dict(size=64, exact_dtype="bf16", page_size=8, sink_tokens=2, window=3, columns=64)
+    turn, both, text = rope(64), [cache(kind, **shape) for _ in range(2)], tokens(70, 64, 0, merging=0.3)
+    for held in both:
+        slot = load(held, text, 5, turn)
+    ours, theirs = both
+    state, how, tables = growing(ours), encoding(ours), turn(torch.arange(128, device=DEVICE))
+    index, place = ours.rows.index(0, torch.tensor([slot], device=DEVICE)), torch.tensor([5], device=DEVICE)
+    token = [x[5].clone() for x in text[0]]
+
+    def run(index):
+        append_tokens(state, index, *token, place, tables, backend="triton")
+        encode_pages(state, index, how, backend="triton")
+
+    run(torch.full_like(index, -1))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(index)
+    for at in range(5, 70):
+        step(theirs, [slot], [at], [[part[at : at + 1] for part in layer] for layer in text], turn)
+        for x, part in zip(token, text[0], strict=True):
+            x.copy_(part[at])
+        place.fill_(at)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(ours.rows.closed[index], theirs.rows.closed[index]) and not state.failed.any()
+    assert torch.equal(ours.rows.exact[index], theirs.rows.exact[index]) and ours.rows.closed[index].min() > 2
+    packing = ours.rows.packings[0]
+    sides = [packing.codec.decode(held.rows.blocks(held.rows.closed_pages(index)[0], packing)) for held in both]
+    for x, y in zip(*sides, strict=True):
+        assert (x.float() - y.float()).norm() <= 0.01 * y.float().norm()
