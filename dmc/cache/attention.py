@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmc.cache import gathered
+from dmc.cache import gathered, onpages
 from dmc.cache.gathered import Plan, plans
 from dmc.cache.policies import Policy
 from dmc.cache.rows import Rows
+from dmc.kernels.decode import decode_attention
+from dmc.kernels.prefill import prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in a core's cache
@@ -50,6 +52,7 @@ class Seen:
         own_keys, own_values: ``[H, T, D]``.
         queries: int64 ``[T]``, positions.
         merged: whether an own state can be anything else than the entry that it becomes.
+        rising: whether the places of a head's entries rise; heads of unequal length are filled up after each chunk.
         marks: fp32 ``[H, N]``, what `Policy.mark` said of each entry; None without.
     """
 
@@ -60,6 +63,7 @@ class Seen:
     own_values: Tensor
     queries: Tensor
     merged: bool
+    rising: bool = True
     marks: Tensor | None = None
 
 
@@ -72,7 +76,11 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
     """
     heads, tokens = seen.own_keys.shape[:2]
     query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
-    if policy.watches is None and not policy.evicts and not seen.merged:
+    plain, causal = policy.watches is None and not policy.evicts, not seen.merged and seen.keys.shape[1] == tokens - 1
+    if plain and not causal and seen.keys.shape[1] and onpages.runs(query):
+        own = seen.own_keys, seen.own_values, seen.queries.int()
+        return prefill_attention(query, *_rising(seen), *own).flatten(0, 1), None
+    if plain and not seen.merged:
         return _unmerged(query, seen).flatten(0, 1), None
     query = query * query.shape[-1] ** -0.5
     out = torch.empty_like(query)
@@ -99,6 +107,15 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
     return out.flatten(0, 1), None if policy.watches is None else tuple(gathered.split(split, dim=-1))
 
 
+def _rising(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and places of the entries, in the order of their places."""
+    if seen.rising:
+        return seen.keys, seen.values, seen.places
+    places, order = seen.places.sort(dim=-1)
+    order = order[..., None].expand_as(seen.keys)
+    return seen.keys.gather(1, order), seen.values.gather(1, order), places
+
+
 def _unmerged(query: Tensor, seen: Seen) -> Tensor:
     """Where nothing merges, each own state but the last is an entry already, and PyTorch's fused attention will do."""
     keys = torch.cat([seen.keys, seen.own_keys[:, -1:]], dim=1)
@@ -118,8 +135,9 @@ def row_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
-    Rows of about one length are gathered and attended to whole, a few at a time. Where entries carry marks, pages are
-    attended to page by page and their parts summed by row. Either way a row costs what it holds.
+    On a GPU one kernel reads every page where it lies (`dmc.cache.onpages`), if it knows the codec. Elsewhere rows of about
+    one length are gathered and attended to whole, a few at a time. Where weights are watched or pages have holes, they are
+    attended to page by page and their parts summed by row. In every case a row costs what it holds.
 
     Args:
         rows: the cache.
@@ -132,6 +150,10 @@ def row_attention(
     Returns:
         ``(out [R, G, D], own [R])``: own is the tail's weight, summed over G; None without ``watch``.
     """
+    if watch is None and onpages.reads(rows, rows.packing(index)):
+        own, work = (own_key, own_value), rows.shape.dtype
+        out = decode_attention(query.to(work), *(x.to(work) for x in own), index, onpages.paged(rows, rows.packing(index)))
+        return out.to(query.dtype), None
     query = query * query.shape[-1] ** -0.5
     if watch is None and not rows.storage.holes:
         plan = plans(rows, index[None])[0] if plan is None else plan

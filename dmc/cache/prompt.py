@@ -100,7 +100,8 @@ class Prompt:
         if past is not None:
             entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
         marks = self._scores(past, mark, None, closes, counts)[0] if self.policy.marks else None
-        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, marks)
+        rising = past is None or not self.policy.merges
+        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising, marks)
         turned = rotate(query.transpose(0, 1).to(states.mean.dtype), tuple(part[lead:] for part in table)).to(dtype)
         out, gathered = prompt_attention(turned, seen, self.policy)
         scores, tail_score = self._scores(past, mark, gathered, closes, counts)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dmc.cache import onpages
 from dmc.cache.attention import row_attention
 from dmc.cache.evict import entries, evict
 from dmc.cache.gathered import Plan, plans
@@ -92,7 +93,7 @@ class Step:
         if rows.storage.scored:
             marks["score"] = rows.tail_score[index]
         rows.append(index, keys, values, marks)
-        if not rows.storage.holes:
+        if not rows.storage.holes and not onpages.reads(rows, rows.packing(index)):
             for number, plan in zip(numbers, plans(rows, self.index[numbers]), strict=True):
                 self.plans[number] = plan
 

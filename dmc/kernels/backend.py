@@ -68,7 +68,7 @@ def choose(x: Tensor, backend: str | None = None) -> str:
     Raises:
         ValueError: if Triton or flash-attn was asked for by name and cannot run on ``x``, or the name is unknown.
     """
-    name = check_backend(backend or _default or os.environ.get("DMC_KERNELS") or "auto")
+    name = check_backend(backend or chosen_name())
     if name == "flash" and (lacking := _flash_refusal(x.device.type, x.dtype)) is not None:
         raise ValueError(f"flash-attn was asked for, but {lacking}; choose auto or sdpa")
     if name not in ("auto", "triton"):
@@ -80,6 +80,11 @@ def choose(x: Tensor, backend: str | None = None) -> str:
         raise ValueError(f"Triton kernels were asked for, but {reason}; choose auto or sdpa")
     _say(f"attention runs in PyTorch (sdpa): {reason}")
     return "sdpa"
+
+
+def chosen_name() -> str:
+    """The setting where a call names none: one of `BACKENDS`, "auto" included."""
+    return _default or os.environ.get("DMC_KERNELS") or "auto"
 
 
 def interpreted() -> bool:

@@ -8,12 +8,12 @@ two shares that add up to 1 and are exactly 0 and 1 where a token opens an entry
 gradient: ``A_t = g_t + kept_{t+1} A_{t+1}`` reaches the state, ``new_t A_t`` the token, and ``<A_t, x_t - y_{t-1}>`` its share,
 from which alpha and omega follow by one more recurrence, of single numbers. Nothing cancels where nothing merges.
 
-The sequence is cut into segments. A program walks one segment of one head's keys or values token by token and carries the
-state in registers; tokens are loaded a chunk of C at a time, so that many bytes are on their way. What it starts from comes from a first,
-small kernel that sums up each segment from the side that matters and stops where the product of the shares has become 0,
-which after a few closed entries it is: so of most of a segment little is read twice, and a head that merges everything
-is read twice and stays exact. Going backward the states of a chunk are walked again from the one before it, which the forward
-pass kept.
+The sequence is cut into segments. A program walks one segment of one head's keys or values token by token and carries
+the state in registers; tokens are loaded a chunk of C at a time, so that many bytes are on their way. What it starts from
+comes from a first, small kernel that sums up each segment from the side that matters and stops where the product of the
+shares has become 0, which after a few closed entries it is: so of most of a segment little is read twice, and a head that
+merges everything is read twice and stays exact. Going backward the states of a chunk are walked again from the one before
+it, which the forward pass kept.
 
 Letters beside those of `dmc.functional`: C tokens of a chunk, S segments, R = B * H rows.
 """

@@ -39,8 +39,8 @@ def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> No
     words = max(16 // min(pairs), triton.next_power_of_2(max(counts) // 4))  # 16 columns at least make a product
     rotated = (arguments["query"].float() @ pages.rotation).to(arguments["query"].dtype).contiguous()
     _trellis_pieces[grid](
-        **arguments, rotated=rotated, **sides, K_MEAN="k_mean" in fields, page8=stride, page16=stride // 2, page32=stride // 4, PAGE=pages.page, WORDS=words,
-        K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1],
+        **arguments, rotated=rotated, **sides, K_MEAN="k_mean" in fields, page8=stride, page16=stride // 2, page32=stride // 4,
+        PAGE=pages.page, WORDS=words, K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1],
         **constants | {"GROUPS": max(16, constants["GROUPS"]), "num_stages": 1},
     )
 

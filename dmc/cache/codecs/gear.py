@@ -101,6 +101,11 @@ class GearCodec(Codec):
                 )
             }
 
+    @property
+    def parts(self) -> tuple[Rotated | Quantiser, Rotated | Quantiser]:
+        """Backbones of keys and of values."""
+        return self._parts["k"], self._parts["v"]
+
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """See `Codec.encode`; arithmetic in fp32."""
         tensors = {}

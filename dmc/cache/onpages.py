@@ -1,0 +1,89 @@
+"""The rows of a layer as the attention kernels read them where they lie (`dmc.kernels`), on a device that runs Triton."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dmc.cache.codecs import Codec, GearCodec, trellis
+from dmc.cache.codecs.dense import DenseCodec
+from dmc.cache.codecs.fp8 import Fp8Codec
+from dmc.cache.codecs.int8 import Int8Codec
+from dmc.cache.codecs.kivi import KiviCodec
+from dmc.cache.codecs.quantise import Quantiser
+from dmc.cache.codecs.rotated import Rotated, TrellisCoder, rotation
+from dmc.cache.packing import Packing
+from dmc.cache.rows import Rows
+from dmc.kernels.backend import choose, chosen_name
+from dmc.kernels.decode import Gear, Paged, Trellis
+
+_PLAIN = {DenseCodec: "dense", Int8Codec: "int8", Fp8Codec: "fp8"}
+
+
+def runs(like: Tensor) -> bool:
+    """Whether the serving kernels are to be used on tensors like this: on a GPU that can, or where Triton is asked for.
+
+    Raises:
+        ValueError: if Triton is asked for by name and cannot run.
+    """
+    if like.device.type != "cuda" and chosen_name() != "triton":
+        return False
+    return like.dtype != torch.float64 and choose(like) == "triton"
+
+
+def paged(rows: Rows, packing: Packing) -> Paged | None:
+    """Tables and pages of all rows, for layers of one packing; None where the kernels do not read such pages.
+
+    Valid until the pool grows or a table is widened.
+    """
+    known = _layout(packing.codec, packing.page_size, rows.shape.head_size, rows.z.device)
+    if known is None or rows.storage.holes:
+        return None
+    kind, layout = known
+    encoded = {name: view for name, view in rows.pool.views(packing.layout).items() if name in packing.fields}
+    opened = {part: rows.pool.views(rows.open_layout)[part] for part in "kv"}
+    return Paged(kind, encoded, opened, rows.closed_table, rows.open_table, rows.closed, rows.exact, layout)
+
+
+def reads(rows: Rows, packing: Packing) -> bool:
+    """Whether the decode kernels run on the rows of a layer."""
+    like = torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device)
+    if rows.storage.holes or not runs(like):
+        return False
+    return _layout(packing.codec, packing.page_size, rows.shape.head_size, like.device) is not None
+
+
+@lru_cache(maxsize=64)
+def _layout(codec: Codec, page: int, size: int, device: torch.device) -> tuple[str, Gear | Trellis | None] | None:
+    """The kind of a codec's pages and how they are laid out, as `dmc.kernels.decode` names them; None: no kernel reads them."""
+    if type(codec) in _PLAIN:
+        return _PLAIN[type(codec)], None
+    if page < 16 or page & (page - 1):
+        return None
+    if isinstance(codec, KiviCodec):
+        return "gear", Gear(codec.bits, page, size, True, False, codec.group)
+    if not isinstance(codec, GearCodec):
+        return None
+    key, value = codec.parts
+    if isinstance(key, Rotated):
+        return _trellis(codec, page, size, device)
+    return _min_max(key, value, page, size)
+
+
+def _min_max(key: Quantiser, value: Quantiser, page: int, size: int) -> tuple[str, Gear] | None:
+    alike = key.bits == value.bits and key.group == value.group and {key.scale_dtype, value.scale_dtype} == {torch.bfloat16}
+    if not alike or key.bits not in (2, 3, 4, 8) or page > 256:  # places of outliers are bytes
+        return None
+    return "gear", Gear(key.bits, page, size, key.axis == "channel", value.axis == "channel", key.group)
+
+
+def _trellis(codec: GearCodec, page: int, size: int, device: torch.device) -> tuple[str, Trellis] | None:
+    key, value = codec.parts
+    trellises = all(isinstance(one.coder, TrellisCoder) and one.rotation == "hadamard" and one.seed == 0 for one in (key, value))
+    sides = [tuple(trellis.stretches(one.rate, size)) for one in (key, value)]
+    if not trellises or codec.rank or codec.outliers or value.mean or any(count % 4 for side in sides for count, _ in side):
+        return None
+    levels = {bits: trellis.levels(bits).to(device) for side in sides for _, bits in side}
+    return "trellis", Trellis(page, size, *sides, levels, rotation(size, torch.zeros(1)).to(device))
