@@ -5,8 +5,8 @@
     python scripts/bench_decode.py --device cpu --small  # a trial of the script itself: the numbers mean nothing
 
 kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run;
-CR 1 dense, then CR 4 with dense, int8, fp8 and GEAR pages (4 bit, keys by channel, values by token, 2 % outliers,
-rank 1) whose rows differ in length as those of a retrofit do.
+CR 1 dense, then CR 4 with dense, int8, fp8 and GEAR pages whose rows differ in length as those of a retrofit do. "gear" is
+the paper's recipe (4 bit, keys by channel, values by token, 2 % outliers, rank 1), "gear-4bit" the preset of that name.
 model: one decode step (all matmuls and attention of every layer, random weights, on CUDA replayed as a graph; no
 sampling, no scheduler) at the largest batch whose pages fit beside the weights. Entries are random, pages scattered.
 Writes decode.json, decode.md and decode.png to --out.
@@ -26,11 +26,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
+from dmc.cache import codec  # noqa: E402
+from dmc.cache.codecs import Codec  # noqa: E402
+from dmc.cache.onpages import page_layout  # noqa: E402
+from dmc.cache.pages import Layout  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
 from dmc.kernels.decode import Gear, Paged, decode_attention  # noqa: E402
 
 COLUMNS = ["section", "what", "batch", "ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
-CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("gear", 4))
+CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("gear-4bit", 4), ("gear", 4))
 PER_OPEN = 16  # exact entries a page
 
 
@@ -131,6 +135,8 @@ def pages(
     At CR 1 every row holds the context; else rows hold between a fifth and twice the mean, as heads of retrofits do.
     """
     work, size, page = _dtype(device), args.hidden // args.heads, args.page_size
+    preset = codec(kind) if kind == "gear-4bit" else None
+    page = page if preset is None else max(preset.page_size, page) if device.type == "cuda" else page
     rows, mean = layers * batch * args.kv_heads, args.context / cr
     g = torch.Generator().manual_seed(0)
     entries = torch.full((rows,), mean)
@@ -149,7 +155,13 @@ def pages(
     number = [int((table > 0).sum()) + 1 for table in tables]
     opened = {part: torch.zeros(number[1], PER_OPEN, size, device=device, dtype=work) for part in "kv"}
     layout = Gear(4, page, size, key_channel=True, value_channel=False, group=64) if kind == "gear" else None
-    encoded = gear_fields(number[0], layout, device) if layout else plain_fields(number[0], page, size, kind, work, device)
+    if preset is not None:
+        kind, layout = page_layout(preset, page, size, device)
+        encoded = preset_fields(number[0], preset, page, size, device)
+    elif kind == "gear":
+        encoded = gear_fields(number[0], layout, device)
+    else:
+        encoded = plain_fields(number[0], page, size, kind, work, device)
     per_entry = sum(x[0].numel() * x.element_size() for x in encoded.values()) / page
     nbytes = int(counts.sum()) * page * per_entry + int(exact.sum()) * 2 * size * work.itemsize
     nbytes += 4 * sum(int((table > 0).sum()) for table in tables)
@@ -166,6 +178,19 @@ def plain_fields(count: int, page: int, size: int, kind: str, work: torch.dtype,
         fields[name.format(part)] = codes.normal_() if kind == "dense" else codes.random_(0, 64)
         if kind != "dense":
             fields[f"{part}_scale"] = torch.full((count, page), 0.01, device=device, dtype=torch.bfloat16)
+    return fields
+
+
+def preset_fields(count: int, preset: Codec, page: int, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Random pages of a preset, laid out as the cache does: codes and scales, everything else 0.01."""
+    layout = Layout(preset.layout(page, size, torch.bfloat16))
+    memory = torch.empty(count, layout.nbytes, dtype=torch.uint8, device=device).random_(0, 256)
+    fields = layout.views(memory)
+    for name, field in fields.items():
+        if field.dtype == torch.bfloat16:
+            field.fill_(0.01)
+        elif name.endswith("scale"):
+            field.random_(0, 64)
     return fields
 
 

@@ -38,7 +38,7 @@ def paged(rows: Rows, packing: Packing) -> Paged | None:
 
     Valid until the pool grows or a table is widened.
     """
-    known = _layout(packing.codec, packing.page_size, rows.shape.head_size, rows.z.device)
+    known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, rows.z.device)
     if known is None or rows.storage.holes:
         return None
     kind, layout = known
@@ -52,11 +52,11 @@ def reads(rows: Rows, packing: Packing) -> bool:
     like = torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device)
     if rows.storage.holes or not runs(like):
         return False
-    return _layout(packing.codec, packing.page_size, rows.shape.head_size, like.device) is not None
+    return page_layout(packing.codec, packing.page_size, rows.shape.head_size, like.device) is not None
 
 
 @lru_cache(maxsize=64)
-def _layout(codec: Codec, page: int, size: int, device: torch.device) -> tuple[str, Gear | Trellis | None] | None:
+def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tuple[str, Gear | Trellis | None] | None:
     """The kind of a codec's pages and how they are laid out, as `dmc.kernels.decode` names them; None: no kernel reads them."""
     if type(codec) in _PLAIN:
         return _PLAIN[type(codec)], None

@@ -40,6 +40,7 @@ from dmc.kernels.tiles_triton import (
 
 CHUNK = 16
 _SEGMENT = 128  # tokens that one program walks; fewer where that would leave the device idle
+_SIZES = ("H", "T", "S", "CHUNKS")  # one kernel for all of them
 _BUSY = 2112  # programs that keep the largest device busy: sixteen on each of 132 multiprocessors
 
 
@@ -106,10 +107,10 @@ class _Launch:
         while per_segment > 1 and self.rows * 2 * triton.cdiv(self.chunks, per_segment) < _BUSY:
             per_segment //= 2
         self.segments = triton.cdiv(self.chunks, per_segment)
-        self.sizes = (heads, tokens, self.segments)
-        self.block = 64 if interpreted() else min(1024, max(16, triton.next_power_of_2(tokens)))
+        self.sizes = (heads, tokens, self.segments, per_segment)
+        self.block = 64 if interpreted() else 1024
         self.constants = dict(
-            D=size, HALF=max(1, triton.next_power_of_2(size // 2)), C=CHUNK, PER_SEGMENT=per_segment, num_warps=1
+            D=size, HALF=max(1, triton.next_power_of_2(size // 2)), C=CHUNK, num_warps=1
         )
 
     def grid(self, segments: int) -> tuple[int, int, int]:
@@ -143,7 +144,7 @@ def _side(key, value, row, H, kb, kh, kt, vb, vh, vt):
 # ------------------------------------------------------------------------------------------- single numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _weights(alpha, omega, z, kept, new, T, BLOCK: tl.constexpr):
     """z and both shares of every token of a row: ``z_t = alpha_t z_{t-1} + omega_t``."""
     row = tl.program_id(0).to(tl.int64) * T
@@ -163,7 +164,7 @@ def _weights(alpha, omega, z, kept, new, T, BLOCK: tl.constexpr):
         carried = last_of(after, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "R"])
 def _decisions(alpha, z, kept, new, d_share, d_alpha, d_omega, R, T, BLOCK: tl.constexpr):
     """Gradients of alpha and omega from those of the new tokens' shares, ``d_share [2, R, T]``.
 
@@ -200,10 +201,10 @@ def _both_parts(d_share, t, R, T):
 # ------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _segment_ends(
-    key, value, kept, new, end_states, end_decays, H, T, S, kb, kh, kt, vb, vh, vt,
-    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    key, value, kept, new, end_states, end_decays, H, T, S, CHUNKS, kb, kh, kt, vb, vh, vt,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
 ):
     """What each segment alone leaves at its end, and how much of what came before."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -211,9 +212,9 @@ def _segment_ends(
     kept, new = kept + row * T, new + row * T
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
     left = 1.0  # product of what is kept after the token
-    chunk = PER_SEGMENT - 1
+    chunk = CHUNKS - 1
     while (chunk >= 0) & (left > 0):
-        first = (segment * PER_SEGMENT + chunk) * C
+        first = (segment * CHUNKS + chunk) * C
         x1, x2 = load_tokens(x, stride, first, T, C, D, HALF)
         for back in tl.static_range(C):
             t = first + C - 1 - back
@@ -227,10 +228,11 @@ def _segment_ends(
     tl.store(end_decays + at, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _forward(
-    key, value, kept, new, cos, sin, end_states, end_decays, out_key, out_value, states, H, T, S, kb, kh, kt, vb, vh, vt,
-    SAVE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    key, value, kept, new, cos, sin, end_states, end_decays, out_key, out_value, states, H, T, S, CHUNKS,
+    kb, kh, kt, vb, vh, vt,
+    SAVE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
 ):
     """Merged keys, rotated, or merged values, and, with SAVE, the state before each chunk."""
     row, segment, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -248,7 +250,7 @@ def _forward(
         two += left * e2
         left *= tl.load(end_decays + at)
         before -= 1
-    for chunk in range(segment * PER_SEGMENT, tl.minimum((segment + 1) * PER_SEGMENT, chunks)):
+    for chunk in range(segment * CHUNKS, tl.minimum((segment + 1) * CHUNKS, chunks)):
         if SAVE:
             store_state(states + ((row * chunks + chunk) * 2 + part) * D, one, two, D, HALF)
         first = chunk * C
@@ -265,10 +267,10 @@ def _forward(
 # ------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _segment_starts(
-    kept, cos, sin, grad_key, grad_value, end_states, end_decays, H, T, S, gkb, gkh, gkt, gvb, gvh, gvt,
-    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    kept, cos, sin, grad_key, grad_value, end_states, end_decays, H, T, S, CHUNKS, gkb, gkh, gkt, gvb, gvh, gvt,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
 ):
     """What each segment but the first alone sends back through its first token, and how much of what comes after it."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1) + 1
@@ -276,8 +278,8 @@ def _segment_starts(
     kept += row * T
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
     left = 1.0  # product of what is kept up to the token
-    chunk = segment * PER_SEGMENT
-    stop = tl.minimum((segment + 1) * PER_SEGMENT, tl.cdiv(T, C))
+    chunk = segment * CHUNKS
+    stop = tl.minimum((segment + 1) * CHUNKS, tl.cdiv(T, C))
     while (chunk < stop) & (left > 0):
         g1, g2 = load_tokens(grad, stride, chunk * C, T, C, D, HALF)
         for i in tl.static_range(C):
@@ -292,11 +294,11 @@ def _segment_starts(
     tl.store(end_decays + at, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _backward(
     key, value, kept, new, cos, sin, states, grad_key, grad_value, end_states, end_decays, d_key, d_value, d_share,
-    H, T, S, kb, kh, kt, vb, vh, vt, gkb, gkh, gkt, gvb, gvh, gvt,
-    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    H, T, S, CHUNKS, kb, kh, kt, vb, vh, vt, gkb, gkh, gkt, gvb, gvh, gvt,
+    D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
 ):
     """Gradients of keys or values, and of the share that each new token has, chunk by chunk from the segment's end."""
     row, segment, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -316,8 +318,8 @@ def _backward(
         two += left * e2
         left *= tl.load(end_decays + at)
         after += 1
-    last = tl.minimum((segment + 1) * PER_SEGMENT, chunks) - 1
-    for back in range(0, last - segment * PER_SEGMENT + 1):
+    last = tl.minimum((segment + 1) * CHUNKS, chunks) - 1
+    for back in range(0, last - segment * CHUNKS + 1):
         first = (last - back) * C
         x1, x2 = load_tokens(x, stride, first, T, C, D, HALF)
         g1, g2 = load_tokens(grad, grad_stride, first, T, C, D, HALF)
