@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,23 @@ KINDS = {
     "dense": ("k", "v"),
     "int8": ("k_codes", "k_scale", "v_codes", "v_scale"),
     "fp8": ("k_numbers", "k_scale", "v_numbers", "v_scale"),
+    "trellis": ("k_codes", "k_scale", "k_top", "v_codes", "v_scale", "v_top"),  # and mean, unit
 }
+
+
+class Trellis(Protocol):
+    """How trellis pages are laid out: what `dmc.kernels.decode.Trellis` says of it.
+
+    Attributes:
+        key, value: ``(values, bits)`` of each stretch of a vector, one or two that add up to D; a second has one bit less.
+        levels: by bits, fp32 ``[2 ** (bits + 1)]``, rising, what codes of so many bits stand for.
+        rotation: fp32 ``[D, D]``; what is coded is ``x @ rotation``.
+    """
+
+    key: tuple[tuple[int, int], ...]
+    value: tuple[tuple[int, int], ...]
+    levels: dict[int, Tensor]
+    rotation: Tensor
 
 
 @dataclass(frozen=True)
@@ -30,16 +47,21 @@ class Encoding:
     Attributes:
         kind: a name of `KINDS`.
         fields: of encoded pages, views of the pool with a leading page dimension, as in `dmc.kernels.decode.Paged`.
-        codec: exact keys and values ``[n, P, D]`` → the fields of n pages: what the twin calls and the kernels equal.
+        codec: exact keys and values ``[n, P, D]`` → the fields of n pages: what the twin calls and the kernels equal (of trellis
+            pages the error, not each code: see `dmc.kernels.encode_trellis_triton`).
+        trellis: layout of pages of kind "trellis", None for others.
     """
 
     kind: str
     fields: dict[str, Tensor]
     codec: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    trellis: Trellis | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.kind not in KINDS:
             raise ValueError(f"no kernel encodes pages of kind {self.kind!r}; known: {', '.join(KINDS)}")
+        if (self.trellis is None) == (self.kind == "trellis"):
+            raise ValueError(f"{self.kind} pages and trellis={self.trellis}: a layout goes with pages of kind trellis alone")
         missing = [name for name in KINDS[self.kind] if name not in self.fields]
         if missing:
             raise ValueError(f"{self.kind} pages have the fields {', '.join(KINDS[self.kind])}; missing: {', '.join(missing)}")

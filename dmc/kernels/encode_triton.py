@@ -8,7 +8,8 @@ in another, and no entry is overwritten that a program may still read.
 A program of the last two looks after several rows and goes from one full row to the next, since few are full at a time.
 
 Int8 and fp8 codes equal those of the codecs bit for bit: divisions are exact, roundings go to even, and numbers of fp8 are
-made by integer arithmetic, which devices without fp8 have as well.
+made by integer arithmetic, which devices without fp8 have as well. Trellis pages are those of
+`dmc.kernels.encode_trellis_triton`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dmc.kernels.backend import interpreted
 from dmc.kernels.encode import KINDS, Encoding
 
 _NO_PAGE, _NO_COLUMN = tl.constexpr(NO_PAGE), tl.constexpr(NO_COLUMN)
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off again it leaves a whole number, ties to even
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off again it leaves a whole number, ties to even
 _STORED = {"dense": 0, "int8": 1, "fp8": 2}
 _DENSE, _INT8 = tl.constexpr(0), tl.constexpr(1)
 
@@ -46,8 +47,13 @@ def encode(state: Growing, index: Tensor, encoding: Encoding) -> None:
     )
     each = 4 if few else 16
     grid = triton.cdiv(rows, each)
-    _plain[(grid, 2)](**table, **opened, **_fields(encoding), sinks=state.sinks, KIND=_STORED[encoding.kind],
-                      PAGE=state.page, TILE=16, ROWS=each, **block, num_warps=4)
+    if encoding.kind == "trellis":
+        from dmc.kernels.encode_trellis_triton import launch
+
+        launch(table, opened, state.sinks, state.page, size, encoding)
+    else:
+        _plain[(grid, 2)](**table, **opened, **_fields(encoding), sinks=state.sinks, KIND=_STORED[encoding.kind],
+                          PAGE=state.page, TILE=16, ROWS=each, **block, num_warps=4)
     spare = -(-(state.sinks + state.window) // state.per_open)
     _settle[(grid,)](
         **table, **opened, stack=state.stack, free=state.free, owners=state.owners, sinks=state.sinks, window=state.window,
@@ -160,7 +166,7 @@ def _plain_page(
             step = tl.where(step > 0, step, 1.0)
             x = tl.div_rn(x, tl.broadcast_to(step[:, None], (TILE, BLOCK)))
             if KIND == _INT8:
-                x = tl.minimum(tl.maximum((x + _ROUND) - _ROUND, -LARGEST), LARGEST)
+                x = tl.minimum(tl.maximum((x + ROUND) - ROUND, -LARGEST), LARGEST)
                 tl.store(into, x.to(tl.int8), mask)
             else:
                 tl.store(into, _e4m3(tl.minimum(tl.maximum(x, -LARGEST), LARGEST)), mask)
@@ -173,7 +179,7 @@ def _e4m3(x):
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # 3 bits of the fraction; the exponent's bias
-    small = ((tl.abs(x) * 512.0 + _ROUND) - _ROUND).to(tl.int32)  # in steps of 2**-9
+    small = ((tl.abs(x) * 512.0 + ROUND) - ROUND).to(tl.int32)  # in steps of 2**-9
     return (tl.where(tl.abs(x) < 0.015625, small, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 

@@ -3,9 +3,13 @@
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
+from dmc.cache.codecs import trellis
+from dmc.cache.codecs.gear import GearCodec
+from dmc.cache.codecs.rotated import rotation
 from dmc.cache.rows import ragged
 from dmc.functional import rotate
 from dmc.kernels.append import Growing, append_tokens
+from dmc.kernels.decode import Trellis
 from dmc.kernels.encode import Encoding
 from dmc.model import Rope
 from tests.kernels.conftest import DEVICE
@@ -126,7 +130,13 @@ def encoding(held):
     def encode(keys, values):
         return {name: x.to(DEVICE) for name, x in packing.codec.encode(keys.cpu(), values.cpu()).tensors.items()}
 
-    return Encoding(packing.codec.name, {name: views[name] for name in packing.fields}, encode)
+    fields = {name: views[name] for name in packing.fields}
+    if not isinstance(packing.codec, GearCodec):
+        return Encoding(packing.codec.name, fields, encode)
+    sides = [tuple(trellis.stretches(rate, held.shape.head_size)) for rate in (packing.codec.key_bits, packing.codec.value_bits)]
+    levels = {bits: trellis.levels(bits).to(DEVICE) for side in sides for _, bits in side}
+    turn = rotation(held.shape.head_size, torch.zeros(1)).to(DEVICE)
+    return Encoding("trellis", fields, encode, Trellis(packing.page_size, held.shape.head_size, *sides, levels, turn))
 
 
 def fill(held, counts, keys, values):

@@ -20,7 +20,6 @@ TARGET = GPUTarget("cuda", 90, 32)
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
           torch.int64: "*i64", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
           torch.float8_e4m3fn: "*fp8e4nv"}
-KINDS_OF = {"int8": torch.int8, "fp8": torch.uint8}  # of an encoded page's numbers
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -168,7 +167,7 @@ def growing(size, dtype, *, page=64, per_open=17, rows=64):
     """Rows that tokens are appended to, in one byte pool."""
     from dmc.kernels.append import Growing
 
-    memory, int32 = torch.zeros(2, 1 << 15, dtype=torch.uint8), dict(dtype=torch.int32)
+    memory, int32 = torch.zeros(2, 1 << 16, dtype=torch.uint8), dict(dtype=torch.int32)
     half = per_open * size * dtype.itemsize
     opened = {part: memory[:, n * half : (n + 1) * half].view(dtype).unflatten(1, (-1, size)) for n, part in enumerate("kv")}
     count, open_table = torch.zeros(rows, **int32), torch.zeros(rows, 5, **int32)
@@ -186,22 +185,29 @@ def appending(size, dtype, *, rows=64):
     append(growing(size, dtype, rows=rows), torch.arange(rows), x, x, alpha, alpha, torch.arange(8), (table, table))
 
 
-def encoding(size, dtype, kind, *, page=64, rows=64):
+def encoding(size, dtype, codec, *, page=64, rows=64):
     """The launches that encode the pages of full rows."""
-    from dmc.kernels.encode import KINDS, Encoding
+    from dmc.cache.codecs import trellis
+    from dmc.cache.codecs.gear import GearCodec
+    from dmc.cache.pages import Layout
+    from dmc.kernels.decode import Trellis
+    from dmc.kernels.encode import Encoding
     from dmc.kernels.encode_triton import encode
 
-    state, fields = growing(size, dtype, page=page, rows=rows), {}
-    for name in KINDS[kind]:
-        kind_of, width = (torch.bfloat16, 1) if "scale" in name else (KINDS_OF.get(kind, dtype), size)
-        x = state.memory[:, : page * width * kind_of.itemsize].view(kind_of)
-        fields[name] = x if width == 1 else x.unflatten(1, (page, size))
-    encode(state, torch.arange(rows), Encoding(kind, fields, None))
+    state, kind, layout = growing(size, dtype, page=page, rows=rows), codec.name, None
+    if isinstance(codec, GearCodec):
+        sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
+        levels = {bits: trellis.levels(bits) for side in sides for _, bits in side}
+        kind, layout = "trellis", Trellis(page, size, *sides, levels, torch.zeros(size, size))
+    fields = Layout(codec.layout(page, size, dtype)).views(state.memory)
+    encode(state, torch.arange(rows), Encoding(kind, fields, None, layout))
 
 
 def main():
     """``python -m tests.kernels.sm90 [train|serve|grow] SIZE ...``: a line for each kernel."""
     import sys
+
+    from dmc.cache import codec
 
     parts, sizes = [x for x in sys.argv[1:] if not x.isdigit()], [int(x) for x in sys.argv[1:] if x.isdigit()]
     with Recorder() as recorder:
@@ -210,8 +216,8 @@ def main():
                 training(size, torch.bfloat16)
             if not parts or "grow" in parts:
                 appending(size, torch.bfloat16)
-                for kind in ("dense", "int8", "fp8"):
-                    encoding(size, torch.bfloat16, kind)
+                for name, settings in (("dense", {}), ("int8", {}), ("fp8", {}), ("gear", {"bits": 4}), ("gear", {"bits": 3})):
+                    encoding(size, torch.bfloat16, codec(name, **settings))
             serving = not parts or "serve" in parts
             for kind, groups in (("dense", 1), ("dense", 4), ("int8", 1), ("fp8", 4)) if serving else ():
                 decoding(size, torch.bfloat16, kind, groups=groups)

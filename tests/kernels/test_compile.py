@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 TRAINING = {"_segment_ends", "_forward", "_segment_starts", "_backward", "_rotate", "_delta", "_backward_keys",
             "_backward_queries"}
 SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_together", "_prefill"}
-GROWING = {"_append", "_take", "_plain", "_settle"}
+GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 
 
 @pytest.mark.slow

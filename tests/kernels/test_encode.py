@@ -78,6 +78,7 @@ def check_bits(kind, exact, size, page=7):
 SHAPES = [
     ("dense", "fp16", dict(page_size=4, sink_tokens=2, window=1)), ("int8", "fp32", dict(page_size=1, sink_tokens=0, window=0)),
     ("fp8", "bf16", dict(page_size=3, sink_tokens=0, window=2)), ("dense", "bf16", dict(page_size=4, sink_tokens=0, window=0)),
+    ("gear", "bf16", dict(page_size=3, sink_tokens=1, window=1)),
 ]
 NAMED = pytest.mark.parametrize(("kind", "exact", "shape"), SHAPES, ids=["-".join(shape[:2]) for shape in SHAPES])
 
@@ -90,7 +91,7 @@ def test_many_steps_as_the_cache_itself(kind, exact, shape, backend):
 
 
 @pytest.mark.slow
-@NAMED
+@pytest.mark.parametrize(("kind", "exact", "shape"), SHAPES[:-1], ids=["-".join(shape[:2]) for shape in SHAPES[:-1]])
 def test_many_more_steps(kind, exact, shape):
     check_steps(kind, exact, shape, "triton", steps=40, size=8, lengths=(3, 1, 40))
 
@@ -150,11 +151,58 @@ def test_without_a_page_or_a_column_rows_stay_full(backend):
     assert (state.closed_table[:9, 0] > 0).all() or not done[0]
 
 
+RATES = [dict(bits=4), dict(bits=2), dict(bits=8), dict(key_bits=6.5, value_bits=1), dict(key_bits=3.25, value_bits=5)]
+RATED = pytest.mark.parametrize("settings", RATES, ids=lambda settings: "-".join(map(str, settings.values())))
+
+
+@RATED
+def test_trellis_pages_lose_no_more_than_the_codecs(settings):
+    """Every width of codes, one stretch and two; pages that are no power of two."""
+    check_errors(settings, 16, 13, "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "page"), [(64, 32), (80, 16), (96, 64), (128, 9)])
+def test_trellis_pages_of_usual_sizes(size, page):
+    check_errors({"bits": 3}, size, page, "fp32")
+
+
+def check_errors(settings, size, page, exact):
+    """Of each page of keys and values, the squared error of what the kernel wrote beside that of the codec's own."""
+    counts = [3 + page, 2 + page, 3 + page, 3 + page, 0, 3 + page]
+    held = cache("gear", size=size, page_size=page, sink_tokens=3, window=0, exact_dtype=exact, codec=settings)
+    g = torch.Generator().manual_seed(0)
+    scale = torch.rand(size, generator=g) * 4
+    keys, values = torch.randn(2, len(counts), 3 + page, size, generator=g)
+    keys = keys * scale + scale
+    keys[2], values[2] = keys[2] * 1e30, values[2] * 1e-30
+    keys[3], values[3] = 0.0, 0.0
+    keys[5, ::2], values[5, ::2], values[5, 1::4] = 0.0, 0.0, values[5, 1::4] * 1e-3
+    fill(held, counts, keys, values)
+    state, how = growing(held), encoding(held)
+    encode_pages(state, torch.arange(len(counts), device=DEVICE), how, backend="triton")
+    back(held, state)
+    index = torch.tensor([0, 2, 3, 5], device=DEVICE)
+    assert state.closed.sum() == 4 and (state.closed[index] == 1).all()
+    packing = held.rows.packings[0]
+    pages = held.rows.blocks(held.rows.closed_pages(index)[0], packing)
+    stored = [x[index.cpu(), 3:].to(held.rows.storage.exact_dtype) for x in (keys, values)]
+    wanted = packing.codec.encode(*stored)
+    for name, x in pages.tensors.items():
+        assert (x.cpu() == wanted.tensors[name]).float().mean() >= 0.95, name  # the others are decided by the last digits
+    for x, y, z in zip(packing.codec.decode(pages), packing.codec.decode(wanted), stored, strict=True):
+        x, y, z = x.double().cpu(), y.double(), z.double()
+        mine, codecs = ((some - z).square().sum((1, 2)) for some in (x, y))
+        assert torch.isfinite(x).all() and (mine <= 1.02 * codecs + 1e-12 * z.square().sum((1, 2))).all(), mine / codecs
+
+
 def test_unknown_pages_are_refused():
-    with pytest.raises(ValueError, match="no kernel encodes pages of kind 'kivi'; known: dense, int8, fp8"):
+    with pytest.raises(ValueError, match="no kernel encodes pages of kind 'kivi'; known: dense, int8, fp8, trellis"):
         Encoding("kivi", {}, lambda keys, values: {})
     with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
         Encoding("int8", {}, lambda keys, values: {})
+    with pytest.raises(ValueError, match="dense pages and trellis=1: a layout goes with pages of kind trellis alone"):
+        Encoding("dense", {}, lambda keys, values: {}, trellis=1)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -185,7 +233,15 @@ def test_many_steps_on_a_gpu(kind, exact, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", PLAIN)
+@RATED
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "page"), [(64, 64), (80, 16), (96, 32), (128, 64), (128, 256)])
+def test_trellis_pages_on_a_gpu(settings, size, page):
+    check_errors(settings, size, page, "bf16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*PLAIN, "gear"])
 def test_capture_in_a_cuda_graph(kind):
     """Append and encode captured once, replayed token after token: the same pages and counts as the cache's own."""
     shape = dict(size=64, exact_dtype="bf16", page_size=8, sink_tokens=2, window=3, columns=64)
