@@ -4,9 +4,10 @@
     python scripts/bench_layer.py --tokens 32768         # the same at 32K
     python scripts/bench_layer.py --device cpu --small   # a trial of the script itself: the numbers mean nothing
 
-A step is forward and backward of norm, projections, attention and MLP, gradients of all weights included, in bf16. DMC
-adds its decision head, the relaxed decisions with noise, the merge and the biased attention. The plain layer runs
-PyTorch's fastest causal attention. Writes layer.json, layer.md and layer.png to --out.
+A step is forward and backward of norm, projections, attention and MLP, gradients of all weights included, in bf16, of a few
+layers on top of each other (times and memory are those of one), so that the device is kept busy as in training. DMC adds
+its decision head, the relaxed decisions with noise, the merge and the biased attention. The plain layer runs PyTorch's
+fastest causal attention. Writes layer.json, layer.md and layer.png to --out.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=11008, help="of the MLP (default 11008)")
     parser.add_argument("--heads", type=int, default=32, help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=int, default=32, help="key/value heads (default 32)")
+    parser.add_argument("--layers", type=int, default=4, help="in a step (default 4)")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps at most (default 20)")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="directory of the results (default runs/bench)")
@@ -89,9 +91,10 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, backend: str | None, plain: dict | None) -> dict:
-    """One row: time and peak memory of a step."""
+    """One row: time of a step, and its peak memory over what is held before it, of each layer."""
     torch.manual_seed(0)
-    layer = Layer(args.hidden, args.inner, args.heads, args.kv_heads, backend).to(device, dtype)
+    shape = args.hidden, args.inner, args.heads, args.kv_heads, backend
+    layers = nn.ModuleList(Layer(*shape) for _ in range(args.layers)).to(device, dtype)
     x = torch.randn(1, args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
     size = args.hidden // args.heads
     angles = torch.outer(torch.arange(args.tokens, device=device), 1e4 ** (-torch.arange(0, size, 2, device=device) / size))
@@ -99,13 +102,18 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, 
     weight = torch.randn_like(x)
 
     def step() -> None:
-        torch.autograd.grad(layer(x, rope), [x, *layer.parameters()], weight)
+        out = x
+        for layer in layers:
+            out = layer(out, rope)
+        torch.autograd.grad(out, [x, *layers.parameters()], weight)
 
     found, peak = times(step, device, repeats=args.repeats), None
+    found |= {name: found[name] / args.layers for name in ("ms", "ms_low", "ms_high")}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        peak = torch.cuda.max_memory_allocated() / 1e6
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6 / args.layers
     row = {"what": f"DMC: {backend}" if backend else "plain", "tokens": args.tokens, **found, "peak MB": peak,
            "tokens/s": args.tokens / found["ms"] * 1e3}
     base = plain or row

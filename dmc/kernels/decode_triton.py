@@ -22,6 +22,7 @@ from dmc.kernels.decode import KINDS, Paged
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PIECE, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program
+LEAST_GROUPS = 1  # queries that are computed at least; 16 sends a single one through the matrix units too
 
 
 def decode(
@@ -43,7 +44,7 @@ def decode(
     where = dict(index=index, encoded=paged.encoded_count, exact=paged.exact_count, first_exact=encoded_pieces)
     constants = dict(
         **sizes, PER_OPEN=per_open, PIECE=piece, TILE=tile,
-        GROUPS=1 if groups == 1 else max(16, triton.next_power_of_2(groups)),
+        GROUPS=LEAST_GROUPS if groups == 1 else max(16, triton.next_power_of_2(groups)),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=2,
     )
     arguments = dict(

@@ -41,8 +41,8 @@ class LayerState:
 class DecisionCounts:
     """Entries kept per layer and key/value head, summed over the sequences of a step.
 
-    Holds ``[2, L, H]`` fp64: soft sums of ``1 - alpha`` and counts of hard appends. Each rank fills its own
-    layers, heads and sequences; `total` adds all ranks up with one all-reduce.
+    Holds ``[2, L, H]`` fp64, where the decisions are: soft sums of ``1 - alpha`` and counts of hard appends. Each rank fills
+    its own layers, heads and sequences; `total` adds all ranks up with one all-reduce. Until then nothing waits for the device.
     """
 
     def __init__(self, layers: int, heads: int) -> None:
@@ -50,9 +50,9 @@ class DecisionCounts:
 
     def add(self, layer: int, first_head: int, soft_keep: Tensor, hard_keep: Tensor) -> None:
         """Add ``[H_local]`` sums of one layer; the first of them belongs to global head ``first_head``."""
-        stop = first_head + len(soft_keep)
-        self.sums[0, layer, first_head:stop] += soft_keep.detach().double().cpu()
-        self.sums[1, layer, first_head:stop] += hard_keep.detach().double().cpu()
+        if self.sums.device != soft_keep.device:
+            self.sums = self.sums.to(soft_keep.device)
+        self.sums[:, layer, first_head : first_head + len(soft_keep)] += torch.stack([soft_keep, hard_keep]).detach().double()
 
     def total(self) -> Tensor:
         """``[2, L, H]`` sums over every rank; empties the counts."""
