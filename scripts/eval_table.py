@@ -1,22 +1,28 @@
 """Needle retrieval and a multiple-choice set of one model under several caches, as a table (docs/results/eval.md).
 
     python scripts/eval_table.py checkpoints/base --out runs/eval
+    python scripts/eval_table.py checkpoints/base --out runs/eval --models runs/cpu-long/cr4-hf runs/gqa1-hf
+    python scripts/eval_table.py SmolLM2-135M --out runs/eval --task-dir DIR --tasks arc_local,piqa_local
 
-Runs `dmc eval` once for each cache, all in this process, and writes each report and table.md into --out. The
-multiple-choice set is made from the standard library's held-out files: which line follows 40 lines of source, the real
-one or one of three others of the same file? It is written as a task of the lm-evaluation-harness.
+Runs `dmc eval` once for each cache, all in this process, and writes each report and table.md into --out. Models of
+--models (retrofits of the first, or the first after GQA up-training) come under their own policy. The multiple-choice
+set is made from the standard library's held-out files: which line follows 40 lines of source, the real one or one of
+three others of the same file? It is written as a task of the lm-evaluation-harness; --tasks names others instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
+import statistics
 import sys
 from pathlib import Path
 
 from data.stdlib import documents, split
 from dmc.cli import main as dmc
+from dmc.evaluation.grid import runnable
 
 CACHES = {
     "full, dense bf16": ["--policy", "full", "--exact-dtype", "bf16"],
@@ -26,6 +32,11 @@ CACHES = {
     "H2O 1/4, dense bf16": ["--policy", "h2o:share=0.25", "--exact-dtype", "bf16"],
     "TOVA 1/4, dense bf16": ["--policy", "tova:share=0.25", "--exact-dtype", "bf16"],
 }
+OF_OTHERS = {
+    "dense bf16": ["--exact-dtype", "bf16"],
+    "GEAR 4 bit": ["--codec", "gear", "--bits", "4"],
+}
+"""What each of --models gets, under the policy that it was trained for, or full."""
 TASK = {
     "task": "next_line", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "next_line.jsonl"}},
     "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
@@ -57,38 +68,63 @@ def write_choices(folder: Path, count: int) -> None:
     (folder / "next_line.yaml").write_text(json.dumps(TASK))  # JSON is YAML
 
 
+def runs(model: str, others: list[Path]) -> dict[str, list[str]]:
+    """Name of a row → model and flags of `dmc eval`.
+
+    Raises:
+        ValueError: if one of the others is no model.
+    """
+    rows = {name: [model, *flags] for name, flags in CACHES.items()}
+    for path in others:
+        able = runnable(path)
+        policy = "full" if "full" in able else able[0]
+        rows |= {
+            f"{path.name}, {policy}, {name}": [str(path), "--policy", policy, *flags] for name, flags in OF_OTHERS.items()
+        }
+    return rows
+
+
 def table(reports: dict[str, dict]) -> str:
-    """Markdown, a line a cache."""
+    """Markdown, a line a cache; ± is the standard error over needles and questions."""
+    tasks = list(next(iter(reports.values()))["tasks"]["tasks"])
     lines = [
-        "| cache | exact | choice | margin, nats | next line, acc | CR | held bytes a needle prompt | dense bf16 / held |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| cache | exact | choice | margin, nats | {' | '.join(f'{task}, acc' for task in tasks)} | CR | "
+        "held bytes a needle prompt | dense bf16 / held |",
+        "|---" * (7 + len(tasks)) + "|",
     ]
     for name, report in reports.items():
-        (needle,), (task,) = report["needle"]["kinds"].values(), report["tasks"]["tasks"].values()
+        (needle,), scored = report["needle"]["kinds"].values(), report["tasks"]["tasks"]
+        margins = [trial["margin"] for trial in report["needle"]["trials"]]
+        error = statistics.stdev(margins) / math.sqrt(len(margins)) if len(margins) > 1 else math.nan
+        accuracies = " | ".join(
+            f"{scored[task]['metrics']['acc']:.3f} ± {scored[task]['stderr']['acc']:.3f}" for task in tasks
+        )
         lines.append(
-            f"| {name} | {needle['exact']:.2f} | {needle['choice']:.2f} | {needle['margin']:+.2f} | "
-            f"{task['metrics']['acc']:.2f} | {needle['cr']:.2f} | {needle['held_bytes']:,.0f} | {needle['byte_ratio']:.2f} |"
+            f"| {name} | {needle['exact']:.2f} | {needle['choice']:.2f} | {needle['margin']:+.2f} ± {error:.2f} | "
+            f"{accuracies} | {needle['cr']:.2f} | {needle['held_bytes']:,.0f} | {needle['byte_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     """See the head of this file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--length", type=int, default=512, help="tokens of needle prompts (512)")
-    parser.add_argument("--trials", type=int, default=4, help="needles at each of three depths (4)")
-    parser.add_argument("--questions", type=int, default=48, help="of the multiple-choice set (48)")
-    options = parser.parse_args()
-    write_choices(options.out / "tasks", options.questions)
+    options = _options()
+    try:
+        rows = runs(options.model, options.models)
+    except ValueError as error:
+        print(f"eval_table: {error}", file=sys.stderr)
+        return 2
+    tasks, folder = options.tasks, options.task_dir
+    if not tasks:
+        tasks, folder = TASK["task"], options.out / "tasks"
+        write_choices(folder, options.questions)
     reports = {}
-    for number, (name, flags) in enumerate(CACHES.items()):
+    for number, (name, words) in enumerate(rows.items()):
         out = options.out / f"{number}.json"
         code = dmc([
-            "eval", options.model, *flags, "--needle", "--kinds", "passkey", "--lengths", str(options.length),
+            "eval", *words, "--needle", "--kinds", "passkey", "--lengths", str(options.length),
             "--depths", "10,50,90", "--trials", str(options.trials), "--choices", "6",
-            "--tasks", "next_line", "--task-dir", str(options.out / "tasks"),
+            "--tasks", tasks, "--task-dir", str(folder), *(["--limit", str(options.questions)] if options.tasks else []),
             "--json", str(out), "--plot", str(options.out / f"{number}.png"),
         ])
         if code:
@@ -97,6 +133,22 @@ def main() -> int:
         (options.out / "table.md").write_text(table(reports))
         print(f"--- {name}\n{table(reports)}", flush=True)
     return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=Path, nargs="+", default=[], help="others beside it, each under its own policy")
+    parser.add_argument("--length", type=int, default=512, help="tokens of needle prompts (512)")
+    parser.add_argument("--trials", type=int, default=4, help="needles at each of three depths (4)")
+    parser.add_argument("--questions", type=int, default=48, help="of the multiple-choice set, or of each of --tasks (48)")
+    parser.add_argument("--tasks", help="tasks of the harness, with commas between, instead of the set that is made here")
+    parser.add_argument("--task-dir", type=Path, help="where their files lie")
+    options = parser.parse_args()
+    if bool(options.tasks) != bool(options.task_dir):
+        parser.error("--tasks and --task-dir belong together: the names, and the folder with their files")
+    return options
 
 
 if __name__ == "__main__":
