@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dmc.evaluation.report import family, frontier, measured, point
 
-_MARKERS = "osD^vP*Xph<>d"
+_MARKERS = "osD^vPXp*h<>d"
 _LEAST = 1e-5  # KL below this is rounding; drawn here
 
 

@@ -23,10 +23,10 @@ def point(row: dict) -> tuple[float, float]:
 
 
 def family(row: dict, base_hash: str) -> str:
-    """What a row competes as: its policy; another plain model than the base competes under its own name."""
+    """What a row competes as: its policy; another plain model than the base competes under its own name, whatever the policy."""
     name = row["result"]["policy"]
     plain = name not in LEARNT and row["result"]["model_hash"] != base_hash
-    return f"{name} ({row['model']})" if plain else name
+    return row["model"] if plain else name
 
 
 def frontier(rows: Sequence[dict]) -> list[dict]:

@@ -183,7 +183,11 @@ def test_table_of_sizes_interpolates():
 
 
 def test_another_plain_model_competes_under_its_own_name():
-    assert "full (gqa)" in leaders([*ROWS, row("gqa", "full", "dense", 0.5, 0.1)])
+    """One column, whichever policies it ran under."""
+    gqa = [row("gqa", "full", "dense", 0.5, 0.1), row("gqa", "h2o", "dense", 0.12, 0.2)]
+    lines = leaders([*ROWS, *gqa]).splitlines()
+    assert lines[0] == "| held, at most | full | h2o | dmc | gqa |"
+    assert lines[4] == "| 1/8 | – | – | 0.2500: cr4, dmc x gear-4bit | **0.2000: gqa, h2o x dense** |"
 
 
 def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):
