@@ -114,6 +114,7 @@ def main() -> int:
     except ValueError as error:
         print(f"eval_table: {error}", file=sys.stderr)
         return 2
+    options.out.mkdir(parents=True, exist_ok=True)
     tasks, folder = options.tasks, options.task_dir
     if not tasks:
         tasks, folder = TASK["task"], options.out / "tasks"

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,25 @@ def test_what_is_no_model_is_refused_before_anything_is_written(monkeypatch, tmp
     out = tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["eval_table.py", BASE, "--out", str(out), "--models", str(tmp_path / "none")])
     assert eval_table.main() == 2 and "none" in capsys.readouterr().err and not out.exists()
+
+
+def test_tasks_of_ones_own_in_a_new_folder(monkeypatch, tmp_path):
+    """Each row is one `dmc eval` of these tasks; its report is read back."""
+    calls = []
+
+    def fake(words):
+        calls.append(words)
+        report = {
+            "needle": {"kinds": {"passkey": {"exact": 0, "choice": 0, "margin": 0, "cr": 1, "held_bytes": 1, "byte_ratio": 1}},
+                       "trials": [{"margin": 0.0}, {"margin": 0.0}]},
+            "tasks": {"tasks": {"arc": {"metrics": {"acc": 1.0}, "stderr": {"acc": 0.0}}}},
+        }
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(report))
+        return 0
+
+    monkeypatch.setattr(eval_table, "dmc", fake)
+    out = tmp_path / "new" / "out"
+    monkeypatch.setattr("sys.argv", ["eval_table.py", BASE, "--out", str(out), "--tasks", "arc", "--task-dir", "mine"])
+    assert eval_table.main() == 0
+    assert len(calls) == len(eval_table.CACHES) and (out / "table.md").read_text().count("1.000 ± 0.000") == len(calls)
+    assert all(words[words.index("--task-dir") + 1] == "mine" and words[words.index("--limit") + 1] == "48" for words in calls)
