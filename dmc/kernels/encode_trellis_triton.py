@@ -25,6 +25,7 @@ from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 _NONE, _STEPS = tl.constexpr(NO_SCALE), tl.constexpr(float(SCALE_STEPS))
 _LARGEST = tl.constexpr(torch.finfo(torch.bfloat16).max)
 _TILE = 16  # entries that are rotated at a time
+CHANNELS = tl.constexpr(16)  # at a time, of up to `SIDE` entries
 
 
 def launch(table: dict, opened: dict, sinks: int, page: int, size: int, encoding: Encoding) -> None:
@@ -44,7 +45,8 @@ def launch(table: dict, opened: dict, sinks: int, page: int, size: int, encoding
     _trellis[(programs, 2)](
         **table, **opened, **_fields(encoding.fields), **sides, rotation=layout.rotation.contiguous(), sinks=sinks,
         **_scratch(programs, size, lanes, page, device), PAGE=page, ROWS=each, D=size,
-        BLOCK=max(16, triton.next_power_of_2(size)), LANES=lanes, TILE=_TILE, UNROLL=4 if size % 4 == 0 else 2, num_warps=4,
+        BLOCK=max(16, triton.next_power_of_2(size)), LANES=lanes, TILE=_TILE, SIDE=min(64, lanes),
+        UNROLL=4 if size % 4 == 0 else 2, num_warps=4,
     )
 
 
@@ -85,7 +87,8 @@ def _trellis(
     v_levels, v_below, rotation, sinks, ys, nears, paths, gains, ordered,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr, V_FIRST: tl.constexpr,
     V_BITS: tl.constexpr, V_REST: tl.constexpr, V_MEAN: tl.constexpr, PER_OPEN: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row, _, page = new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS)
     own = tl.program_id(0).to(tl.int64) * 2 + tl.program_id(1)
@@ -101,13 +104,13 @@ def _trellis(
             _page(
                 table, keys, kp, k_codes + at8, k_scale + at8, k_top + at16, k_mean + at8, k_unit + at16, k_levels, k_below,
                 rotation, sinks, y, near, path, gain, order, K_FIRST, K_BITS, K_REST, K_MEAN, PER_OPEN, PAGE, D, BLOCK,
-                LANES, TILE, UNROLL,
+                LANES, TILE, SIDE, UNROLL,
             )
         else:
             _page(
                 table, values, vp, v_codes + at8, v_scale + at8, v_top + at16, v_mean + at8, v_unit + at16, v_levels, v_below,
                 rotation, sinks, y, near, path, gain, order, V_FIRST, V_BITS, V_REST, V_MEAN, PER_OPEN, PAGE, D, BLOCK,
-                LANES, TILE, UNROLL,
+                LANES, TILE, SIDE, UNROLL,
             )
         left = left & ~here
 
@@ -116,28 +119,28 @@ def _trellis(
 def _page(
     table, source, stride, codes, scale, top, mean, unit, levels, below, rotation, sinks, y, near, path, gain, order,
     FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, MEAN: tl.constexpr, PER_OPEN: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Keys or values of one page."""
     tl.debug_barrier()  # the scratch is that of the page before
     size = _size(table, source, stride, sinks, PER_OPEN, PAGE, D, BLOCK, TILE)
     total = _rotate(table, source, stride, rotation, sinks, size, y, PER_OPEN, PAGE, D, BLOCK, LANES, TILE)
-    shift = tl.zeros((BLOCK,), tl.float32)
     if MEAN:
-        shift = _store_mean(mean, unit, total / PAGE, size, D, BLOCK)
+        _store_mean(mean, unit, total / PAGE, size, D, BLOCK)
     tl.debug_barrier()
-    _center(y, gain, shift, PAGE, D, BLOCK, LANES, TILE)
+    _center(y, gain, mean, unit, size, MEAN, PAGE, D, LANES, SIDE)
     tl.debug_barrier()
     _, largest, code = _encoded_scales(gain, tl.full((), 1.0, tl.float32), PAGE, LANES)
     scales = tl.where(code == _NONE, 0.0, tl.exp2(code.to(tl.float32) / -_STEPS) * largest)
     tl.debug_barrier()
     tl.store(gain + tl.arange(0, LANES), tl.where(scales > 0, scales, 1.0))
     tl.debug_barrier()
-    _find_nearest(y, near, gain, levels, below, FIRST, BITS, REST, PAGE, D, BLOCK, LANES, TILE)
+    _find_nearest(y, near, gain, levels, below, FIRST, BITS, REST, D, LANES, 512)
     tl.debug_barrier()
     _viterbi(y, near, path, levels, below, FIRST, BITS, REST, D, LANES, UNROLL)
     tl.debug_barrier()
-    _read_path(y, near, path, gain, order, levels, below, FIRST, BITS, REST, PAGE, D, BLOCK, LANES, TILE)
+    _read_path(y, near, path, gain, order, levels, below, FIRST, REST, PAGE, D, LANES, SIDE)
     tl.debug_barrier()
     bits, _, code = _encoded_scales(gain, size, PAGE, LANES)
     tl.store(top, bits)
@@ -194,29 +197,38 @@ def _rotate(
 
 @triton.jit
 def _store_mean(mean, unit, value, size, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores the channels' mean in 8 bits → what is stored, in units of ``size``."""
+    """Stores the channels' mean in 8 bits."""
     c = tl.arange(0, BLOCK)
     bits = bf16_bits(tl.max(tl.abs(value), 0) / 127.0 * size)
     tl.store(unit, bits)
     step = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True) / size
     code = (value / tl.where(step > 0, step, 1.0) + ROUND) - ROUND
-    code = tl.minimum(tl.maximum(code, -127.0), 127.0)
-    tl.store(mean + c, code.to(tl.int8), c < D)
-    return code * step
+    tl.store(mean + c, tl.minimum(tl.maximum(code, -127.0), 127.0).to(tl.int8), c < D)
 
 
 @triton.jit
 def _center(
-    y, gain, shift, PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    y, gain, mean, unit, size, MEAN: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, SIDE: tl.constexpr,
 ):
-    """Takes the mean off; leaves each entry's root mean square in ``gain``."""
-    c = tl.arange(0, BLOCK)[:, None]
-    for first in range(0, LANES, TILE):
-        n = first + tl.arange(0, TILE)
-        mask = (c < D) & (n < PAGE)[None, :]
-        x = tl.load(y + c * LANES + n[None, :], mask, 0.0) - tl.where(mask, shift[:, None], 0.0)
-        tl.store(y + c * LANES + n[None, :], x, c < D)
-        tl.store(gain + n, tl.sqrt(tl.sum(x * x, 0) / D))
+    """Takes the stored mean off; leaves each entry's root mean square in ``gain``."""
+    for first in range(0, LANES, SIDE):
+        n = first + tl.arange(0, SIDE)
+        square = tl.zeros((SIDE,), tl.float32)
+        for channel in range(0, D, CHANNELS):
+            c = (channel + tl.arange(0, CHANNELS))[:, None]
+            mask = (c < D) & (n < PAGE)[None, :]
+            x = tl.load(y + c * LANES + n[None, :], mask, 0.0)
+            if MEAN:
+                x -= tl.load(mean + c, mask, 0).to(tl.float32) * _unit(unit, size)
+            tl.store(y + c * LANES + n[None, :], x, c < D)
+            square += tl.sum(x * x, 0)
+        tl.store(gain + n, tl.sqrt(square / D))
+
+
+@triton.jit
+def _unit(unit, size):
+    """What a step of the stored mean is, in units of ``size``."""
+    return (tl.load(unit).to(tl.int32) << 16).to(tl.float32, bitcast=True) / size
 
 
 @triton.jit
@@ -239,42 +251,40 @@ def _encoded_scales(gain, size, PAGE: tl.constexpr, LANES: tl.constexpr):
 def _level(levels, below, c, which, FIRST: tl.constexpr, REST: tl.constexpr, mask):
     """Levels by their number: those of the first stretch of channels, or of the others."""
     if REST > 0:
-        value = tl.load(levels + which, mask & (c < FIRST), 0.0)
-        return value + tl.load(below + which, mask & (c >= FIRST), 0.0)
+        return tl.load(tl.where(c < FIRST, levels, below) + which, mask, 0.0)
     else:
         return tl.load(levels + which, mask, 0.0)
 
 
 @triton.jit
 def _find_nearest(
-    y, near, gain, levels, below, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    y, near, gain, levels, below, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, D: tl.constexpr,
+    LANES: tl.constexpr, STEP: tl.constexpr,
 ):
     """Divides each entry by its ``gain``, and finds the level of each subset that is nearest to a value.
 
     The cells of the four levels go into the four bytes of an int32.
     """
-    c = tl.arange(0, BLOCK)[:, None]
-    for first in range(0, LANES, TILE):
-        n = first + tl.arange(0, TILE)
-        mask = (c < D) & (n < PAGE)[None, :]
-        x = tl.load(y + c * LANES + n[None, :], mask, 0.0) / tl.load(gain + n)[None, :]
-        tl.store(y + c * LANES + n[None, :], x, c < D)
+    for first in range(0, D * LANES, STEP):
+        i = first + tl.arange(0, STEP)
+        c, mask = i // LANES, i < D * LANES
+        x = tl.load(y + i, mask, 0.0) / tl.load(gain + i % LANES)
+        tl.store(y + i, x, mask)
         last = tl.where(c < FIRST, 2 << BITS, 2 << REST) - 1  # level
-        under = tl.zeros((BLOCK, TILE), tl.int32)  # levels below the value
-        for power in tl.static_range(BITS + 1):
+        under = tl.zeros((STEP,), tl.int32)  # levels below the value
+        for power in range(BITS + 1):
             step = 1 << (BITS - power)
             probe = _level(levels, below, c, tl.minimum(under + step - 1, last), FIRST, REST, mask)
             under += tl.where((probe < x) & (step <= last), step, 0)
         under += tl.where(_level(levels, below, c, tl.minimum(under, last), FIRST, REST, mask) < x, 1, 0)
-        found = tl.zeros((BLOCK, TILE), tl.int32)
+        found = tl.zeros((STEP,), tl.int32)
         for subset in tl.static_range(4):
             above = (under - subset + 3) >> 2  # cells of the subset below the value
             lower, upper = tl.maximum(above - 1, 0), tl.minimum(above, last >> 2)
             low = _level(levels, below, c, lower * 4 + subset, FIRST, REST, mask)
             high = _level(levels, below, c, upper * 4 + subset, FIRST, REST, mask)
             found += tl.where(tl.abs(x - low) <= tl.abs(high - x), lower, upper) << (8 * subset)
-        tl.store(near + c * LANES + n[None, :], found, c < D)
+        tl.store(near + i, found, mask)
 
 
 @triton.jit
@@ -330,30 +340,30 @@ def _cost(levels, below, c, x, cells, subset: tl.constexpr, FIRST: tl.constexpr,
 
 @triton.jit
 def _read_path(
-    y, near, path, gain, order, levels, below, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    y, near, path, gain, order, levels, below, FIRST: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    LANES: tl.constexpr, SIDE: tl.constexpr,
 ):
     """The codes, in the order of packing, and in ``gain`` the least-squares scale of each entry's levels, at least 0."""
-    c = tl.arange(0, BLOCK)[:, None]
-    for first in range(0, PAGE, TILE):
-        n = (first + tl.arange(0, TILE))[None, :]
-        mask = (c < D) & (n < PAGE)
-        step = tl.load(path + (D + c) * LANES + n, mask, 0).to(tl.int32)
-        subset = 2 * ((step ^ (step >> 2)) & 1) + ((step >> 1) & 1)
-        cell = (tl.load(near + c * LANES + n, mask, 0) >> (8 * subset)) & 255
-        level = _level(levels, below, c, cell * 4 + subset, FIRST, REST, mask)
-        x = tl.load(y + c * LANES + n, mask, 0.0)
-        size = tl.load(gain + first + tl.arange(0, TILE))
-        energy = tl.sum(level * level, 0)
-        size *= tl.maximum(tl.sum(x * level, 0) / tl.where(energy > 0, energy, 1.0), 0.0)
-        code = (2 * cell + (step & 1)).to(tl.uint8)
-        if REST > 0:
-            at = tl.where(c < FIRST, n * FIRST + c, PAGE * FIRST + n * (D - FIRST) + c - FIRST)
-        else:
+    for first in range(0, LANES, SIDE):
+        lane = first + tl.arange(0, SIDE)
+        n = lane[None, :]
+        along, energy = tl.zeros((SIDE,), tl.float32), tl.zeros((SIDE,), tl.float32)
+        for channel in range(0, D, CHANNELS):
+            c = (channel + tl.arange(0, CHANNELS))[:, None]
+            mask = (c < D) & (n < PAGE)
+            step = tl.load(path + (D + c) * LANES + n, mask, 0).to(tl.int32)
+            subset = 2 * ((step ^ (step >> 2)) & 1) + ((step >> 1) & 1)
+            cell = (tl.load(near + c * LANES + n, mask, 0) >> (8 * subset)) & 255
+            level = _level(levels, below, c, cell * 4 + subset, FIRST, REST, mask)
+            along += tl.sum(tl.load(y + c * LANES + n, mask, 0.0) * level, 0)
+            energy += tl.sum(level * level, 0)
             at = n * D + c
-        tl.store(order + at, code, mask)
+            if REST > 0:
+                at = tl.where(c < FIRST, n * FIRST + c, PAGE * FIRST + n * (D - FIRST) + c - FIRST)
+            tl.store(order + at, (2 * cell + (step & 1)).to(tl.uint8), mask)
+        size = tl.load(gain + lane) * tl.maximum(along / tl.where(energy > 0, energy, 1.0), 0.0)
         tl.debug_barrier()  # all have read their gain
-        tl.store(gain + first + tl.arange(0, TILE), size)
+        tl.store(gain + lane, size)
 
 
 @triton.jit

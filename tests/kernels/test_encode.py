@@ -218,9 +218,7 @@ def test_no_full_row_changes_nothing(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 80, 128])
-@pytest.mark.parametrize("page", [16, 64, 256])
-@pytest.mark.parametrize("exact", ["fp32", "bf16"])
+@pytest.mark.parametrize(("size", "page", "exact"), [(64, 16, "bf16"), (80, 64, "fp32"), (128, 256, "fp16")])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_bit_for_bit_on_a_gpu(kind, exact, page, size):
     check_bits(kind, exact, size, page)
@@ -233,11 +231,10 @@ def test_many_steps_on_a_gpu(kind, exact, shape):
 
 
 @pytest.mark.gpu
-@RATED
 @pytest.mark.gpu
-@pytest.mark.parametrize(("size", "page"), [(64, 64), (80, 16), (96, 32), (128, 64), (128, 256)])
-def test_trellis_pages_on_a_gpu(settings, size, page):
-    check_errors(settings, size, page, "bf16")
+@pytest.mark.parametrize(("number", "size", "page"), [(0, 64, 64), (1, 80, 16), (2, 96, 32), (3, 128, 64), (4, 128, 256)])
+def test_trellis_pages_on_a_gpu(number, size, page):
+    check_errors(RATES[number], size, page, "bf16")
 
 
 @pytest.mark.gpu
