@@ -21,8 +21,8 @@ from dmc.kernels.backend import interpreted
 from dmc.kernels.decode import KINDS, Paged
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PIECE, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program
-LEAST_GROUPS = 1  # queries that are computed at least; 16 sends a single one through the matrix units too
+PIECE, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program: measured, docs/results/kernels.md
+LEAST_GROUPS = 16  # queries that are computed at least: a single one goes through the matrix units too
 
 
 def decode(

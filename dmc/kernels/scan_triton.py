@@ -38,8 +38,8 @@ from dmc.kernels.tiles_triton import (
     store_token,
 )
 
-CHUNK = 16
-_SEGMENT = 128  # tokens that one program walks; fewer where that would leave the device idle
+CHUNK = 8
+_SEGMENT = 64  # tokens that one program walks; fewer where that would leave the device idle
 _SIZES = ("H", "T", "S", "CHUNKS")  # one kernel for all of them
 _BUSY = 2112  # programs that keep the largest device busy: sixteen on each of 132 multiprocessors
 

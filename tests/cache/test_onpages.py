@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dmc.cache import CODECS, codec, onpages
-from dmc.kernels.backend import using
+from dmc.kernels.backend import interpreted, using
 from tests.cache.test_rows import feed, make, tokens
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; tests/engine/test_gpu.py is for GPUs")
 READ = ("dense", "int8", "fp8", "kivi", "gear", "gear-4bit", "gear-2bit")  # gear-3bit: of these heads of 8, stretches of 2
 
 
