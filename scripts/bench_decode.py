@@ -4,7 +4,8 @@
     python scripts/bench_decode.py --only kernel
     python scripts/bench_decode.py --device cpu --small  # a trial of the script itself: the numbers mean nothing
 
-kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run;
+kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run (on CUDA
+replayed as a graph: launches from Python take longer than the kernels);
 CR 1 dense, then CR 4 with dense, int8, fp8 and GEAR pages whose rows differ in length as those of a retrofit do. "gear" is
 the paper's recipe (4 bit, keys by channel, values by token, 2 % outliers, rank 1), "gear-4bit" the preset of that name.
 model: one decode step (all matmuls and attention of every layer, random weights, on CUDA replayed as a graph; no
@@ -81,7 +82,8 @@ def kernel(args: argparse.Namespace, device: torch.device, limits: dict, kind: s
     rows, groups, size = args.batch * args.kv_heads, args.heads // args.kv_heads, args.hidden // args.heads
     query, own = torch.randn(rows, groups, size, device=device, dtype=work), torch.randn(rows, size, device=device, dtype=work)
     index = torch.arange(rows, device=device)
-    found = times(lambda: decode_attention(query, own, own, index, cache), device, repeats=args.repeats)
+    run = _graphed(lambda: decode_attention(query, own, own, index, cache), device)
+    found = times(run, device, repeats=args.repeats)
     rate = nbytes / found["ms"] * 1e3
     # A copy moves each byte twice, attention reads it once: both are bytes that cross the memory bus in a second.
     return {"batch": args.batch, **found, "GB/s": rate / 1e9, "of copy": rate / limits["copy_bytes_per_s"],

@@ -11,10 +11,17 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
 LIMIT=535  # seconds a step
-STEPS="environment test-scan test-attention test-serving bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-model test-training bench-train"
+STEPS="environment test-scan test-attention test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-model test-training bench-train"
 
 wheels() {
   [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" megatron-core psutil
+}
+
+# Most of the time goes into compiling a kernel for each shape: in as many processes as there are cores, where pytest-xdist is.
+tests() {
+  local workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 14 ? $(nproc) : 14))")
+  "$PYTHON" -m pytest -q "${workers[@]}" "$@"
 }
 
 step() {
@@ -22,9 +29,11 @@ step() {
     environment)
       "$PYTHON" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' \
         && nvidia-smi ;;
-    test-scan) "$PYTHON" -m pytest -q -x tests/kernels/test_scan.py ;;
-    test-attention) "$PYTHON" -m pytest -q -x tests/kernels/test_attention_triton.py tests/kernels/test_backend.py ;;
-    test-serving) "$PYTHON" -m pytest -q -x tests/kernels/test_decode.py tests/kernels/test_prefill.py ;;
+    test-scan) tests tests/kernels/test_scan.py ;;
+    test-attention) tests tests/kernels/test_attention_triton.py tests/kernels/test_backend.py ;;
+    test-serving) tests tests/kernels/test_decode.py tests/kernels/test_prefill.py ;;
+    test-growing) tests tests/kernels/test_append.py tests/kernels/test_encode.py ;;
+    test-engine) tests tests/engine/test_gpu.py ;;
     bench-kernels) "$PYTHON" scripts/bench_kernels.py --out "$OUT/7b-4k" ;;
     bench-kernels-gqa) "$PYTHON" scripts/bench_kernels.py --kv-heads 8 --out "$OUT/gqa-4k" ;;
     bench-32k) "$PYTHON" scripts/bench_kernels.py --tokens 32768 --repeats 10 --out "$OUT/7b-32k" ;;
@@ -33,7 +42,7 @@ step() {
         && "$PYTHON" scripts/bench_layer.py --tokens 32768 --repeats 8 --out "$OUT/layer-32k" ;;
     bench-decode) "$PYTHON" scripts/bench_decode.py --only kernel --out "$OUT/decode" ;;
     bench-model) "$PYTHON" scripts/bench_decode.py --only model --out "$OUT/model" ;;
-    test-training) wheels && "$PYTHON" -m pytest -q -x tests/training/test_llama.py ;;
+    test-training) wheels && tests tests/training/test_llama.py ;;
     bench-train)
       wheels && "$PYTHON" scripts/bench_train.py --precision bf16 --hidden 4096 --heads 32 --kv-heads 32 --head-size 128 \
         --ffn 11008 --vocab 32000 --length 4096 --batch 1 --layers 4 --json "$OUT/train.json" ;;
@@ -45,7 +54,7 @@ for name in "$@"; do
   [[ " $STEPS " = *" $name "* ]] || { echo "error: unknown step $name; known: $STEPS" >&2; exit 2; }
 done
 mkdir -p "$OUT"
-export -f step wheels
+export -f step tests wheels
 export PYTHON OUT WHEELS=${WHEELS:-} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=
 for name in ${@:-$STEPS}; do
