@@ -1,4 +1,4 @@
-"""The rows of a layer as the attention kernels read them where they lie (`dmc.kernels`), on a device that runs Triton."""
+"""The rows of a layer as the attention kernels read them where they lie (`dmc.kernels`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dmc.cache.codecs.rotated import Rotated, TrellisCoder, rotation
 from dmc.cache.packing import Packing
 from dmc.cache.rows import Rows
 from dmc.kernels.backend import choose, chosen_name
-from dmc.kernels.decode import Gear, Paged, Trellis
+from dmc.kernels.decode import Gear, Paged, Trellis, cpu_reads, runs_on_cpu
 
 _PLAIN = {DenseCodec: "dense", Int8Codec: "int8", Fp8Codec: "fp8"}
 
@@ -36,8 +36,16 @@ def runs(like: Tensor) -> bool:
 def paged(rows: Rows, packing: Packing) -> Paged | None:
     """Tables and pages of all rows, for layers of one packing; None where the kernels do not read such pages.
 
-    Valid until the pool grows or a table is widened.
+    Kept until the pool grows or a table is widened.
     """
+    parts = rows.pool.memory, rows.closed_table, rows.open_table, rows.closed, rows.exact
+    known = rows.on_pages.get(id(packing))
+    if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+        rows.on_pages[id(packing)] = known = parts, _paged(rows, packing)
+    return known[1]
+
+
+def _paged(rows: Rows, packing: Packing) -> Paged | None:
     known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, rows.z.device)
     if known is None or rows.storage.holes:
         return None
@@ -50,9 +58,13 @@ def paged(rows: Rows, packing: Packing) -> Paged | None:
 def reads(rows: Rows, packing: Packing) -> bool:
     """Whether the decode kernels run on the rows of a layer."""
     like = torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device)
-    if rows.storage.holes or not runs(like):
+    if rows.storage.holes or not (runs(like) or runs_on_cpu(like)):
         return False
-    return page_layout(packing.codec, packing.page_size, rows.shape.head_size, like.device) is not None
+    known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, like.device)
+    if known is None or not runs_on_cpu(like):
+        return known is not None
+    fields = packing.layout.fields
+    return cpu_reads(known[0], rows.storage.exact_dtype, fields["k"][2] if known[0] == "dense" else None)
 
 
 @lru_cache(maxsize=64)

@@ -1,16 +1,19 @@
 """Decode attention over pages: one query of each head over what its row of the block tables holds.
 
-`decode_reference` is the naive twin, `dmc.kernels.decode_triton` the kernels; `decode_attention` chooses.
+`decode_reference` is the naive twin, `dmc.kernels.decode_triton` the kernels for GPUs and `dmc.kernels.decode_cpu` the loops
+for CPUs; `decode_attention` chooses.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmc.kernels.backend import choose
+from dmc.kernels.backend import choose, chosen_name
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 KINDS = {
@@ -136,17 +139,42 @@ def decode_attention(
         index: ``[R]``, rows of ``paged``'s tables.
         paged: the cache.
         scale: of the scores, ``1 / sqrt(D)`` if None.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin. None: the default, which on a CPU is loops that
+            numba compiles (`dmc.kernels.decode_cpu`), where it is installed and they know the pages.
 
     Returns:
         ``[R, G, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend is None and runs_on_cpu(query) and cpu_reads(paged.kind, paged.opened["k"].dtype, _encoded_dtype(paged)):
+        from dmc.kernels import decode_cpu
+
+        return decode_cpu.decode(query, own_key, own_value, index, paged, scale)
     if choose(query, backend) == "triton":
         from dmc.kernels.decode_triton import decode
 
         return decode(query, own_key, own_value, index, paged, scale)
     return decode_reference(query, own_key, own_value, index, paged, scale=scale)
+
+
+def runs_on_cpu(like: Tensor) -> bool:
+    """Whether the loops for CPUs are to be used on tensors like this: fp32 on a CPU, numba installed, nothing else asked for."""
+    return like.device.type == "cpu" and like.dtype == torch.float32 and chosen_name() == "auto" and _numba()
+
+
+def cpu_reads(kind: str, exact: torch.dtype, encoded: torch.dtype | None) -> bool:
+    """Whether these loops know pages of a kind, with exact entries of a dtype; ``encoded`` is that of dense pages."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return kind in ("dense", "int8", "fp8", "trellis") and exact in dtypes and (kind != "dense" or encoded in dtypes)
+
+
+@functools.cache
+def _numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _encoded_dtype(paged: Paged) -> torch.dtype | None:
+    return paged.encoded["k"].dtype if paged.kind == "dense" else None
 
 
 def decode_reference(

@@ -1,0 +1,142 @@
+"""Decode attention over pages on a CPU, where they lie: loops that numba compiles to vector instructions.
+
+PyTorch has no attention over pages, so there each row's pages are copied together first, and codes are unpacked by a dozen
+passes over memory. Here a page is read once, unpacked into a buffer that stays in the core's cache, and met by all queries of its
+head. Scores and the weighted sum are two passes with PyTorch's softmax between. Rows are divided among as many threads as
+PyTorch has.
+
+`decode` takes the same cache as the Triton kernels (`dmc.kernels.decode.Paged`), of the kinds `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmc.kernels import loops_numba as loops
+from dmc.kernels.decode import Paged, Trellis
+from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
+
+KINDS = {"dense": loops.DENSE, "int8": loops.INT8, "fp8": loops.FP8, "trellis": loops.TRELLIS}
+_FEW = 4  # rows for which a thread is not worth waking
+
+
+def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float) -> Tensor:
+    """`dmc.kernels.decode.decode_attention` for fp32 on a CPU."""
+    rows, groups, size = query.shape
+    trellis = paged.gear if isinstance(paged.gear, Trellis) else None
+    tables = _tables(paged)
+    encoded, exact = paged.encoded_count[index], paged.exact_count[index]
+    width = int((encoded * paged.page + exact).max()) + 1
+    scaled = query * scale
+    turned = scaled @ trellis.rotation if trellis else scaled
+    scores, out = query.new_empty(rows, groups, width), query.new_empty(rows, groups, size)
+    coded = query.new_empty(rows, groups, size) if trellis else out
+    common = (index.numpy(), *tables)
+    arguments = (scaled.contiguous().numpy(), turned.contiguous().numpy(), own_key.contiguous().numpy(), scores.numpy())
+    _share(rows, lambda a, b: loops.scores(a, b, *arguments, *common, _side(paged, "k")))
+    weights = scores.softmax(-1)
+    arguments = (weights.numpy(), own_value.contiguous().numpy(), out.numpy(), coded.numpy())
+    _share(rows, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")))
+    return out + coded @ trellis.rotation.T if trellis else out
+
+
+def _share(rows: int, run: Callable[[int, int], None]) -> None:
+    """``run`` for stretches of the rows, in PyTorch's number of threads; the loops let go of Python's lock."""
+    threads = min(torch.get_num_threads(), rows // _FEW)
+    if threads < 2:
+        run(0, rows)
+        return
+    edges = [rows * part // threads for part in range(threads + 1)]
+    list(_pool(threads).map(run, edges[:-1], edges[1:]))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dmc-decode")
+
+
+def _tables(paged: Paged) -> tuple[np.ndarray, ...]:
+    return tuple(x.numpy() for x in (paged.encoded_table, paged.open_table, paged.encoded_count, paged.exact_count))
+
+
+# ------------------------------------------------------------------------------------------- what a side's pages are
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A field's whole storage as numbers of one width, and where in it page p's part begins: ``offset + p * stride``."""
+
+    flat: np.ndarray
+    offset: int
+    stride: int
+
+
+def _memory(field: Tensor, kind: torch.dtype, as_numpy: type) -> _Memory:
+    flat = torch.empty(0, dtype=kind).set_(field.untyped_storage())
+    ratio = field.element_size() / kind.itemsize
+    return _Memory(flat.numpy().view(as_numpy), int(field.storage_offset() * ratio), int(field.stride(0) * ratio))
+
+
+def _side(paged: Paged, part: str) -> tuple:
+    """The keys' or values' pages as `dmc.kernels.loops_numba` takes them; kept with ``paged``."""
+    known = paged.__dict__.setdefault("_sides", {})
+    if part not in known:
+        known[part] = _made(paged, part)
+    return known[part]
+
+
+def _made(paged: Paged, part: str) -> tuple:
+    fields, none = paged.encoded, _Memory(np.zeros(1, np.uint8), 0, 0)
+    main = fields[{"dense": part, "int8": f"{part}_codes", "fp8": f"{part}_numbers", "trellis": f"{part}_codes"}[paged.kind]]
+    exact = paged.opened[part]
+    half = torch.int16, np.uint16  # numba has no bf16: read as bits
+    by_kind = {torch.float32: (torch.float32, np.float32), torch.bfloat16: half}
+    scale = fields.get(f"{part}_scale")
+    used = {
+        "encoded32": _memory(main, *by_kind[torch.float32]) if main.dtype == torch.float32 else none,
+        "encoded16": _memory(main, *half) if main.dtype == torch.bfloat16 else none,
+        "encoded8": _memory(main, torch.uint8, np.uint8) if main.element_size() == 1 else none,
+        "scale16": _memory(scale, *half) if scale is not None and scale.element_size() == 2 else none,
+        "scale8": _memory(scale, torch.uint8, np.uint8) if scale is not None and scale.element_size() == 1 else none,
+        "top": _memory(fields[f"{part}_top"], *half) if f"{part}_top" in fields else none,
+        "mean": _memory(fields[f"{part}_mean"], torch.uint8, np.int8) if f"{part}_mean" in fields else none,
+        "unit": _memory(fields[f"{part}_unit"], *half) if f"{part}_unit" in fields else none,
+        "exact32": _memory(exact, *by_kind[torch.float32]) if exact.dtype == torch.float32 else none,
+        "exact16": _memory(exact, *half) if exact.dtype == torch.bfloat16 else none,
+    }
+    types = {"encoded32": np.float32, "encoded16": np.uint16, "encoded8": np.uint8, "scale16": np.uint16, "scale8": np.uint8,
+             "top": np.uint16, "mean": np.int8, "unit": np.uint16, "exact32": np.float32, "exact16": np.uint16}
+    flats = tuple(used[name].flat if used[name] is not none else np.zeros(1, types[name]) for name in types)
+    where = np.array([(used[name].offset, used[name].stride) for name in types], np.int64)
+    sizes = np.array([
+        KINDS[paged.kind], paged.page, paged.opened[part].shape[1], main.dtype == torch.bfloat16, exact.dtype == torch.bfloat16,
+        f"{part}_mean" in fields,
+    ], np.int64)
+    return flats, where, sizes, *_codes(paged, part)
+
+
+def _codes(paged: Paged, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """What codes stand for: a table; and for trellis pages a line for each plane of each stretch."""
+    if paged.kind == "fp8":
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        return numbers.nan_to_num_(0.0).numpy(), np.zeros((1, 6), np.int64)
+    if paged.kind != "trellis":
+        return np.zeros(1, np.float32), np.zeros((1, 6), np.int64)
+    layout, tables, lines, start, first = paged.gear, [], [], 0, 0
+    for count, bits in layout.stretches(part):
+        table, shift = sum(len(known) for known in tables), 0
+        for width in PLANES[bits]:
+            lines.append((first, count, width, shift, start, table))
+            start, shift = start + -(-layout.page * count * width // 8), shift + width
+        tables.append(layout.levels[bits].numpy())
+        first += count
+    falls = np.exp2(np.arange(256) / -SCALE_STEPS).astype(np.float32)
+    falls[NO_SCALE] = 0.0
+    return np.concatenate([falls, *tables]).astype(np.float32), np.array(lines, np.int64)
