@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmc.cache import evict, swap
+from dmc.cache import evict, onpages, swap
 from dmc.cache.check import check
 from dmc.cache.codecs import Codec
 from dmc.cache.packing import Storage
@@ -72,6 +72,7 @@ class KVCache:
             raise ValueError(
                 f"kv memory of {memory} bytes holds no page of {self.rows.pool.page_bytes} bytes; give it more"
             )
+        onpages.prepare(self.rows)
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
     # ------------------------------------------------------------------------------------ sequences

@@ -67,6 +67,14 @@ def reads(rows: Rows, packing: Packing) -> bool:
     return cpu_reads(known[0], rows.storage.exact_dtype, fields["k"][2] if known[0] == "dense" else None)
 
 
+def prepare(rows: Rows) -> None:
+    """What takes long the first time, before any request waits for it."""
+    if runs_on_cpu(rows.z[:0].to(rows.shape.dtype)) and any(reads(rows, packing) for packing in rows.packings):
+        from dmc.kernels.decode_cpu import prepare as compile_loops
+
+        compile_loops()
+
+
 @lru_cache(maxsize=64)
 def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tuple[str, Gear | Trellis | None] | None:
     """The kind of a codec's pages and how they are laid out, as `dmc.kernels.decode` names them; None: no kernel reads them."""

@@ -10,6 +10,8 @@ PyTorch has.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from dmc.kernels.decode import Paged, Trellis
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 KINDS = {"dense": loops.DENSE, "int8": loops.INT8, "fp8": loops.FP8, "trellis": loops.TRELLIS}
+_log = logging.getLogger("dmc.kernels")
 _FEW = 4  # rows for which a thread is not worth waking
 
 
@@ -45,6 +48,18 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
     arguments = (weights.numpy(), own_value.contiguous().numpy(), out.numpy(), coded.numpy())
     _share(rows, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")))
     return out + coded @ trellis.rotation.T if trellis else out
+
+
+@lru_cache
+def prepare() -> None:
+    """Compiles the loops, or reads what an earlier process compiled, so that no request has to wait for it."""
+    began = time.perf_counter()
+    table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    pages = {part: torch.zeros(1, 1, 4) for part in "kv"}
+    decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), Paged(
+        "dense", pages, pages, table, table, count, count), 1.0)
+    if (seconds := time.perf_counter() - began) > 3:
+        _log.warning("dmc: compiled the attention loops for this CPU in %.0f s; the next process finds them ready", seconds)
 
 
 def _share(rows: int, run: Callable[[int, int], None]) -> None:

@@ -16,7 +16,16 @@ _ENCODED32, _ENCODED16, _ENCODED8, _SCALE16, _SCALE8, _TOP, _MEAN, _UNIT, _EXACT
 _KIND, _PAGE, _PER_OPEN, _ENCODED_HALF, _EXACT_HALF, _HAS_MEAN = range(6)
 _FALLS = 256  # entries of a trellis table before the levels: what scale codes stand for
 
-_compiled = numba.njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True, error_model="numpy")
+
+
+def _compiled(loop):  # noqa: ANN001, ANN202
+    options = dict(fastmath={"reassoc", "contract", "nsz"}, nogil=True, error_model="numpy")
+    try:
+        return numba.njit(cache=True, **options)(loop)
+    except RuntimeError:  # nowhere to keep it: compiled by each process
+        return numba.njit(**options)(loop)
+
+
 
 
 # Inner loops run over slices from 0 on: an index that numba cannot see to be positive it would check at every step, and then
@@ -82,7 +91,8 @@ def _trellis(codes, page, size, table, lines, code, path, place, level):  # noqa
             mask, shift = np.uint16((1 << width) - 1), np.uint16(lines[line, 3])
             plane = codes[lines[line, 4] : lines[line, 4] + stretch]
             for stream in range((total + stretch - 1) // stretch):
-                _unpack(plane, np.uint16(stream * width), mask, shift, code[stream * stretch : min(total, (stream + 1) * stretch)])
+                begin, end = stream * stretch, min(total, (stream + 1) * stretch)
+                _unpack(plane, np.uint16(stream * width), mask, shift, code[begin:end])
             line += 1
         _lowest(code[:total], path[:total])
         _find(code[2:total], path[: total - 2], path[1 : total - 1], place[2:total])
@@ -188,7 +198,8 @@ def scores(begin, end, query, turned, own, out, index, encoded_table, open_table
             entries = _read(p, size, side, buffers)
             if sizes[_HAS_MEAN]:
                 at = where[_MEAN, 0] + p * where[_MEAN, 1]
-                unit = _half(flats[_UNIT], where[_UNIT, 0] + p * where[_UNIT, 1], buffers[3][page * size :], buffers[4][page * size :])
+                spare = page * size
+                unit = _half(flats[_UNIT], where[_UNIT, 0] + p * where[_UNIT, 1], buffers[3][spare:], buffers[4][spare:])
                 for d in range(size):
                     mean[d] = flats[_MEAN][at + d] * unit
             for g in range(groups):

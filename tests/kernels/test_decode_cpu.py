@@ -1,0 +1,72 @@
+"""Decode attention by the loops for CPUs, against the naive twin in fp64: all kinds of pages, bf16, several threads."""
+
+import pytest
+import torch
+
+from dmc.kernels import decode_cpu
+from dmc.kernels.backend import using
+from dmc.kernels.decode import cpu_reads, decode_attention, decode_reference, runs_on_cpu
+
+pytest.importorskip("triton")  # the pages of its tests
+from tests.kernels.test_decode import LENGTHS, TRELLISES, gear_pages, paged, queries  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the pages of these tests lie on the GPU then"),
+]
+KINDS = ("dense", "int8", "fp8")
+
+
+def check(cache, inputs, index):
+    index = torch.tensor(index)
+    scale = inputs[0].shape[-1] ** -0.5
+    exact = decode_reference(*(x.double() for x in inputs), index, cache, scale=scale)
+    torch.testing.assert_close(decode_cpu.decode(*inputs, index, cache, scale).double(), exact, rtol=2e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "groups"), [(8, 1), (20, 3)])
+def test_equals_the_twin_whatever_the_lengths(kind, size, groups, dtype):
+    check(paged(kind, LENGTHS, size, 16, dtype=dtype), queries(4, groups, size), [5, 0, 4, 3])
+
+
+@pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(("size", "groups"), [(16, 2), (40, 1)])
+def test_trellis_pages(settings, size, groups):
+    check(gear_pages(size, 16, backbone="rotated", **settings)[0], queries(3, groups, size), [2, 0, 1])
+
+
+def test_trellis_pages_with_constant_entries():
+    cache, _ = gear_pages(16, 16, backbone="rotated", bits=4, scaled_by=torch.tensor([0.0, 1.0]).repeat(8)[:, None])
+    check(cache, queries(3, 2, 16), [2, 0, 1])
+
+
+def test_threads_share_the_rows():
+    cache, inputs = paged("dense", [(2, 5), (0, 1), (1, 15)] * 8, 8, 16), queries(24, 2, 8)
+    alone = decode_cpu.decode(*inputs, torch.arange(24), cache, 0.3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(decode_cpu.decode(*inputs, torch.arange(24), cache, 0.3), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_runs_by_default(monkeypatch):
+    """fp32 on a CPU, pages that the loops know, and no other setting; without numba PyTorch."""
+    x, calls = torch.zeros(2, 8), []
+    assert runs_on_cpu(x) and not runs_on_cpu(x.bfloat16()) and not runs_on_cpu(x.double())
+    assert cpu_reads("trellis", torch.bfloat16, None) and not cpu_reads("gear", torch.float32, None)
+    assert not cpu_reads("dense", torch.float32, torch.float16) and not cpu_reads("int8", torch.float16, None)
+    monkeypatch.setattr(decode_cpu, "decode", lambda *args: calls.append(args))
+    cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 1, 8)
+    decode_attention(*inputs, torch.arange(4), cache)
+    with using("sdpa"):
+        assert not runs_on_cpu(x)
+        decode_attention(*inputs, torch.arange(4), cache)
+    decode_attention(*inputs, torch.arange(4), cache, backend="reference")
+    monkeypatch.setattr("dmc.kernels.decode._numba", lambda: False)
+    assert not runs_on_cpu(x)
+    decode_attention(*inputs, torch.arange(4), cache)
+    assert len(calls) == 1
