@@ -225,6 +225,7 @@ def _graphed(step, device: torch.device):  # noqa: ANN001, ANN202
     if device.type != "cuda" or choose(torch.empty(1, 128, device=device, dtype=torch.bfloat16)) != "triton":
         return step
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the step reads is being made there
     with torch.cuda.stream(stream):
         step()  # compiles
     torch.cuda.current_stream().wait_stream(stream)

@@ -135,9 +135,10 @@ def row_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
-    On a GPU one kernel reads every page where it lies (`dmc.cache.onpages`), if it knows the codec. Elsewhere rows of about
-    one length are gathered and attended to whole, a few at a time. Where weights are watched or pages have holes, they are
-    attended to page by page and their parts summed by row. In every case a row costs what it holds.
+    Where a kernel knows the codec (`dmc.cache.onpages`: Triton's on a GPU, numba's loops in fp32 on a CPU) it reads every page
+    where it lies. Elsewhere rows of about one length are gathered and attended to whole, a few at a time. Where weights are
+    watched or pages have holes, they are attended to page by page and their parts summed by row. In every case a row
+    costs what it holds.
 
     Args:
         rows: the cache.

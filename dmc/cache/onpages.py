@@ -39,9 +39,9 @@ def paged(rows: Rows, packing: Packing) -> Paged | None:
     Kept until the pool grows or a table is widened.
     """
     parts = rows.pool.memory, rows.closed_table, rows.open_table, rows.closed, rows.exact
-    known = rows.on_pages.get(id(packing))
+    known = rows.pool.kept.get(id(packing))
     if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
-        rows.on_pages[id(packing)] = known = parts, _paged(rows, packing)
+        rows.pool.kept[id(packing)] = known = parts, _paged(rows, packing)
     return known[1]
 
 
@@ -61,8 +61,10 @@ def reads(rows: Rows, packing: Packing) -> bool:
     if rows.storage.holes or not (runs(like) or runs_on_cpu(like)):
         return False
     known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, like.device)
-    if known is None or not runs_on_cpu(like):
-        return known is not None
+    if known is None:
+        return False
+    if not runs_on_cpu(like):
+        return _triton_reads(packing.page_size, known[1])
     fields = packing.layout.fields
     return cpu_reads(known[0], rows.storage.exact_dtype, fields["k"][2] if known[0] == "dense" else None)
 
@@ -80,8 +82,6 @@ def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tup
     """The kind of a codec's pages and how they are laid out, as `dmc.kernels.decode` names them; None: no kernel reads them."""
     if type(codec) in _PLAIN:
         return _PLAIN[type(codec)], None
-    if page < 16 or page & (page - 1):
-        return None
     if isinstance(codec, KiviCodec):
         return "gear", Gear(codec.bits, page, size, True, False, codec.group)
     if not isinstance(codec, GearCodec):
@@ -90,6 +90,12 @@ def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tup
     if isinstance(key, Rotated):
         return _trellis(codec, page, size, device)
     return _min_max(key, value, page, size)
+
+
+def _triton_reads(page: int, layout: Gear | Trellis | None) -> bool:
+    """Whether the Triton kernels take pages of so many entries: packed codes in whole words, tiles of a power of two."""
+    words = not isinstance(layout, Trellis) or not any(count % 4 for side in (layout.key, layout.value) for count, _ in side)
+    return layout is None or (page >= 16 and not page & (page - 1) and words)
 
 
 def _min_max(key: Quantiser, value: Quantiser, page: int, size: int) -> tuple[str, Gear] | None:
@@ -103,7 +109,7 @@ def _trellis(codec: GearCodec, page: int, size: int, device: torch.device) -> tu
     key, value = codec.parts
     trellises = all(isinstance(one.coder, TrellisCoder) and one.rotation == "hadamard" and one.seed == 0 for one in (key, value))
     sides = [tuple(trellis.stretches(one.rate, size)) for one in (key, value)]
-    if not trellises or codec.rank or codec.outliers or value.mean or any(count % 4 for side in sides for count, _ in side):
+    if not trellises or codec.rank or codec.outliers or value.mean:
         return None
     levels = {bits: trellis.levels(bits).to(device) for side in sides for _, bits in side}
     return "trellis", Trellis(page, size, *sides, levels, rotation(size, torch.zeros(1)).to(device))

@@ -16,6 +16,7 @@ from torch import Tensor
 NULL_PAGE = 0  # never handed out and always zero: what unused places of block tables point to
 _FIRST_PAGES = 64  # of a pool that grows
 _ALIGNMENT = 8  # bytes; the widest field type
+_LARGEST = 1 << 60  # a field of no bytes goes first
 
 
 class PoolExhausted(RuntimeError):
@@ -34,7 +35,7 @@ class Layout:
         offset = 0
         sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in fields.items()}
         # Those of the roundest sizes first, so that each begins at a multiple of its dtype and large ones can be read widely.
-        for name in sorted(fields, key=lambda name: -(sizes[name] & -sizes[name])):
+        for name in sorted(fields, key=lambda name: -(sizes[name] & -sizes[name] or _LARGEST)):
             self.fields[name] = (offset, sizes[name], *fields[name])
             offset += sizes[name]
         self.nbytes = -(-offset // _ALIGNMENT) * _ALIGNMENT
@@ -64,6 +65,7 @@ class PagePool:
         self._free = capacity
         self.owners = torch.zeros(capacity + 1, dtype=torch.int32, device=device)  # of each page; 0: free
         self._views: dict[int, tuple[Layout, dict[str, Tensor]]] = {}
+        self.kept: dict = {}  # what readers keep of the memory (`dmc.cache.onpages`), dropped when it grows
 
     @property
     def capacity(self) -> int:
@@ -132,3 +134,4 @@ class PagePool:
         self._free += more
         self.owners = torch.cat([self.owners, self.owners.new_zeros(more)])
         self._views.clear()
+        self.kept.clear()

@@ -82,7 +82,6 @@ class Rows:
         self.open_layout = Layout({"k": part, "v": part} | marks)
         self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
         self.error = CodecError()
-        self.on_pages: dict = {}  # of `dmc.cache.onpages`
 
         rows = shape.layers * slots * shape.heads
         work = torch.float64 if shape.dtype == torch.float64 else torch.float32

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmc.kernels.backend import interpreted
+from dmc.kernels.backend import in_reach, interpreted
 
 
 def attend(
@@ -66,7 +66,7 @@ class _Attention(torch.autograd.Function):
         ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, first: Tensor | None,
         end: Tensor | None, scale: float, window: int,
     ) -> Tensor:
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = (in_reach(x) for x in (query, key, value))
         bias = None if bias is None else bias.float().contiguous()
         launch = _Launch(query, key, bias, first, scale, window)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -126,15 +126,15 @@ class _Launch:
         elif not self.narrow:
             m, n, warps, stages = 32, 32, 4, 1
         else:
-            m, n, warps, stages = BLOCKS[kernel][self.size > 64]
+            m, n, warps, stages = BLOCKS[kernel]
         return dict(M=m, N=n, num_warps=warps, num_stages=stages, **self.constants)
 
 
 BLOCKS = {
-    # kernel: ((M, N, warps, stages) for head sizes up to 64, for larger ones)
-    "forward": ((128, 64, 4, 3), (64, 64, 4, 3)),
-    "keys": ((64, 128, 8, 2), (64, 64, 4, 2)),
-    "queries": ((128, 64, 8, 2), (64, 64, 4, 2)),
+    # kernel: (M, N, warps, stages): the fastest tried for heads of 64 and of 128 (docs/results/kernels.md)
+    "forward": (64, 64, 4, 3),
+    "keys": (64, 64, 4, 2),
+    "queries": (64, 64, 4, 2),
 }
 
 

@@ -2,8 +2,9 @@
 
 The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` argument of a call, from
 `using`, from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and
-is else "auto": Triton on a CUDA device that can run it, PyTorch elsewhere. What "auto" falls back to is said
-once, on stderr. A setting that is not "auto" is obeyed or refused, never replaced.
+is else "auto": Triton on a CUDA device that can run it, PyTorch elsewhere; for decode attention in fp32 on a CPU loops that
+numba compiles (`dmc.kernels.decode_cpu`). That "auto" falls back to PyTorch is said once, on
+stderr. A setting that is not "auto" is obeyed or refused, never replaced.
 
 Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" runs on CPU
 tensors too, slowly: that is how the kernels are tested without a GPU.
@@ -85,6 +86,12 @@ def choose(x: Tensor, backend: str | None = None) -> str:
 def chosen_name() -> str:
     """The setting where a call names none: one of `BACKENDS`, "auto" included."""
     return _default or os.environ.get("DMC_KERNELS") or "auto"
+
+
+def in_reach(x: Tensor) -> Tensor:
+    """``[..., T, D]`` as the kernels address it: features side by side, and a head's tokens less than 2^31 numbers apart."""
+    near = x.stride(-1) == 1 and x.stride(-2) * x.shape[-2] < 2**31
+    return x if near else x.contiguous()
 
 
 def interpreted() -> bool:

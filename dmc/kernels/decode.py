@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ def decode_attention(
     while the tables keep their width.
 
     Args:
-        query: ``[R, G, D]``, rotated; products are in its dtype where G is above 1, sums always in fp32.
+        query: ``[R, G, D]``, rotated; on a GPU products are in its dtype, sums always in fp32.
         own_key, own_value: ``[R, D]``, the open entry, rotated.
         index: ``[R]``, rows of ``paged``'s tables.
         paged: the cache.
@@ -170,7 +171,14 @@ def cpu_reads(kind: str, exact: torch.dtype, encoded: torch.dtype | None) -> boo
 
 @functools.cache
 def _numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:  # not installed, or not made for the numpy that is
+        if importlib.util.find_spec("numba") is None:
+            return False
+        logging.getLogger("dmc.kernels").warning("dmc: decode attention runs in PyTorch: numba cannot be imported (%s)", error)
+        return False
+    return True
 
 
 def _encoded_dtype(paged: Paged) -> torch.dtype | None:

@@ -2,8 +2,8 @@
 
 PyTorch has no attention over pages, so there each row's pages are copied together first, and codes are unpacked by a dozen
 passes over memory. Here a page is read once, unpacked into a buffer that stays in the core's cache, and met by all queries of its
-head. Scores and the weighted sum are two passes with PyTorch's softmax between. Rows are divided among as many threads as
-PyTorch has.
+head. Scores and the weighted sum are two passes with PyTorch's exponential between; rows lie one behind the other, so each costs
+what it holds and comes out the same whatever is beside it. Threads share the rows by what they hold, as many as PyTorch has.
 
 `decode` takes the same cache as the Triton kernels (`dmc.kernels.decode.Paged`), of the kinds `KINDS`.
 """
@@ -11,6 +11,7 @@ PyTorch has.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,26 +28,31 @@ from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 KINDS = {"dense": loops.DENSE, "int8": loops.INT8, "fp8": loops.FP8, "trellis": loops.TRELLIS}
 _log = logging.getLogger("dmc.kernels")
-_FEW = 4  # rows for which a thread is not worth waking
+_LEAST = 1 << 17  # products of a query and a feature for which another thread is worth waking
 
 
 def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float) -> Tensor:
-    """`dmc.kernels.decode.decode_attention` for fp32 on a CPU."""
+    """`dmc.kernels.decode.decode_attention` for fp32 on a CPU; no gradients."""
     rows, groups, size = query.shape
     trellis = paged.gear if isinstance(paged.gear, Trellis) else None
+    query, own_key, own_value = (x.detach().float() for x in (query, own_key, own_value))
+    if not rows:
+        return torch.empty_like(query)
+    places = index.numpy()
     tables = _tables(paged)
-    encoded, exact = paged.encoded_count[index], paged.exact_count[index]
-    width = int((encoded * paged.page + exact).max()) + 1
+    entries = tables[2][places].astype(np.int64) * paged.page + tables[3][places] + 1
+    starts = np.zeros(rows + 1, np.int64)  # of each row's scores, [G, its entries and own state]
+    np.cumsum(entries * groups, out=starts[1:])
     scaled = query * scale
     turned = scaled @ trellis.rotation if trellis else scaled
-    scores, out = query.new_empty(rows, groups, width), query.new_empty(rows, groups, size)
+    scores, out = query.new_empty(int(starts[-1])), query.new_empty(rows, groups, size)
     coded = query.new_empty(rows, groups, size) if trellis else out
-    common = (index.numpy(), *tables)
+    common = starts, places, *tables
     arguments = (scaled.contiguous().numpy(), turned.contiguous().numpy(), own_key.contiguous().numpy(), scores.numpy())
-    _share(rows, lambda a, b: loops.scores(a, b, *arguments, *common, _side(paged, "k")))
-    weights = scores.softmax(-1)
-    arguments = (weights.numpy(), own_value.contiguous().numpy(), out.numpy(), coded.numpy())
-    _share(rows, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")))
+    _share(starts, size, lambda a, b: loops.scores(a, b, *arguments, *common, _side(paged, "k")))
+    scores.exp_()
+    arguments = (scores.numpy(), own_value.contiguous().numpy(), out.numpy(), coded.numpy())
+    _share(starts, size, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")))
     return out + coded @ trellis.rotation.T if trellis else out
 
 
@@ -59,22 +65,28 @@ def prepare() -> None:
     decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), Paged(
         "dense", pages, pages, table, table, count, count), 1.0)
     if (seconds := time.perf_counter() - began) > 3:
-        _log.warning("dmc: compiled the attention loops for this CPU in %.0f s; the next process finds them ready", seconds)
+        kept = "the next process finds them ready" if loops.KEPT else "NUMBA_CACHE_DIR, a folder to write to, would keep them"
+        _log.warning("dmc: compiled the attention loops for this CPU in %.0f s; %s", seconds, kept)
 
 
-def _share(rows: int, run: Callable[[int, int], None]) -> None:
-    """``run`` for stretches of the rows, in PyTorch's number of threads; the loops let go of Python's lock."""
-    threads = min(torch.get_num_threads(), rows // _FEW)
+def _share(starts: np.ndarray, size: int, run: Callable[[int, int], None]) -> None:
+    """``run`` for stretches of the rows that hold about as much each; the loops let go of Python's lock."""
+    threads = int(min(torch.get_num_threads(), len(starts) - 1, max(1, starts[-1] * size // _LEAST)))
     if threads < 2:
-        run(0, rows)
+        run(0, len(starts) - 1)
         return
-    edges = [rows * part // threads for part in range(threads + 1)]
-    list(_pool(threads).map(run, edges[:-1], edges[1:]))
+    edges = np.searchsorted(starts, starts[-1] * np.arange(1, threads) / threads)
+    edges = [0, *edges.tolist(), len(starts) - 1]
+    list(_pool().map(run, edges[:-1], edges[1:]))
 
 
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="dmc-decode")
+@lru_cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dmc-decode")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
 
 
 def _tables(paged: Paged) -> tuple[np.ndarray, ...]:
@@ -112,6 +124,7 @@ def _made(paged: Paged, part: str) -> tuple:
     main = fields[{"dense": part, "int8": f"{part}_codes", "fp8": f"{part}_numbers", "trellis": f"{part}_codes"}[paged.kind]]
     exact = paged.opened[part]
     half = torch.int16, np.uint16  # numba has no bf16: read as bits
+    assert all(x.dtype == torch.bfloat16 for name, x in fields.items() if x.is_floating_point() and name not in ("k", "v"))
     by_kind = {torch.float32: (torch.float32, np.float32), torch.bfloat16: half}
     scale = fields.get(f"{part}_scale")
     used = {

@@ -33,7 +33,7 @@ def decode(
     query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
     tile, piece = (16, 32) if interpreted() else (TILE, PIECE)
     page, per_open = paged.page, paged.opened["k"].shape[1]
-    piece = max(piece, page)
+    piece = triton.cdiv(max(piece, page), tile) * tile  # a tile is not cut where a piece ends
     encoded_pieces = triton.cdiv(paged.encoded_table.shape[1] * page, piece)
     pieces = encoded_pieces + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
 

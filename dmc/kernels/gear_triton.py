@@ -39,7 +39,7 @@ def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> No
     rank = fields["k_left"].shape[-1] if "k_left" in fields else 0
     _gear_pieces[grid](
         **arguments, **pointers, page8=stride, page16=stride // 2, PAGE=pages.page, BITS=pages.bits, RANK=rank, **sides,
-        **constants,
+        **constants | {"GROUPS": 1 if constants["G"] == 1 else constants["GROUPS"], "num_warps": 2},
     )
 
 

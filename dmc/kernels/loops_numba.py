@@ -18,11 +18,16 @@ _FALLS = 256  # entries of a trellis table before the levels: what scale codes s
 
 
 
+KEPT = True  # whether what is compiled is kept on disk
+
+
 def _compiled(loop):  # noqa: ANN001, ANN202
+    global KEPT
     options = dict(fastmath={"reassoc", "contract", "nsz"}, nogil=True, error_model="numpy")
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep it: compiled by each process
+        KEPT = False
         return numba.njit(**options)(loop)
 
 
@@ -176,14 +181,25 @@ def _score(query, entries, scale, mean, out):  # noqa: ANN001, ANN202
 
 
 @_compiled
-def scores(begin, end, query, turned, own, out, index, encoded_table, open_table, encoded, exact, side):  # noqa: ANN001, ANN201
-    """Scores of rows ``begin`` to ``end``: ``out [R, G, W]``, entries in their order, the own state's, and -inf behind them.
+def _lower(scores):  # noqa: ANN001, ANN202
+    """By the largest."""
+    top = scores[0]
+    for n in range(len(scores)):
+        top = max(top, scores[n])
+    for n in range(len(scores)):
+        scores[n] -= top
+
+
+@_compiled
+def scores(begin, end, query, turned, own, out, starts, index, encoded_table, open_table, encoded, exact, side):  # noqa: ANN001, ANN201
+    """Scores of rows ``begin`` to ``end`` less the largest of each query: entries in their order, and the own state's.
 
     Args:
         begin, end: rows.
         query, turned: ``[R, G, D]``, scaled; for exact entries and for encoded ones.
         own: ``[R, D]``.
-        out: to be filled.
+        out: flat, to be filled: row r's scores ``[G, its entries + 1]`` from ``starts[r]`` on.
+        starts: ``[R + 1]``.
         index, encoded_table, open_table, encoded, exact: as in `dmc.kernels.decode`.
         side: of the keys.
     """
@@ -193,6 +209,8 @@ def scores(begin, end, query, turned, own, out, index, encoded_table, open_table
     mean = np.zeros(size, np.float32)
     for r in range(begin, end):
         row, place = index[r], 0
+        width = (starts[r + 1] - starts[r]) // groups
+        mine = out[starts[r] : starts[r + 1]].reshape(groups, width)
         for column in range(encoded[row]):
             p = encoded_table[row, column]
             entries = _read(p, size, side, buffers)
@@ -204,18 +222,18 @@ def scores(begin, end, query, turned, own, out, index, encoded_table, open_table
                     mean[d] = flats[_MEAN][at + d] * unit
             for g in range(groups):
                 shift = _dot(turned[r, g], mean)
-                _score(turned[r, g], entries, buffers[5], shift, out[r, g, place : place + page])
+                _score(turned[r, g], entries, buffers[5], shift, mine[g, place : place + page])
             place += page
         left, column = exact[row], 0
         while left > 0:
             count = min(left, per)
             entries = _read_exact(open_table[row, column], count, size, side, buffers)
             for g in range(groups):
-                _score(query[r, g], entries, ones, np.float32(0), out[r, g, place : place + count])
+                _score(query[r, g], entries, ones, np.float32(0), mine[g, place : place + count])
             place, left, column = place + count, left - count, column + 1
         for g in range(groups):
-            out[r, g, place] = _dot(query[r, g], own[r])
-            out[r, g, place + 1 :] = -np.inf
+            mine[g, place] = _dot(query[r, g], own[r])
+            _lower(mine[g])
 
 
 @_compiled
@@ -235,28 +253,42 @@ def _add(weights, scale, entries, out):  # noqa: ANN001, ANN202
 
 
 @_compiled
-def combine(begin, end, weights, own, out, coded, index, encoded_table, open_table, encoded, exact, side):  # noqa: ANN001, ANN201
-    """Weighted sums of rows ``begin`` to ``end`` ``[R, G, D]``: of encoded entries into ``coded``, of the others into ``out``;
-    both may be one array. ``weights [R, G, W]`` as `scores` places them."""
+def _divide(weights):  # noqa: ANN001, ANN202
+    """By their sum."""
+    total = np.float32(0)
+    for n in range(len(weights)):
+        total += weights[n]
+    for n in range(len(weights)):
+        weights[n] /= total
+
+
+@_compiled
+def combine(begin, end, weights, own, out, coded, starts, index, encoded_table, open_table, encoded, exact, side):  # noqa: ANN001, ANN201
+    """Means of rows ``begin`` to ``end`` ``[R, G, D]``: the part of encoded entries into ``coded``, of the others into ``out``;
+    both may be one array. ``weights`` as `scores` places them, not yet divided by their sums."""
     sizes = side[2]
     groups, size, page, per = out.shape[1], out.shape[2], sizes[_PAGE], sizes[_PER_OPEN]
     buffers, ones = _buffers(side, size), np.ones(per, np.float32)
     for r in range(begin, end):
         row, place = index[r], 0
+        width = (starts[r + 1] - starts[r]) // groups
+        mine = weights[starts[r] : starts[r + 1]].reshape(groups, width)
+        for g in range(groups):
+            _divide(mine[g])
         out[r] = np.float32(0)
         coded[r] = np.float32(0)
         for column in range(encoded[row]):
             entries = _read(encoded_table[row, column], size, side, buffers)
             for g in range(groups):
-                _add(weights[r, g, place : place + page], buffers[5], entries, coded[r, g])
+                _add(mine[g, place : place + page], buffers[5], entries, coded[r, g])
             place += page
         left, column = exact[row], 0
         while left > 0:
             count = min(left, per)
             entries = _read_exact(open_table[row, column], count, size, side, buffers)
             for g in range(groups):
-                _add(weights[r, g, place : place + count], ones, entries, out[r, g])
+                _add(mine[g, place : place + count], ones, entries, out[r, g])
             place, left, column = place + count, left - count, column + 1
         for g in range(groups):
             for d in range(size):
-                out[r, g, d] += weights[r, g, place] * own[r, d]
+                out[r, g, d] += mine[g, place] * own[r, d]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmc.kernels.backend import interpreted
+from dmc.kernels.backend import in_reach, interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,13 +22,11 @@ def prefill(
     positions: Tensor, scale: float,
 ) -> Tensor:
     """`dmc.kernels.prefill.prefill_attention`."""
-    query, keys, values, own_keys, own_values = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values, own_keys, own_values)
-    )
+    query, keys, values, own_keys, own_values = (in_reach(x) for x in (query, keys, values, own_keys, own_values))
     places, positions = places.contiguous(), positions.contiguous()
     rows, groups, tokens, size = query.shape
     narrow = query.dtype != torch.float32
-    m, n, warps, stages = (32, 16, 4, 1) if interpreted() else BLOCKS[size > 64] if narrow else (32, 32, 4, 1)
+    m, n, warps, stages = (32, 16, 4, 1) if interpreted() else BLOCKS if narrow else (32, 32, 4, 1)
     blocks = triton.cdiv(tokens, m)
     ends = torch.arange(blocks, device=query.device) * m
     ends = torch.stack([ends, (ends + m - 1).clamp(max=tokens - 1)])  # first and last query of each block
@@ -43,7 +41,7 @@ def prefill(
     return out
 
 
-BLOCKS = ((128, 64, 4, 3), (64, 64, 4, 3))  # (queries, entries, warps, stages) for head sizes up to 64, for larger ones
+BLOCKS = (64, 64, 4, 3)  # queries, entries, warps, stages: the fastest tried for 32K tokens and heads of 128
 
 
 @triton.jit

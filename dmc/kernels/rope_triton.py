@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmc.kernels.backend import in_reach
+
 _TOKENS = 32  # that one program rotates, in one head
 
 
@@ -25,7 +27,7 @@ class Rotate(torch.autograd.Function):
 
 
 def _run(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = in_reach(x)
     batch, heads, tokens, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rotate[(triton.cdiv(tokens, _TOKENS), batch * heads)](

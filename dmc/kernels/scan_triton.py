@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmc.kernels.backend import interpreted
+from dmc.kernels.backend import in_reach, interpreted
 from dmc.kernels.tiles_triton import (
     first_of,
     follow,
@@ -51,7 +51,7 @@ class Merge(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, cos: Tensor, sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        key, value = _rows_contiguous(key), _rows_contiguous(value)
+        key, value = in_reach(key), in_reach(value)
         alpha, omega, cos, sin = (x.contiguous() for x in (alpha, omega, cos, sin))
         launch = _Launch(key)
         z, kept, new = (torch.empty_like(alpha) for _ in range(3))
@@ -74,7 +74,7 @@ class Merge(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         key, value, kept, new, cos, sin, states, alpha, z = ctx.saved_tensors
-        grads = _rows_contiguous(grad_key), _rows_contiguous(grad_value)
+        grads = in_reach(grad_key), in_reach(grad_value)
         launch = _Launch(key)
         ends = launch.states(launch.segments), launch.decays()
         strides = launch.strides(key, value) | launch.strides(*grads, letter="g")
@@ -128,10 +128,6 @@ class _Launch:
         return dict(zip(names, (*key.stride()[:3], *value.stride()[:3]), strict=True))
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @triton.jit
 def _side(key, value, row, H, kb, kh, kt, vb, vh, vt):
     """A row's keys or values, as ``program_id(2)`` says: (where they begin, stride of a token)."""
@@ -159,8 +155,8 @@ def _weights(alpha, omega, z, kept, new, T, BLOCK: tl.constexpr):
         weight = tl.load(omega + row + t, t < T, 0.0)
         after = tl.where(t < T, before + weight, 1.0)
         tl.store(z + row + t, after, t < T)
-        tl.store(kept + row + t, before / after, t < T)
-        tl.store(new + row + t, weight / after, t < T)
+        tl.store(kept + row + t, tl.div_rn(before, after), t < T)  # exactly 1 where they are equal
+        tl.store(new + row + t, tl.div_rn(weight, after), t < T)
         carried = last_of(after, BLOCK)
 
 

@@ -50,7 +50,7 @@ def test_what_no_kernel_reads_stays_in_pytorch():
             assert not onpages.reads(cache.rows, cache.rows.packings[0])
 
 
-def test_a_cpu_is_read_by_pytorch_unless_triton_is_asked_for():
+def test_triton_runs_on_a_cpu_only_where_it_is_asked_for():
     with using("auto"):
         assert not onpages.runs(torch.zeros(2, 8))
     with using("triton"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -74,3 +74,19 @@ def test_layout_packs_fields_and_keeps_them_aligned():
     assert {name: tuple(view.shape) for name, view in views.items()} == {
         "marks": (3, 2, 3), "bytes": (3, 5), "halves": (3, 3),
     }
+
+
+FIELDS = st.tuples(st.sampled_from([torch.uint8, torch.int8, torch.bfloat16, torch.int32, torch.float32, torch.float64]),
+                   st.tuples(st.integers(0, 9), st.integers(1, 70)))
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1), FIELDS, min_size=1, max_size=9))
+def test_fields_begin_where_their_size_lets_them_be_read_widely(fields):
+    """None overlaps another, each begins at a multiple of its dtype, and of 16 bytes if its own size is one."""
+    layout, end = Layout(fields), 0
+    for offset, size, dtype, shape in sorted(layout.fields.values(), key=lambda field: (field[0], field[1])):
+        assert offset >= end and size == dtype.itemsize * torch.Size(shape).numel()
+        assert offset % dtype.itemsize == 0 and (size % 16 or offset % 16 == 0)
+        end = offset + size
+    assert end <= layout.nbytes < end + 8
+    assert set(layout.views(torch.zeros(2, layout.nbytes, dtype=torch.uint8))) == set(fields)

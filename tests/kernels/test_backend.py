@@ -108,3 +108,9 @@ def test_the_cpu_path_needs_no_triton():
     assert done.returncode == 0, done.stderr
     said = "dmc: attention runs in PyTorch (sdpa): triton is not installed (pip install 'dmc[kernels]')"
     assert done.stderr.count(said) == 1
+
+
+def test_tokens_too_far_apart_for_the_kernels_are_brought_together():
+    far, near = (torch.empty_strided((1, 1, 5, 2), (0, 0, step, 1), device="meta") for step in (2**29, 2**20))
+    assert backend.in_reach(near) is near and backend.in_reach(far).stride(-2) == 2
+    assert backend.in_reach(torch.zeros(1, 1, 2, 3).transpose(2, 3)).stride(-1) == 1

@@ -89,6 +89,11 @@ def test_equals_the_twin_whatever_the_lengths(kind, groups):
     check(paged(kind, LENGTHS, 8, 16), queries(4, groups, 8), [5, 0, 4, 3])
 
 
+@pytest.mark.parametrize("page", [40, 50])
+def test_pages_longer_than_a_piece_and_no_multiple_of_a_tile(page):
+    check(paged("dense", [(0, 3), (2, 7), (3, 0)], 8, page), queries(3, 1, 8), [2, 0, 1])
+
+
 def test_all_rows_empty_gives_the_own_value():
     inputs = queries(2, 2, 8)
     out = decode_attention(*inputs, torch.tensor([1, 0], device=DEVICE), paged("dense", [(0, 0)] * 2, 8, 16), backend="triton")
@@ -219,7 +224,7 @@ def test_matrix_in_the_interpreter(kind, page, size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("page", [16, 32, 64, 256])
+@pytest.mark.parametrize("page", [16, 32, 64, 256, 300])
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,11 @@
 """Decode attention by the loops for CPUs, against the naive twin in fp64: all kinds of pages, bf16, several threads."""
 
+import sys
+
 import pytest
 import torch
 
+from dmc.kernels import decode as decode_module
 from dmc.kernels import decode_cpu
 from dmc.kernels.backend import using
 from dmc.kernels.decode import cpu_reads, decode_attention, decode_reference, runs_on_cpu
@@ -32,9 +35,9 @@ def test_equals_the_twin_whatever_the_lengths(kind, size, groups, dtype):
 
 
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
-@pytest.mark.parametrize(("size", "groups"), [(16, 2), (40, 1)])
-def test_trellis_pages(settings, size, groups):
-    check(gear_pages(size, 16, backbone="rotated", **settings)[0], queries(3, groups, size), [2, 0, 1])
+@pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (40, 1, 12, torch.float32)])
+def test_trellis_pages(settings, size, groups, page, dtype):
+    check(gear_pages(size, page, dtype=dtype, backbone="rotated", **settings)[0], queries(3, groups, size), [2, 0, 1])
 
 
 def test_trellis_pages_with_constant_entries():
@@ -42,7 +45,8 @@ def test_trellis_pages_with_constant_entries():
     check(cache, queries(3, 2, 16), [2, 0, 1])
 
 
-def test_threads_share_the_rows():
+def test_threads_share_the_rows(monkeypatch):
+    monkeypatch.setattr(decode_cpu, "_LEAST", 100)
     cache, inputs = paged("dense", [(2, 5), (0, 1), (1, 15)] * 8, 8, 16), queries(24, 2, 8)
     alone = decode_cpu.decode(*inputs, torch.arange(24), cache, 0.3)
     before = torch.get_num_threads()
@@ -51,6 +55,26 @@ def test_threads_share_the_rows():
         assert torch.equal(decode_cpu.decode(*inputs, torch.arange(24), cache, 0.3), alone)
     finally:
         torch.set_num_threads(before)
+
+
+def test_no_rows_and_other_dtypes():
+    cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 2, 8)
+    expected = decode_cpu.decode(*inputs, torch.arange(4), cache, 0.3)
+    assert decode_cpu.decode(*(x[:0] for x in inputs), torch.arange(0), cache, 0.3).shape == (0, 2, 8)
+    inputs[0].requires_grad_()
+    inputs[1] = inputs[1].double()
+    assert torch.equal(decode_cpu.decode(*inputs, torch.arange(4), cache, 0.3), expected)
+
+
+def test_a_numba_that_cannot_be_imported_is_done_without(monkeypatch, caplog, tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numba")
+    decode_module._numba.cache_clear()
+    try:
+        assert not runs_on_cpu(torch.zeros(2, 8)) and "cannot be imported (Numba needs another NumPy)" in caplog.text
+    finally:
+        decode_module._numba.cache_clear()
 
 
 def test_what_runs_by_default(monkeypatch):

@@ -1,0 +1,90 @@
+"""The cache read by the loops for CPUs against the same cache read by PyTorch: everything that moves pages and tables."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from dmc.cache import KVCache, Shape, codec, onpages, policy
+from dmc.kernels.backend import using
+from dmc.model import Rope
+
+NOBODY, HEADS, QUERIES, SIZE, SEQUENCES = torch.empty(0, dtype=torch.int64), 2, 4, 8, 3
+CODECS = {"dense": {}, "int8": {}, "fp8": {}, "gear": {"bits": 4}, "gear-3bit": {}, "gear-2bit": {}}
+ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.float32, device="cpu")
+
+
+def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
+    """Three sequences of unlike length beside each other; one is forked, one swapped out and in, pages and tables grow."""
+    with using(backend):
+        cache = KVCache(
+            Shape(len(names), HEADS, SIZE, torch.float32), policy(policy_name), [codec(name, **CODECS[name]) for name in names],
+            slots=2 * SEQUENCES, memory=memory, page_size=page_size, sink_tokens=2, window=1, exact_dtype=exact,
+        )
+        assert all(onpages.reads(cache.rows, packing) == (backend == "auto") for packing in cache.rows.packings)
+        g = torch.Generator().manual_seed(3)
+        normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+        texts = [
+            [(normal(tokens, QUERIES, SIZE), normal(tokens, HEADS, SIZE), normal(tokens, HEADS, SIZE),
+              (normal(tokens, HEADS) > 0).float(), normal(tokens, HEADS).sigmoid()) for _ in names]
+            for _ in range(SEQUENCES)
+        ]
+        slots, places, found = [], [3, 9, 21], []
+        for text, length in zip(texts, places, strict=True):
+            prompt = cache.prompt()
+            attend = cache.step(NOBODY, NOBODY, [(prompt, length)], ROPE)
+            for layer, parts in enumerate(text):
+                attend(layer, *(part[:length] for part in parts))
+            slots.append(cache.load(prompt))
+        for step in range(tokens - max(places)):
+            if step == 20:
+                fork = cache.fork(slots[0])
+                cache.close(slots[0])
+                slots[0], slots[1] = fork, cache.swap_in(cache.swap_out(slots[1]))
+            attend = cache.step(torch.tensor(slots), torch.tensor(places), [], ROPE, merges=policy_name == "dmc")
+            for layer in range(len(names)):
+                parts = (torch.cat([t[layer][i][at : at + 1] for t, at in zip(texts, places, strict=True)]) for i in range(5))
+                found.append(attend(layer, *parts))
+            places = [place + 1 for place in places]
+        cache.check_integrity()
+        return torch.stack(found)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3), st.sampled_from(["dmc", "full"]),
+    st.sampled_from([None, 1, 4, 12, 16]), st.sampled_from([None, "fp32", "bf16"]), st.booleans(),
+)
+@example(["gear"], "dmc", 4, None, False)
+@example(["dense", "gear-2bit", "int8"], "full", 12, "fp32", True)
+def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
+    arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
+    torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
+
+
+def test_a_row_comes_out_the_same_whatever_is_beside_it():
+    """Bit for bit: alone, and beside a row that is much longer."""
+    cache = KVCache(Shape(1, 1, SIZE, torch.float32), policy("full"), codec("dense"), slots=2)
+    rows, g = cache.rows, torch.Generator().manual_seed(0)
+    for slot, count in enumerate((7, 900)):
+        index = rows.index(0, torch.tensor([slot]))
+        rows.load(index, *torch.randn(2, 1, count, SIZE, generator=g), torch.tensor([count]), {})
+    inputs = torch.randn(2, 3, SIZE, generator=g), *torch.randn(2, 2, SIZE, generator=g)
+    from dmc.cache.attention import row_attention
+
+    both = row_attention(rows, torch.tensor([0, 1]), *inputs)[0]
+    alone = row_attention(rows, torch.tensor([0]), *(x[:1] for x in inputs))[0]
+    assert torch.equal(both[:1], alone)
+
+
+def test_fp16_entries_and_other_codecs_are_left_to_pytorch():
+    shape = Shape(1, 1, SIZE, torch.float32)
+    for name, exact in (("kivi", None), ("rotated", None), ("svd", None), ("int8", "fp16")):
+        cache = KVCache(shape, policy("full"), codec(name), slots=1, page_size=16, exact_dtype=exact)
+        assert not onpages.reads(cache.rows, cache.rows.packings[0])
+
+
+@pytest.mark.parametrize("policy_name", ["tova", "h2o"])
+def test_policies_that_watch_or_evict_are_left_to_pytorch(policy_name):
+    cache = KVCache(Shape(1, 1, SIZE, torch.float32), policy(policy_name, share=0.5), codec("dense"), slots=1)
+    assert not onpages.reads(cache.rows, cache.rows.packings[0])
