@@ -38,7 +38,7 @@ BACKBONES = {
     "kivi": (("channel", True), ("token", True)),
     "rotated": None,
 }
-SPLIT = {2: (2.5, 1.5), 3: (3.25, 2.5), 4: (4.5, 3.5), 8: (8, 8)}  # bits → best (key bits, value bits) if rotated
+SPLIT = {2: (2, 2), 3: (3.25, 2.5), 4: (4.5, 3.5), 8: (8, 8)}  # bits → best (key bits, value bits) if rotated
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

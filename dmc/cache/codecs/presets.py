@@ -39,7 +39,7 @@ class Gear3Bit(_Preset):
 
 
 class Gear2Bit(_Preset):
-    """For a KL of about 0.06 a token."""
+    """For a KL of about 0.05 a token."""
 
     name = "gear-2bit"
     defaults = {"bits": 2}
