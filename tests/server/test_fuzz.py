@@ -98,7 +98,8 @@ def check_sockets(server, count):
 
 
 def check_soak(server, count):
-    """Resident memory of the last quarter against the one before it; the first two fill caches and the allocator's arenas."""
+    """Resident memory after ``count`` requests and after a quarter more. Until then the allocator's arenas fill, and oneDNN's
+    cache of compiled products: one for every number of tokens that a step happens to hold."""
     client, process = httpx.Client(timeout=60), psutil.Process()
 
     def ask(seed):
@@ -108,11 +109,11 @@ def check_soak(server, count):
 
     sizes = []
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(4):
+        for _ in range(5):
             assert set(pool.map(ask, range(count // 4))) == {200}
             server.wait_idle()
             sizes.append(process.memory_info().rss)
-    assert sizes[3] - sizes[2] < 20e6, sizes
+    assert sizes[4] - sizes[3] < 20e6, sizes
 
 
 def test_schema(server):
@@ -124,7 +125,7 @@ def test_sockets(server):
 
 
 def test_soak(server):
-    check_soak(server, 320)
+    check_soak(server, 480)
 
 
 @pytest.mark.slow
