@@ -16,7 +16,6 @@ from torch import Tensor
 NULL_PAGE = 0  # never handed out and always zero: what unused places of block tables point to
 _FIRST_PAGES = 64  # of a pool that grows
 _ALIGNMENT = 8  # bytes; the widest field type
-_LARGEST = 1 << 60  # a field of no bytes goes first
 
 
 class PoolExhausted(RuntimeError):
@@ -35,7 +34,7 @@ class Layout:
         offset = 0
         sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in fields.items()}
         # Those of the roundest sizes first, so that each begins at a multiple of its dtype and large ones can be read widely.
-        for name in sorted(fields, key=lambda name: -(sizes[name] & -sizes[name] or _LARGEST)):
+        for name in sorted(fields, key=lambda name: -(sizes[name] & -sizes[name])):
             self.fields[name] = (offset, sizes[name], *fields[name])
             offset += sizes[name]
         self.nbytes = -(-offset // _ALIGNMENT) * _ALIGNMENT
