@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("triton")
 
 
-TRAINING = {"_segment_ends", "_forward", "_segment_starts", "_backward", "_rotate", "_delta", "_backward_keys",
-            "_backward_queries"}
+TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "_delta",
+            "_backward_keys", "_backward_queries"}
 SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_together", "_prefill"}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 
