@@ -141,7 +141,7 @@ def test_matrix_in_the_interpreter(size, dtype, kind):
 @pytest.mark.parametrize("packed", [False, True])
 def test_matrix_on_a_gpu(tokens, size, dtype, kind, packed):
     # One token's weight is 1 and its gradients 0, as differences of products that are rounded: of the size of the queries.
-    floor = 1e-4 if kind == "large" else 1e-6
+    floor = 1e-4 if kind == "large" and tokens == 1 else 1e-6
     check(*problem(tokens, size, dtype=dtype, kind=kind, batch=2, heads=2, groups=3, packed=packed), floor=floor)
 
 
