@@ -71,10 +71,14 @@ def reads(rows: Rows, packing: Packing) -> bool:
 
 def prepare(rows: Rows) -> None:
     """What takes long the first time, before any request waits for it."""
-    if runs_on_cpu(rows.z[:0].to(rows.shape.dtype)) and any(reads(rows, packing) for packing in rows.packings):
-        from dmc.kernels.decode_cpu import prepare as compile_loops
+    if not runs_on_cpu(rows.z[:0].to(rows.shape.dtype)):
+        return
+    from dmc.kernels.decode_cpu import prepare as compile_loops
 
+    if any(reads(rows, packing) for packing in rows.packings):
         compile_loops()
+    if any(_codes_trellises(packing.codec) for packing in rows.packings):
+        compile_loops(trellis=True)
 
 
 @lru_cache(maxsize=64)
@@ -90,6 +94,10 @@ def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tup
     if isinstance(key, Rotated):
         return _trellis(codec, page, size, device)
     return _min_max(key, value, page, size)
+
+
+def _codes_trellises(codec: Codec) -> bool:
+    return isinstance(codec, GearCodec) and any(isinstance(part, Rotated) for part in codec.parts)
 
 
 def _triton_reads(page: int, layout: Gear | Trellis | None) -> bool:

@@ -49,29 +49,46 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
     coded = query.new_empty(rows, groups, size) if trellis else out
     common = starts, places, *tables
     arguments = (scaled.contiguous().numpy(), turned.contiguous().numpy(), own_key.contiguous().numpy(), scores.numpy())
-    _share(starts, size, lambda a, b: loops.scores(a, b, *arguments, *common, _side(paged, "k")))
+    most = int(starts[-1]) * size // _LEAST
+    share(starts, lambda a, b: loops.scores(a, b, *arguments, *common, _side(paged, "k")), most=most)
     scores.exp_()
     arguments = (scores.numpy(), own_value.contiguous().numpy(), out.numpy(), coded.numpy())
-    _share(starts, size, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")))
+    share(starts, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")), most=most)
     return out + coded @ trellis.rotation.T if trellis else out
 
 
 @lru_cache
-def prepare() -> None:
-    """Compiles the loops, or reads what an earlier process compiled, so that no request has to wait for it."""
+def prepare(*, trellis: bool = False) -> None:
+    """Compiles the loops, or reads what an earlier process compiled, so that no request has to wait for it.
+
+    Args:
+        trellis: those too that encode trellis pages.
+    """
     began = time.perf_counter()
-    table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    pages = {part: torch.zeros(1, 1, 4) for part in "kv"}
-    decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), Paged(
-        "dense", pages, pages, table, table, count, count), 1.0)
+    if trellis:
+        from dmc.kernels.trellis_cpu import choose
+
+        choose(torch.zeros(1, 1), [(1, 1)], {1: torch.zeros(4)})
+    else:
+        table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        pages = {part: torch.zeros(1, 1, 4) for part in "kv"}
+        decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), Paged(
+            "dense", pages, pages, table, table, count, count), 1.0)
     if (seconds := time.perf_counter() - began) > 3:
+        what = "trellis" if trellis else "attention"
         kept = "the next process finds them ready" if loops.KEPT else "NUMBA_CACHE_DIR, a folder to write to, would keep them"
-        _log.warning("dmc: compiled the attention loops for this CPU in %.0f s; %s", seconds, kept)
+        _log.warning("dmc: compiled the %s loops for this CPU in %.0f s; %s", what, seconds, kept)
 
 
-def _share(starts: np.ndarray, size: int, run: Callable[[int, int], None]) -> None:
-    """``run`` for stretches of the rows that hold about as much each; the loops let go of Python's lock."""
-    threads = int(min(torch.get_num_threads(), len(starts) - 1, max(1, starts[-1] * size // _LEAST)))
+def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> None:
+    """``run(begin, end)`` by threads, for stretches of rows that are about as much work; the loops let go of Python's lock.
+
+    Args:
+        starts: ``[R + 1]``, work before each row and in all.
+        run: of rows ``begin`` to ``end``.
+        most: threads worth waking; never more than PyTorch's or rows.
+    """
+    threads = int(min(torch.get_num_threads(), len(starts) - 1, most))
     if threads < 2:
         run(0, len(starts) - 1)
         return

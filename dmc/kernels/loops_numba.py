@@ -8,6 +8,8 @@ Arguments of a side, keys or values (`dmc.kernels.decode_cpu._made`): ``(flats, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
@@ -15,22 +17,25 @@ DENSE, INT8, FP8, TRELLIS = range(4)
 _ENCODED32, _ENCODED16, _ENCODED8, _SCALE16, _SCALE8, _TOP, _MEAN, _UNIT, _EXACT32, _EXACT16 = range(10)
 _KIND, _PAGE, _PER_OPEN, _ENCODED_HALF, _EXACT_HALF, _HAS_MEAN = range(6)
 _FALLS = 256  # entries of a trellis table before the levels: what scale codes stand for
-
-
-
 KEPT = True  # whether what is compiled is kept on disk
 
 
-def _compiled(loop):  # noqa: ANN001, ANN202
-    global KEPT
-    options = dict(fastmath={"reassoc", "contract", "nsz"}, nogil=True, error_model="numpy")
-    try:
-        return numba.njit(cache=True, **options)(loop)
-    except RuntimeError:  # nowhere to keep it: compiled by each process
-        KEPT = False
-        return numba.njit(**options)(loop)
+def compiled(*, exact: bool = False) -> Callable[[Callable], Callable]:
+    """A decorator: loops without Python's lock; with ``exact`` no sum is reordered and no product fused into one."""
+    options = dict(fastmath=set() if exact else {"reassoc", "contract", "nsz"}, nogil=True, error_model="numpy")
+
+    def wrap(loop: Callable) -> Callable:
+        global KEPT
+        try:
+            return numba.njit(cache=True, **options)(loop)
+        except RuntimeError:  # nowhere to keep it: compiled by each process
+            KEPT = False
+            return numba.njit(**options)(loop)
+
+    return wrap
 
 
+_compiled = compiled()
 
 
 # Inner loops run over slices from 0 on: an index that numba cannot see to be positive it would check at every step, and then

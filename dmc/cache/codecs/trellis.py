@@ -21,6 +21,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dmc.kernels.decode import runs_on_cpu
+
 RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits a value: 1 to 8, see `stretches`
 _FITTED = {1: (0.3963, 1.1817), 2: (0.1680, 0.6470, 1.0708, 1.8779)}  # the positive levels
 _WIDTH = {3: 1.35, 4: 1.45, 5: 1.5}  # of the wider normal distribution; 1.55 above
@@ -56,6 +58,11 @@ def choose(x: Tensor, rate: float) -> Tensor:
         x: vectors of about variance 1; each is coded for itself.
         rate: bits a value, one of `RATES`.
     """
+    if runs_on_cpu(x):
+        from dmc.kernels import trellis_cpu
+
+        parts = stretches(rate, x.shape[-1])
+        return trellis_cpu.choose(x, parts, {bits: levels(bits) for _, bits in parts})
     rows = x.reshape(-1, x.shape[-1])
     return torch.cat([_choose(some.T, rate) for some in rows.split(_ROWS)]).view(x.shape)
 
