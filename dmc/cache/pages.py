@@ -92,7 +92,7 @@ class PagePool:
                 raise PoolExhausted(f"{count} pages were asked for and {self._free} of {self.limit} are free")
             self._grow(max(count - self._free, self.capacity))
         self._free -= count
-        pages = self._stack[self._free : self._free + count].clone()
+        pages = self._stack[self._free : self._free + count].flip(0)
         self.owners[pages] = 1
         return pages
 

@@ -112,6 +112,12 @@ class Paged:
         """Entries of an encoded page."""
         return self.gear.page if self.gear else self.encoded[KINDS[self.kind][0]].shape[1]
 
+    @functools.cached_property
+    def in_reach_of_loops(self) -> bool:
+        """Whether the loops for CPUs know these pages: see `cpu_reads`; and all must lie in one storage, as a pool's do."""
+        storages = {x.untyped_storage().data_ptr() for part in (self.encoded, self.opened) for x in part.values()}
+        return len(storages) == 1 and cpu_reads(self.kind, self.opened["k"].dtype, _encoded_dtype(self))
+
     def __post_init__(self) -> None:  # noqa: D105
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of pages {self.kind!r}; known: {', '.join(KINDS)}")
@@ -147,7 +153,7 @@ def decode_attention(
         ``[R, G, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend is None and runs_on_cpu(query) and cpu_reads(paged.kind, paged.opened["k"].dtype, _encoded_dtype(paged)):
+    if backend is None and runs_on_cpu(query) and paged.in_reach_of_loops:
         from dmc.kernels import decode_cpu
 
         return decode_cpu.decode(query, own_key, own_value, index, paged, scale)

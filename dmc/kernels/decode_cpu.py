@@ -2,8 +2,8 @@
 
 PyTorch has no attention over pages, so there each row's pages are copied together first, and codes are unpacked by a dozen
 passes over memory. Here a page is read once, unpacked into a buffer that stays in the core's cache, and met by all queries of its
-head. Scores and the weighted sum are two passes with PyTorch's exponential between; rows lie one behind the other, so each costs
-what it holds and comes out the same whatever is beside it. Threads share the rows by what they hold, as many as PyTorch has.
+head. A row costs what it holds and comes out the same whatever is beside it. Threads share the rows by what they hold, as many as
+PyTorch has.
 
 `decode` takes the same cache as the Triton kernels (`dmc.kernels.decode.Paged`), of the kinds `KINDS`.
 """
@@ -15,14 +15,14 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmc.kernels import loops_numba as loops
+from dmc.kernels import decode_numba as loops
+from dmc.kernels import loops_numba
 from dmc.kernels.decode import Paged, Trellis
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
@@ -38,23 +38,17 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
     query, own_key, own_value = (x.detach().float() for x in (query, own_key, own_value))
     if not rows:
         return torch.empty_like(query)
-    places = index.numpy()
-    tables = _tables(paged)
+    places, tables = index.numpy(), _tables(paged)
     entries = tables[2][places].astype(np.int64) * paged.page + tables[3][places] + 1
-    starts = np.zeros(rows + 1, np.int64)  # of each row's scores, [G, its entries and own state]
+    starts = np.zeros(rows + 1, np.int64)  # work before each row: queries by entries
     np.cumsum(entries * groups, out=starts[1:])
     scaled = query * scale
     turned = scaled @ trellis.rotation if trellis else scaled
-    scores, out = query.new_empty(int(starts[-1])), query.new_empty(rows, groups, size)
-    coded = query.new_empty(rows, groups, size) if trellis else out
-    common = starts, places, *tables
-    arguments = (scaled.contiguous().numpy(), turned.contiguous().numpy(), own_key.contiguous().numpy(), scores.numpy())
-    most = int(starts[-1]) * size // _LEAST
-    share(starts, lambda a, b: loops.scores(a, b, *arguments, *common, _side(paged, "k")), most=most)
-    scores.exp_()
-    arguments = (scores.numpy(), own_value.contiguous().numpy(), out.numpy(), coded.numpy())
-    share(starts, lambda a, b: loops.combine(a, b, *arguments, *common, _side(paged, "v")), most=most)
-    return out + coded @ trellis.rotation.T if trellis else out
+    out, coded = torch.empty_like(scaled), torch.empty_like(scaled)
+    tensors = scaled, turned, own_key, own_value, out, coded
+    arguments = *(x.contiguous().numpy() for x in tensors), places, *tables, *_pages(paged)
+    share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
+    return out + (coded @ trellis.rotation.T if trellis else coded)
 
 
 @lru_cache
@@ -71,12 +65,14 @@ def prepare(*, trellis: bool = False) -> None:
         choose(torch.zeros(1, 1), [(1, 1)], {1: torch.zeros(4)})
     else:
         table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        pages = {part: torch.zeros(1, 1, 4) for part in "kv"}
+        pages = dict(zip("kv", torch.zeros(2, 1, 1, 4), strict=True))
         decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), Paged(
             "dense", pages, pages, table, table, count, count), 1.0)
     if (seconds := time.perf_counter() - began) > 3:
         what = "trellis" if trellis else "attention"
-        kept = "the next process finds them ready" if loops.KEPT else "NUMBA_CACHE_DIR, a folder to write to, would keep them"
+        kept = "the next process finds them ready"
+        if not loops_numba.KEPT:
+            kept = "NUMBA_CACHE_DIR, a folder to write to, would keep them"
         _log.warning("dmc: compiled the %s loops for this CPU in %.0f s; %s", what, seconds, kept)
 
 
@@ -110,78 +106,58 @@ def _tables(paged: Paged) -> tuple[np.ndarray, ...]:
     return tuple(x.numpy() for x in (paged.encoded_table, paged.open_table, paged.encoded_count, paged.exact_count))
 
 
-# ------------------------------------------------------------------------------------------- what a side's pages are
+# ------------------------------------------------------------------------------------------- where pages lie
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """A field's whole storage as numbers of one width, and where in it page p's part begins: ``offset + p * stride``."""
-
-    flat: np.ndarray
-    offset: int
-    stride: int
+def _pages(paged: Paged) -> tuple:
+    """The pages as `dmc.kernels.decode_numba` takes them; kept with ``paged``."""
+    if "_cpu" not in paged.__dict__:
+        paged.__dict__["_cpu"] = _made(paged)
+    return paged.__dict__["_cpu"]
 
 
-def _memory(field: Tensor, kind: torch.dtype, as_numpy: type) -> _Memory:
-    flat = torch.empty(0, dtype=kind).set_(field.untyped_storage())
-    ratio = field.element_size() / kind.itemsize
-    return _Memory(flat.numpy().view(as_numpy), int(field.storage_offset() * ratio), int(field.stride(0) * ratio))
-
-
-def _side(paged: Paged, part: str) -> tuple:
-    """The keys' or values' pages as `dmc.kernels.loops_numba` takes them; kept with ``paged``."""
-    known = paged.__dict__.setdefault("_sides", {})
-    if part not in known:
-        known[part] = _made(paged, part)
-    return known[part]
-
-
-def _made(paged: Paged, part: str) -> tuple:
-    fields, none = paged.encoded, _Memory(np.zeros(1, np.uint8), 0, 0)
-    main = fields[{"dense": part, "int8": f"{part}_codes", "fp8": f"{part}_numbers", "trellis": f"{part}_codes"}[paged.kind]]
-    exact = paged.opened[part]
-    half = torch.int16, np.uint16  # numba has no bf16: read as bits
-    assert all(x.dtype == torch.bfloat16 for name, x in fields.items() if x.is_floating_point() and name not in ("k", "v"))
-    by_kind = {torch.float32: (torch.float32, np.float32), torch.bfloat16: half}
-    scale = fields.get(f"{part}_scale")
-    used = {
-        "encoded32": _memory(main, *by_kind[torch.float32]) if main.dtype == torch.float32 else none,
-        "encoded16": _memory(main, *half) if main.dtype == torch.bfloat16 else none,
-        "encoded8": _memory(main, torch.uint8, np.uint8) if main.element_size() == 1 else none,
-        "scale16": _memory(scale, *half) if scale is not None and scale.element_size() == 2 else none,
-        "scale8": _memory(scale, torch.uint8, np.uint8) if scale is not None and scale.element_size() == 1 else none,
-        "top": _memory(fields[f"{part}_top"], *half) if f"{part}_top" in fields else none,
-        "mean": _memory(fields[f"{part}_mean"], torch.uint8, np.int8) if f"{part}_mean" in fields else none,
-        "unit": _memory(fields[f"{part}_unit"], *half) if f"{part}_unit" in fields else none,
-        "exact32": _memory(exact, *by_kind[torch.float32]) if exact.dtype == torch.float32 else none,
-        "exact16": _memory(exact, *half) if exact.dtype == torch.bfloat16 else none,
-    }
-    types = {"encoded32": np.float32, "encoded16": np.uint16, "encoded8": np.uint8, "scale16": np.uint16, "scale8": np.uint8,
-             "top": np.uint16, "mean": np.int8, "unit": np.uint16, "exact32": np.float32, "exact16": np.uint16}
-    flats = tuple(used[name].flat if used[name] is not none else np.zeros(1, types[name]) for name in types)
-    where = np.array([(used[name].offset, used[name].stride) for name in types], np.int64)
+def _made(paged: Paged) -> tuple:
+    fields, opened, kind = paged.encoded, paged.opened, paged.kind
+    assert paged.in_reach_of_loops, "these pages are not for the loops"
+    storage = opened["k"].untyped_storage()
+    full, halves, codes = (torch.empty(0, dtype=dtype).set_(storage) for dtype in (torch.float32, torch.int16, torch.uint8))
+    main = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers", "trellis": "{}_codes"}[kind]
+    where = np.zeros((2, len(loops.FIELDS), 2), np.int64)
+    for number, part in enumerate("kv"):
+        named = {name: fields.get(f"{part}_{name}") for name in loops.FIELDS}
+        named |= {"main": fields[main.format(part)], "exact": opened[part]}
+        for line, name in zip(where[number], loops.FIELDS, strict=True):
+            if named[name] is not None:
+                line[:] = named[name].storage_offset(), named[name].stride(0)
     sizes = np.array([
-        KINDS[paged.kind], paged.page, paged.opened[part].shape[1], main.dtype == torch.bfloat16, exact.dtype == torch.bfloat16,
-        f"{part}_mean" in fields,
+        KINDS[kind], paged.page, opened["k"].shape[1], fields[main.format("k")].dtype == torch.bfloat16,
+        opened["k"].dtype == torch.bfloat16, "k_mean" in fields,
     ], np.int64)
-    return flats, where, sizes, *_codes(paged, part)
+    return full.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, *_codes(paged)
 
 
-def _codes(paged: Paged, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """What codes stand for: a table; and for trellis pages a line for each plane of each stretch."""
-    if paged.kind == "fp8":
-        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        return numbers.nan_to_num_(0.0).numpy(), np.zeros((1, 6), np.int64)
+def _codes(paged: Paged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What codes stand for.
+
+    Returns:
+        table: fp32, of trellis pages: of each code of a scale, and behind it the levels.
+        lines: int64 ``[l, 6]``, of trellis pages: for each plane of each stretch its first value, values, bits, place in a code,
+            first byte, first level.
+        line_starts: int64 ``[3]``, of keys' lines, of values' and the end.
+    """
     if paged.kind != "trellis":
-        return np.zeros(1, np.float32), np.zeros((1, 6), np.int64)
-    layout, tables, lines, start, first = paged.gear, [], [], 0, 0
-    for count, bits in layout.stretches(part):
-        table, shift = sum(len(known) for known in tables), 0
-        for width in PLANES[bits]:
-            lines.append((first, count, width, shift, start, table))
-            start, shift = start + -(-layout.page * count * width // 8), shift + width
-        tables.append(layout.levels[bits].numpy())
-        first += count
+        return np.zeros(1, np.float32), np.zeros((1, 6), np.int64), np.zeros(3, np.int64)
     falls = np.exp2(np.arange(256) / -SCALE_STEPS).astype(np.float32)
     falls[NO_SCALE] = 0.0
-    return np.concatenate([falls, *tables]).astype(np.float32), np.array(lines, np.int64)
+    layout, tables, lines, line_starts = paged.gear, [falls], [], [0]
+    for part in "kv":
+        start, first = 0, 0
+        for count, bits in layout.stretches(part):
+            table, shift = sum(len(known) for known in tables), 0
+            for width in PLANES[bits]:
+                lines.append((first, count, width, shift, start, table))
+                start, shift = start + -(-layout.page * count * width // 8), shift + width
+            tables.append(layout.levels[bits].numpy())
+            first += count
+        line_starts.append(len(lines))
+    return np.concatenate(tables).astype(np.float32), np.array(lines, np.int64), np.array(line_starts, np.int64)

@@ -118,18 +118,21 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3) * scaled_by
     blocks = codec.encode(keys, values)
     where = Layout({name: (x.dtype, tuple(x.shape[1:])) for name, x in blocks.tensors.items()})
-    memory = torch.full((8, where.nbytes), 255, dtype=torch.uint8)
+    opened = Layout({name: (dtype, (12, size)) for name in "kv"})
+    memory = torch.full((14, max(where.nbytes, opened.nbytes)), 255, dtype=torch.uint8)
     memory[0] = 0  # the pool's null page
+    for view in opened.views(memory).values():
+        view[8:] = torch.randn(6, 12, size, generator=g)
     for name, view in where.views(memory).items():
         view[1:7] = blocks.tensors[name]
-    fields = where.views(memory.to(DEVICE))
+    memory = memory.to(DEVICE)
+    fields = where.views(memory)
     layout = trellis_layout(codec, page, size) if settings["backbone"] == "rotated" else min_max_layout(page, size, settings)
-    tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1, 2], [3, 0], [4, 0]])
+    tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[8, 9], [10, 0], [11, 0]])
     counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
-    opened = {name: torch.randn(6, 12, size, generator=g).to(DEVICE, dtype) for name in "kv"}
     small = [x.int().to(DEVICE) for x in (*tables, *counts)]
     kind = "trellis" if settings["backbone"] == "rotated" else "gear"
-    return Paged(kind, fields, opened, *small, layout), codec.decode(blocks)
+    return Paged(kind, fields, opened.views(memory), *small, layout), codec.decode(blocks)
 
 
 def min_max_layout(page, size, settings):

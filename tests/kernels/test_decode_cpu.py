@@ -1,7 +1,10 @@
 """Decode attention by the loops for CPUs, against the naive twin in fp64: all kinds of pages, bf16, several threads."""
 
+import math
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from dmc.kernels.backend import using
 from dmc.kernels.decode import cpu_reads, decode_attention, decode_reference, runs_on_cpu
 
 pytest.importorskip("triton")  # the pages of its tests
+from dmc.kernels.loops_numba import exponential  # noqa: E402
+from dmc.kernels.pages_numba import e4m3  # noqa: E402
 from tests.kernels.test_decode import LENGTHS, TRELLISES, gear_pages, paged, queries  # noqa: E402
 
 pytestmark = [
@@ -94,3 +99,45 @@ def test_what_runs_by_default(monkeypatch):
     assert not runs_on_cpu(x)
     decode_attention(*inputs, torch.arange(4), cache)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 6, 8])
+def test_any_number_of_queries_a_head(groups):
+    check(paged("dense", LENGTHS, 20, 16), queries(4, groups, 20), [5, 0, 4, 3])
+
+
+def test_scores_that_rise_and_fall_by_far():
+    """The largest score may come first, last or between; weights far below it vanish, and nothing overflows."""
+    cache, inputs = paged("dense", [(6, 9)] * 4, 8, 16), queries(4, 2, 8)
+    for size in (1e-3, 30.0, 300.0):
+        inputs[0] = torch.randn(4, 2, 8) * size
+        check(cache, inputs, [0, 1, 2, 3])
+
+
+def test_exponential():
+    x = torch.cat([-torch.logspace(-8, 2, 4001), torch.tensor([0.0, -87.0, -87.4, -104.0, -1e30])])
+    bits = np.empty(len(x), np.uint32)
+    got = x.clone()
+    exponential(got.numpy(), bits, bits.view(np.float32))
+    exact = x.double().exp()
+    near = x >= -87
+    assert ((got.double() - exact).abs() <= 2**-23 * exact)[near].all() and (got[~near] == 0).all()
+    odd = torch.tensor([float("nan"), float("-inf"), -1.0])
+    exponential(odd.numpy(), bits[:3], bits[:3].view(np.float32))
+    assert odd[0].isnan() and odd[1] == 0 and odd[2] == pytest.approx(math.exp(-1))
+
+
+def test_every_fp8_number():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127]  # the NaNs
+    bits = np.empty(len(codes), np.uint32)
+    e4m3(codes.numpy(), bits, bits.view(np.float32))
+    assert torch.equal(torch.from_numpy(bits.view(np.float32)), codes.view(torch.float8_e4m3fn).float())
+
+
+def test_pages_of_several_storages_are_left_to_pytorch():
+    cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 1, 8)
+    apart = replace(cache, opened={part: x.clone() for part, x in cache.opened.items()})
+    assert cache.in_reach_of_loops and not apart.in_reach_of_loops
+    index = torch.arange(4)
+    torch.testing.assert_close(decode_attention(*inputs, index, apart), decode_attention(*inputs, index, cache))

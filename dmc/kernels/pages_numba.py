@@ -1,0 +1,109 @@
+"""Loops that read the codes of encoded pages (`dmc.kernels.decode_numba`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dmc.kernels.loops_numba import compiled
+
+
+@compiled()
+def whole(source, out):  # noqa: ANN001, ANN201
+    """Signed bytes, held as unsigned ones, to fp32."""
+    for i in range(len(source)):
+        out[i] = np.float32(np.int8(source[i]))
+
+
+@compiled()
+def e4m3(source, bits, out):  # noqa: ANN001, ANN201
+    """FP8 to fp32, which are ``bits`` and ``out`` of the same memory; 448 at most, so none is a NaN."""
+    for i in range(len(source)):
+        code = np.uint32(source[i])
+        bits[i] = ((code & np.uint32(128)) << np.uint32(24)) | ((code & np.uint32(127)) << np.uint32(20))
+    for i in range(len(source)):
+        out[i] *= np.float32(2.0**120)  # the difference of the exponents' biases; exact, subnormal numbers included
+
+
+@compiled()
+def look_up(source, table, out):  # noqa: ANN001, ANN201
+    """``table[source]``."""
+    for i in range(len(source)):
+        out[i] = table[source[i]]
+
+
+@compiled()
+def _unpack(source, move, mask, shift, code):  # noqa: ANN001, ANN202
+    for b in range(len(code)):
+        code[b] |= ((np.uint16(source[b]) >> move) & mask) << shift
+
+
+@compiled()
+def _paths(code, entries, count, path):  # noqa: ANN001, ANN202
+    """The lowest bits of codes ``[entries, count]`` into a path ``[entries, 2 + count]``, whose first two columns are there."""
+    for n in range(entries):
+        at, to = n * count, n * (count + np.uint64(2)) + np.uint64(2)
+        for d in range(count):
+            path[to + d] = code[at + d] & np.uint16(1)
+
+
+@compiled()
+def _places(code, path, entries, count):  # noqa: ANN001, ANN202
+    """Codes ``[entries, count]`` become places among the levels, in place: the subset is named by three bits of the path."""
+    for n in range(entries):
+        at, by = n * count, n * (count + np.uint64(2))
+        for d in range(count):
+            code[at + d] = np.uint16(2) * (code[at + d] ^ path[by + d]) + path[by + d + np.uint64(1)]
+
+
+@compiled()
+def _levels(place, entries, count, table, first, size, level):  # noqa: ANN001, ANN202
+    """Levels of a stretch into columns ``first`` and on of ``[entries, size]``."""
+    for n in range(entries):
+        at, to = n * count, n * size + first
+        for d in range(count):
+            level[to + d] = table[np.uint64(place[at + d])]
+
+
+@compiled()
+def _carry(path, entries, before, count):  # noqa: ANN001, ANN202
+    """Where a stretch begins the path goes on from the end of the stretch before, of ``before`` codes; 0: from 0.
+
+    Paths of a stretch replace those of the one before, so this goes from the end that is not yet written over.
+    """
+    old, new = before + np.uint64(2), count + np.uint64(2)
+    for step in range(entries):
+        n = step if new <= old else entries - np.uint64(1) - step
+        first, second = path[n * old + before], path[n * old + before + np.uint64(1)]
+        path[n * new], path[n * new + np.uint64(1)] = first, second
+
+
+@compiled()
+def trellis(codes, page, size, table, lines, code, path, level):  # noqa: ANN001, ANN201
+    """Levels of a page ``[page * size]`` into ``level``.
+
+    Args:
+        codes: the page's bytes and what lies behind.
+        page, size: N, D.
+        table, lines: as in `dmc.kernels.decode_cpu`.
+        code, path: uint16 ``[N D]`` and ``[N (D + 2)]``, to be written over.
+        level: fp32.
+    """
+    entries, line, last = np.uint64(page), 0, np.uint64(0)
+    path[: 2 * page] = np.uint16(0)
+    while line < len(lines):
+        first, count, offset = lines[line, 0], lines[line, 1], lines[line, 5]
+        total = page * count
+        code[:total] = 0
+        while line < len(lines) and lines[line, 0] == first:
+            width, stretch = lines[line, 2], (total * lines[line, 2] + 7) // 8
+            mask, shift = np.uint16((1 << width) - 1), np.uint16(lines[line, 3])
+            plane = codes[lines[line, 4] : lines[line, 4] + stretch]
+            for stream in range((total + stretch - 1) // stretch):
+                begin, end = stream * stretch, min(total, (stream + 1) * stretch)
+                _unpack(plane, np.uint16(stream * width), mask, shift, code[begin:end])
+            line += 1
+        _carry(path, entries, last, np.uint64(count))
+        _paths(code, entries, np.uint64(count), path)
+        _places(code, path, entries, np.uint64(count))
+        _levels(code, entries, np.uint64(count), table[offset:], np.uint64(first), np.uint64(size), level)
+        last = np.uint64(count)
