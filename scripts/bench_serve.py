@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from dmc import LLM, SamplingParams
+from dmc.engine.llm import DTYPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,9 +64,9 @@ def _case(options: argparse.Namespace, context: int, batch: int, kind: str) -> l
 
 
 def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
-    def ours(codec: str) -> Callable:
+    def ours(codec: str, dtype: str) -> Callable:
         def load() -> tuple[Callable, Callable]:
-            llm = LLM(options.directory, codec=codec, max_batch=max(options.batches), device="cpu", dtype="fp32",
+            llm = LLM(options.directory, codec=codec, max_batch=max(options.batches), device="cpu", dtype=dtype,
                       prefill_tokens=options.prefill_tokens)
             last = []
 
@@ -75,10 +76,10 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
             return run, lambda: sum(output.stats.held_bytes for output in last)
         return load
 
-    def theirs() -> tuple[Callable, Callable]:
+    def theirs(dtype: str) -> tuple[Callable, Callable]:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(options.directory, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(options.directory, dtype=DTYPES[dtype]).eval()
 
         def run(prompts: list[list[int]], new: int) -> None:
             longest = max(map(len, prompts))
@@ -91,7 +92,8 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
 
         return run, lambda: None
 
-    return [("transformers", theirs), *((f"dmc {codec}", ours(codec)) for codec in options.codecs)]
+    engines = [(f"transformers {dtype}", partial(theirs, dtype)) for dtype in options.dtypes]
+    return engines + [(f"dmc {dtype} {codec}", ours(codec, dtype)) for dtype in options.dtypes for codec in options.codecs]
 
 
 def _prompts(directory: str, context: int, batch: int, kind: str) -> list[list[int]]:
@@ -117,14 +119,14 @@ def _timed(what: Callable) -> tuple[float, float]:
 
 def _print(rows: list[dict]) -> None:
     print("| context | batch | lengths | engine | tokens / s (wall) | tokens / CPU s | prompt, CPU s | decode, tokens / CPU s | "
-          "ratio |")
+          "of transformers |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        base = next(other for other in rows if other["engine"] == "transformers" and (
-            other["context"], other["batch"], other["lengths"]) == (row["context"], row["batch"], row["lengths"]))
+        alike = [other for other in rows if all(other[name] == row[name] for name in ("context", "batch", "lengths"))]
+        base = max(other["cpu_tokens_per_s"] for other in alike if other["engine"].startswith("transformers"))
         print(f"| {row['context']} | {row['batch']} | {row['lengths']} | {row['engine']} | {row['wall_tokens_per_s']:.2f} | "
               f"{row['cpu_tokens_per_s']:.2f} | {row['cpu_prompt_s']:.2f} | {row['cpu_decode_tokens_per_s']:.2f} | "
-              f"{row['cpu_tokens_per_s'] / base['cpu_tokens_per_s']:.2f} x |")
+              f"{row['cpu_tokens_per_s'] / base:.2f} x |")
 
 
 def _options() -> argparse.Namespace:
@@ -134,6 +136,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"], help="of prompts")
     parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"],
+                        help="of the arithmetic, of all engines; ours are held against the faster of theirs")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after each prompt")
     parser.add_argument("--repeats", type=int, default=2, help="of each measurement; the least CPU time counts")
     parser.add_argument("--prefill-tokens", type=int, default=512, help="of ours")

@@ -19,6 +19,7 @@ import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.prompt import Layer
+from dmc.engine.llm import DTYPES
 from dmc.engine.runner import Runner
 from dmc.model import Llama
 
@@ -29,8 +30,9 @@ def main() -> None:
     """Runs every case and prints a table."""
     options = _options()
     torch.set_num_threads(options.threads)
-    model = Llama.load(options.directory, dtype=torch.float32)
-    other = _transformers(options.directory)
+    dtype = DTYPES[options.dtype]
+    model = Llama.load(options.directory, dtype=dtype)
+    other = _transformers(options.directory, dtype)
     print("| context | batch | lengths | engine | step, CPU ms | of transformers | bytes held |")
     print("|---|---|---|---|---|---|---|")
     for context in options.contexts:
@@ -57,7 +59,7 @@ def _case(options: argparse.Namespace, model: Llama, other: torch.nn.Module, len
 def _ours(model: Llama, lengths: list[int], name: str) -> tuple[Callable, Callable]:
     config = model.config
     layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    cache = KVCache(Shape(layers, heads, size, torch.float32), policy("full"), codec(name), slots=len(lengths))
+    cache = KVCache(Shape(layers, heads, size, model.dtype), policy("full"), codec(name), slots=len(lengths))
     slots = [cache.load(_prompt(cache, length)) for length in lengths]
     runner, places = Runner(model, cache), list(lengths)
 
@@ -74,17 +76,17 @@ def _prompt(cache: KVCache, length: int) -> object:
     heads, size = cache.shape.heads, cache.shape.head_size
     prompt, places = cache.prompt(), torch.arange(length - 1, dtype=torch.int32).expand(heads, -1)
     for number in range(cache.shape.layers):
-        keys, values = torch.randn(2, heads, length - 1, size)
+        keys, values = torch.randn(2, heads, length - 1, size, dtype=cache.shape.dtype)
         tail = torch.randn(heads, 2 * size), torch.ones(heads), torch.zeros(heads)
         prompt.layers[number] = Layer(keys, values, places, None, *tail)
     prompt.done = length
     return prompt
 
 
-def _transformers(directory: str) -> torch.nn.Module:
+def _transformers(directory: str, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(Path(directory), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(Path(directory), dtype=dtype).eval()
 
 
 def _theirs(model: torch.nn.Module, lengths: list[int]) -> tuple[Callable, Callable]:
@@ -94,7 +96,7 @@ def _theirs(model: torch.nn.Module, lengths: list[int]) -> tuple[Callable, Calla
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)
     for number in range(config.num_hidden_layers):
-        cache.update(*torch.randn(2, batch, config.num_key_value_heads, longest, size), number)
+        cache.update(*torch.randn(2, batch, config.num_key_value_heads, longest, size, dtype=model.dtype), number)
     mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
     state = {"mask": mask}
 
@@ -104,7 +106,8 @@ def _theirs(model: torch.nn.Module, lengths: list[int]) -> tuple[Callable, Calla
         out = model(torch.full((batch, 1), _TOKEN), past_key_values=cache, attention_mask=state["mask"], use_cache=True)
         out.logits[:, -1].argmax(-1)
 
-    return step, lambda: 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * size * batch * cache.get_seq_length()
+    width = model.dtype.itemsize
+    return step, lambda: width * 2 * config.num_hidden_layers * config.num_key_value_heads * size * batch * cache.get_seq_length()
 
 
 def _lengths(kind: str, context: int, batch: int) -> list[int]:
@@ -120,6 +123,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"])
     parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all engines' arithmetic")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each; the least counts")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()

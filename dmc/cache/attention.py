@@ -135,8 +135,8 @@ def row_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
-    Where a kernel knows the codec (`dmc.cache.onpages`: Triton's on a GPU, numba's loops in fp32 on a CPU) it reads every page
-    where it lies. Elsewhere rows of about one length are gathered and attended to whole, a few at a time. Where weights are
+    Where a kernel knows the codec (`dmc.cache.onpages`: Triton's on a GPU, numba's loops on a CPU, always in fp32) it reads
+    every page where it lies. Elsewhere rows of about one length are gathered and attended to whole, a few at a time. Where weights are
     watched or pages have holes, they are attended to page by page and their parts summed by row. In every case a row
     costs what it holds.
 
@@ -152,7 +152,7 @@ def row_attention(
         ``(out [R, G, D], own [R])``: own is the tail's weight, summed over G; None without ``watch``.
     """
     if watch is None and onpages.reads(rows, rows.packing(index)):
-        own, work = (own_key, own_value), rows.shape.dtype
+        own, work = (own_key, own_value), rows.shape.dtype if query.device.type == "cuda" else query.dtype
         out = decode_attention(query.to(work), *(x.to(work) for x in own), index, onpages.paged(rows, rows.packing(index)))
         return out.to(query.dtype), None
     query = query * query.shape[-1] ** -0.5

@@ -56,14 +56,14 @@ def _paged(rows: Rows, packing: Packing) -> Paged | None:
 
 
 def reads(rows: Rows, packing: Packing) -> bool:
-    """Whether the decode kernels run on the rows of a layer."""
+    """Whether the decode kernels run on the rows of a layer: Triton's in the model's dtype, or the loops for CPUs in fp32."""
     like = torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device)
-    if rows.storage.holes or not (runs(like) or runs_on_cpu(like)):
+    if rows.storage.holes or not (runs(like) or runs_on_cpu(rows.z)):
         return False
     known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, like.device)
     if known is None:
         return False
-    if not runs_on_cpu(like):
+    if not runs_on_cpu(rows.z):
         return _triton_reads(packing.page_size, known[1])
     fields = packing.layout.fields
     return cpu_reads(known[0], rows.storage.exact_dtype, fields["k"][2] if known[0] == "dense" else None)
@@ -71,7 +71,7 @@ def reads(rows: Rows, packing: Packing) -> bool:
 
 def prepare(rows: Rows) -> None:
     """What takes long the first time, before any request waits for it."""
-    if not runs_on_cpu(rows.z[:0].to(rows.shape.dtype)):
+    if not runs_on_cpu(rows.z):
         return
     from dmc.kernels.decode_cpu import prepare as compile_loops
 
