@@ -39,7 +39,25 @@ def test_values_that_fp16_lacks_stay_fp32():
     assert Linear(other).held == "fp16"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs, outputs", [(32, 48), (33, 97)])
+def test_bf16(inputs, outputs, bias):
+    """Sums are not in bf16: the error is the rounding of the result, as where the CPU has no layout for it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(outputs, inputs, generator=generator) * 0.05).bfloat16()
+    added = torch.randn(outputs, generator=generator).bfloat16() if bias else None
+    linear = Linear(weight, added)
+    blocked = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert linear.held == ("blocked" if blocked else "plain") and torch.equal(linear.dense(), weight)
+    for shape in ((1,), (70,), (2, 5), (0,)):
+        x = torch.randn(*shape, inputs, generator=generator).bfloat16()
+        exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        got = linear(x)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), exact, rtol=2.0**-8, atol=2.0**-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_stay_as_they_are(dtype):
     linear = Linear(torch.randn(5, 6).to(dtype))
     assert linear.held == "plain" and linear(torch.randn(2, 6).to(dtype)).dtype == dtype
