@@ -75,6 +75,12 @@ class Api:
     async def _sequences(
         self, prompts: list[str] | list[list[int]], asked: Sampling, *, max_tokens: int, logprobs: int | None,
     ) -> list[Sequence]:
+        if len(prompts) * asked.n > self.service.max_waiting:
+            raise RequestError(
+                f"{len(prompts)} prompts with n={asked.n} are {len(prompts) * asked.n} completions, and at most "
+                f"{self.service.max_waiting} can wait here: ask for fewer in one request", param="n",
+            )
+
         def made() -> list[Sequence]:
             params: SamplingParams = asked.params(max_tokens=max_tokens, logprobs=logprobs)
             return [sequence for prompt in prompts for sequence in self.llm.sequences(prompt, params)]

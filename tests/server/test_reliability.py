@@ -162,6 +162,10 @@ def test_more_than_the_queue_holds(directory):
             else:  # nothing that was accepted is lost
                 assert answer.json()["usage"]["completion_tokens"] == 40
         small.wait_idle()
+        for body in ({"n": 5}, {"n": 3, "prompt": ["a", "b"]}):  # never to be had, so not 429
+            answer = post(small, {"model": "tiny", "prompt": "q", "max_tokens": 2} | body)
+            assert answer.status_code == 400 and "at most 4 can wait" in answer.json()["error"]["message"]
+        assert post(small, {"model": "tiny", "prompt": "q", "max_tokens": 2, "n": 4}).status_code == 200
 
 
 def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory):
