@@ -7,7 +7,10 @@ fp32's bits.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -22,12 +25,24 @@ def compiled(*, exact: bool = False) -> Callable[[Callable], Callable]:
     def wrap(loop: Callable) -> Callable:
         global KEPT
         try:
-            return numba.njit(cache=True, **options)(loop)
-        except RuntimeError:  # nowhere to keep it: compiled by each process
+            made = numba.njit(cache=True, **options)(loop)
+            # A loop holds machine code of those that it calls, also from other files, and numba looks at its own file alone.
+            made._cache._cache_file._source_stamp = _sources()
+            return made
+        except (RuntimeError, AttributeError, OSError):  # nowhere to keep it, or no way to date it: compiled by each process
             KEPT = False
             return numba.njit(**options)(loop)
 
     return wrap
+
+
+@lru_cache
+def _sources() -> str:
+    """A digest of all files of loops: with other ones, what was kept of any of them is not used."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*_numba.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @compiled()
