@@ -193,10 +193,16 @@ def test_dense_is_lossless():
 @pytest.mark.parametrize("settings_, said", [
     ({"bits": 5}, "2, 3, 4, 8"), ({"backbone": "kv"}, "token, kcvt, kivi, rotated"), ({"rank": -1}, "rank=-1"),
     ({"outliers": 0.5}, "outliers=0.5"), ({"scale_dtype": "fp16"}, "bf16, fp32"), ({"levels": 3}, "no setting levels"),
+    ({"bits": True}, "bits must be a whole number, got True"), ({"group": 2.5}, "group must be a whole number, got 2.5"),
 ])
 def test_settings_that_are_refused(settings_, said):
     with pytest.raises(ValueError, match=said):
         codec("gear", **settings_)
+
+
+def test_a_whole_number_is_one_however_it_is_written():
+    assert type(codec("gear", bits=2.0).key_bits) is int and type(codec("kivi", bits=4.0, group=32.0).group) is int
+    assert codec("gear", key_bits=2.25).key_bits == 2.25
 
 
 @pytest.mark.parametrize("pages", [1, 2, 12, 60, 270])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from dmc.cache.codecs.base import Blocks, Codec
 from dmc.cache.codecs.dense import DenseCodec
 from dmc.cache.codecs.eigen import EigenCodec
@@ -40,4 +42,14 @@ def codec(name: str, **settings: object) -> Codec:
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(f"the {name} codec has no setting {', '.join(unknown)}; it has: {', '.join(known)}")
-    return CODECS[name](**settings)
+    return CODECS[name](**{setting: _whole(name, setting, value) for setting, value in settings.items()})
+
+
+def _whole(name: str, setting: str, value: object) -> object:
+    """2.0 as 2 where a whole number is meant, so that one setting has one name; a truth value is none."""
+    default = inspect.signature(CODECS[name].__init__).parameters[setting].default
+    if type(default) is not int or not isinstance(value, bool | float):
+        return value
+    if isinstance(value, bool) or not value.is_integer():
+        raise ValueError(f"{name} codec: {setting} must be a whole number, got {value!r}")
+    return int(value)
