@@ -19,7 +19,7 @@ from dmc.kernels.decode import decode_attention
 from dmc.kernels.prefill import prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
-_PROMPT_QUERIES = 64  # of a prompt that go together: their scores stay in a core's cache, and few keys are met in vain
+_BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, of 16 queries at least: few of them, so few keys are met in vain
 _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in a core's cache
 
 
@@ -81,10 +81,10 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
     if plain and not causal and seen.keys.shape[1] and onpages.runs(query):
         own = seen.own_keys, seen.own_values, seen.queries.int()
         return prefill_attention(query, *_rising(seen), *own).flatten(0, 1), None
-    if plain and query.device.type == "cpu":
-        return _blocks(query, seen).flatten(0, 1), None
     if plain and not seen.merged:
         return _unmerged(query, seen).flatten(0, 1), None
+    if plain and query.device.type == "cpu":
+        return _blocks(query, seen).flatten(0, 1), None
     query = query * query.shape[-1] ** -0.5
     out = torch.empty_like(query)
     gathered = torch.zeros(heads, seen.keys.shape[1] + tokens, device=query.device)
@@ -133,10 +133,7 @@ def _unmerged(query: Tensor, seen: Seen) -> Tensor:
 
 
 def _blocks(query: Tensor, seen: Seen) -> Tensor:
-    """For CPUs: some queries at a time over the entries that the last of them sees, ``[H, G, T, D]`` → the same.
-
-    A third faster than PyTorch's fused attention, which has no keys that are seen by place; in fp32 at least.
-    """
+    """For CPUs: some queries at a time over the entries that the last of them sees, in fp32 at least; ``[H, G, T, D]``."""
     heads, groups, tokens, size = query.shape
     work = _work_dtype(query.dtype)
     keys, values, places = _rising(seen)
@@ -146,8 +143,9 @@ def _blocks(query: Tensor, seen: Seen) -> Tensor:
     most = torch.searchsorted(places, seen.queries.int().expand(heads, -1).contiguous())  # [H, T] entries that each sees
     fewest, most = most.amin(0).tolist(), most.amax(0).tolist()
     out = torch.empty_like(query)
-    for start in range(0, tokens, _PROMPT_QUERIES):
-        end = min(tokens, start + _PROMPT_QUERIES)
+    step = min(64, max(16, _BLOCK_SCORES // (heads * groups * (keys.shape[1] + 1))))
+    for start in range(0, tokens, step):
+        end = min(tokens, start + step)
         sure, count, part = fewest[start], most[end - 1], scaled[:, :, start:end]
         scores = (part.flatten(1, 2) @ keys[:, :count].transpose(-1, -2)).view(heads, groups, end - start, count)
         hidden = places[:, None, None, sure:count] >= seen.queries[start:end, None]

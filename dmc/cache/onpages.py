@@ -17,7 +17,7 @@ from dmc.cache.codecs.rotated import Rotated, TrellisCoder, rotation
 from dmc.cache.packing import Packing
 from dmc.cache.rows import Rows
 from dmc.kernels.backend import choose, chosen_name
-from dmc.kernels.decode import Gear, Paged, Trellis, cpu_reads, runs_on_cpu
+from dmc.kernels.decode import Gear, Paged, Trellis, cpu_reads, give_up_loops, runs_on_cpu
 
 _PLAIN = {DenseCodec: "dense", Int8Codec: "int8", Fp8Codec: "fp8"}
 
@@ -71,14 +71,17 @@ def reads(rows: Rows, packing: Packing) -> bool:
 
 def prepare(rows: Rows) -> None:
     """What takes long the first time, before any request waits for it."""
-    if not runs_on_cpu(rows.z):
+    if not runs_on_cpu(rows.z.float()):
         return
     from dmc.kernels.decode_cpu import prepare as compile_loops
 
-    if any(reads(rows, packing) for packing in rows.packings):
-        compile_loops()
-    if any(_codes_trellises(packing.codec) for packing in rows.packings):
-        compile_loops(trellis=True)
+    try:
+        if runs_on_cpu(rows.z) and any(reads(rows, packing) for packing in rows.packings):
+            compile_loops()
+        if any(_codes_trellises(packing.codec) for packing in rows.packings):
+            compile_loops(trellis=True)
+    except Exception as error:  # of the compiler, or of what it keeps on disk
+        give_up_loops(f"{type(error).__name__}: {error}")
 
 
 @lru_cache(maxsize=64)
@@ -97,7 +100,8 @@ def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tup
 
 
 def _codes_trellises(codec: Codec) -> bool:
-    return isinstance(codec, GearCodec) and any(isinstance(part, Rotated) for part in codec.parts)
+    parts = codec.parts if isinstance(codec, GearCodec) else ()
+    return any(isinstance(part, Rotated) and isinstance(part.coder, TrellisCoder) for part in parts)
 
 
 def _triton_reads(page: int, layout: Gear | Trellis | None) -> bool:

@@ -166,13 +166,24 @@ def decode_attention(
 
 def runs_on_cpu(like: Tensor) -> bool:
     """Whether the loops for CPUs are to be used on tensors like this: fp32 on a CPU, numba installed, nothing else asked for."""
-    return like.device.type == "cpu" and like.dtype == torch.float32 and chosen_name() == "auto" and _numba()
+    fits = like.device.type == "cpu" and like.dtype == torch.float32 and chosen_name() == "auto"
+    return fits and not _given_up and _numba()
+
+
+def give_up_loops(why: object) -> None:
+    """From now on PyTorch does in this process what the loops cannot; says so."""
+    global _given_up
+    _given_up = True
+    logging.getLogger("dmc.kernels").warning("dmc: decode attention runs in PyTorch: numba cannot compile the loops (%s)", why)
 
 
 def cpu_reads(kind: str, exact: torch.dtype, encoded: torch.dtype | None) -> bool:
     """Whether these loops know pages of a kind, with exact entries of a dtype; ``encoded`` is that of dense pages."""
     dtypes = (torch.float32, torch.bfloat16)
     return kind in ("dense", "int8", "fp8", "trellis") and exact in dtypes and (kind != "dense" or encoded in dtypes)
+
+
+_given_up = False
 
 
 @functools.cache

@@ -42,11 +42,11 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
     entries = tables[2][places].astype(np.int64) * paged.page + tables[3][places] + 1
     starts = np.zeros(rows + 1, np.int64)  # work before each row: queries by entries
     np.cumsum(entries * groups, out=starts[1:])
-    scaled = query * scale
-    turned = scaled @ trellis.rotation if trellis else scaled
-    out, coded = torch.empty_like(scaled), torch.empty_like(scaled)
-    tensors = scaled, turned, own_key, own_value, out, coded
-    arguments = *(x.contiguous().numpy() for x in tensors), places, *tables, *_pages(paged)
+    scaled = (query * scale).contiguous()
+    turned = (scaled @ trellis.rotation).contiguous() if trellis else scaled
+    out, coded = scaled.new_empty(scaled.shape), scaled.new_empty(scaled.shape)
+    tensors = scaled, turned, own_key.contiguous(), own_value.contiguous(), out, coded
+    arguments = *(x.numpy() for x in tensors), places, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
     return out + (coded @ trellis.rotation.T if trellis else coded)
 

@@ -142,9 +142,12 @@ class Llama:
         return logits
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        work = x.to(_work(x.dtype))
-        mean = torch.linalg.vector_norm(work, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])  # F.rms_norm: 4 passes more
-        normed = work * mean.add_(self.config.rms_norm_eps).rsqrt_()
+        work, eps = x.to(_work(x.dtype)), self.config.rms_norm_eps
+        if x.device.type == "cpu":  # where F.rms_norm makes five passes of it
+            mean = torch.linalg.vector_norm(work, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])
+            normed = work * mean.add_(eps).rsqrt_()
+        else:
+            normed = F.rms_norm(work, x.shape[-1:], eps=eps)
         return normed.to(x.dtype) * weight  # in 16 bits rounded before the weight, as Hugging Face does
 
 

@@ -78,7 +78,8 @@ class Api:
         if len(prompts) * asked.n > self.service.max_waiting:
             raise RequestError(
                 f"{len(prompts)} prompts with n={asked.n} are {len(prompts) * asked.n} completions, and at most "
-                f"{self.service.max_waiting} can wait here: ask for fewer in one request", param="n",
+                f"{self.service.max_waiting} can wait here: ask for fewer in one request",
+                param="n" if asked.n > 1 else "prompt",
             )
 
         def made() -> list[Sequence]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dmc.cache import KVCache, Shape, codec, policy
 from dmc.kernels import decode as decode_module
 from dmc.kernels import decode_cpu
 from dmc.kernels.backend import using
@@ -80,6 +81,20 @@ def test_a_numba_that_cannot_be_imported_is_done_without(monkeypatch, caplog, tm
         assert not runs_on_cpu(torch.zeros(2, 8)) and "cannot be imported (Numba needs another NumPy)" in caplog.text
     finally:
         decode_module._numba.cache_clear()
+
+
+def test_loops_that_do_not_compile_are_done_without(monkeypatch, caplog):
+    monkeypatch.setattr(decode_module, "_given_up", False)
+    monkeypatch.setattr(decode_cpu, "prepare", lambda **_: 1 / 0)
+    KVCache(Shape(1, 1, 8, torch.float32), policy("full"), codec("int8"), slots=1)
+    assert "cannot compile the loops (ZeroDivisionError" in caplog.text and not runs_on_cpu(torch.zeros(2, 8))
+
+
+def test_a_query_of_other_strides():
+    cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 3, 8)
+    turned = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    assert not turned[0].is_contiguous()
+    assert torch.equal(decode_attention(*turned, torch.arange(4), cache), decode_attention(*inputs, torch.arange(4), cache))
 
 
 def test_what_runs_by_default(monkeypatch):
