@@ -203,6 +203,9 @@ def test_settings_that_are_refused(settings_, said):
 def test_a_whole_number_is_one_however_it_is_written():
     assert type(codec("gear", bits=2.0).key_bits) is int and type(codec("kivi", bits=4.0, group=32.0).group) is int
     assert codec("gear", key_bits=2.25).key_bits == 2.25
+    assert type(codec("gear-4bit", rounds=4.0, key_bits=4.25).rounds) is int
+    with pytest.raises(ValueError, match="rounds must be a whole number"):
+        codec("gear-2bit", rounds=True)
 
 
 @pytest.mark.parametrize("pages", [1, 2, 12, 60, 270])

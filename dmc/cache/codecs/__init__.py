@@ -47,7 +47,8 @@ def codec(name: str, **settings: object) -> Codec:
 
 def _whole(name: str, setting: str, value: object) -> object:
     """2.0 as 2 where a whole number is meant, so that one setting has one name; a truth value is none."""
-    default = inspect.signature(CODECS[name].__init__).parameters[setting].default
+    signatures = (inspect.signature(kind.__init__).parameters for kind in CODECS[name].__mro__)  # a preset's settings are GEAR's
+    default = next(known[setting].default for known in signatures if setting in known)
     if type(default) is not int or not isinstance(value, bool | float):
         return value
     if isinstance(value, bool) or not value.is_integer():
