@@ -19,7 +19,7 @@ from dmc.kernels.decode import decode_attention
 from dmc.kernels.prefill import prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
-_BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, of 16 queries at least: few of them, so few keys are met in vain
+_BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, 16 queries at least: the fewer, the fewer keys are met in vain
 _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in a core's cache
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dmc.kernels import loops_numba
 
 PROGRAM = """
@@ -21,16 +23,24 @@ def run(folder, cache, **more):
     return subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True, timeout=120).split()
 
 
-def test_a_changed_file_is_not_hidden_by_what_was_kept_of_its_caller(tmp_path):
-    package = tmp_path / "kept"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    shutil.copy(Path(loops_numba.__file__), package)
-    head = "from kept.loops_numba import compiled\n"
+HEAD = "from kept.loops_numba import compiled\n"
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package with the decorator, for other loops than the project's."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    shutil.copy(Path(loops_numba.__file__), folder)
+    return folder
+
+
+def test_a_changed_file_is_not_hidden_by_what_was_kept_of_its_caller(package, tmp_path):
     callee = package / "callee_numba.py"
-    callee.write_text(head + "@compiled()\ndef times(x):\n    return x * 2\n")
+    callee.write_text(HEAD + "@compiled()\ndef times(x):\n    return x * 2\n")
     (package / "caller_numba.py").write_text(
-        head + "from kept.callee_numba import times\n@compiled()\ndef twice(x):\n    return times(x)\n"
+        HEAD + "from kept.callee_numba import times\n@compiled()\ndef twice(x):\n    return times(x)\n"
     )
     cache = tmp_path / "cache"
     assert run(tmp_path, cache) == ["6.0", "True", "0"]
@@ -39,14 +49,9 @@ def test_a_changed_file_is_not_hidden_by_what_was_kept_of_its_caller(tmp_path):
     assert run(tmp_path, cache) == ["15.0", "True", "0"]
 
 
-def test_nowhere_to_keep_them(tmp_path):
+def test_nowhere_to_keep_them(package, tmp_path):
     """Each process then compiles for itself."""
-    package = tmp_path / "kept"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    shutil.copy(Path(loops_numba.__file__), package)
-    head = "from kept.loops_numba import compiled\n"
-    (package / "caller_numba.py").write_text(head + "@compiled()\ndef twice(x):\n    return x * 2\n")
+    (package / "caller_numba.py").write_text(HEAD + "@compiled()\ndef twice(x):\n    return x * 2\n")
     (package / "__pycache__").touch()  # a file where there should be folders
     (tmp_path / "file").touch()
     below = str(tmp_path / "file" / "below")
