@@ -16,7 +16,7 @@ from dmc.cache.gathered import Plan, plans
 from dmc.cache.policies import Policy
 from dmc.cache.rows import Rows
 from dmc.kernels.decode import decode_attention
-from dmc.kernels.prefill import prefill_attention
+from dmc.kernels.prefill import loops_read, prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, 16 queries at least: the fewer, the fewer keys are met in vain
@@ -78,7 +78,7 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
     heads, tokens = seen.own_keys.shape[:2]
     query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
     plain, causal = policy.watches is None and not policy.evicts, not seen.merged and seen.keys.shape[1] == tokens - 1
-    if plain and not causal and seen.keys.shape[1] and onpages.runs(query):
+    if plain and (loops_read(query) or (not causal and seen.keys.shape[1] and onpages.runs(query))):
         own = seen.own_keys, seen.own_values, seen.queries.int()
         return prefill_attention(query, *_rising(seen), *own).flatten(0, 1), None
     if plain and not seen.merged:

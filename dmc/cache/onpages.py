@@ -17,7 +17,8 @@ from dmc.cache.codecs.rotated import Rotated, TrellisCoder, rotation
 from dmc.cache.packing import Packing
 from dmc.cache.rows import Rows
 from dmc.kernels.backend import choose, chosen_name
-from dmc.kernels.decode import Gear, Paged, Trellis, cpu_reads, give_up_loops, runs_on_cpu
+from dmc.kernels.decode import Gear, Paged, Trellis, cpu_reads
+from dmc.kernels.loops import give_up_loops, runs_on_cpu
 
 _PLAIN = {DenseCodec: "dense", Int8Codec: "int8", Fp8Codec: "fp8"}
 
@@ -73,13 +74,15 @@ def prepare(rows: Rows) -> None:
     """What takes long the first time, before any request waits for it."""
     if not runs_on_cpu(rows.z.float()):
         return
-    from dmc.kernels.decode_cpu import prepare as compile_loops
+    from dmc.kernels.compile_cpu import prepare as compile_loops
 
     try:
         if runs_on_cpu(rows.z) and any(reads(rows, packing) for packing in rows.packings):
-            compile_loops()
+            compile_loops("decode")
+        if runs_on_cpu(rows.z):
+            compile_loops("prefill")
         if any(_codes_trellises(packing.codec) for packing in rows.packings):
-            compile_loops(trellis=True)
+            compile_loops("trellis")
     except Exception as error:  # of the compiler, or of what it keeps on disk
         give_up_loops(f"{type(error).__name__}: {error}")
 

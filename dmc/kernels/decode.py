@@ -7,15 +7,14 @@ for CPUs; `decode_attention` chooses.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmc.kernels.backend import choose, chosen_name
+from dmc.kernels.backend import choose
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
+from dmc.kernels.loops import runs_on_cpu
 
 KINDS = {
     # kind of encoded page: its fields beside the exact ones
@@ -164,38 +163,10 @@ def decode_attention(
     return decode_reference(query, own_key, own_value, index, paged, scale=scale)
 
 
-def runs_on_cpu(like: Tensor) -> bool:
-    """Whether the loops for CPUs are to be used on tensors like this: fp32 on a CPU, numba installed, nothing else asked for."""
-    fits = like.device.type == "cpu" and like.dtype == torch.float32 and chosen_name() == "auto"
-    return fits and not _given_up and _numba()
-
-
-def give_up_loops(why: object) -> None:
-    """From now on PyTorch does in this process what the loops cannot; says so."""
-    global _given_up
-    _given_up = True
-    logging.getLogger("dmc.kernels").warning("dmc: decode attention runs in PyTorch: numba cannot compile the loops (%s)", why)
-
-
 def cpu_reads(kind: str, exact: torch.dtype, encoded: torch.dtype | None) -> bool:
     """Whether these loops know pages of a kind, with exact entries of a dtype; ``encoded`` is that of dense pages."""
     dtypes = (torch.float32, torch.bfloat16)
     return kind in ("dense", "int8", "fp8", "trellis") and exact in dtypes and (kind != "dense" or encoded in dtypes)
-
-
-_given_up = False
-
-
-@functools.cache
-def _numba() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:  # not installed, or not made for the numpy that is
-        if importlib.util.find_spec("numba") is None:
-            return False
-        logging.getLogger("dmc.kernels").warning("dmc: decode attention runs in PyTorch: numba cannot be imported (%s)", error)
-        return False
-    return True
 
 
 def _encoded_dtype(paged: Paged) -> torch.dtype | None:

@@ -10,9 +10,7 @@ PyTorch has.
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,12 +20,10 @@ import torch
 from torch import Tensor
 
 from dmc.kernels import decode_numba as loops
-from dmc.kernels import loops_numba
 from dmc.kernels.decode import Paged, Trellis
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 KINDS = {"dense": loops.DENSE, "int8": loops.INT8, "fp8": loops.FP8, "trellis": loops.TRELLIS}
-_log = logging.getLogger("dmc.kernels")
 _LEAST = 1 << 17  # products of a query and a feature for which another thread is worth waking
 
 
@@ -49,31 +45,6 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
     arguments = *(x.numpy() for x in tensors), places, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
     return out + (coded @ trellis.rotation.T if trellis else coded)
-
-
-@lru_cache
-def prepare(*, trellis: bool = False) -> None:
-    """Compiles the loops, or reads what an earlier process compiled, so that no request has to wait for it.
-
-    Args:
-        trellis: those too that encode trellis pages.
-    """
-    began = time.perf_counter()
-    if trellis:
-        from dmc.kernels.trellis_cpu import choose
-
-        choose(torch.zeros(1, 1), [(1, 1)], {1: torch.zeros(4)})
-    else:
-        table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        pages = dict(zip("kv", torch.zeros(2, 1, 1, 4), strict=True))
-        decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), Paged(
-            "dense", pages, pages, table, table, count, count), 1.0)
-    if (seconds := time.perf_counter() - began) > 3:
-        what = "trellis" if trellis else "attention"
-        kept = "the next process finds them ready"
-        if not loops_numba.KEPT:
-            kept = "NUMBA_CACHE_DIR, a folder to write to, would keep them"
-        _log.warning("dmc: compiled the %s loops for this CPU in %.0f s; %s", what, seconds, kept)
 
 
 def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> None:

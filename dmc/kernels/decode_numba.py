@@ -102,7 +102,7 @@ def _add(weights, entries, out):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def _soften(scores, flat, top, total, out, coded, bits, power):  # noqa: ANN001, ANN202
+def _soften(scores, flat, top, total, out, coded):  # noqa: ANN001, ANN202
     """Scores ``[G, N]`` become weights under the largest score so far; ``flat`` is the same memory in one dimension."""
     for g in range(len(scores)):
         mine = scores[g]
@@ -120,7 +120,7 @@ def _soften(scores, flat, top, total, out, coded, bits, power):  # noqa: ANN001,
         best = top[g]
         for n in range(len(mine)):
             mine[n] -= best
-    exponential(flat, bits, power)
+    exponential(flat)
     for g in range(len(scores)):
         mine, extra = scores[g], np.float32(0)
         for n in range(len(mine)):
@@ -168,9 +168,7 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
     bits, one, scale_bits = np.empty(most * size, np.uint32), np.empty(1, np.uint32), np.empty(page, np.uint32)
     numbers, value, scale = bits.view(np.float32), one.view(np.float32), scale_bits.view(np.float32)
     code, path, mean = np.empty(count, np.uint16), np.empty(page * (size + 2), np.uint16), np.empty(size, np.float32)
-    room, power_bits = np.empty(groups * most, np.float32), np.empty(groups * most, np.uint32)
-    power = power_bits.view(np.float32)
-    top, total = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    room, top, total = np.empty(groups * most, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
     flat, unpacked = room[: groups * page], numbers[:count].reshape(page, size)
     scores = flat.reshape(groups, page)
 
@@ -214,7 +212,7 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
                         at = where[part, _MEAN, 0] + p * where[part, _MEAN, 1]
                         unit = half(halves, where[part, _UNIT, 0] + p * where[part, _UNIT, 1], one, value)
                         _shift(codes[at : at + size], unit, mine_turned, scores, mean)
-                    _soften(scores, flat, top, total, mine_out, mine_coded, power_bits, power)
+                    _soften(scores, flat, top, total, mine_out, mine_coded)
                 else:
                     _add(scores, entries, mine_coded)
 
@@ -232,7 +230,7 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
                     entries = full[at : at + some * size].reshape(some, size)
                 if part == 0:
                     _score(mine, entries, near)
-                    _soften(near, flat_near, top, total, mine_out, mine_coded, power_bits, power)
+                    _soften(near, flat_near, top, total, mine_out, mine_coded)
                 else:
                     _add(near, entries, mine_out)
             left, column = left - some, column + 1

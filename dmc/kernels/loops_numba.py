@@ -14,13 +14,22 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 KEPT = True  # whether what is compiled is kept on disk
 
 
-def compiled(*, exact: bool = False) -> Callable[[Callable], Callable]:
-    """A decorator: loops without Python's lock; with ``exact`` no sum is reordered and no product fused into one."""
-    options = dict(fastmath=set() if exact else {"reassoc", "contract", "nsz"}, nogil=True, error_model="numpy")
+def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callable], Callable]:
+    """A decorator: loops without Python's lock.
+
+    Args:
+        exact: no sum is reordered, and no product fused into one.
+        ordered: no sum is reordered.
+    """
+    fastmath = set() if exact else {"contract"} if ordered else {"reassoc", "contract", "nsz"}
+    options = dict(fastmath=fastmath, nogil=True, error_model="numpy")
 
     def wrap(loop: Callable) -> Callable:
         global KEPT
@@ -68,9 +77,21 @@ def half(source, at, bits, value):  # noqa: ANN001, ANN201
     return value[0]
 
 
-@compiled(exact=True)
-def exponential(x, bits, power):  # noqa: ANN001, ANN201
-    """exp(x) of numbers up to 0 in place, to 2 units in the last place; 0 below -87. ``bits`` and ``power`` are the same bytes.
+@intrinsic
+def float_of(context, bits):  # noqa: ANN001, ANN201
+    """The fp32 number of 32 bits."""
+    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(*arguments, ir.FloatType())
+
+
+@intrinsic
+def bits_of(context, number):  # noqa: ANN001, ANN201
+    """The 32 bits of an fp32 number, as int32."""
+    return types.int32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(*arguments, ir.IntType(32))
+
+
+@compiled(ordered=True)
+def exponential(x):  # noqa: ANN001, ANN201
+    """exp(x) of numbers up to 0 in place, to 2 units in the last place; 0 below -87.
 
     Cody and Waite: x = n log 2 + f with log 2 in two parts, the series of exp(f) for f within log(2) / 2 of 0, n as the exponent.
     """
@@ -87,7 +108,5 @@ def exponential(x, bits, power):  # noqa: ANN001, ANN201
         p = p * f + np.float32(0.5)
         p = p * f + np.float32(1)
         p = p * f + np.float32(1)
-        bits[i] = np.uint32((np.int32(n) + np.int32(127)) << np.int32(23))
-        x[i] = p if x[i] >= np.float32(-87) else p * np.float32(0)  # a NaN stays one
-    for i in range(len(x)):
-        x[i] *= power[i]
+        p = p if x[i] >= np.float32(-87) else p * np.float32(0)  # a NaN stays one
+        x[i] = p * float_of((np.int32(n) + np.int32(127)) << np.int32(23))

@@ -1,7 +1,8 @@
 """Prefill attention: queries of a prompt over the entries that closed before each, and each its own state.
 
 A prompt needs the closed entries alone, about T / CR of them, and not all intermediate states: every query that sees a
-final entry sees it unchanged. `prefill_reference` is the naive twin, `dmc.kernels.prefill_triton` the kernel.
+final entry sees it unchanged. `prefill_reference` is the naive twin, `dmc.kernels.prefill_triton` the kernel for GPUs and
+`dmc.kernels.prefill_cpu` the loops for CPUs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmc.kernels.backend import choose
+from dmc.kernels.loops import runs_on_cpu
 
 
 def prefill_attention(
@@ -26,18 +28,28 @@ def prefill_attention(
         own_keys, own_values: ``[R, T, D]``, the state after each query's own token, key rotated.
         positions: int32 ``[T]``, rising, of the queries.
         scale: of the scores, ``1 / sqrt(D)`` if None.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin. None: the default, which on a CPU is loops that
+            numba compiles (`dmc.kernels.prefill_cpu`), where it is installed, but for fp64.
 
     Returns:
         ``[R, G, T, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, keys, values, places, own_keys, own_values, positions)
+    if backend is None and loops_read(query):
+        from dmc.kernels import prefill_cpu
+
+        return prefill_cpu.prefill(*arguments, scale)
     if choose(query, backend) == "triton":
         from dmc.kernels.prefill_triton import prefill
 
         return prefill(*arguments, scale)
     return prefill_reference(*arguments, scale=scale)
+
+
+def loops_read(query: Tensor) -> bool:
+    """Whether the loops for CPUs take queries like this: any but fp64."""
+    return runs_on_cpu(query, torch.bfloat16, torch.float16)
 
 
 def prefill_reference(

@@ -46,8 +46,8 @@ def test_the_loops_are_pytorchs_form(directory, codec):
     with using("sdpa"):
         plain = LLM(directory, **settings)
         assert not onpages.reads(plain.cache.rows, plain.cache.rows.packings[0])
-        expected = logprobs(plain, 10)
-    difference = (logprobs(llm, 10) - expected).abs()
+        expected = logprobs(plain, 1)
+    difference = (logprobs(llm, 1) - expected).abs()
     assert difference.mean() < 0.01 and difference.max() < 0.1
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.kernels import decode as decode_module
-from dmc.kernels import decode_cpu
+from dmc.kernels import compile_cpu, decode_cpu, loops
 from dmc.kernels.backend import using
-from dmc.kernels.decode import cpu_reads, decode_attention, decode_reference, runs_on_cpu
+from dmc.kernels.decode import cpu_reads, decode_attention, decode_reference
+from dmc.kernels.loops import runs_on_cpu
 
 pytest.importorskip("triton")  # the pages of its tests
 from dmc.kernels.loops_numba import exponential  # noqa: E402
@@ -76,16 +76,16 @@ def test_a_numba_that_cannot_be_imported_is_done_without(monkeypatch, caplog, tm
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "numba")
-    decode_module._numba.cache_clear()
+    loops._numba.cache_clear()
     try:
         assert not runs_on_cpu(torch.zeros(2, 8)) and "cannot be imported (Numba needs another NumPy)" in caplog.text
     finally:
-        decode_module._numba.cache_clear()
+        loops._numba.cache_clear()
 
 
 def test_loops_that_do_not_compile_are_done_without(monkeypatch, caplog):
-    monkeypatch.setattr(decode_module, "_given_up", False)
-    monkeypatch.setattr(decode_cpu, "prepare", lambda **_: 1 / 0)
+    monkeypatch.setattr(loops, "_given_up", False)
+    monkeypatch.setattr(compile_cpu, "prepare", lambda _: 1 / 0)
     KVCache(Shape(1, 1, 8, torch.float32), policy("full"), codec("int8"), slots=1)
     assert "cannot compile the loops (ZeroDivisionError" in caplog.text and not runs_on_cpu(torch.zeros(2, 8))
 
@@ -110,7 +110,7 @@ def test_what_runs_by_default(monkeypatch):
         assert not runs_on_cpu(x)
         decode_attention(*inputs, torch.arange(4), cache)
     decode_attention(*inputs, torch.arange(4), cache, backend="reference")
-    monkeypatch.setattr("dmc.kernels.decode._numba", lambda: False)
+    monkeypatch.setattr("dmc.kernels.loops._numba", lambda: False)
     assert not runs_on_cpu(x)
     decode_attention(*inputs, torch.arange(4), cache)
     assert len(calls) == 1
@@ -131,14 +131,13 @@ def test_scores_that_rise_and_fall_by_far():
 
 def test_exponential():
     x = torch.cat([-torch.logspace(-8, 2, 4001), torch.tensor([0.0, -87.0, -87.4, -104.0, -1e30])])
-    bits = np.empty(len(x), np.uint32)
     got = x.clone()
-    exponential(got.numpy(), bits, bits.view(np.float32))
+    exponential(got.numpy())
     exact = x.double().exp()
     near = x >= -87
     assert ((got.double() - exact).abs() <= 2**-23 * exact)[near].all() and (got[~near] == 0).all()
     odd = torch.tensor([float("nan"), float("-inf"), -1.0])
-    exponential(odd.numpy(), bits[:3], bits[:3].view(np.float32))
+    exponential(odd.numpy())
     assert odd[0].isnan() and odd[1] == 0 and odd[2] == pytest.approx(math.exp(-1))
 
 

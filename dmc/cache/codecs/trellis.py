@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dmc.kernels.decode import runs_on_cpu
+from dmc.kernels.loops import runs_on_cpu
 
 RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits a value: 1 to 8, see `stretches`
 _FITTED = {1: (0.3963, 1.1817), 2: (0.1680, 0.6470, 1.0708, 1.8779)}  # the positive levels

@@ -1,0 +1,63 @@
+"""Prefill attention on a CPU: a loop that numba compiles, over entries laid out so that it multiplies at the CPU's full rate.
+
+PyTorch's attention for CPUs reaches half of that, and with a mask, which merged entries need, a quarter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmc.kernels import prefill_numba as loops
+from dmc.kernels.decode_cpu import share
+from dmc.kernels.tiles_numba import LANES, PAIRED, ROWS, WIDTH
+
+_LEAST = 1 << 19  # products for which another thread is worth waking
+
+
+def prefill(
+    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, own_keys: Tensor, own_values: Tensor, positions: Tensor,
+    scale: float,
+) -> Tensor:
+    """`dmc.kernels.prefill.prefill_attention` for fp32 and bf16 on a CPU.
+
+    Products of bf16 are those of the CPU where it has them, and else of the same numbers in fp32. Scores, the softmax and all
+    sums are fp32; weights are rounded to bf16 before they meet the values, as in FlashAttention.
+    """
+    heads, groups, tokens, size = query.shape
+    paired = query.dtype == torch.bfloat16 and PAIRED
+    rows = -(-tokens * groups // ROWS) * ROWS
+    asked = query.transpose(1, 2).flatten(1, 2)  # [R, T G, D]: queries of one token side by side
+    own = (query.transpose(1, 2).float() * own_keys[:, :, None].float()).contiguous().sum(-1).flatten(1) * scale
+    out = torch.zeros(heads, rows, -(-size // LANES) * LANES)
+    out[:, : tokens * groups, :size] = own_values[:, :, None].expand(-1, -1, groups, -1).flatten(1, 2)
+    seen = torch.searchsorted(places.contiguous(), positions.to(places.dtype).expand(heads, -1).contiguous(), out_int32=True)
+    counts = F.pad(seen.repeat_interleave(groups, dim=1)[None], (0, rows - tokens * groups), mode="replicate")[0]
+    asked = _words(F.pad(asked, (0, size % 2 if paired else 0, 0, rows - tokens * groups)), paired)
+    tensors = asked, *_entries(keys, values, paired), counts, F.pad(own, (0, rows - tokens * groups)), out
+    arrays = [x.numpy() for x in tensors]
+
+    work = counts[:, loops.BLOCK - 1 :: loops.BLOCK]
+    if rows % loops.BLOCK:
+        work = torch.cat([work, counts[:, -1:]], dim=1)
+    starts = np.zeros(work.numel() + 1, np.int64)
+    np.cumsum(work.flatten().numpy() + 1, out=starts[1:])
+    most = int(starts[-1]) * loops.BLOCK * size // _LEAST
+    share(starts, lambda begin, end: loops.attend(begin, end, *arrays, np.float32(scale), paired), most=most)
+    return out[:, : tokens * groups, :size].unflatten(1, (tokens, groups)).transpose(1, 2).to(query.dtype)
+
+
+def _entries(keys: Tensor, values: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """Keys ``[R, N, D]`` and values as `dmc.kernels.prefill_numba.attend` takes them."""
+    heads, count, size = keys.shape
+    more, pair = -count % loops.KEYS, 2 if paired else 1
+    keys = F.pad(keys, (0, -size % pair, 0, more)).unflatten(1, (-1, WIDTH)).unflatten(-1, (-1, pair))
+    values = F.pad(values, (0, -size % LANES, 0, more)).unflatten(1, (-1, pair))
+    return _words(keys.transpose(2, 3).flatten(-2), paired), _words(values.transpose(2, 3).flatten(-2), paired)
+
+
+def _words(x: Tensor, paired: bool) -> Tensor:
+    """Words of 32 bits: numbers in fp32, or of pairs of bf16 as they lie side by side."""
+    return (x if paired else x.float()).contiguous().view(torch.int32)
