@@ -33,10 +33,19 @@ def _order(x):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def _sum(x):  # noqa: ANN001, ANN202
+def _sum_of_piece(x):  # noqa: ANN001, ANN202
     total = np.float32(0)
     for n in range(len(x)):
         total += x[n]
+    return total
+
+
+@compiled(ordered=True)
+def _sum(x):  # noqa: ANN001, ANN202
+    """In pieces of one length, so that zeros behind do not change in which order numbers are added."""
+    total = np.float32(0)
+    for start in range(0, len(x), WIDTH):
+        total += _sum_of_piece(x[start : start + WIDTH])
     return total
 
 
