@@ -131,4 +131,5 @@ def _codes(paged: Paged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             tables.append(layout.levels[bits].numpy())
             first += count
         line_starts.append(len(lines))
+    tables.append(np.zeros(16, np.float32))  # a whole vector of the last levels may be read
     return np.concatenate(tables).astype(np.float32), np.array(lines, np.int64), np.array(line_starts, np.int64)

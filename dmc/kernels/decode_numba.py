@@ -168,6 +168,7 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
     bits, one, scale_bits = np.empty(most * size, np.uint32), np.empty(1, np.uint32), np.empty(page, np.uint32)
     numbers, value, scale = bits.view(np.float32), one.view(np.float32), scale_bits.view(np.float32)
     code, path, mean = np.empty(count, np.uint16), np.empty(page * (size + 2), np.uint16), np.empty(size, np.float32)
+    last_bits = np.empty((page, 16), np.int32)
     room, top, total = np.empty(groups * most, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
     flat, unpacked = room[: groups * page], numbers[:count].reshape(page, size)
     scores = flat.reshape(groups, page)
@@ -194,7 +195,7 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
                         e4m3(codes[at : at + count], bits, numbers)
                     else:
                         planes = lines[line_starts[part] : line_starts[part + 1]]
-                        trellis(codes[at:], page, size, table, planes, code, path, numbers)
+                        trellis(codes[at:], page, size, table, planes, code, path, last_bits, numbers)
                 if part == 0:
                     _score(mine_turned, entries, scores)
                 if kind != DENSE:

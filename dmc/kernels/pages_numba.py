@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dmc.kernels.levels_numba import MOST, WIDE, stretch
 from dmc.kernels.loops_numba import compiled
 
 
@@ -78,16 +79,8 @@ def _carry(path, entries, before, count):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def trellis(codes, page, size, table, lines, code, path, level):  # noqa: ANN001, ANN201
-    """Levels of a page ``[page * size]`` into ``level``.
-
-    Args:
-        codes: the page's bytes and what lies behind.
-        page, size: N, D.
-        table, lines: as in `dmc.kernels.decode_cpu`.
-        code, path: uint16 ``[N D]`` and ``[N (D + 2)]``, to be written over.
-        level: fp32.
-    """
+def _trellis_by_values(codes, page, size, table, lines, code, path, level):  # noqa: ANN001, ANN202
+    """`trellis`, one value at a time."""
     entries, line, last = np.uint64(page), 0, np.uint64(0)
     path[: 2 * page] = np.uint16(0)
     while line < len(lines):
@@ -95,11 +88,11 @@ def trellis(codes, page, size, table, lines, code, path, level):  # noqa: ANN001
         total = page * count
         code[:total] = 0
         while line < len(lines) and lines[line, 0] == first:
-            width, stretch = lines[line, 2], (total * lines[line, 2] + 7) // 8
+            width, length = lines[line, 2], (total * lines[line, 2] + 7) // 8
             mask, shift = np.uint16((1 << width) - 1), np.uint16(lines[line, 3])
-            plane = codes[lines[line, 4] : lines[line, 4] + stretch]
-            for stream in range((total + stretch - 1) // stretch):
-                begin, end = stream * stretch, min(total, (stream + 1) * stretch)
+            plane = codes[lines[line, 4] : lines[line, 4] + length]
+            for stream in range((total + length - 1) // length):
+                begin, end = stream * length, min(total, (stream + 1) * length)
                 _unpack(plane, np.uint16(stream * width), mask, shift, code[begin:end])
             line += 1
         _carry(path, entries, last, np.uint64(count))
@@ -107,3 +100,38 @@ def trellis(codes, page, size, table, lines, code, path, level):  # noqa: ANN001
         _places(code, path, entries, np.uint64(count))
         _levels(code, entries, np.uint64(count), table[offset:], np.uint64(first), np.uint64(size), level)
         last = np.uint64(count)
+
+
+@compiled()
+def _wide(page, lines):  # noqa: ANN001, ANN202
+    """Whether vector registers can hold the levels, and rows of codes lie in whole groups of 16."""
+    takes, bits = WIDE and page % 8 == 0, 0
+    for line in range(len(lines)):
+        bits = lines[line, 2] + (bits if lines[line, 3] else 0)
+        takes = takes and bits <= MOST and lines[line, 1] % 16 == 0
+    return takes
+
+
+@compiled()
+def trellis(codes, page, size, table, lines, code, path, last_bits, level):  # noqa: ANN001, ANN201
+    """Levels of a page ``[page * size]`` into ``level``.
+
+    Args:
+        codes: the page's bytes and what lies behind.
+        page, size: N, D.
+        table, lines: as in `dmc.kernels.decode_cpu`.
+        code, path: uint16 ``[N D]`` and ``[N (D + 2)]``, to be written over.
+        last_bits: int32 ``[N, 16]``, to be written over.
+        level: fp32.
+    """
+    if _wide(page, lines):
+        line, begins = 0, True
+        while line < len(lines):
+            width, planes = lines[line, 2], 1
+            if line + 1 < len(lines) and lines[line + 1, 0] == lines[line, 0]:
+                width, planes = width + lines[line + 1, 2], 2
+            low, high, first, count = lines[line, 4], lines[line + planes - 1, 4], lines[line, 0], lines[line, 1]
+            stretch(codes, page, size, low, high, width, first, count, begins, last_bits, table[lines[line, 5] :], level)
+            line, begins = line + planes, False
+    else:
+        _trellis_by_values(codes, page, size, table, lines, code, path, level)

@@ -3,15 +3,17 @@
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.kernels import compile_cpu, decode_cpu, loops
+from dmc.cache.codecs import trellis
+from dmc.kernels import compile_cpu, decode_cpu, levels_numba, loops, pages_numba
 from dmc.kernels.backend import using
-from dmc.kernels.decode import cpu_reads, decode_attention, decode_reference
+from dmc.kernels.decode import Trellis, cpu_reads, decode_attention, decode_reference
 from dmc.kernels.loops import runs_on_cpu
 
 pytest.importorskip("triton")  # the pages of its tests
@@ -45,6 +47,38 @@ def test_equals_the_twin_whatever_the_lengths(kind, size, groups, dtype):
 @pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (40, 1, 12, torch.float32)])
 def test_trellis_pages(settings, size, groups, page, dtype):
     check(gear_pages(size, page, dtype=dtype, backbone="rotated", **settings)[0], queries(3, groups, size), [2, 0, 1])
+
+
+@pytest.mark.skipif(not levels_numba.WIDE, reason="this CPU looks up no vectors")
+@pytest.mark.parametrize("rates", [(4, 3), (3, 2), (2.25, 1.75), (1, 1.5), (3.25, 4), (4.5, 5)])
+@pytest.mark.parametrize("page", [8, 32])
+def test_levels_by_vectors_are_those_of_the_plain_loops(rates, page):
+    """At head size 64 every stretch of these rates is whole vectors; bit for bit, and nothing is written behind."""
+    codes, table, lines, starts = trellis_page(rates, page, 64)
+    assert pages_numba._wide(page, lines)
+    kept = np.full(page * 64 + 8, 7.0, np.float32), np.full(page * 64 + 8, 7.0, np.float32)
+    for part in range(2):
+        mine = lines[starts[part] : starts[part + 1]]
+        for out, wide in zip(kept, (True, False), strict=True):
+            code, path = np.full(page * 64, 999, np.uint16), np.full(page * 66, 999, np.uint16)
+            read = pages_numba.trellis if wide else pages_numba._trellis_by_values
+            last = (np.full((page, 16), 5, np.int32),) if wide else ()
+            read(codes, page, 64, table, mine, code, path, *last, out)
+        assert (kept[0] == kept[1]).all() and (kept[0][-8:] == 7).all()
+
+
+@pytest.mark.parametrize(("rate", "page", "size"), [(5.5, 32, 64), (2, 12, 64), (2, 32, 40), (2.1, 32, 64)])
+def test_where_vectors_do_not_fit(rate, page, size):
+    assert not pages_numba._wide(page, trellis_page((rate, rate), page, size)[2])
+
+
+def trellis_page(rates, page, size):
+    """Random codes of a page's keys and then of its values, and what `decode_cpu` says of them."""
+    stretches = [tuple(trellis.stretches(rate, size)) for rate in rates]
+    levels = {bits: trellis.levels(bits) for part in stretches for _, bits in part}
+    layout = Trellis(page, size, *stretches, levels, torch.eye(size))
+    codes = torch.randint(0, 256, (page * size * 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(page))
+    return codes.numpy(), *decode_cpu._codes(SimpleNamespace(kind="trellis", gear=layout))
 
 
 def test_trellis_pages_with_constant_entries():
