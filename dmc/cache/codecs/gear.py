@@ -152,6 +152,8 @@ class GearCodec(Codec):
             where, rest = find(vectors, count)
             rest = _vectors(part, rest)
         fields = self._parts[part].encode(rest)
+        if where is None and not self.rank:
+            return fields
         residual = x - self._parts[part].decode(fields, entries, head_size)
         if where is not None:
             missing = _vectors(part, residual)
