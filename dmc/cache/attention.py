@@ -15,7 +15,7 @@ from dmc.cache import gathered, onpages
 from dmc.cache.gathered import Plan, plans
 from dmc.cache.policies import Policy
 from dmc.cache.rows import Rows
-from dmc.kernels.decode import decode_attention
+from dmc.kernels.decode import decode_attention, decode_watched
 from dmc.kernels.prefill import loops_read, prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
@@ -178,10 +178,13 @@ def row_attention(
     Returns:
         ``(out [R, G, D], own [R])``: own is the tail's weight, summed over G; None without ``watch``.
     """
-    if watch is None and onpages.reads(rows, rows.packing(index)):
+    if onpages.reads(rows, rows.packing(index), watch=watch):
         own, work = (own_key, own_value), rows.shape.dtype if query.device.type == "cuda" else query.dtype
-        out = decode_attention(query.to(work), *(x.to(work) for x in own), index, onpages.paged(rows, rows.packing(index)))
-        return out.to(query.dtype), None
+        arguments = query.to(work), *(x.to(work) for x in own), index, onpages.paged(rows, rows.packing(index))
+        if watch is not None:
+            out, mass = decode_watched(*arguments, watch=watch)
+            return out.to(query.dtype), mass
+        return decode_attention(*arguments).to(query.dtype), None
     query = query * query.shape[-1] ** -0.5
     if watch is None and not rows.storage.holes:
         plan = plans(rows, index[None])[0] if plan is None else plan

@@ -48,18 +48,26 @@ def paged(rows: Rows, packing: Packing) -> Paged | None:
 
 def _paged(rows: Rows, packing: Packing) -> Paged | None:
     known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, rows.z.device)
-    if known is None or rows.storage.holes:
+    if known is None or (rows.storage.holes and not runs_on_cpu(rows.z)):
         return None
     kind, layout = known
-    encoded = {name: view for name, view in rows.pool.views(packing.layout).items() if name in packing.fields}
-    opened = {part: rows.pool.views(rows.open_layout)[part] for part in "kv"}
+    views, open_views = rows.pool.views(packing.layout), rows.pool.views(rows.open_layout)
+    encoded = {name: view for name, view in views.items() if name in packing.fields}
+    opened = {part: open_views[part] for part in "kv"}
+    if rows.storage.holes:
+        encoded["place"] = views["e_place"]
+    if rows.storage.scored:
+        encoded["score"], opened["score"] = views["e_score"], open_views["e_score"]
     return Paged(kind, encoded, opened, rows.closed_table, rows.open_table, rows.closed, rows.exact, layout)
 
 
-def reads(rows: Rows, packing: Packing) -> bool:
-    """Whether the decode kernels run on the rows of a layer: Triton's in the model's dtype, or the loops for CPUs in fp32."""
+def reads(rows: Rows, packing: Packing, *, watch: str | None = None) -> bool:
+    """Whether the decode kernels run on the rows of a layer: Triton's in the model's dtype, or the loops for CPUs in fp32.
+
+    The loops alone take pages with holes, and tell what entries weigh (``watch``).
+    """
     like = torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device)
-    if rows.storage.holes or not (runs(like) or runs_on_cpu(rows.z)):
+    if not runs_on_cpu(rows.z) and (rows.storage.holes or watch is not None or not runs(like)):
         return False
     known = page_layout(packing.codec, packing.page_size, rows.shape.head_size, like.device)
     if known is None:

@@ -89,8 +89,9 @@ class Paged:
     Attributes:
         kind: a name of `KINDS`, how encoded pages are stored.
         encoded: fields of encoded pages: keys and values ``[pages, P, D]`` (``k``, ``v`` in any float dtype; ``k_codes``,
-            ``v_codes`` int8; ``k_numbers``, ``v_numbers`` uint8 holding E4M3), scales ``[pages, P]``.
-        opened: ``k`` and ``v`` of exact pages ``[pages, E, D]``, any float dtype.
+            ``v_codes`` int8; ``k_numbers``, ``v_numbers`` uint8 holding E4M3), scales ``[pages, P]``. The loops for CPUs alone
+            know ``place`` int32 ``[pages, P]``, below 0 where an entry was evicted, and ``score`` fp32 ``[pages, P]``.
+        opened: ``k`` and ``v`` of exact pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
         encoded_table, open_table: ``[rows, columns]``, pages of each row in order.
         encoded_count: ``[rows]``, encoded pages of each row.
         exact_count: ``[rows]``, exact entries of each row.
@@ -161,6 +162,24 @@ def decode_attention(
 
         return decode(query, own_key, own_value, index, paged, scale)
     return decode_reference(query, own_key, own_value, index, paged, scale=scale)
+
+
+def decode_watched(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, watch: str,
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` by the loops for CPUs, which also add each entry's softmax weight, summed over G, to its score.
+
+    Args:
+        query, own_key, own_value, index: fp32, see `decode_attention`.
+        paged: with scores of entries.
+        watch: "sum" adds, "last" replaces.
+
+    Returns:
+        ``(out [R, G, D], own [R])``: own is the weight of the own state.
+    """
+    from dmc.kernels import decode_cpu
+
+    return decode_cpu.watched(query, own_key, own_value, index, paged, query.shape[-1] ** -0.5, watch)
 
 
 def cpu_reads(kind: str, exact: torch.dtype, encoded: torch.dtype | None) -> bool:

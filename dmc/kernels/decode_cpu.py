@@ -29,11 +29,27 @@ _LEAST = 1 << 17  # products of a query and a feature for which another thread i
 
 def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float) -> Tensor:
     """`dmc.kernels.decode.decode_attention` for fp32 on a CPU; no gradients."""
+    return watched(query, own_key, own_value, index, paged, scale, None)[0]
+
+
+def watched(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float, watch: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`decode`, and what entries weigh.
+
+    Args:
+        paged: also of a policy that evicts, whose encoded pages have "place" and maybe "score".
+        watch: each entry's softmax weight, summed over G, is added to its score ("sum") or becomes it ("last"); None: neither.
+
+    Returns:
+        ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; anything without ``watch``.
+    """
     rows, groups, size = query.shape
     trellis = paged.gear if isinstance(paged.gear, Trellis) else None
     query, own_key, own_value = (x.detach().float() for x in (query, own_key, own_value))
+    own = query.new_zeros(rows)
     if not rows:
-        return torch.empty_like(query)
+        return torch.empty_like(query), own
     places, tables = index.numpy(), _tables(paged)
     entries = tables[2][places].astype(np.int64) * paged.page + tables[3][places] + 1
     starts = np.zeros(rows + 1, np.int64)  # work before each row: queries by entries
@@ -42,9 +58,10 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
     turned = (scaled @ trellis.rotation).contiguous() if trellis else scaled
     out, coded = scaled.new_empty(scaled.shape), scaled.new_empty(scaled.shape)
     tensors = scaled, turned, own_key.contiguous(), own_value.contiguous(), out, coded
-    arguments = *(x.numpy() for x in tensors), places, *tables, *_pages(paged)
+    how = {None: loops.NONE, "last": loops.REPLACE, "sum": loops.ADD}[watch]
+    arguments = *(x.numpy() for x in (*tensors, own)), how, places, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
-    return out + (coded @ trellis.rotation.T if trellis else coded)
+    return out + (coded @ trellis.rotation.T if trellis else coded), own
 
 
 def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> None:
@@ -96,13 +113,14 @@ def _made(paged: Paged) -> tuple:
     where = np.zeros((2, len(loops.FIELDS), 2), np.int64)
     for number, part in enumerate("kv"):
         named = {name: fields.get(f"{part}_{name}") for name in loops.FIELDS}
-        named |= {"main": fields[main.format(part)], "exact": opened[part]}
+        named |= {"main": fields[main.format(part)], "exact": opened[part], "exact_score": opened.get("score")}
+        named |= {name: fields.get(name) for name in ("place", "score")}
         for line, name in zip(where[number], loops.FIELDS, strict=True):
             if named[name] is not None:
                 line[:] = named[name].storage_offset(), named[name].stride(0)
     sizes = np.array([
         KINDS[kind], paged.page, opened["k"].shape[1], fields[main.format("k")].dtype == torch.bfloat16,
-        opened["k"].dtype == torch.bfloat16, "k_mean" in fields,
+        opened["k"].dtype == torch.bfloat16, "k_mean" in fields, "place" in fields,
     ], np.int64)
     return full.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, *_codes(paged)
 

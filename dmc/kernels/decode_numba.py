@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmc.kernels.loops_numba import compiled, dot, exponential, half, widen
+from dmc.kernels.loops_numba import bits_of, compiled, dot, exponential, half, widen
 from dmc.kernels.pages_numba import e4m3, look_up, trellis, whole
 
 DENSE, INT8, FP8, TRELLIS = range(4)
-FIELDS = ("main", "scale", "top", "mean", "unit", "exact")
-_MAIN, _SCALE, _TOP, _MEAN, _UNIT, _EXACT = range(6)
-_KIND, _PAGE, _PER_OPEN, _ENCODED_HALF, _EXACT_HALF, _HAS_MEAN = range(6)
+FIELDS = ("main", "scale", "top", "mean", "unit", "exact", "place", "score", "exact_score")
+_MAIN, _SCALE, _TOP, _MEAN, _UNIT, _EXACT, _PLACE, _SCORE, _EXACT_SCORE = range(9)
+_KIND, _PAGE, _PER_OPEN, _ENCODED_HALF, _EXACT_HALF, _HAS_MEAN, _HOLES = range(7)
+NONE, REPLACE, ADD = range(3)  # what becomes of the scores of entries
 
 
 # Queries of a group meet an entry together, so that it is read once. Two or three at a time: with more the compiler runs out of
@@ -148,7 +149,40 @@ def _shift(codes, unit, query, scores, mean):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def attend(begin, end, query, turned, own_key, own_value, out, coded, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, table, lines, line_starts):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
+def _drop_holes(places, scores):  # noqa: ANN001, ANN202
+    for n in range(len(places)):
+        if bits_of(places[n]) < 0:  # int32s, held as fp32
+            scores[:, n] = -np.inf
+
+
+@compiled()
+def _masses(kept, own, top, total):  # noqa: ANN001, ANN202
+    """Scores ``[G, N]`` become softmax weights, summed over G into the first line; the own state's are returned."""
+    mass = np.float32(0)
+    for g in range(len(kept)):
+        mine, by = kept[g], np.float32(1) / total[g]
+        for n in range(len(mine)):
+            mine[n] -= top[g]
+        exponential(mine)
+        for n in range(len(mine)):
+            mine[n] *= by
+        mass += np.exp(own[g] - top[g]) * by
+    first = kept[0]
+    for g in range(1, len(kept)):
+        mine = kept[g]
+        for n in range(len(first)):
+            first[n] += mine[n]
+    return mass
+
+
+@compiled()
+def _note(mass, scores, how):  # noqa: ANN001, ANN202
+    for n in range(len(mass)):
+        scores[n] = scores[n] + mass[n] if how == ADD else mass[n]
+
+
+@compiled()
+def attend(begin, end, query, turned, own_key, own_value, out, coded, own_mass, watch, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, table, lines, line_starts):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
     """Attention of rows ``begin`` to ``end``.
 
     Args:
@@ -156,6 +190,8 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
         query, turned: ``[R, G, D]``, scaled; for exact entries and for encoded ones.
         own_key, own_value: ``[R, D]``.
         out, coded: ``[R, G, D]``, to be filled: the part of exact entries and the own state, and that of encoded entries.
+        own_mass: ``[R]``, to be filled unless ``watch`` is `NONE`: the own state's softmax weight, summed over G.
+        watch: what becomes of entries' scores: such weights take their place, or are added.
         index, encoded_table, open_table, encoded, exact: as in `dmc.kernels.decode`.
         full, halves, codes: the storage as fp32, uint16 and uint8.
         where: int64 ``[2, fields, 2]``, of keys and values.
@@ -164,7 +200,11 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
     """
     kind, page, per, narrow, narrow_exact = sizes[_KIND], sizes[_PAGE], sizes[_PER_OPEN], sizes[_ENCODED_HALF], sizes[_EXACT_HALF]
     groups, size, count = query.shape[1], query.shape[2], page * query.shape[2]
-    most = max(page, per)
+    most, furthest = max(page, per), 0
+    if watch != NONE:
+        for r in range(begin, end):
+            furthest = max(furthest, encoded[index[r]] * page + exact[index[r]])
+    own, known = np.empty(groups, np.float32), np.empty(groups * furthest, np.float32)
     bits, one, scale_bits = np.empty(most * size, np.uint32), np.empty(1, np.uint32), np.empty(page, np.uint32)
     numbers, value, scale = bits.view(np.float32), one.view(np.float32), scale_bits.view(np.float32)
     code, path, mean = np.empty(count, np.uint16), np.empty(page * (size + 2), np.uint16), np.empty(size, np.float32)
@@ -176,9 +216,11 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
     for r in range(begin, end):
         row, mine, mine_turned, mine_out, mine_coded = index[r], query[r], turned[r], out[r], coded[r]
         for g in range(groups):
-            top[g], total[g] = dot(mine[g], own_key[r]), np.float32(1)
+            own[g], total[g] = dot(mine[g], own_key[r]), np.float32(1)
+            top[g] = own[g]
             mine_out[g], mine_coded[g] = own_value[r], np.float32(0)
 
+        kept = known[: groups * (encoded[row] * page + exact[row]) if watch != NONE else 0].reshape(groups, -1)
         for column in range(encoded[row]):
             p = encoded_table[row, column]
             for part in range(2):
@@ -213,6 +255,11 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
                         at = where[part, _MEAN, 0] + p * where[part, _MEAN, 1]
                         unit = half(halves, where[part, _UNIT, 0] + p * where[part, _UNIT, 1], one, value)
                         _shift(codes[at : at + size], unit, mine_turned, scores, mean)
+                    if sizes[_HOLES]:
+                        at = where[0, _PLACE, 0] + p * where[0, _PLACE, 1]
+                        _drop_holes(full[at : at + page], scores)
+                    if watch != NONE:
+                        kept[:, column * page : column * page + page] = scores
                     _soften(scores, flat, top, total, mine_out, mine_coded)
                 else:
                     _add(scores, entries, mine_coded)
@@ -231,11 +278,23 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, index, enc
                     entries = full[at : at + some * size].reshape(some, size)
                 if part == 0:
                     _score(mine, entries, near)
+                    if watch != NONE:
+                        begun = encoded[row] * page + exact[row] - left
+                        kept[:, begun : begun + some] = near
                     _soften(near, flat_near, top, total, mine_out, mine_coded)
                 else:
                     _add(near, entries, mine_out)
             left, column = left - some, column + 1
 
+        if watch != NONE:
+            own_mass[r] = _masses(kept, own, top, total)
+            for column in range(encoded[row]):
+                at = where[0, _SCORE, 0] + encoded_table[row, column] * where[0, _SCORE, 1]
+                _note(kept[0, column * page : column * page + page], full[at : at + page], watch)
+            for first in range(0, exact[row], per):
+                at = where[0, _EXACT_SCORE, 0] + open_table[row, first // per] * where[0, _EXACT_SCORE, 1]
+                mass = kept[0, encoded[row] * page + first : encoded[row] * page + min(first + per, exact[row])]
+                _note(mass, full[at : at + per], watch)
         for g in range(groups):
             for d in range(size):
                 mine_out[g, d] /= total[g]

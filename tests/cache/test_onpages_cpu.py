@@ -6,10 +6,15 @@ import torch
 from hypothesis import example, given, settings
 
 from dmc.cache import KVCache, Shape, codec, onpages, policy
+from dmc.cache.evict import entries
 from dmc.kernels.backend import using
 from dmc.model import Rope
 
 NOBODY, HEADS, QUERIES, SIZE, SEQUENCES = torch.empty(0, dtype=torch.int64), 2, 4, 8, 3
+POLICIES = {
+    "dmc": {}, "full": {}, "streaming": dict(sinks=1, recent=11), "h2o": dict(heavy=7, recent=6), "tova": dict(budget=13),
+    "dms": dict(window=7),
+}
 CODECS = {"dense": {}, "int8": {}, "fp8": {}, "gear": {"bits": 4}, "gear-3bit": {}, "gear-2bit": {}}
 ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.float32, device="cpu")
 
@@ -17,11 +22,13 @@ ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.flo
 def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
     """Three sequences of unlike length beside each other; one is forked, one swapped out and in, pages and tables grow."""
     with using(backend):
+        chosen, codecs = policy(policy_name, **POLICIES[policy_name]), [codec(name, **CODECS[name]) for name in names]
         cache = KVCache(
-            Shape(len(names), HEADS, SIZE, torch.float32), policy(policy_name), [codec(name, **CODECS[name]) for name in names],
+            Shape(len(names), HEADS, SIZE, torch.float32), chosen, codecs,
             slots=2 * SEQUENCES, memory=memory, page_size=page_size, sink_tokens=2, window=1, exact_dtype=exact,
         )
-        assert all(onpages.reads(cache.rows, packing) == (backend == "auto") for packing in cache.rows.packings)
+        watch = cache.policy.watches
+        assert all(onpages.reads(cache.rows, packing, watch=watch) == (backend == "auto") for packing in cache.rows.packings)
         g = torch.Generator().manual_seed(3)
         normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
         texts = [
@@ -50,13 +57,17 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
         return torch.stack(found)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3), st.sampled_from(["dmc", "full"]),
+    st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3), st.sampled_from(list(POLICIES)),
     st.sampled_from([None, 1, 4, 12, 16]), st.sampled_from([None, "fp32", "bf16"]), st.booleans(),
 )
 @example(["gear"], "dmc", 4, None, False)
 @example(["dense", "gear-2bit", "int8"], "full", 12, "fp32", True)
+@example(["gear-3bit", "dense"], "h2o", 4, None, False)
+@example(["int8"], "tova", 4, None, False)
+@example(["gear"], "dms", 4, "bf16", False)
+@example(["fp8"], "streaming", 4, None, False)
 def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
     arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
     torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
@@ -84,7 +95,24 @@ def test_fp16_entries_and_other_codecs_are_left_to_pytorch():
         assert not onpages.reads(cache.rows, cache.rows.packings[0])
 
 
-@pytest.mark.parametrize("policy_name", ["tova", "h2o"])
-def test_policies_that_watch_or_evict_are_left_to_pytorch(policy_name):
-    cache = KVCache(Shape(1, 1, SIZE, torch.float32), policy(policy_name, share=0.5), codec("dense"), slots=1)
-    assert not onpages.reads(cache.rows, cache.rows.packings[0])
+@pytest.mark.parametrize("name", ["tova", "h2o"])
+def test_scores_that_the_loops_write_are_pytorchs(name):
+    """After steps in which no entry is evicted, of every entry: on encoded pages, in the exact part, and the open one."""
+    found = []
+    for backend in ("auto", "sdpa"):
+        with using(backend):
+            cache = KVCache(Shape(1, HEADS, SIZE, torch.float32), policy(name, share=1.0), codec("dense"), slots=1, page_size=4)
+            g = torch.Generator().manual_seed(1)
+            prompt = cache.prompt()
+            attend, slot = cache.step(NOBODY, NOBODY, [(prompt, 9)], ROPE), None
+            for position in range(9, 30):
+                count = 1 if slot is not None else 9
+                parts = torch.randn(count, QUERIES, SIZE, generator=g), *torch.randn(2, count, HEADS, SIZE, generator=g)
+                attend(0, *parts, torch.zeros(count, HEADS), torch.ones(count, HEADS))
+                slot = cache.load(prompt) if slot is None else slot
+                attend = cache.step(torch.tensor([slot]), torch.tensor([position]), [], ROPE, merges=False)
+            index = cache.rows.index(0, torch.tensor([slot]))
+            found.append([entries(cache.rows, index, torch.tensor([30, 30])).scores, cache.rows.tail_score[index]])
+    assert (found[0][0] > 0).sum() > 30
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
