@@ -82,12 +82,12 @@ def prepare(rows: Rows) -> None:
     """What takes long the first time, before any request waits for it."""
     if not runs_on_cpu(rows.z.float()):
         return
-    from dmc.kernels.compile_cpu import prepare as compile_loops
-
     try:
+        from dmc.kernels.compile_cpu import prepare as compile_loops
+
         if runs_on_cpu(rows.z) and any(reads(rows, packing) for packing in rows.packings):
             compile_loops("decode")
-        if runs_on_cpu(rows.z):
+        if runs_on_cpu(rows.z) and not rows.storage.holes:  # what evicting policies read of a prompt is PyTorch's
             compile_loops("prefill")
         if any(_codes_trellises(packing.codec) for packing in rows.packings):
             compile_loops("trellis")

@@ -45,6 +45,8 @@ def watched(
         ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; anything without ``watch``.
     """
     rows, groups, size = query.shape
+    if watch is not None and not ("score" in paged.encoded and "score" in paged.opened):
+        raise ValueError(f"weights are watched ({watch}), but these pages have no scores to take them")
     trellis = paged.gear if isinstance(paged.gear, Trellis) else None
     query, own_key, own_value = (x.detach().float() for x in (query, own_key, own_value))
     own = query.new_zeros(rows)

@@ -13,11 +13,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from dmc.kernels.host import host
 from dmc.kernels.layout import PLANES
 from dmc.kernels.loops_numba import compiled
-from dmc.kernels.tiles_numba import LANES
 
-WIDE = LANES == 16  # whether the CPU can
+WIDE = host().looks_up
 MOST = 5  # bits of a code that it takes: 64 levels
 _BYTE, _WORD, _ADDRESS, _SINGLE = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _BYTES, _WORDS, _SINGLES = (ir.VectorType(kind, 16) for kind in (_BYTE, _WORD, _SINGLE))

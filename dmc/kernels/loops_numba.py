@@ -18,6 +18,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from dmc.kernels.host import host
+from dmc.kernels.layout import PLANES
+
 KEPT = True  # whether what is compiled is kept on disk
 
 
@@ -47,10 +50,11 @@ def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callabl
 
 @lru_cache
 def _sources() -> str:
-    """A digest of all files of loops: with other ones, what was kept of any of them is not used."""
-    digest = hashlib.sha256()
+    """A digest of all that instructions are made from: with anything else, what was kept of any loop is not used."""
+    digest = hashlib.sha256(repr(host()).encode())
     for path in sorted(Path(__file__).parent.glob("*_numba.py")):
         digest.update(path.read_bytes())
+    digest.update(repr(PLANES).encode())
     return digest.hexdigest()
 
 

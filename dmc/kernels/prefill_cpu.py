@@ -26,7 +26,10 @@ def prefill(
     Products of bf16 are those of the CPU where it has them, and else of the same numbers in fp32. Scores, the softmax and all
     sums are fp32; weights are rounded to bf16 before they meet the values, as in FlashAttention.
     """
+    query, keys, values, own_keys, own_values = (x.detach() for x in (query, keys, values, own_keys, own_values))
     heads, groups, tokens, size = query.shape
+    if not query.numel():
+        return torch.empty_like(query)
     paired = query.dtype == torch.bfloat16 and PAIRED
     rows = -(-tokens * groups // ROWS) * ROWS
     asked = query.transpose(1, 2).flatten(1, 2)  # [R, T G, D]: queries of one token side by side

@@ -18,7 +18,7 @@ KEYS = 128  # entries of a stretch, a multiple of WIDTH
 
 @compiled()
 def _largest(x, least):  # noqa: ANN001, ANN202
-    """The largest number, ``least`` at least, or NaN if there is one: by the bits, which the compiler makes vectors of."""
+    """The largest number, ``least`` at least: by the bits, which the compiler makes vectors of. A NaN is above or below all."""
     most = _order(least)
     for n in range(len(x)):
         most = max(most, _order(x[n]))

@@ -1,8 +1,8 @@
 """Small products of matrices for the loops on CPUs, written in vectors: numba's own loops do not keep sums in registers.
 
-A tile is `ROWS` rows of A times all rows of B's `WIDTH` columns or fewer: 24 vectors of sums (12 where there are 16 registers),
-as high-performance BLAS has them. Numbers are fp32; or, where the CPU multiplies bf16 (`PAIRED`), pairs of bf16 in words of 32
-bits, of two neighbours along the sum, with sums in fp32.
+A tile is `ROWS` rows of A times all rows of B's `WIDTH` columns or fewer: 24 vectors of sums where the CPU has 32 registers and
+12 where it has 16, as high-performance BLAS has them. Numbers are fp32; or, where the CPU multiplies bf16 (`PAIRED`), pairs of
+bf16 in words of 32 bits, of two neighbours along the sum, with sums in fp32.
 
 What a row of C is does not depend on the other rows.
 """
@@ -13,15 +13,14 @@ from collections.abc import Callable
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from dmc.kernels.host import host
 from dmc.kernels.loops_numba import compiled
 
-_HOST = {} if config.CPU_NAME or config.CPU_FEATURES else dict(binding.get_host_cpu_features())
-LANES, _VECTORS = (16, 4) if _HOST.get("avx512f") else (8, 2) if _HOST.get("avx2") else (4, 4)
+LANES, _VECTORS, PAIRED = host().lanes, host().vectors, host().pairs
 ROWS, WIDTH = 6, LANES * _VECTORS
-PAIRED = bool(_HOST.get("avx512f") and _HOST.get("avx512bf16"))
 if PAIRED:
     binding.initialize_native_asmparser()  # the product of pairs is named as the CPU names it
 
@@ -69,6 +68,8 @@ def _write(builder, vectors, paired, a, a_row, b, b_row, c, c_row, steps, add) -
         if paired:
             form = ir.FunctionType(_SINGLES, [_SINGLES, _WORDS, _WORDS])
             return builder.asm(form, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, x, y], False)
+        if not host().fma:  # asked for all the same, a function would be called for each number
+            return builder.fadd(builder.fmul(x, y), sums)
         fma = ir.FunctionType(_SINGLES, [_SINGLES] * 3)
         return builder.call(cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{LANES}f32"), [x, y, sums])
 

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 
 from dmc.cache import KVCache, Shape, codec, onpages, policy
 from dmc.cache.evict import entries
+from dmc.kernels import decode_cpu
 from dmc.kernels.backend import using
 from dmc.model import Rope
 
@@ -17,6 +18,15 @@ POLICIES = {
 }
 CODECS = {"dense": {}, "int8": {}, "fp8": {}, "gear": {"bits": 4}, "gear-3bit": {}, "gear-2bit": {}}
 ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    monkeypatch.setattr(decode_cpu, "_LEAST", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
@@ -70,6 +80,12 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
 @example(["fp8"], "streaming", 4, None, False)
 def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
     arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
+    torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("policy_name", ["h2o", "tova"])
+def test_threads_write_the_scores_of_their_own_rows(policy_name, threads):
+    arguments = ["gear", "dense"], policy_name, 4, None, None
     torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
 
 

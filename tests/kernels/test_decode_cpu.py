@@ -98,6 +98,12 @@ def test_threads_share_the_rows(monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_weights_are_not_written_where_there_is_no_room_for_them():
+    """Not to whatever lies at the beginning of the pages' memory, which no row may write to."""
+    with pytest.raises(ValueError, match="no scores to take them"):
+        decode_cpu.watched(*queries(4, 2, 8), torch.arange(4), paged("dense", LENGTHS, 8, 16), 0.3, "sum")
+
+
 def test_no_rows_and_other_dtypes():
     cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 2, 8)
     expected = decode_cpu.decode(*inputs, torch.arange(4), cache, 0.3)

