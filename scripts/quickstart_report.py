@@ -32,7 +32,6 @@ from dmc import LLM
 from dmc.analysis.decisions import decisions
 from dmc.analysis.plots import plot_heads, plot_training
 from dmc.analysis.segments import segments_html
-from dmc.evaluation.truncation import truncated_perplexity
 from dmc.model import Llama
 
 CONTROL = "control (same tokens, no compression)"
@@ -75,9 +74,9 @@ def report(runs: Path, context: int, sequences: int) -> None:
     target = float(last[2:])
     final = rows[-1]
     rows.append(_row(f"{method} CR {target:g} + GEAR-4bit", target, _decoded(exports[last], held_out)))
-    for policy, name in (("streaming", "StreamingLLM"), ("h2o", "H2O"), ("tova", "TOVA")):
-        for budget, words in (("growing", "as many entries at every token"), ("fixed", "as many at the end")):
-            rows.append(_truncated(base, held_out, policy, f"base + {name}, {words}", final, budget))
+    entries = max(8, math.ceil(context / final["measured_cr"]))
+    for name, policy, budget in _budgets(entries, final["measured_cr"]):
+        rows.append(_row(name, target, _evicting(base, held_out, policy, budget)))
 
     results = {
         "rows": rows, "context": context, "sequences": len(held_out), "python": sys.version.split()[0],
@@ -116,16 +115,24 @@ def _scored(scores: list) -> dict:
     }
 
 
-def _truncated(base: str, held_out: list[list[int]], policy: str, name: str, final: dict, budget: str) -> dict:
-    """The base model with as many entries as the retrofitted one holds; bytes by its ratio, as nothing is freed."""
-    measured = truncated_perplexity(
-        base, torch.tensor(held_out), policy=policy, cr=final["measured_cr"], budget=budget
-    )
-    ratio = 1 / measured["entries_per_token"]
-    dense = final["bytes_per_token"] * final["bytes_ratio"]
-    return _row(name, final["target_cr"], {
-        "perplexity": measured["perplexity"], "measured_cr": ratio, "bytes_per_token": dense / ratio, "bytes_ratio": ratio,
-    })
+def _evicting(base: str, held_out: list[list[int]], policy: str, settings: dict) -> dict:
+    """The base model scored token by token through a cache that really drops entries."""
+    dense = dict(codec="dense", codec_settings={"dtype": "bf16"})
+    return _scored(LLM(base, policy=policy, policy_settings=settings, **dense).score(held_out, prompt_tokens=1))
+
+
+def _budgets(entries: int, cr: float) -> list[tuple[str, str, dict]]:
+    """(name of a row, policy, settings) of caches that hold as many entries as the retrofit: at every token, or at the end."""
+    at_every_token, half = {"share": 1 / cr}, entries // 2
+    at_the_end = {
+        "streaming": dict(sinks=4, recent=entries - 4), "h2o": dict(heavy=half, recent=entries - half),
+        "tova": dict(budget=entries),
+    }
+    rows = []
+    for policy, name in (("streaming", "StreamingLLM"), ("h2o", "H2O"), ("tova", "TOVA")):
+        rows.append((f"base + {name}, as many entries at every token", policy, at_every_token))
+        rows.append((f"base + {name}, as many at the end", policy, at_the_end[policy]))
+    return rows
 
 
 def _row(name: str, target: float, measured: dict) -> dict:

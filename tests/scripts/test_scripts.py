@@ -58,6 +58,8 @@ def test_report_of_two_runs(tmp_path):
     rows = {row["name"]: row for row in results["rows"]}
     assert {"base", "DMC CR 2", "DMC CR 3", "DMC CR 3 + GEAR-4bit"} < rows.keys()
     assert sum("control" in name for name in rows) == 1
+    evicting = [row for name, row in rows.items() if name.startswith("base + ")]
+    assert len(evicting) == 6 and all(row["heads"] and row["measured_cr"] > 1.5 for row in evicting)  # held, not supposed
     for row in rows.values():
         assert row["perplexity"] > 1 and row["bytes_per_token"] > 0 and row["measured_cr"] >= 1
     evaluations = [json.loads(x) for x in (retrofit / "metrics.jsonl").read_text().splitlines() if "eval_cr" in x]
