@@ -5,7 +5,8 @@
 The caches are filled with random entries, so no prompt is read and a case costs seconds; what a step does depends on
 lengths alone. Steps of all engines take turns in one process and the least CPU time of each counts, so that a busy machine
 changes little. With ``--lengths unequal`` the sequences have from a quarter of the context up to the whole of it, which
-transformers pads on the left. No sampling, no scheduler, no prompt: see bench_serve.py for those.
+transformers pads on the left. ``--policies`` are held against the same transformers, which keeps all. No sampling, no
+scheduler, no prompt: see bench_serve.py for those.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.prompt import Layer
+from dmc.commands.common import named
 from dmc.engine.llm import DTYPES
 from dmc.engine.runner import Runner
 from dmc.model import Llama
@@ -43,7 +45,9 @@ def main() -> None:
 
 def _case(options: argparse.Namespace, model: Llama, other: torch.nn.Module, lengths: list[int], kind: str) -> None:
     engines = {"transformers": _theirs(other, lengths)}
-    engines |= {f"dmc {name}": _ours(model, lengths, name) for name in options.codecs}
+    for name in options.codecs:
+        for kept in options.policies:
+            engines["dmc " + (name if kept == "full" else f"{kept} x {name}")] = _ours(model, lengths, name, kept)
     least = dict.fromkeys(engines, float("inf"))
     for turn in range(options.steps + 1):
         for name, (step, _) in engines.items():
@@ -56,10 +60,11 @@ def _case(options: argparse.Namespace, model: Llama, other: torch.nn.Module, len
               f"{least['transformers'] / least[name]:.2f} x | {held():,} |", flush=True)
 
 
-def _ours(model: Llama, lengths: list[int], name: str) -> tuple[Callable, Callable]:
+def _ours(model: Llama, lengths: list[int], name: str, kept: str) -> tuple[Callable, Callable]:
     config = model.config
     layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    cache = KVCache(Shape(layers, heads, size, model.dtype), policy("full"), codec(name), slots=len(lengths))
+    which, settings = named(kept)
+    cache = KVCache(Shape(layers, heads, size, model.dtype), policy(which, **settings), codec(name), slots=len(lengths))
     slots = [cache.load(_prompt(cache, length)) for length in lengths]
     runner, places = Runner(model, cache), list(lengths)
 
@@ -78,7 +83,8 @@ def _prompt(cache: KVCache, length: int) -> object:
     for number in range(cache.shape.layers):
         keys, values = torch.randn(2, heads, length - 1, size, dtype=cache.shape.dtype)
         tail = torch.randn(heads, 2 * size), torch.ones(heads), torch.zeros(heads)
-        prompt.layers[number] = Layer(keys, values, places, None, *tail)
+        scores = torch.rand(heads, length - 1) if cache.policy.scored else None
+        prompt.layers[number] = Layer(keys, values, places, scores, *tail)
     prompt.done = length
     return prompt
 
@@ -123,6 +129,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"])
     parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
+    parser.add_argument("--policies", nargs="+", default=["full"], metavar="NAME[:SETTING=VALUE,...]", help="of ours")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all engines' arithmetic")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each; the least counts")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
