@@ -163,9 +163,9 @@ def row_attention(
     """One query of each head over what a row holds: encoded pages, exact entries, and its own state.
 
     Where a kernel knows the codec (`dmc.cache.onpages`: Triton's on a GPU, numba's loops on a CPU, always in fp32) it reads
-    every page where it lies. Elsewhere rows of about one length are gathered and attended to whole, a few at a time. Where
-    weights are watched or pages have holes, they are attended to page by page and their parts summed by row. In every case a row
-    costs what it holds.
+    every page where it lies; the loops also where weights are watched or pages have holes. Elsewhere rows of about one length are
+    gathered and attended to whole, a few at a time, or, watched or with holes, page by page, their parts summed by row. In every
+    case a row costs what it holds.
 
     Args:
         rows: the cache.
