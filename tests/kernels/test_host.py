@@ -16,7 +16,7 @@ import torch
 from dmc.kernels import prefill_cpu
 from dmc.kernels.host import host
 from dmc.kernels.prefill import prefill_reference
-from tests.kernels.test_prefill_cpu import problem
+from tests.kernels.prompts import problem
 
 torch.set_num_threads(1)
 for dtype in (torch.float32, torch.bfloat16):

@@ -11,25 +11,13 @@ from dmc.kernels.backend import using
 from dmc.kernels.loops_numba import compiled
 from dmc.kernels.prefill import prefill_attention, prefill_reference
 from tests.kernels.conftest import assert_close_enough
+from tests.kernels.prompts import problem
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the problems of these tests lie on the GPU then"),
 ]
 WIDTHS = pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.skipif(
     not tiles_numba.PAIRED, reason="this CPU has no products of bf16"))])
-
-
-def problem(tokens, counts, size, groups, *, first=0, dtype=torch.float32, seed=0):
-    """A chunk of queries from position ``first``; rows with ``counts`` entries at random places before its end."""
-    g = torch.Generator().manual_seed(seed)
-    rows, most, end = len(counts), max(*counts, 1), first + tokens
-    rand = lambda *s: torch.randn(*s, generator=g).to(dtype)  # noqa: E731
-    places = torch.full((rows, most), end, dtype=torch.int32)
-    for row, count in enumerate(counts):
-        places[row, :count] = torch.randperm(end, generator=g)[:count].sort().values
-    positions = torch.arange(first, end, dtype=torch.int32)
-    return [rand(rows, groups, tokens, size), rand(rows, most, size), rand(rows, most, size), places,
-            rand(rows, tokens, size), rand(rows, tokens, size), positions]
 
 
 def exactly(arguments, scale):
