@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from dmc.kernels import decode_cpu, loops_numba, prefill_cpu, trellis_cpu
+from dmc.kernels import decode_cpu, linear_cpu, loops_numba, prefill_cpu, trellis_cpu
 from dmc.kernels.decode import Paged
 
 _log = logging.getLogger("dmc.kernels")
@@ -19,10 +19,10 @@ def prepare(which: str) -> None:
     """Compiles loops, or reads what an earlier process compiled, so that no request has to wait for it.
 
     Args:
-        which: "decode", "prefill", or "trellis" (those that encode such pages).
+        which: "decode", "linear", "prefill", or "trellis" (those that encode such pages).
     """
     began = time.perf_counter()
-    {"decode": _decode, "prefill": _prefill, "trellis": _trellis}[which]()
+    {"decode": _decode, "linear": _linear, "prefill": _prefill, "trellis": _trellis}[which]()
     if (seconds := time.perf_counter() - began) > 3:
         kept = "the next process finds them ready"
         if not loops_numba.KEPT:
@@ -35,6 +35,10 @@ def _decode() -> None:
     pages = dict(zip("kv", torch.zeros(2, 1, 1, 4), strict=True))
     paged = Paged("dense", pages, pages, table, table, count, count)
     decode_cpu.decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), paged, 1.0)
+
+
+def _linear() -> None:
+    linear_cpu.Panels(torch.zeros(1, 1))(torch.zeros(1, 1))
 
 
 def _prefill() -> None:

@@ -8,38 +8,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmc.kernels.loops import give_up_loops, runs_on_cpu
+
 _LOST = 2.0**-25  # of a weight, at most, when it is held in fp16: what underflows there
 
 
 class Linear:
     """``x Wᵀ + b``; several of a layer's projections of the same input are stacked into one.
 
-    On an x86 CPU in fp32 the weight is kept in another layout than its own, and not in its own as well:
+    On an x86 CPU the weight is kept in another layout than its own, and not in its own as well:
 
-    - in fp16, if that loses nothing: weights that were saved in bf16 or fp16. The product and its sums stay in fp32
-      (FBGEMM); half the bytes are read, which is what a decode step waits for.
-    - else in fp32 in oneDNN's blocked layout, 1.5 to 2.5 times faster than the default product for 2 to 64 rows and 1.2
-      times for a prompt's hundreds.
-
-    In bf16 the blocked layout is taken where oneDNN has products of bf16 (with sums in fp32).
+    - with AVX-512 (and its products of bf16, if the model is in bf16), in panels that compiled loops read
+      (`dmc.kernels.linear_cpu`); an fp32 weight in 16 bits, if that loses nothing, as when it was saved in them;
+    - else in fp32 in fp16 (FBGEMM), if that loses nothing but what is next to 0; products and sums stay in fp32;
+    - else in oneDNN's blocked layout, 1.5 to 2.5 times faster than the default product for 2 to 64 rows and 1.2
+      times for a prompt's hundreds; in bf16 where oneDNN has products of bf16 (with sums in fp32).
 
     Args:
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
 
     Attributes:
-        held: "fp16", "blocked" or "plain".
+        held: "panels", "fp16", "blocked" or "plain".
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias, self.held, self.weight = bias, _best(weight), weight
-        if self.held == "fp16":
+        if self.held == "panels":
+            from dmc.kernels.linear_cpu import Panels
+
+            self.weight = Panels(weight, bias)
+        elif self.held == "fp16":
             self.weight = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
         elif self.held == "blocked":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., in] → [..., out]``."""
+        if self.held == "panels":
+            return self.weight(x)
         if self.held == "fp16":
             return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
         if self.held == "blocked":
@@ -48,6 +55,8 @@ class Linear:
 
     def dense(self) -> Tensor:
         """The weight in its own layout and dtype, ``[out, in]``."""
+        if self.held == "panels":
+            return self.weight.dense()
         if self.held == "fp16":
             return torch.ops.quantized.linear_unpack_fp16(self.weight)[0].float()
         return self.weight.to_dense() if self.held == "blocked" else self.weight
@@ -58,6 +67,8 @@ def _best(weight: Tensor) -> str:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if not (x86 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)):
         return "plain"
+    if _in_loops(weight):
+        return "panels"
     if weight.dtype == torch.bfloat16:
         return "blocked" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
     if "fbgemm" in torch.backends.quantized.supported_engines and _fits_fp16(weight):
@@ -68,3 +79,19 @@ def _best(weight: Tensor) -> str:
 def _fits_fp16(weight: Tensor) -> bool:
     """Whether fp16 holds an fp32 weight as it is, but for what is next to 0."""
     return all(bool((part.half().float() - part).abs().max() <= _LOST) for part in weight.split(4096))
+
+
+def _in_loops(weight: Tensor) -> bool:
+    """Whether compiled loops multiply it; compiles them."""
+    if not runs_on_cpu(weight, torch.bfloat16):
+        return False
+    try:
+        from dmc.kernels.compile_cpu import prepare
+        from dmc.kernels.linear_cpu import takes
+
+        if takes(weight.dtype):
+            prepare("linear")
+            return True
+    except Exception as error:  # of the compiler, or of what it keeps on disk
+        give_up_loops(f"{type(error).__name__}: {error}")
+    return False

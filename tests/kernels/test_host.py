@@ -34,6 +34,14 @@ if "decode" in sys.argv:
     for kind in ("dense", "int8", "fp8"):
         check(paged(kind, [(2, 5), (0, 1), (1, 0)], 20, 16), queries(3, 3, 20), [2, 0, 1])
     check(gear_pages(64, 32, backbone="rotated", bits=4)[0], queries(3, 2, 64), [2, 0, 1])
+if "linear" in sys.argv:
+    from dmc.kernels.linear_cpu import Panels
+    x = torch.randn(23, 45)
+    for rounded in (torch.float32, torch.bfloat16, torch.float16):
+        weight, bias = torch.randn(70, 45).to(rounded).float(), torch.randn(70)
+        layer, right = Panels(weight, bias), torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert (layer(x) - right).abs().max() < 1e-4 and torch.equal(layer(x[:1]), layer(x)[:1])
+        assert torch.equal(layer.dense(), weight)
 print(host().lanes, host().vectors)
 """
 AVX2, NONE = dict(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+fma"), dict(NUMBA_CPU_NAME="x86-64")
@@ -72,12 +80,13 @@ def test_of_a_cpu_that_is_only_named_nothing_is_known(fresh, monkeypatch):
 @X86
 @pytest.mark.parametrize(("settings", "what", "expected"), [
     (dict(NUMBA_ENABLE_AVX="0"), "prompts", "4 2"),
-    pytest.param(AVX2, "decode", "8 2", marks=pytest.mark.slow), pytest.param(NONE, "decode", "4 2", marks=pytest.mark.slow),
-    pytest.param(dict(NUMBA_ENABLE_AVX="0"), "decode", "4 2", marks=pytest.mark.slow),
+    *(pytest.param(settings, "decode linear", sizes, marks=pytest.mark.slow)
+      for settings, sizes in ((AVX2, "8 2"), (NONE, "4 2"), (dict(NUMBA_ENABLE_AVX="0"), "4 2"))),
 ])
 def test_a_process_of_a_narrower_cpu(settings, what, expected, tmp_path):
     """Compiled anew, in a cache of its own."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"} | settings
-    run = subprocess.run([sys.executable, "-c", PROGRAM, what], env=environment, text=True, capture_output=True, timeout=600)
+    command = [sys.executable, "-c", PROGRAM, *what.split()]
+    run = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split("\n")[-2] == expected
