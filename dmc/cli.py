@@ -115,6 +115,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
+        from dmc.server import logs
         from dmc.server.run import serve
         from dmc.server.settings import Settings
     except ModuleNotFoundError as error:
@@ -126,6 +127,7 @@ def _serve(options: argparse.Namespace) -> int:
         api_key=options.api_key or os.environ.get("DMC_API_KEY") or None,
         **{name: getattr(options, name) for name in fields},
     )
+    logs.start()  # also of what is said while the model is loaded
     return serve(load(options), settings)
 
 

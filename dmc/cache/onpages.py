@@ -18,7 +18,7 @@ from dmc.cache.packing import Packing
 from dmc.cache.rows import Rows
 from dmc.kernels.backend import choose, chosen_name
 from dmc.kernels.decode import Gear, Paged, Trellis, cpu_reads
-from dmc.kernels.loops import give_up_loops, runs_on_cpu
+from dmc.kernels.loops import compiles, runs_on_cpu
 
 _PLAIN = {DenseCodec: "dense", Int8Codec: "int8", Fp8Codec: "fp8"}
 
@@ -82,17 +82,14 @@ def prepare(rows: Rows) -> None:
     """What takes long the first time, before any request waits for it."""
     if not runs_on_cpu(rows.z.float()):
         return
-    try:
-        from dmc.kernels.compile_cpu import prepare as compile_loops
-
-        if runs_on_cpu(rows.z) and any(reads(rows, packing) for packing in rows.packings):
-            compile_loops("decode")
-        if runs_on_cpu(rows.z) and not rows.storage.holes:  # what evicting policies read of a prompt is PyTorch's
-            compile_loops("prefill")
-        if any(_codes_trellises(packing.codec) for packing in rows.packings):
-            compile_loops("trellis")
-    except Exception as error:  # of the compiler, or of what it keeps on disk
-        give_up_loops(f"{type(error).__name__}: {error}")
+    needed = []
+    if runs_on_cpu(rows.z) and any(reads(rows, packing) for packing in rows.packings):
+        needed.append("decode")
+    if runs_on_cpu(rows.z) and not rows.storage.holes:  # what evicting policies read of a prompt is PyTorch's
+        needed.append("prefill")
+    if any(_codes_trellises(packing.codec) for packing in rows.packings):
+        needed.append("trellis")
+    compiles(*needed)
 
 
 @lru_cache(maxsize=64)

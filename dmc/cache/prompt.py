@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dmc.cache.attention import Seen, compact, prompt_attention
 from dmc.cache.policies import Entries, Policy
-from dmc.functional import accumulate_numerators, rotate
+from dmc.functional import accumulate_numerators
+from dmc.kernels.rows import turn
 
 _NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
 
@@ -83,10 +84,10 @@ class Prompt:
             ``[T, Hq, D]``.
         """
         past, first, tokens = self.layers[number], self.done, len(query)
-        states = _states(past, key, value, alpha.T, omega.T)
+        states = _states(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
         lead = states.alpha.shape[1] - tokens  # 1 if the open entry of the last chunk comes before this one's tokens
         size, dtype = query.shape[-1], query.dtype
-        keys, values = rotate(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
+        keys, values = turn(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
 
         closes = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
         chosen, counts = compact(closes)
@@ -102,7 +103,7 @@ class Prompt:
         marks = self._scores(past, mark, None, closes, counts)[0] if self.policy.marks else None
         rising = past is None or not self.policy.merges
         seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising, marks)
-        turned = rotate(query.transpose(0, 1).to(states.mean.dtype), tuple(part[lead:] for part in table)).to(dtype)
+        turned = turn(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy)
         scores, tail_score = self._scores(past, mark, gathered, closes, counts)
         tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
@@ -164,21 +165,22 @@ class _States:
     merged: bool
 
 
-def _states(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> _States:
+def _states(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
+    """``merges``: whether the policy can; without, a mean is a token, which the model's dtype holds as it is."""
     x = torch.cat([key, value], dim=-1).transpose(0, 1)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, alpha, omega = x.to(work), alpha.to(work), omega.to(work)
+    x, alpha, omega = x.to(work if merges else x.dtype), alpha.to(work), omega.to(work)
     if past is None:
         alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha[:, 1:]], dim=1)  # the first token opens an entry
     else:
-        x = torch.cat([(past.numerators / past.z[:, None])[:, None], x], dim=1)
+        x = torch.cat([(past.numerators / past.z[:, None])[:, None].to(x.dtype), x], dim=1)
         alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha], dim=1)
         omega = torch.cat([past.z[:, None], omega], dim=1)
     merged = bool(alpha.any())
     if merged:
         numerators, z = (part[0] for part in accumulate_numerators(x[None], alpha[None], omega[None]))
         return _States(alpha, numerators, z, numerators / z[..., None], merged)
-    return _States(alpha, x[:, -1:] * omega[:, -1:, None], omega, x, merged)
+    return _States(alpha, x[:, -1:].to(work) * omega[:, -1:, None], omega, x, merged)
 
 
 def _select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from dmc.kernels import decode_cpu, linear_cpu, loops_numba, prefill_cpu, trellis_cpu
+from dmc.kernels import decode_cpu, linear_cpu, loops_numba, prefill_cpu, rows_cpu, trellis_cpu
 from dmc.kernels.decode import Paged
 
 _log = logging.getLogger("dmc.kernels")
@@ -19,10 +19,10 @@ def prepare(which: str) -> None:
     """Compiles loops, or reads what an earlier process compiled, so that no request has to wait for it.
 
     Args:
-        which: "decode", "linear", "prefill", or "trellis" (those that encode such pages).
+        which: "decode", "linear", "prefill", "rows" (what is between products), or "trellis" (those that encode such pages).
     """
     began = time.perf_counter()
-    {"decode": _decode, "linear": _linear, "prefill": _prefill, "trellis": _trellis}[which]()
+    {"decode": _decode, "linear": _linear, "prefill": _prefill, "rows": _rows, "trellis": _trellis}[which]()
     if (seconds := time.perf_counter() - began) > 3:
         kept = "the next process finds them ready"
         if not loops_numba.KEPT:
@@ -44,6 +44,13 @@ def _linear() -> None:
 def _prefill() -> None:
     one, places = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int32)
     prefill_cpu.prefill(one[None], one, one, places, one, one, places[0], 1.0)
+
+
+def _rows() -> None:
+    x = torch.zeros(1, 1, 2)
+    rows_cpu.norm(x, x[0, 0], 1e-5)
+    rows_cpu.gate(x)
+    rows_cpu.turn(x, (x[0], x[0]))
 
 
 def _trellis() -> None:

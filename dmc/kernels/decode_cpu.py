@@ -10,11 +10,6 @@ PyTorch has.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +17,7 @@ from torch import Tensor
 from dmc.kernels import decode_numba as loops
 from dmc.kernels.decode import Paged, Trellis
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
+from dmc.kernels.threads import share
 
 KINDS = {"dense": loops.DENSE, "int8": loops.INT8, "fp8": loops.FP8, "trellis": loops.TRELLIS}
 _LEAST = 1 << 17  # products of a query and a feature for which another thread is worth waking
@@ -64,32 +60,6 @@ def watched(
     arguments = *(x.numpy() for x in (*tensors, own)), how, places, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
     return out + (coded @ trellis.rotation.T if trellis else coded), own
-
-
-def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> None:
-    """``run(begin, end)`` by threads, for stretches of rows that are about as much work; the loops let go of Python's lock.
-
-    Args:
-        starts: ``[R + 1]``, work before each row and in all.
-        run: of rows ``begin`` to ``end``.
-        most: threads worth waking; never more than PyTorch's or rows.
-    """
-    threads = int(min(torch.get_num_threads(), len(starts) - 1, most))
-    if threads < 2:
-        run(0, len(starts) - 1)
-        return
-    edges = np.searchsorted(starts, starts[-1] * np.arange(1, threads) / threads)
-    edges = [0, *edges.tolist(), len(starts) - 1]
-    list(_pool().map(run, edges[:-1], edges[1:]))
-
-
-@lru_cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dmc-decode")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
 
 
 def _tables(paged: Paged) -> tuple[np.ndarray, ...]:

@@ -7,17 +7,14 @@ A row comes out the same, bit for bit, whatever rows are beside it.
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.kernels import linear_numba as loops
-from dmc.kernels.decode_cpu import share
 from dmc.kernels.host import host
+from dmc.kernels.threads import UNITS, run
 from dmc.kernels.tiles_numba import FP16, HALVES, KNOWN, PAIRED, PAIRS, SINGLES
 
 _LEAST = 1 << 16  # products for which another thread is worth waking
@@ -55,7 +52,7 @@ class Panels:
         panels, steps = self._weight.shape[:2]
         for place, value in (
             (loops.STEPS, steps), (loops.WEIGHT, self._weight.data_ptr()), (loops.BIAS, self._bias.data_ptr()),
-            (loops.KIND, self._kind), (loops.PANELS, panels),
+            (loops.KIND, self._kind), (UNITS, panels),
         ):
             self._facts[place] = value
 
@@ -76,10 +73,7 @@ class Panels:
         facts = self._facts.copy()
         facts[loops.X], facts[loops.X_ROW] = lines.data_ptr(), lines.stride(0) * lines.element_size()
         facts[loops.ROWS], facts[loops.OUT], facts[loops.OUT_ROW] = len(lines), out.data_ptr(), out.stride(0) * out.element_size()
-        panels = int(facts[loops.PANELS])
-        threads = min(torch.get_num_threads(), panels, 1 + self._weight.numel() * len(lines) // _LEAST)
-        facts[loops.CHUNK] = panels if threads < 2 else -(-panels // (8 * threads))
-        _run(facts, threads)
+        run(loops.multiply, facts, most=1 + self._weight.numel() * len(lines) // _LEAST)
         if len(self._bias) > self._outputs:
             out = out[:, : self._outputs]
         return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self._outputs)
@@ -96,26 +90,3 @@ def _shortest(weight: Tensor) -> int:
         if kind in KNOWN and all(torch.equal(part.to(_HELD[kind]).float(), part) for part in weight.split(4096)):
             return kind
     return SINGLES
-
-
-def _run(facts: np.ndarray, threads: int) -> None:
-    if threads < 2:
-        loops.multiply(facts)
-    elif (parallel := _openmp()) is not None:
-        parallel(loops.region(), facts.ctypes.data, threads, 0)
-    else:
-        share(np.arange(threads + 1), lambda begin, end: loops.multiply(facts), most=threads)
-
-
-@lru_cache
-def _openmp():  # noqa: ANN202
-    """How PyTorch's own threads are called; they wait for work awake, so a product of 100 µs can be shared.
-
-    None where PyTorch has other threads.
-    """
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return function

@@ -6,15 +6,15 @@ decode step's few rows, which is as fast as memory is, and out of the core's cac
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from dmc.kernels.host import host
 from dmc.kernels.loops_numba import compiled
+from dmc.kernels.threads import CHUNK, TAKEN, UNITS
+from dmc.kernels.threads_numba import take
 from dmc.kernels.tiles_numba import FP16, HALVES, LANES, PAIRED, PAIRS, SINGLES, bytes_of, far, load, store, sums_of
 
 _VECTORS = 2
@@ -22,11 +22,10 @@ WIDTH = _VECTORS * LANES  # outputs of a panel
 _MANY = (12, 8, 4, 2, 1) if host().vectors == 4 else (6, 4, 2, 1)  # rows of a tile: its sums fit the registers
 _AHEAD = 2048  # bytes fetched before they are needed, as a core by itself does not do in time
 
+X, X_ROW, ROWS, STEPS, WEIGHT, BIAS, OUT, OUT_ROW, KIND = range(3, 12)
+"""Facts of `multiply`, whose units are panels: addresses of x, the weight, the bias (fp32) and the output; bytes from one row to
+the next; rows of x and their words; what is multiplied, of `dmc.kernels.tiles_numba`."""
 FACTS = 12
-X, X_ROW, ROWS, STEPS, WEIGHT, BIAS, OUT, OUT_ROW, KIND, PANELS, CHUNK, TAKEN = range(FACTS)
-"""What `multiply` is told, int64 each: addresses of x, the weight, the bias (fp32) and the output; bytes from one row to the
-next; rows of x and their words; what is multiplied, of `dmc.kernels.tiles_numba`; how many panels there are, a thread takes at a
-time and have been taken."""
 
 _ADDRESS = ir.IntType(64)
 _SINGLES, _HALVES = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(16), LANES)
@@ -74,26 +73,15 @@ def _put(builder, value, place, vector, kind) -> None:  # noqa: ANN001
         store(builder, value, far(builder, place, 4 * LANES * vector))
 
 
-@intrinsic
-def _take(context, counter, many):  # noqa: ANN001, ANN202
-    """Adds to the int64 at an address, and what was there; of several threads each gets another."""
-    def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
-        counter, many = arguments
-        return builder.atomic_rmw("add", builder.inttoptr(counter, _ADDRESS.as_pointer()), many, "monotonic")
-
-    return types.int64(types.int64, types.int64), generate
-
-
 @compiled()
 def multiply(facts):  # noqa: ANN001, ANN201
-    """``x Wᵀ + b``, see `FACTS`; called by several threads with the same facts, they share the panels."""
-    panels, chunk, counter = facts[PANELS], facts[CHUNK], np.int64(facts.ctypes.data) + 8 * TAKEN
-    while True:
-        begin = _take(counter, chunk)
-        if begin >= panels:
-            break
-        for panel in range(begin, min(begin + chunk, panels)):
+    """``x Wᵀ + b``."""
+    panels, counter = facts[UNITS], np.int64(facts.ctypes.data) + 8 * TAKEN
+    begin = take(counter, facts[CHUNK])
+    while begin < panels:
+        for panel in range(begin, min(begin + facts[CHUNK], panels)):
             _one(facts, panel)
+        begin = take(counter, facts[CHUNK])
 
 
 @compiled()
@@ -110,17 +98,3 @@ def _one(facts, panel):  # noqa: ANN001, ANN202
         _outputs(FP16, x, x_row, rows, steps, weight, bias, out, out_row)
     else:
         _outputs(SINGLES, x, x_row, rows, steps, weight, bias, out, out_row)
-
-
-@lru_cache
-def region() -> int:
-    """The address of `multiply` as a C function of a pointer to the facts: for threads that are not Python's."""
-    def run(facts):  # noqa: ANN001, ANN202
-        multiply(carray(facts, (FACTS,), np.int64))
-
-    made = cfunc(types.void(types.voidptr))(run)
-    _kept.append(made)
-    return made.address
-
-
-_kept: list = []  # code lives as long as what holds it

@@ -25,11 +25,32 @@ def runs_on_cpu(like: Tensor, *dtypes: torch.dtype) -> bool:
     return fits and not _given_up and _numba()
 
 
+def compiles(*which: str) -> bool:
+    """Compiles loops before they are needed (see `dmc.kernels.compile_cpu.prepare`); if that fails, PyTorch takes over for good.
+
+    Returns:
+        Whether they are there.
+    """
+    try:
+        from dmc.kernels.compile_cpu import prepare
+
+        for name in which:
+            prepare(name)
+        return True
+    except Exception as error:  # of the compiler, or of what it keeps on disk
+        give_up_loops(f"{type(error).__name__}: {error}")
+        return False
+
+
 def give_up_loops(why: object) -> None:
     """From now on PyTorch does in this process what the loops cannot; says so."""
     global _given_up
     _given_up = True
-    logging.getLogger("dmc.kernels").warning("dmc: attention runs in PyTorch: numba cannot compile the loops (%s)", why)
+    _say("compile the loops", why)
+
+
+def _say(what: str, why: object) -> None:
+    logging.getLogger("dmc.kernels").warning("dmc: PyTorch does what compiled loops would: numba cannot %s (%s)", what, why)
 
 
 @functools.cache
@@ -39,6 +60,6 @@ def _numba() -> bool:
     except ImportError as error:  # not installed, or not made for the numpy that is
         if importlib.util.find_spec("numba") is None:
             return False
-        logging.getLogger("dmc.kernels").warning("dmc: attention runs in PyTorch: numba cannot be imported (%s)", error)
+        _say("be imported", error)
         return False
     return True

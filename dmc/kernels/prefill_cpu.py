@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.kernels import prefill_numba as loops
-from dmc.kernels.decode_cpu import share
+from dmc.kernels.threads import share
 from dmc.kernels.tiles_numba import LANES, PAIRED, ROWS, WIDTH
 
 _LEAST = 1 << 19  # products for which another thread is worth waking

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmc.kernels.loops import give_up_loops, runs_on_cpu
+from dmc.kernels.loops import compiles, runs_on_cpu
 
 _LOST = 2.0**-25  # of a weight, at most, when it is held in fp16: what underflows there
 
@@ -83,15 +83,8 @@ def _fits_fp16(weight: Tensor) -> bool:
 
 def _in_loops(weight: Tensor) -> bool:
     """Whether compiled loops multiply it; compiles them."""
-    if not runs_on_cpu(weight, torch.bfloat16):
+    if not runs_on_cpu(weight, torch.bfloat16) or not compiles("linear"):
         return False
-    try:
-        from dmc.kernels.compile_cpu import prepare
-        from dmc.kernels.linear_cpu import takes
+    from dmc.kernels.linear_cpu import takes
 
-        if takes(weight.dtype):
-            prepare("linear")
-            return True
-    except Exception as error:  # of the compiler, or of what it keeps on disk
-        give_up_loops(f"{type(error).__name__}: {error}")
-    return False
+    return takes(weight.dtype)

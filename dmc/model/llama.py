@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.functional import importance, round_alpha
+from dmc.kernels.loops import compiles, runs_on_cpu
+from dmc.kernels.rows import gate, norm
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.linear import Linear
 from dmc.model.rope import Rope
@@ -50,6 +52,8 @@ class Llama:
         self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        if runs_on_cpu(torch.empty(0, dtype=dtype, device=device), torch.bfloat16):
+            compiles("rows")
         self.rope = Rope(config.head_dim, config.rope, dtype=_work(dtype), device=device)
 
         def tensor(name: str, *shape: int) -> Tensor:
@@ -85,14 +89,14 @@ class Llama:
         """`hidden` from block ``first`` on, given what goes into it: ``[N, hidden]`` → the same."""
         for index in range(first, len(self.layers)):
             x = self.block(x, index, attend)
-        return self._normed(x, self.norm)
+        return norm(x, self.norm, self.config.rms_norm_eps)[1]
 
     def block(self, x: Tensor, index: int, attend: Attend) -> Tensor:
         """One block: ``[N, hidden]`` → the same."""
         layer = self.layers[index]
-        x = x + self._attention(index, layer, self._normed(x, layer.input_norm), attend)
-        gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, dim=-1)
-        return x + layer.down(F.silu(gate) * up)
+        eps = self.config.rms_norm_eps
+        x, normed = norm(x, layer.post_norm, eps, self._attention(index, layer, norm(x, layer.input_norm, eps)[1], attend))
+        return x + layer.down(gate(layer.gate_up(normed)))
 
     @property
     def head(self) -> Tensor:
@@ -140,15 +144,6 @@ class Llama:
         logits = read.to(_work(self.dtype), copy=True)
         read.zero_()
         return logits
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        work, eps = x.to(_work(x.dtype)), self.config.rms_norm_eps
-        if x.device.type == "cpu":  # where F.rms_norm makes five passes of it
-            mean = torch.linalg.vector_norm(work, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])
-            normed = work * mean.add_(eps).rsqrt_()
-        else:
-            normed = F.rms_norm(work, x.shape[-1:], eps=eps)
-        return normed.to(x.dtype) * weight  # in 16 bits rounded before the weight, as Hugging Face does
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:

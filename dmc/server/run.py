@@ -24,9 +24,8 @@ def serve(llm: LLM, settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, which let running requests end within the drain timeout → the exit code.
 
     A second signal ends it at once. Where the engine fails, every client gets an error, /health turns 503, and the
-    exit code is 1.
+    exit code is 1. Logs go where `dmc.server.logs.start` sent them.
     """
-    logs.start()
     service = Service(llm, max_waiting=settings.max_waiting)
     app = create_app(llm, settings, service)
     server = _Server(config(app, settings), service, settings)

@@ -35,6 +35,8 @@ if "decode" in sys.argv:
         check(paged(kind, [(2, 5), (0, 1), (1, 0)], 20, 16), queries(3, 3, 20), [2, 0, 1])
     check(gear_pages(64, 32, backbone="rotated", bits=4)[0], queries(3, 2, 64), [2, 0, 1])
 if "linear" in sys.argv:
+    from dmc.functional import rotate
+    from dmc.kernels import rows_cpu
     from dmc.kernels.linear_cpu import Panels
     x = torch.randn(23, 45)
     for rounded in (torch.float32, torch.bfloat16, torch.float16):
@@ -42,6 +44,13 @@ if "linear" in sys.argv:
         layer, right = Panels(weight, bias), torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         assert (layer(x) - right).abs().max() < 1e-4 and torch.equal(layer(x[:1]), layer(x)[:1])
         assert torch.equal(layer.dense(), weight)
+    for dtype, unit in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+        x, rope = torch.randn(5, 7, 46).to(dtype), (torch.randn(7, 46), torch.randn(7, 46))
+        right = torch.nn.functional.rms_norm(x.double(), (46,), eps=1e-5)
+        assert torch.allclose(rows_cpu.norm(x, torch.ones(46, dtype=dtype), 1e-5)[1].double(), right, unit, unit)
+        right = torch.nn.functional.silu(x[..., :23].double()) * x[..., 23:].double()
+        assert torch.allclose(rows_cpu.gate(x).double(), right, unit, unit)
+        assert torch.equal(rows_cpu.turn(x, rope), rotate(x.float(), rope).to(dtype))
 print(host().lanes, host().vectors)
 """
 AVX2, NONE = dict(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+fma"), dict(NUMBA_CPU_NAME="x86-64")

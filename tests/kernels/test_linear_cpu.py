@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmc.kernels import linear_cpu
+from dmc.kernels import threads as module
 from dmc.kernels.linear_cpu import Panels
 from dmc.kernels.linear_numba import WIDTH
 from dmc.kernels.tiles_numba import FP16, KNOWN, PAIRED
@@ -56,8 +56,8 @@ def test_a_row_is_the_same_alone_and_among_others(dtype, rounded):
 def test_threads_change_nothing(rows, openmp, monkeypatch):
     """Both with PyTorch's threads and, as where it has others than OpenMP's, with Python's."""
     if not openmp:
-        monkeypatch.setattr(linear_cpu, "_openmp", lambda: None)
-    elif linear_cpu._openmp() is None:
+        monkeypatch.setattr(module, "_openmp", lambda: None)
+    elif module._openmp() is None:
         pytest.skip("PyTorch's threads are not OpenMP's here")
     weight, bias, generator = layer(20 * WIDTH + 5, 512)
     panels, x = Panels(weight, bias), torch.randn(rows, 512, generator=generator)

@@ -29,6 +29,18 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+SAY = """
+import logging, sys
+import dmc.cli
+load = dmc.cli.load
+def said(options):
+    logging.getLogger("dmc.kernels").warning("loops were compiled")
+    return load(options)
+dmc.cli.load = said
+sys.exit(dmc.cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return model_directory(tmp_path_factory.mktemp("served") / "tiny")
@@ -55,6 +67,13 @@ class Process:
         _, rest = self.process.communicate(timeout=60)
         self.lines += [json.loads(line) for line in rest.splitlines()]
         return self.process.returncode
+
+
+def test_what_is_said_while_the_model_is_loaded_is_a_line_of_the_logs(directory):
+    server = Process(directory, code=SAY)
+    assert server.lines[0]["event"] == "loops were compiled" and server.lines[0]["logger"] == "dmc.kernels"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
 
 
 def test_sigterm_lets_running_requests_end(directory):
