@@ -42,8 +42,9 @@ def _linear() -> None:
 
 
 def _prefill() -> None:
-    one, places = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int32)
-    prefill_cpu.prefill(one[None], one, one, places, one, one, places[0], 1.0)
+    places = torch.zeros(1, 1, dtype=torch.int32)
+    for one in (torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, dtype=torch.bfloat16)):
+        prefill_cpu.prefill(one[None], one, one, places, one, one, places[0], 1.0)
 
 
 def _rows() -> None:

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from dmc.kernels.host import host
 from dmc.kernels.layout import PLANES
@@ -91,6 +91,38 @@ def float_of(context, bits):  # noqa: ANN001, ANN201
 def bits_of(context, number):  # noqa: ANN001, ANN201
     """The 32 bits of an fp32 number, as int32."""
     return types.int32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(*arguments, ir.IntType(32))
+
+
+def wide(x):  # noqa: ANN001, ANN201
+    """A number in fp32: itself, or of bf16 as uint16."""
+    raise NotImplementedError("for compiled loops")
+
+
+def narrow(row, x):  # noqa: ANN001, ANN201
+    """An fp32 number as a row like this holds it: bf16, as uint16, to the nearest even."""
+    raise NotImplementedError("for compiled loops")
+
+
+@overload(wide)
+def _wide(x):  # noqa: ANN001, ANN202
+    if x == types.uint16:
+        return lambda x: float_of(np.int32(x) << np.int32(16))
+    return lambda x: x
+
+
+@overload(narrow)
+def _narrow(row, x):  # noqa: ANN001, ANN202
+    if row.dtype == types.uint16:
+        return lambda row, x: _halved(x)
+    return lambda row, x: x
+
+
+@compiled()
+def _halved(x):  # noqa: ANN001, ANN202
+    bits = np.uint32(bits_of(x))
+    rest = (bits >> np.uint32(16)) & np.uint32(1)
+    near = (bits + np.uint32(0x7FFF) + rest) >> np.uint32(16)
+    return np.uint16(near if x == x else (bits >> np.uint32(16)) | np.uint32(64))
 
 
 @compiled(ordered=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmc.kernels import prefill_numba as loops
 from dmc.kernels.threads import share
-from dmc.kernels.tiles_numba import LANES, PAIRED, ROWS, WIDTH
+from dmc.kernels.tiles_numba import LANES, PAIRED, WIDTH
 
 _LEAST = 1 << 19  # products for which another thread is worth waking
 
@@ -28,28 +28,28 @@ def prefill(
     """
     query, keys, values, own_keys, own_values = (x.detach() for x in (query, keys, values, own_keys, own_values))
     heads, groups, tokens, size = query.shape
+    dtype = query.dtype
     if not query.numel():
         return torch.empty_like(query)
     paired = query.dtype == torch.bfloat16 and PAIRED
-    rows = -(-tokens * groups // ROWS) * ROWS
-    asked = query.transpose(1, 2).flatten(1, 2)  # [R, T G, D]: queries of one token side by side
-    own = (query.transpose(1, 2).float() * own_keys[:, :, None].float()).contiguous().sum(-1).flatten(1) * scale
-    out = torch.zeros(heads, rows, -(-size // LANES) * LANES)
-    out[:, : tokens * groups, :size] = own_values[:, :, None].expand(-1, -1, groups, -1).flatten(1, 2)
-    seen = torch.searchsorted(places.contiguous(), positions.to(places.dtype).expand(heads, -1).contiguous(), out_int32=True)
-    counts = F.pad(seen.repeat_interleave(groups, dim=1)[None], (0, rows - tokens * groups), mode="replicate")[0]
-    asked = _words(F.pad(asked, (0, size % 2 if paired else 0, 0, rows - tokens * groups)), paired)
-    tensors = asked, *_entries(keys, values, paired), counts, F.pad(own, (0, rows - tokens * groups)), out
-    arrays = [x.numpy() for x in tensors]
+    query, own_keys, own_values = ((x if paired else x.float()).contiguous() for x in (query, own_keys, own_values))
+    positions = positions.to(places.dtype).expand(heads, -1).contiguous()
+    seen = torch.searchsorted(places.contiguous(), positions, out_int32=True).numpy()
+    out = torch.empty(tokens, heads, groups, size, dtype=query.dtype)
+    entries = (x.numpy() for x in _entries(keys, values, paired))
+    arrays = _array(query), *entries, seen, *(_array(x) for x in (own_keys, own_values, out))
 
-    work = counts[:, loops.BLOCK - 1 :: loops.BLOCK]
-    if rows % loops.BLOCK:
-        work = torch.cat([work, counts[:, -1:]], dim=1)
-    starts = np.zeros(work.numel() + 1, np.int64)
-    np.cumsum(work.flatten().numpy() + 1, out=starts[1:])
+    last = np.minimum(np.arange(loops.BLOCK, tokens * groups + loops.BLOCK, loops.BLOCK), tokens * groups) - 1
+    starts = np.zeros(heads * len(last) + 1, np.int64)
+    np.cumsum(seen[:, last // groups].ravel() + 1, out=starts[1:])
     most = int(starts[-1]) * loops.BLOCK * size // _LEAST
     share(starts, lambda begin, end: loops.attend(begin, end, *arrays, np.float32(scale), paired), most=most)
-    return out[:, : tokens * groups, :size].unflatten(1, (tokens, groups)).transpose(1, 2).to(query.dtype)
+    return out.permute(1, 2, 0, 3).to(dtype)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """For the loops, which know bf16 as uint16."""
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _entries(keys: Tensor, values: Tensor, paired: bool) -> tuple[Tensor, Tensor]:

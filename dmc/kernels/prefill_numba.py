@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmc.kernels.loops_numba import bits_of, compiled, exponential, float_of
+from dmc.kernels.loops_numba import bits_of, compiled, exponential, float_of, narrow, wide
 from dmc.kernels.tiles_numba import ROWS, WIDTH, product
 
 BLOCK = 8 * ROWS  # queries that meet a stretch of entries while it is in the core's cache
@@ -70,64 +70,98 @@ def _scale(x, by):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def attend(begin, end, query, keys, values, counts, own, out, scale, paired):  # noqa: ANN001, ANN201, PLR0913
+def _own(query, key):  # noqa: ANN001, ANN202
+    total = np.float32(0)
+    for d in range(len(query)):
+        total += wide(query[d]) * wide(key[d])
+    return total
+
+
+@compiled()
+def _copy(source, out):  # noqa: ANN001, ANN202
+    for d in range(len(source)):
+        out[d] = source[d]
+
+
+@compiled()
+def _widen(source, out):  # noqa: ANN001, ANN202
+    for d in range(len(source)):
+        out[d] = wide(source[d])
+
+
+@compiled()
+def _finish(source, by, out):  # noqa: ANN001, ANN202
+    for d in range(len(out)):
+        out[d] = narrow(out, source[d] * by)
+
+
+@compiled()
+def attend(begin, end, query, keys, values, seen, own_keys, own_values, out, scale, paired):  # noqa: ANN001, ANN201, PLR0913
     """Attention of blocks of queries ``begin`` to ``end``, each `BLOCK` queries of one row, the rows' blocks one after another.
+
+    The queries of a row are those of its G heads of a token side by side, token after token.
 
     Args:
         begin, end: blocks.
-        query: int32 ``[R, M, S]``, S words of fp32 or of pairs of bf16; M a multiple of `ROWS`.
-        keys: int32 ``[R, N / WIDTH, S, WIDTH]``; N a multiple of `KEYS`.
+        query: ``[R, G, T, D]``, fp32 or bf16.
+        keys: int32 ``[R, N / WIDTH, S, WIDTH]``, S words of fp32 or of pairs of bf16; N a multiple of `KEYS`.
         values: int32 ``[R, N, E]``, or ``[R, N / 2, E]`` of pairs; E a multiple of `LANES`.
-        counts: int32 ``[R, M]``, rising: entries that each query sees.
-        own: fp32 ``[R, M]``, score of each query's own state.
-        out: fp32 ``[R, M, E]``; holds the own states' values, and then what is asked for.
-        scale: fp32, of scores of entries.
+        seen: int32 ``[R, T]``, rising: entries that each token sees.
+        own_keys, own_values: ``[R, T, D]``, as ``query``.
+        out: ``[T, R, G, D]``, as ``query``, to be filled.
+        scale: fp32, of scores.
         paired: whether words are pairs.
     """
-    rows, steps, size, share = query.shape[1], query.shape[2], out.shape[2], 2 if paired else 1
+    groups, tokens, head = query.shape[1:]
+    rows, steps, size, share = tokens * groups, keys.shape[2], values.shape[2], 2 if paired else 1
     stretches, blocks = keys.shape[1], (rows + BLOCK - 1) // BLOCK
     bits, halves = np.empty(ROWS * KEYS, np.uint32), np.empty(ROWS * KEYS, np.uint16)
     room = bits.view(np.float32)
     top, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    query_at, keys_at, values_at = np.int64(query.ctypes.data), np.int64(keys.ctypes.data), np.int64(values.ctypes.data)
-    out_at, weights_at = np.int64(out.ctypes.data), np.int64(halves.ctypes.data if paired else bits.ctypes.data)
-    scores_at = np.int64(bits.ctypes.data)
+    mine, sums = np.zeros((BLOCK, steps * share), query.dtype), np.zeros((BLOCK, size), np.float32)
+    mine_at, keys_at, values_at = np.int64(mine.ctypes.data), np.int64(keys.ctypes.data), np.int64(values.ctypes.data)
+    sums_at, weights_at = np.int64(sums.ctypes.data), np.int64(halves.ctypes.data if paired else bits.ctypes.data)
+    scores_at, counts = np.int64(bits.ctypes.data), np.empty(BLOCK, np.int64)
 
     for unit in range(begin, end):
         r, first = unit // blocks, unit % blocks * BLOCK
-        last = min(first + BLOCK, rows)
-        for m in range(first, last):
-            top[m - first], total[m - first] = own[r, m], np.float32(1)
-        for n in range(0, counts[r, last - 1], KEYS):
-            for tile in range(first, last, ROWS):
-                seen = counts[r, tile + ROWS - 1] - n
-                if seen <= 0:
+        many = min(BLOCK, rows - first)
+        whole = (many + ROWS - 1) // ROWS * ROWS
+        for m in range(whole):
+            t, g = min(first + m, rows - 1) // groups, min(first + m, rows - 1) % groups
+            counts[m], total[m] = seen[r, t], np.float32(1)
+            top[m] = _own(query[r, g, t], own_keys[r, t]) * scale
+            _copy(query[r, g, t], mine[m])
+            _widen(own_values[r, t], sums[m])
+        for n in range(0, counts[whole - 1], KEYS):
+            for tile in range(0, whole, ROWS):
+                left = counts[tile + ROWS - 1] - n
+                if left <= 0:
                     continue
-                columns = min(KEYS, (seen + WIDTH - 1) // WIDTH * WIDTH)
+                columns = min(KEYS, (left + WIDTH - 1) // WIDTH * WIDTH)
                 used = ROWS * columns
-                mine = query_at + 4 * (r * rows + tile) * steps
                 for column in range(0, columns, WIDTH):
-                    stretch = keys_at + 4 * (r * stretches + (n + column) // WIDTH) * steps * WIDTH
-                    product(mine, steps, stretch, WIDTH, scores_at + 4 * column, columns, steps, WIDTH, paired, False)
+                    stretch, place = keys_at + 4 * (r * stretches + (n + column) // WIDTH) * steps * WIDTH, scores_at + 4 * column
+                    product(mine_at + 4 * tile * steps, steps, stretch, WIDTH, place, columns, steps, WIDTH, paired, False)
                 for i in range(ROWS):
-                    m, line = tile + i - first, room[i * columns : i * columns + columns]
+                    m, line = tile + i, room[i * columns : i * columns + columns]
                     _scale(line, scale)
-                    line[max(0, min(columns, counts[r, tile + i] - n)) :] = -np.inf
+                    line[max(0, min(columns, counts[m] - n)) :] = -np.inf
                     most = _largest(line, top[m])
                     if not most <= top[m]:
                         fall = np.exp(top[m] - most)
                         top[m] = most
                         total[m] *= fall
-                        _scale(out[r, tile + i], fall)
+                        _scale(sums[m], fall)
                     _add(line, -top[m])
                 exponential(room[:used])
                 for i in range(ROWS):
-                    total[tile + i - first] += _sum(room[i * columns : i * columns + columns])
+                    total[tile + i] += _sum(room[i * columns : i * columns + columns])
                 if paired:
                     _halve(bits[:used], halves)
                 product(
                     weights_at, columns // share, values_at + 4 * (r * stretches * WIDTH + n) // share * size, size,
-                    out_at + 4 * (r * rows + tile) * size, size, columns // share, size, paired, True,
+                    sums_at + 4 * tile * size, size, columns // share, size, paired, True,
                 )
-        for m in range(first, last):
-            _scale(out[r, m], np.float32(1) / total[m - first])
+        for m in range(many):
+            _finish(sums[m], np.float32(1) / total[m], out[(first + m) // groups, r, (first + m) % groups])
