@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from dmc.kernels import decode_cpu, linear_cpu, loops_numba, prefill_cpu, rows_cpu, trellis_cpu
+from dmc.kernels import decode_cpu, linear_cpu, loops_numba, prefill_cpu, rotated_cpu, rows_cpu, trellis_cpu
 from dmc.kernels.decode import Paged
 
 _log = logging.getLogger("dmc.kernels")
@@ -56,3 +56,5 @@ def _rows() -> None:
 
 def _trellis() -> None:
     trellis_cpu.choose(torch.zeros(1, 1), [(1, 1)], {1: torch.zeros(4)})
+    one = torch.ones(1, 1, dtype=torch.float64)
+    rotated_cpu.encode(torch.zeros(1, 1, 1), one, [(1, 1)], {1: torch.zeros(4)}, mean=True, hadamard=True)

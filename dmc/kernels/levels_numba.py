@@ -20,7 +20,7 @@ from dmc.kernels.loops_numba import compiled
 WIDE = host().looks_up
 MOST = 5  # bits of a code that it takes: 64 levels
 _BYTE, _WORD, _ADDRESS, _SINGLE = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_BYTES, _WORDS, _SINGLES = (ir.VectorType(kind, 16) for kind in (_BYTE, _WORD, _SINGLE))
+BYTES, WORDS, SINGLES = (ir.VectorType(kind, 16) for kind in (_BYTE, _WORD, _SINGLE))
 
 
 def _row(bits: int) -> Callable:
@@ -63,32 +63,32 @@ def _write(builder, bits, low, low_shift, high, high_shift, groups, begins, path
         builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 4
 
     def spread(value):  # noqa: ANN001, ANN202
-        first = builder.insert_element(_WORDS(ir.Undefined), builder.trunc(value, _WORD), _WORD(0))
-        return builder.shuffle_vector(first, _WORDS(ir.Undefined), _WORDS([0] * 16))
+        first = builder.insert_element(WORDS(ir.Undefined), builder.trunc(value, _WORD), _WORD(0))
+        return builder.shuffle_vector(first, WORDS(ir.Undefined), WORDS([0] * 16))
 
     def same(number):  # noqa: ANN001, ANN202
-        return _WORDS([number] * 16)
+        return WORDS([number] * 16)
 
     def moved(before, now, by):  # noqa: ANN001, ANN202
-        return builder.shuffle_vector(before, now, _WORDS([16 - by + i for i in range(16)]))
+        return builder.shuffle_vector(before, now, WORDS([16 - by + i for i in range(16)]))
 
     shifts = [spread(shift) for shift in (low_shift, high_shift)[: len(widths)]]
-    tables = [load(builder.add(table, _ADDRESS(64 * number)), _SINGLES) for number in range(max(1, 2 ** (bits + 1) // 16))]
-    start = builder.select(begins, same(0), load(path, _WORDS))
+    tables = [load(builder.add(table, _ADDRESS(64 * number)), SINGLES) for number in range(max(1, 2 ** (bits + 1) // 16))]
+    start = builder.select(begins, same(0), load(path, WORDS))
     before, loop, done = builder.block, builder.append_basic_block("groups"), builder.append_basic_block("done")
     builder.branch(loop)
     builder.position_at_end(loop)
-    group, last = builder.phi(_ADDRESS), builder.phi(_WORDS)
+    group, last = builder.phi(_ADDRESS), builder.phi(WORDS)
     group.add_incoming(_ADDRESS(0), before)
     last.add_incoming(start, before)
     at, code, place = builder.mul(group, _ADDRESS(16)), None, 0
     for address, shift, width in zip((low, high), shifts, widths, strict=False):
-        plane = builder.lshr(builder.zext(load(builder.add(address, at), _BYTES), _WORDS), shift)
+        plane = builder.lshr(builder.zext(load(builder.add(address, at), BYTES), WORDS), shift)
         plane = builder.shl(builder.and_(plane, same((1 << width) - 1)), same(place))
         code, place = plane if code is None else builder.or_(code, plane), place + width
     now = builder.and_(code, same(1))
     index = builder.or_(builder.shl(builder.xor(code, moved(last, now, 2)), same(1)), moved(last, now, 1))
-    store(_look_up(builder, tables, index), builder.add(out, builder.mul(at, _ADDRESS(4))))
+    store(look_up(builder, tables, index), builder.add(out, builder.mul(at, _ADDRESS(4))))
     following = builder.add(group, _ADDRESS(1))
     group.add_incoming(following, loop)
     last.add_incoming(now, loop)
@@ -97,11 +97,14 @@ def _write(builder, bits, low, low_shift, high, high_shift, groups, begins, path
     store(now, path)
 
 
-def _look_up(builder, tables, index):  # noqa: ANN001, ANN202
-    """Numbers of one, two or four registers: an instruction takes them from one or two, by the low bits of the index."""
+def look_up(builder, tables, index):  # noqa: ANN001, ANN201
+    """Numbers of one, two or four registers, where the CPU can (`WIDE`).
+
+    An instruction takes them from one or two, by the low bits of the index.
+    """
 
     def call(name, *arguments):  # noqa: ANN001, ANN202
-        form = ir.FunctionType(_SINGLES, [value.type for value in arguments])
+        form = ir.FunctionType(SINGLES, [value.type for value in arguments])
         return builder.call(cgutils.get_or_insert_function(builder.module, form, f"llvm.x86.avx512.{name}.512"), arguments)
 
     if len(tables) == 1:
@@ -109,7 +112,7 @@ def _look_up(builder, tables, index):  # noqa: ANN001, ANN202
     pairs = [call("vpermi2var.ps", first, index, second) for first, second in zip(tables[::2], tables[1::2], strict=True)]
     if len(pairs) == 1:
         return pairs[0]
-    return builder.select(builder.icmp_unsigned("<", index, _WORDS([32] * 16)), *pairs)
+    return builder.select(builder.icmp_unsigned("<", index, WORDS([32] * 16)), *pairs)
 
 
 _one, _two, _three, _four, _five = (_row(bits) for bits in range(1, MOST + 1)) if WIDE else (None,) * MOST

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmc.kernels import trellis_numba as loops
-from dmc.kernels.decode_cpu import share
+from dmc.kernels.threads import share
 
 _LEAST = 1 << 15  # values for which another thread is worth waking
 
@@ -31,15 +31,21 @@ def choose(x: Tensor, stretches: Sequence[tuple[int, int]], levels: dict[int, Te
     """
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
     out = np.empty(rows.shape, np.uint8)
+    parts = tables(stretches, levels)
+    blocks = -(-len(rows) // loops.LANES)
+
+    def run(begin: int, end: int) -> None:
+        loops.choose(begin * loops.LANES, min(end * loops.LANES, len(rows)), rows, *parts, out)
+
+    share(np.arange(blocks + 1), run, most=rows.size // _LEAST)
+    return torch.from_numpy(out).view(x.shape)
+
+
+def tables(stretches: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stretches as `dmc.kernels.trellis_numba.choose` takes them: counts, sizes and levels."""
     counts = np.array([count for count, _ in stretches], np.int64)
     sizes = np.array([2 ** (bits - 1) for _, bits in stretches], np.int64)
     table = np.zeros((len(counts), 4 * sizes.max(initial=1)), np.float32)
     for line, (_, bits) in zip(table, stretches, strict=True):
         line[: 2 ** (bits + 1)] = levels[bits].numpy()
-    blocks = -(-len(rows) // loops.LANES)
-
-    def run(begin: int, end: int) -> None:
-        loops.choose(begin * loops.LANES, min(end * loops.LANES, len(rows)), rows, counts, sizes, table, out)
-
-    share(np.arange(blocks + 1), run, most=rows.size // _LEAST)
-    return torch.from_numpy(out).view(x.shape)
+    return counts, sizes, table

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc.cache.codecs import GearCodec, trellis
-from dmc.kernels import trellis_cpu
+from dmc.kernels import rotated_cpu, trellis_cpu
 from dmc.kernels.backend import using
 
 
@@ -65,7 +65,8 @@ def test_threads_share_the_vectors(monkeypatch):
 
 def test_the_codec_uses_them(monkeypatch):
     calls = []
-    monkeypatch.setattr(trellis_cpu, "choose", lambda *arguments, at=trellis_cpu.choose: (calls.append(1), at(*arguments))[1])
+    real = rotated_cpu.encode
+    monkeypatch.setattr(rotated_cpu, "encode", lambda *given, **named: (calls.append(1), real(*given, **named))[1])
     keys, values = torch.randn(2, 3, 32, 64)
     fields = GearCodec().encode(keys, values).tensors
     assert len(calls) == 2

@@ -23,6 +23,7 @@ from torch import Tensor
 from dmc.cache.codecs import trellis
 from dmc.cache.codecs.bits import pack, packed_bytes, unpack
 from dmc.kernels.layout import NO_SCALE, SCALE_STEPS
+from dmc.kernels.loops import runs_on_cpu
 
 Fields = dict[str, Tensor]
 
@@ -71,6 +72,13 @@ class Rotated:
             "codes" uint8 (packed); "scale" uint8 ``[..., N]``, on a logarithmic scale below "top" bf16 ``[..., 1]``;
             with a mean "mean" int8 ``[..., D]`` in units of "unit" bf16 ``[..., 1]``.
         """
+        if runs_on_cpu(x) and isinstance(self.coder, TrellisCoder):
+            from dmc.kernels import rotated_cpu
+
+            parts = trellis.stretches(self.rate, x.shape[-1])
+            tables = {bits: trellis.levels(bits) for _, bits in parts}
+            turn, hadamard = self._turn(x.shape[-1], x[..., :0].double()), self.rotation == "hadamard"
+            return rotated_cpu.encode(x, turn, parts, tables, mean=self.mean, hadamard=hadamard)
         x = x.double()  # what another batch size changes in the last digit of a sum must not reach the codes
         size = x.abs().amax((-2, -1), keepdim=True)
         size = torch.where(size > 0, size, 1.0)
