@@ -8,7 +8,18 @@ from functools import lru_cache
 
 import torch
 
-from dmc.kernels import decode_cpu, linear_cpu, loops_numba, prefill_cpu, rotated_cpu, rows_cpu, trellis_cpu
+from dmc.kernels import (
+    decode_cpu,
+    linear_cpu,
+    linear_numba,
+    loops_numba,
+    prefill_cpu,
+    rotated_cpu,
+    rows_cpu,
+    rows_numba,
+    threads,
+    trellis_cpu,
+)
 from dmc.kernels.decode import Paged
 
 _log = logging.getLogger("dmc.kernels")
@@ -39,6 +50,7 @@ def _decode() -> None:
 
 def _linear() -> None:
     linear_cpu.Panels(torch.zeros(1, 1))(torch.zeros(1, 1))
+    threads.prepare(linear_numba.multiply, linear_numba.FACTS)
 
 
 def _prefill() -> None:
@@ -52,6 +64,8 @@ def _rows() -> None:
     rows_cpu.norm(x, x[0, 0], 1e-5)
     rows_cpu.gate(x)
     rows_cpu.turn(x, (x[0], x[0]))
+    for loop in (rows_numba.norm, rows_numba.gate, rows_numba.turn):
+        threads.prepare(loop, rows_numba.FACTS)
 
 
 def _trellis() -> None:

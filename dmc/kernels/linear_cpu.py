@@ -38,9 +38,15 @@ class Panels:
 
     Attributes:
         held: dtype that the weight is held in.
+
+    Raises:
+        ValueError: if the weight is of another dtype, or bf16 on a CPU without products of bf16, or has no inputs.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        known = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and PAIRED
+        if not known or not weight.shape[1]:
+            raise ValueError(f"no panels of a weight of {weight.dtype} {list(weight.shape)} on this CPU")
         self._outputs, self._inputs = weight.shape
         self._kind = PAIRS if weight.dtype == torch.bfloat16 else _shortest(weight)
         self.held, pair = _HELD[self._kind], 2 if self._kind == PAIRS else 1
@@ -60,10 +66,11 @@ class Panels:
         """``[..., in] → [..., out]``; no gradients.
 
         Raises:
-            ValueError: if x is of another dtype or size than the weight.
+            ValueError: if x is of another dtype, size or device than the weight.
         """
-        if x.dtype != _STATES[self._kind] or x.shape[-1] != self._inputs:
-            raise ValueError(f"states are {_STATES[self._kind]} of {self._inputs} numbers here, got {x.dtype} of {x.shape[-1]}")
+        if x.dtype != _STATES[self._kind] or x.shape[-1] != self._inputs or x.device.type != "cpu":
+            expected = f"{_STATES[self._kind]} of {self._inputs} numbers"
+            raise ValueError(f"states are {expected} on a CPU here, got {x.dtype} of {x.shape[-1]} on {x.device}")
         lines = x.reshape(-1, self._inputs)
         if self._odd:
             lines = F.pad(lines, (0, 1))

@@ -56,10 +56,10 @@ def _say(what: str, why: object) -> None:
 @functools.cache
 def _numba() -> bool:
     try:
-        import numba  # noqa: F401
+        from numba import config
     except ImportError as error:  # not installed, or not made for the numpy that is
         if importlib.util.find_spec("numba") is None:
             return False
         _say("be imported", error)
         return False
-    return True
+    return not config.DISABLE_JIT

@@ -7,60 +7,65 @@ it comes out the same, bit for bit.
 
 from __future__ import annotations
 
-import numpy as np
+from math import inf
 
-from dmc.kernels.loops_numba import bits_of, compiled, exponential, float_of, narrow, wide
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from dmc.kernels.loops_numba import compiled, narrow, wide
 from dmc.kernels.tiles_numba import ROWS, WIDTH, product
+from dmc.kernels.vectors_numba import Vectors, over
 
 BLOCK = 8 * ROWS  # queries that meet a stretch of entries while it is in the core's cache
 KEYS = 128  # entries of a stretch, a multiple of WIDTH
 
 
-@compiled()
-def _largest(x, least):  # noqa: ANN001, ANN202
-    """The largest number, ``least`` at least: by the bits, which the compiler makes vectors of. A NaN is above or below all."""
-    most = _order(least)
-    for n in range(len(x)):
-        most = max(most, _order(x[n]))
-    return float_of(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+@intrinsic
+def _peak_of(context, scores, count, scale):  # noqa: ANN001, ANN202
+    def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+        scores, count, scale = arguments
 
+        def larger(vectors, i, found):  # noqa: ANN001, ANN202
+            score = builder.fmul(vectors.load(scores, i, False), vectors.all(scale))
+            return [vectors.larger(score, found[0])]
 
-@compiled()
-def _order(x):  # noqa: ANN001, ANN202
-    """An int32 that rises with an fp32."""
-    bits = bits_of(x)
-    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        return over(builder, count, larger, [ir.Constant(ir.FloatType(), -inf)], Vectors.largest)[0]
 
-
-@compiled()
-def _sum_of_piece(x):  # noqa: ANN001, ANN202
-    total = np.float32(0)
-    for n in range(len(x)):
-        total += x[n]
-    return total
+    return types.float32(types.int64, types.int64, types.float32), generate
 
 
 @compiled(ordered=True)
-def _sum(x):  # noqa: ANN001, ANN202
-    """In pieces of one length, so that zeros behind do not change in which order numbers are added."""
-    total = np.float32(0)
-    for start in range(0, len(x), WIDTH):
-        total += _sum_of_piece(x[start : start + WIDTH])
-    return total
+def _peak(scores, count, scale):  # noqa: ANN001, ANN202
+    """The largest of scores times ``scale``, by their address; a NaN does not count."""
+    return _peak_of(scores, count, scale)
 
 
-@compiled()
-def _halve(bits, out):  # noqa: ANN001, ANN202
-    """fp32's bits to bf16's, to the nearest even."""
-    for n in range(len(bits)):
-        rest = (bits[n] >> np.uint32(16)) & np.uint32(1)
-        out[n] = np.uint16((bits[n] + np.uint32(0x7FFF) + rest) >> np.uint32(16))
+@intrinsic(prefer_literal=True)
+def _weigh_of(context, half, scores, count, scale, top, out):  # noqa: ANN001, ANN202, PLR0913
+    def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+        _, scores, count, scale, top, out = arguments
+        least = builder.fneg(top)
+
+        def weigh(vectors, i, sums):  # noqa: ANN001, ANN202
+            score = vectors.fused(vectors.load(scores, i, False), vectors.all(scale), vectors.all(least))
+            weight = vectors.exponential(score)
+            vectors.store(weight, out, i, bool(half.literal_value))
+            return [builder.fadd(sums[0], weight)]
+
+        return over(builder, count, weigh, [ir.Constant(ir.FloatType(), 0.0)])[0]
+
+    whole = types.int64
+    return types.float32(half, whole, whole, types.float32, types.float32, whole), generate
 
 
-@compiled()
-def _add(x, what):  # noqa: ANN001, ANN202
-    for d in range(len(x)):
-        x[d] += what
+@compiled(ordered=True)
+def _weigh(paired, scores, count, scale, top, out):  # noqa: ANN001, ANN202, PLR0913
+    """``exp(score scale - top)`` of scores by their address to ``out``, in bf16 if ``paired``; their sum."""
+    if paired:
+        return _weigh_of(1, scores, count, scale, top, out)
+    return _weigh_of(0, scores, count, scale, top, out)
 
 
 @compiled()
@@ -139,26 +144,23 @@ def attend(begin, end, query, keys, values, seen, own_keys, own_values, out, sca
                 if left <= 0:
                     continue
                 columns = min(KEYS, (left + WIDTH - 1) // WIDTH * WIDTH)
-                used = ROWS * columns
                 for column in range(0, columns, WIDTH):
                     stretch, place = keys_at + 4 * (r * stretches + (n + column) // WIDTH) * steps * WIDTH, scores_at + 4 * column
                     product(mine_at + 4 * tile * steps, steps, stretch, WIDTH, place, columns, steps, WIDTH, paired, False)
                 for i in range(ROWS):
-                    m, line = tile + i, room[i * columns : i * columns + columns]
-                    _scale(line, scale)
-                    line[max(0, min(columns, counts[m] - n)) :] = -np.inf
-                    most = _largest(line, top[m])
-                    if not most <= top[m]:
+                    m, count = tile + i, max(0, min(columns, counts[tile + i] - n))
+                    most = _peak(scores_at + 4 * i * columns, count, scale)
+                    if most > top[m]:
                         fall = np.exp(top[m] - most)
                         top[m] = most
                         total[m] *= fall
                         _scale(sums[m], fall)
-                    _add(line, -top[m])
-                exponential(room[:used])
-                for i in range(ROWS):
-                    total[tile + i] += _sum(room[i * columns : i * columns + columns])
-                if paired:
-                    _halve(bits[:used], halves)
+                    place = weights_at + 4 // share * i * columns
+                    total[m] += _weigh(paired, scores_at + 4 * i * columns, count, scale, top[m], place)
+                    if paired:
+                        halves[i * columns + count : i * columns + columns] = np.uint16(0)
+                    else:
+                        room[i * columns + count : i * columns + columns] = np.float32(0)
                 product(
                     weights_at, columns // share, values_at + 4 * (r * stretches * WIDTH + n) // share * size, size,
                     sums_at + 4 * tile * size, size, columns // share, size, paired, True,

@@ -58,7 +58,7 @@ def _factors(rotation: np.ndarray, hadamard: bool) -> tuple[np.ndarray, int, np.
     """Signs, power of 2 and mix that `dmc.kernels.rotated_numba` turns by; the first column's signs are those of all."""
     size = len(rotation)
     if not hadamard:
-        return np.ones(size), 1, rotation
+        return (np.ones(size), 1, np.ascontiguousarray(rotation)) if size > 1 else (rotation[0].copy(), 1, np.ones((1, 1)))
     power, signs = size & -size, np.sign(rotation[:, 0])
     mix = (signs[:, None] * rotation)[::power, ::power].copy()
     return (signs * mix[0, 0], power, np.ones((1, 1))) if power == size else (signs, power, mix)

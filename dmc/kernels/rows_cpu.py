@@ -18,6 +18,10 @@ _LEAST = 1 << 14  # numbers for which another thread is worth waking
 
 def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `dmc.kernels.rows.norm`."""
+    alike = weight.shape == x.shape[-1:] and weight.dtype == x.dtype
+    if not alike or more is not None and (more.shape != x.shape or more.dtype != x.dtype):
+        added = "" if more is None else f", and {_named(more)} is to be added"
+        raise ValueError(f"norm of {_named(x)}: the weight is {_named(weight)}{added}")
     x, weight = x.contiguous(), weight.contiguous()
     more = more if more is None else more.contiguous()
     out, sums, number = torch.empty_like(x), x if more is None else torch.empty_like(x), np.array([eps], np.float32)
@@ -31,6 +35,8 @@ def norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> t
 
 def gate(x: Tensor) -> Tensor:
     """See `dmc.kernels.rows.gate`."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"gate of {_named(x)}: two halves side by side are needed")
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     run(loops.gate, _facts(x, out, out.shape[-1]), most=1 + x.numel() // _LEAST)
@@ -40,7 +46,7 @@ def gate(x: Tensor) -> Tensor:
 def turn(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """`dmc.functional.rotate` of ``[H, T, D]`` in fp32, rounded once; any strides but of the last dimension."""
     heads, tokens, size = x.shape
-    x = x if x.stride(2) == 1 and min(x.stride()) >= 0 else x.contiguous()
+    x = x if x.stride(2) == 1 else x.contiguous()
     cos, sin = (table.float().contiguous() for table in rope)
     out = x.new_empty(heads, tokens, size)
     facts = _facts(x, out, size)
@@ -50,8 +56,12 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return out
 
 
+def _named(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
 def _facts(x: Tensor, out: Tensor, size: int) -> np.ndarray:
-    facts = np.zeros(12, np.int64)
+    facts = np.zeros(loops.FACTS, np.int64)
     facts[UNITS], facts[loops.SIZE] = out.numel() // max(1, size), size
     facts[loops.HALVES], facts[loops.X], facts[loops.OUT] = x.dtype == torch.bfloat16, x.data_ptr(), out.data_ptr()
     return facts

@@ -53,7 +53,7 @@ def _write_norm(builder, half, size, x, weight, eps, out) -> None:  # noqa: ANN0
         value = vectors.rounded(builder.fmul(vectors.load(x, i, half), vectors.all(by)), half)
         vectors.store(builder.fmul(value, vectors.load(weight, i, half)), out, i, half)
 
-    total = over(builder, size, square, [_SINGLE(0.0)])[0]
+    total = over(builder, size, square, [ir.Constant(_SINGLE, 0.0)])[0]
     mean = builder.fdiv(total, builder.sitofp(size, _SINGLE))
     more = builder.load(builder.inttoptr(eps, _SINGLE.as_pointer()))
     root = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_SINGLE, [_SINGLE]), "llvm.sqrt.f32")

@@ -1,14 +1,16 @@
 """Threads for the loops on CPUs, as many as PyTorch has. The loops let go of Python's lock.
 
 Two ways. `share` cuts rows into one stretch for each thread, threads of Python's: about 50 µs to wake one. `run` wakes those that
-PyTorch has itself (OpenMP's, which wait for work awake: 2 µs), for loops that are told all by one array of numbers. They take
-their next piece when they are ready for it, so that a thread which the machine takes away is not waited for.
+PyTorch has itself (OpenMP's, which wait for work awake: 2 µs; always all of them, since libgomp ends those that a smaller
+team leaves over), for loops that are told all by one array of numbers. They take their next piece when they are ready for it, so
+that a thread which the machine takes away is not waited for.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -39,15 +41,15 @@ def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> 
 
 
 def run(loop: Callable[[np.ndarray], None], facts: np.ndarray, *, most: int) -> None:
-    """``loop(facts)`` by threads that share its pieces.
+    """``loop(facts)`` by this thread, or by all that PyTorch has, which share its pieces.
 
     Args:
         loop: compiled; takes pieces (`dmc.kernels.threads_numba.take`) until there are none.
         facts: int64; `UNITS` is set, the next two are not.
-        most: threads worth waking; never more than PyTorch's or pieces.
+        most: threads that the work is enough for; below 2 it stays with this one.
     """
     units = int(facts[UNITS])
-    threads = min(torch.get_num_threads(), units, most)
+    threads = torch.get_num_threads() if min(units, most) > 1 else 1
     facts[TAKEN], facts[CHUNK] = 0, units if threads < 2 else -(-units // (_PIECES * threads))
     if threads < 2:
         loop(facts)
@@ -68,7 +70,14 @@ def _openmp():  # noqa: ANN202
     return function
 
 
-_regions: dict[tuple[int, int], tuple] = {}
+_regions: dict[tuple[Callable, int], object] = {}
+_lock = threading.Lock()
+
+
+def prepare(loop: Callable, facts: int) -> None:
+    """Compiles what `run` needs of a loop with so many facts, if there is more than one thread."""
+    if torch.get_num_threads() > 1 and _openmp() is not None:
+        _region(loop, facts)
 
 
 def _region(loop: Callable, facts: int) -> int:
@@ -76,7 +85,9 @@ def _region(loop: Callable, facts: int) -> int:
     if (loop, facts) not in _regions:
         from dmc.kernels.threads_numba import as_c
 
-        _regions[loop, facts] = as_c(loop, facts)
+        with _lock:
+            if (loop, facts) not in _regions:
+                _regions[loop, facts] = as_c(loop, facts)
     return _regions[loop, facts].address
 
 
@@ -86,4 +97,4 @@ def _pool() -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads; OpenMP's are lost to it

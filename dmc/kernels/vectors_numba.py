@@ -1,7 +1,8 @@
 """Arithmetic on stretches of memory in vectors, for loops that numba would not make vector instructions of.
 
 A stretch holds fp32, or bf16 as the upper halves of fp32's bits; arithmetic is fp32, rounded to the nearest even when bf16 is
-stored. In loops compiled with ``exact`` nothing is reordered, nor fused but where it is asked for.
+stored (numbers below 2^-126 may become 0: the CPU's own instruction makes them that). In loops compiled with ``exact`` nothing is
+reordered, nor fused but where it is asked for.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ _LOG2 = 0.693359375, -2.12194440e-4  # log 2 in two parts
 _SERIES = 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0
 
 
-def over(builder, size, body: Callable, carried: list = ()) -> list:  # noqa: ANN001
+def over(builder, size, body: Callable, carried: list = (), join: Callable | None = None) -> list:  # noqa: ANN001
     """Goes over numbers 0 to ``size``, `LANES` at a time and then one at a time.
 
     Args:
         size: int64.
         body: ``body(vectors, i, carried) → carried``: what is done with those from i on.
-        carried: fp32 numbers, each a sum that starts there; inside a vector of partial sums.
+        carried: fp32 numbers, what is found in each lane starts with; the neutral one of ``join``.
+        join: a method of `Vectors` that makes one number of what the lanes found; `Vectors.total` by itself.
 
     Returns:
-        The sums.
+        What was found.
     """
+    join = join or Vectors.total
     start, sums = _ADDRESS(0), list(carried)
     for lanes in dict.fromkeys((LANES, 1)):
         vectors = Vectors(builder, lanes)
-        values = [vectors.only(x) for x in sums]
+        values = [vectors.begin(x, neutral) for x, neutral in zip(sums, carried, strict=True)]
         before, test, inside, after = builder.block, *(builder.append_basic_block(name) for name in ("test", "body", "after"))
         builder.branch(test)
         builder.position_at_end(test)
@@ -50,7 +53,7 @@ def over(builder, size, body: Callable, carried: list = ()) -> list:  # noqa: AN
             phi.add_incoming(value, builder.block)
         builder.branch(test)
         builder.position_at_end(after)
-        start, sums = i, [vectors.total(phi) for phi in phis]
+        start, sums = i, [join(vectors, phi) for phi in phis]
     return sums
 
 
@@ -84,17 +87,28 @@ class Vectors:
         first = self.builder.insert_element(self.singles(ir.Undefined), number, _WORD(0))
         return self.builder.shuffle_vector(first, self.singles(ir.Undefined), self.words([0] * self.lanes))
 
-    def only(self, number):  # noqa: ANN001, ANN201
-        """A number in the first lane, 0 in the others."""
-        return self.builder.insert_element(self.all(0.0), number, _WORD(0))
+    def begin(self, number, others):  # noqa: ANN001, ANN201
+        """A number in the first lane, another in the others."""
+        return self.builder.insert_element(self.all(others), number, _WORD(0))
 
     def total(self, value):  # noqa: ANN001, ANN201
         """The sum over the lanes, halves onto halves."""
+        return self._joined(value, self.builder.fadd)
+
+    def largest(self, value):  # noqa: ANN001, ANN201
+        """The largest of the lanes."""
+        return self._joined(value, self.larger)
+
+    def larger(self, x, y):  # noqa: ANN001, ANN201
+        """x where it is larger than y, else y: also where x is NaN."""
+        return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
+
+    def _joined(self, value, join):  # noqa: ANN001, ANN202
         lanes = self.lanes
         while lanes > 1:
             lanes //= 2
-            mask = ir.VectorType(_WORD, self.lanes)([(lane + lanes) % self.lanes for lane in range(self.lanes)])
-            value = self.builder.fadd(value, self.builder.shuffle_vector(value, value, mask))
+            mask = self.words([(lane + lanes) % self.lanes for lane in range(self.lanes)])
+            value = join(value, self.builder.shuffle_vector(value, value, mask))
         return self.builder.extract_element(value, _WORD(0))
 
     def fused(self, x, y, z):  # noqa: ANN001, ANN201

@@ -86,6 +86,20 @@ def test_of_a_cpu_that_is_only_named_nothing_is_known(fresh, monkeypatch):
     assert host() == Host(4, 2, False, False, False)
 
 
+def test_a_process_without_compilation_is_pytorch_s():
+    program = """if True:
+        import torch
+        from dmc.cache import codec
+        from dmc.kernels import rows
+        from dmc.kernels.loops import runs_on_cpu
+        from dmc.model.linear import Linear
+        assert not runs_on_cpu(torch.ones(1)) and Linear(torch.ones(4, 4)).held != "panels"
+        rows.norm(torch.ones(2, 4), torch.ones(4), 1e-5)
+        codec("gear").encode(*torch.randn(2, 1, 32, 64))
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+
+
 @X86
 @pytest.mark.parametrize(("settings", "what", "expected"), [
     (dict(NUMBA_ENABLE_AVX="0"), "prompts", "4 2"),

@@ -1,5 +1,9 @@
 """Linear layers in compiled loops: against fp64, and a row alone against the same row among others."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +101,31 @@ def test_no_number_is_lost():
 
 def test_other_states_are_refused():
     panels = Panels(torch.ones(4, 6))
-    for x in (torch.ones(2, 6, dtype=torch.float64), torch.ones(2, 5), torch.ones(2, 6).bfloat16()):
+    x = torch.ones(2, 6)
+    for x in (x.double(), x[:, :5], x.bfloat16(), x.to("meta")):
         with pytest.raises(ValueError, match="states are torch.float32 of 6 numbers"):
             panels(x)
+    for weight in (torch.ones(4, 6).half(), torch.ones(4, 0)):
+        with pytest.raises(ValueError, match="no panels"):
+            Panels(weight)
+
+
+def test_work_of_unlike_sizes_wakes_the_same_threads():
+    """To libgomp a smaller team is a reason to end threads, and the next larger one to make them again."""
+    if not Path("/proc/self/task").is_dir() or module._openmp() is None:
+        pytest.skip("threads cannot be told apart here")
+    program = """if True:
+        import os, torch
+        from dmc.kernels import rows_cpu
+        from dmc.kernels.linear_cpu import Panels
+        torch.set_num_threads(4)
+        panels, x, weight = Panels(torch.randn(512, 512)), torch.randn(32, 512), torch.ones(512)
+        seen = set()
+        for n in range(20):
+            panels(x)
+            rows_cpu.norm(x[: 1 + n % 32], weight, 1e-5)
+            rows_cpu.gate(x)
+            seen |= set(os.listdir("/proc/self/task")) if n > 1 else set()
+        assert seen == set(os.listdir("/proc/self/task")), len(seen)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -6,7 +6,7 @@ import torch
 
 from dmc.cache.attention import Seen, prompt_attention
 from dmc.cache.policies import policy
-from dmc.kernels import prefill_cpu, prefill_numba, tiles_numba
+from dmc.kernels import prefill_cpu, tiles_numba
 from dmc.kernels.backend import using
 from dmc.kernels.loops_numba import compiled
 from dmc.kernels.prefill import prefill_attention, prefill_reference
@@ -151,10 +151,3 @@ def test_products_of_tiles(many, add, paired):
     words = b.unflatten(0, (steps, pair)).transpose(1, 2).contiguous()  # neighbours along the sum side by side
     _product(*(x.reshape(len(x), -1).view(torch.int32).numpy() for x in (a, words)), c.numpy(), steps, columns, paired, add)
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rounding_to_bf16_is_to_the_nearest_even():
-    x = torch.cat([torch.rand(1000), torch.tensor([0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 2.0**-130])])
-    out = np.empty(len(x), np.uint16)
-    prefill_numba._halve(x.numpy().view(np.uint32), out)
-    assert torch.equal(torch.from_numpy(out.view(np.int16)).view(torch.bfloat16), x.bfloat16())

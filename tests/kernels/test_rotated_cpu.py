@@ -50,6 +50,15 @@ def test_zeros_and_extremes(mean):
     assert codec.decode(codec.encode(x), 32, 64).isfinite().all()
 
 
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("seed", range(6))
+def test_heads_of_one_number(rotation, seed):
+    """Whose rotation is a sign."""
+    x, codec = entries((2,), 16, 1, seed), Rotated(8, False, rotation=rotation, seed=seed)
+    torch.testing.assert_close(codec.decode(codec.encode(x), 16, 1), x, rtol=0.1, atol=0.05)
+    check(x, codec)
+
+
 def test_no_pages_other_dtypes_and_strides():
     codec = Rotated(4, True)
     check(torch.empty(0, 32, 64), codec)

@@ -91,6 +91,15 @@ def test_a_row_is_the_same_alone_and_among_others_and_by_threads(dtype, monkeypa
         torch.set_num_threads(before)
 
 
+def test_other_shapes_and_dtypes_are_refused():
+    x = torch.ones(3, 4).bfloat16()
+    for weight, more in ((torch.ones(4), None), (x[0, :3], None), (x[0], x[0]), (x[0], x.float())):
+        with pytest.raises(ValueError, match="norm of bfloat16 \\[3, 4\\]: the weight is"):
+            rows_cpu.norm(x, weight, 1e-5, more)
+    with pytest.raises(ValueError, match="two halves"):
+        rows_cpu.gate(torch.ones(2, 5))
+
+
 def test_what_runs_by_default(monkeypatch):
     calls = []
     for name in ("norm", "gate", "turn"):
