@@ -101,8 +101,8 @@ def test_no_number_is_lost():
 
 def test_other_states_are_refused():
     panels = Panels(torch.ones(4, 6))
-    x = torch.ones(2, 6)
-    for x in (x.double(), x[:, :5], x.bfloat16(), x.to("meta")):
+    states = torch.ones(2, 6)
+    for x in (states.double(), states[:, :5], states.bfloat16(), states.to("meta")):
         with pytest.raises(ValueError, match="states are torch.float32 of 6 numbers"):
             panels(x)
     for weight in (torch.ones(4, 6).half(), torch.ones(4, 0)):
