@@ -43,23 +43,31 @@ def main() -> None:
 
 
 def _case(options: argparse.Namespace, context: int, batch: int, kind: str) -> list[dict]:
-    """One context, batch and kind of lengths: each engine, prompt alone (one new token) and the whole."""
+    """One context, batch and kind of lengths: each engine, prompt alone (one new token) and the whole.
+
+    The engines take turns, and the least time of each counts: a machine that others use is not as fast all the time.
+    """
+    prompts, engines = _prompts(options.directory, context, batch, kind), _engines(options)
+    times = {name: [] for name, _ in engines}
+    held_bytes = {}
+    for _ in range(options.repeats):
+        for name, load in engines:
+            run, held = load()
+            run(prompts, 2)  # warm: first touches of memory and code
+            times[name].append((_timed(partial(run, prompts, 1)), _timed(partial(run, prompts, options.new))))
+            held_bytes[name] = held()
+            run = held = None
+            gc.collect()
+    made = batch * (options.new - 1)
     rows = []
-    for name, load in _engines(options):
-        run, held = load()
-        prompts = _prompts(options.directory, context, batch, kind)
-        run(prompts, 2)  # warm: first touches of memory and code
-        prompt = _least(options.repeats, partial(run, prompts, 1))
-        whole = _least(options.repeats, partial(run, prompts, options.new))
-        made = batch * (options.new - 1)
+    for name, pairs in times.items():
+        prompt, whole = (min((pair[which] for pair in pairs), key=lambda pair: pair[1]) for which in (0, 1))
         rows.append({
             "engine": name, "context": context, "batch": batch, "lengths": kind,
             "wall_tokens_per_s": batch * options.new / whole[0], "cpu_tokens_per_s": batch * options.new / whole[1],
             "cpu_prompt_s": prompt[1], "cpu_decode_tokens_per_s": made / max(1e-9, whole[1] - prompt[1]),
-            "held_bytes": held(),
+            "held_bytes": held_bytes[name],
         })
-        run = held = None
-        gc.collect()
     return rows
 
 
@@ -107,10 +115,6 @@ def _prompts(directory: str, context: int, batch: int, kind: str) -> list[list[i
     return [tokens[i * context : i * context + length] for i, length in enumerate(lengths)]
 
 
-def _least(repeats: int, what: Callable) -> tuple[float, float]:
-    return min((_timed(what) for _ in range(repeats)), key=lambda pair: pair[1])
-
-
 def _timed(what: Callable) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     what()
@@ -139,7 +143,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"],
                         help="of the arithmetic, of all engines; ours are held against the faster of theirs")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after each prompt")
-    parser.add_argument("--repeats", type=int, default=2, help="of each measurement; the least CPU time counts")
+    parser.add_argument("--repeats", type=int, default=2, help="of each measurement, in turns; the least CPU time counts")
     parser.add_argument("--prefill-tokens", type=int, default=512, help="of ours")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--output", help="JSON file")
