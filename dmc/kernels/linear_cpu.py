@@ -1,7 +1,7 @@
 """Linear layers on a CPU: a loop that numba compiles, over a weight that lies in the order in which it is read.
 
-A decode step is a few rows, which wait for the weights. PyTorch's products of bf16 and fp32 (oneDNN) get them out of memory at 40 to
-70 % of its rate; this one at its rate, in the 16 bits that a model was saved in, and it reads prompts as fast.
+A decode step is a few rows, which wait for the weights. oneDNN's products get them out of memory at 40 to 70 % of its rate; this
+one at its rate, in the 16 bits that a model was saved in, and it reads prompts as fast.
 A row comes out the same, bit for bit, whatever rows are beside it.
 """
 
