@@ -36,7 +36,7 @@ def _peak_of(context, scores, count, scale):  # noqa: ANN001, ANN202
     return types.float32(types.int64, types.int64, types.float32), generate
 
 
-@compiled(ordered=True)
+@compiled(exact=True)
 def _peak(scores, count, scale):  # noqa: ANN001, ANN202
     """The largest of scores times ``scale``, by their address; a NaN does not count."""
     return _peak_of(scores, count, scale)
@@ -46,11 +46,10 @@ def _peak(scores, count, scale):  # noqa: ANN001, ANN202
 def _weigh_of(context, half, scores, count, scale, top, out):  # noqa: ANN001, ANN202, PLR0913
     def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
         _, scores, count, scale, top, out = arguments
-        least = builder.fneg(top)
 
         def weigh(vectors, i, sums):  # noqa: ANN001, ANN202
-            score = vectors.fused(vectors.load(scores, i, False), vectors.all(scale), vectors.all(least))
-            weight = vectors.exponential(score)
+            score = builder.fmul(vectors.load(scores, i, False), vectors.all(scale))  # rounded, as it was for ``top``
+            weight = vectors.exponential(builder.fsub(score, vectors.all(top)))
             vectors.store(weight, out, i, bool(half.literal_value))
             return [builder.fadd(sums[0], weight)]
 
@@ -60,7 +59,7 @@ def _weigh_of(context, half, scores, count, scale, top, out):  # noqa: ANN001, A
     return types.float32(half, whole, whole, types.float32, types.float32, whole), generate
 
 
-@compiled(ordered=True)
+@compiled(exact=True)
 def _weigh(paired, scores, count, scale, top, out):  # noqa: ANN001, ANN202, PLR0913
     """``exp(score scale - top)`` of scores by their address to ``out``, in bf16 if ``paired``; their sum."""
     if paired:

@@ -72,7 +72,7 @@ def test_threads_share_the_queries(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_that_rise_and_fall_by_far(dtype):
-    for size in (1e-3, 30.0, 1000.0):
+    for size in (1e-3, 30.0, 1000.0, 1e15):
         arguments = problem(150, (150, 60), 16, 2, dtype=dtype)
         arguments[0] *= size
         check(arguments)
