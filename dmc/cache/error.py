@@ -17,7 +17,7 @@ class CodecError:
     """
 
     def __init__(self) -> None:
-        self.pages, self._seen = 0, 0
+        self.pages, self._seen, self._asked = 0, 0, 0
         self._lost, self._all = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
 
     def sample(self, codec: Codec, encoded: Blocks, keys: Tensor, values: Tensor) -> None:
@@ -29,10 +29,19 @@ class CodecError:
         if at >= len(keys):
             return
         page = Blocks({name: x[at : at + 1] for name, x in encoded.tensors.items()}, encoded.entries, encoded.head_size)
+        self.compare(codec, page, keys[at], values[at])
+
+    def compare(self, codec: Codec, page: Blocks, keys: Tensor, values: Tensor) -> None:
+        """Adds one page to the sample: encoded, with a leading dimension of 1, and as it was, ``[P, D]``."""
         self.pages += 1
-        for part, exact, got in zip("kv", (keys[at], values[at]), codec.decode(page), strict=True):
+        for part, exact, got in zip("kv", (keys, values), codec.decode(page), strict=True):
             self._lost[part] += float((got[0].double() - exact.double()).square().sum())
             self._all[part] += float(exact.double().square().sum())
+
+    def due(self) -> bool:
+        """Every 97th time, from the first on: for pages that kernels encode, whose number the host does not know."""
+        self._asked += 1
+        return self._asked % _SAMPLED == 1
 
     @property
     def sums(self) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmc.cache import evict, onpages, swap
+from dmc.cache import evict, growing, onpages, swap
 from dmc.cache.check import check
 from dmc.cache.codecs import Codec
 from dmc.cache.packing import Storage
@@ -190,11 +190,7 @@ class KVCache:
 
     def append_pages(self, slots: Tensor) -> int:
         """Pages that one more token of each of some sequences can take at most, were every open entry to close."""
-        rows = self.rows
-        count = torch.stack([rows.exact[rows.index(layer, slots)] for layer in range(self.shape.layers)])
-        most = torch.tensor([rows.most_exact(packing) for packing in rows.packings], device=count.device)[:, None]
-        # A page that fills is encoded into a new one before or after its exact pages are given back.
-        return int(((count % rows.per_open_page == 0) | (count + 1 == most)).sum())
+        return growing.needs(self.rows, self.rows.indices(slots))[0]
 
     def entries(self, slot: int) -> Tensor:
         """Cache lengths: int64 ``[L, H]``, the tail counted."""

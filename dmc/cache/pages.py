@@ -63,6 +63,8 @@ class PagePool:
         self._stack = torch.arange(capacity, 0, -1, device=device)  # free pages, the next one last
         self._free = capacity
         self.owners = torch.zeros(capacity + 1, dtype=torch.int32, device=device)  # of each page; 0: free
+        self._counts = torch.zeros(2, dtype=torch.int32, device=device)  # `lend`
+        self._lent = False
         self._views: dict[int, tuple[Layout, dict[str, Tensor]]] = {}
         self.kept: dict = {}  # what readers keep of the memory (`dmc.cache.onpages`), dropped when it grows
 
@@ -73,12 +75,23 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages that can be taken without growing."""
+        """Pages that can be taken without growing. After `lend` this waits for the device, once.
+
+        Raises:
+            RuntimeError: if kernels that the pool was lent to could not do what was asked of them.
+        """
+        if self._lent:
+            self._free, failed = self._counts.tolist()
+            self._lent = False
+            if failed:
+                raise RuntimeError(
+                    f"a step found no room for its entries though it was counted (failure bits {failed}); the cache is lost"
+                )
         return self._free
 
     @property
     def used(self) -> int:
-        """Pages handed out."""
+        """Pages handed out; those that kernels took and gave are counted from when `free` is asked next. Any thread may ask."""
         return self.capacity - self._free
 
     def take(self, count: int) -> Tensor:
@@ -87,14 +100,35 @@ class PagePool:
         Raises:
             PoolExhausted: if the pool may not grow and has fewer left; nothing is taken then.
         """
-        if count > self._free:
-            if self.limit is not None:
-                raise PoolExhausted(f"{count} pages were asked for and {self._free} of {self.limit} are free")
-            self._grow(max(count - self._free, self.capacity))
+        self.reserve(count)
         self._free -= count
         pages = self._stack[self._free : self._free + count].flip(0)
         self.owners[pages] = 1
         return pages
+
+    def reserve(self, count: int) -> None:
+        """Sees to it that so many pages are free.
+
+        Raises:
+            PoolExhausted: if the pool may not grow and has fewer left.
+        """
+        if count > self.free:
+            if self.limit is not None:
+                raise PoolExhausted(f"{count} pages were asked for and {self._free} of {self.limit} are free")
+            self._grow(max(count - self._free, self.capacity))
+
+    def lend(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The stack of free pages, for kernels that take and give pages themselves.
+
+        Returns:
+            ``(stack int64 [capacity], free int32 [1], failed int32 [1])``: the free pages come first, the last of them is
+            taken next; kernels keep the count, and tell of failures in bits. Until the host takes, gives or counts pages the
+            count is theirs.
+        """
+        if not self._lent:
+            self._counts[0] = self._free
+            self._lent = True
+        return self._stack, self._counts[:1], self._counts[1:]
 
     def share(self, pages: Tensor) -> None:
         """One more owner for each of some pages, which are handed out and distinct: int64 ``[n]``."""
@@ -106,13 +140,14 @@ class PagePool:
         assert (left >= 0).all(), "a page was given back that nobody owns"
         self.owners[pages] = left
         pages = pages[left == 0]
-        end = self._free + len(pages)
-        self._stack[self._free : end] = pages
+        start = self.free
+        end = start + len(pages)
+        self._stack[start:end] = pages
         self._free = end
 
     def free_pages(self) -> Tensor:
         """The pages that are free, int64 ``[free]``, in no order."""
-        return self._stack[: self._free].clone()
+        return self._stack[: self.free].clone()
 
     def read(self, pages: Tensor) -> Tensor:
         """A copy of whole pages, for `Layout.views`: int ``[n]`` → uint8 ``[n, bytes]``."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dmc.cache import onpages
+from dmc.cache import growing, onpages
 from dmc.cache.attention import row_attention
 from dmc.cache.evict import entries, evict
 from dmc.cache.gathered import Plan, plans
@@ -22,8 +22,9 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Step:
     """Called once a layer by the model, layer after layer, with the tokens of all parts one after the other.
 
-    Where nothing merges, the open entries of all layers close when the step is made, and the new ones are written
-    after the last layer; so each layer has only its attention to do.
+    Where kernels write the rows (`dmc.cache.growing`), a layer appends its tokens, encodes what they fill and attends, and
+    nothing of it waits for the device. Elsewhere PyTorch does; and where nothing merges, the open entries of all layers close
+    when the step is made, and the new ones are written after the last layer, so each layer has only its attention to do.
 
     Args:
         rows, policy: of the cache.
@@ -51,6 +52,13 @@ class Step:
         self.settled = not (merges and policy.merges)
         if len(slots):
             self.index = rows.indices(slots)  # [L, S * H]
+            self.grows = all(growing.grows(rows, packing) for packing in rows.packings)
+            if self.grows:
+                growing.make_room(rows, self.index)
+                self.places = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
+                self.table = rope(torch.stack([positions - 1, positions], dim=1).flatten())  # [2 S, D]
+                self.now = _signed(tuple(x[1::2] for x in self.table))
+                return
             self.now, self.before = (_signed(rope(place)) for place in (positions, positions - 1))  # [S, 1, D]
             self.following = (positions + 1).repeat_interleave(rows.shape.heads)
             self.plans: list[Plan | None] = [None] * rows.shape.layers
@@ -67,6 +75,8 @@ class Step:
         if self.merges is not None:
             self.merges.append(parts[3] != 0)
         decode = self._settled if self.settled else self._merging
+        if len(self.slots) and self.grows:
+            decode = self._grown
         if not self.chunks:
             return decode(layer, *parts)
         sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
@@ -77,6 +87,21 @@ class Step:
             if layer == self.rows.shape.layers - 1:
                 prompt.done += tokens
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    # ------------------------------------------------------------------------------------ by kernels
+
+    def _grown(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        index, size = self.index[layer], query.shape[-1]
+        if self.settled:
+            alpha, omega = torch.zeros_like(alpha), torch.ones_like(omega)
+        kernels = growing.grown(self.rows, self.rows.packings[layer])
+        own = kernels.append(
+            index, *(x.reshape(-1, size) for x in (key, value)), alpha.flatten(), omega.flatten(), self.places, self.table,
+        )
+        query = _turn(query.to(own[0].dtype), self.now).to(self.rows.shape.dtype)
+        return kernels.attend(index, query.view(len(index), -1, size), *own).view(query.shape)
 
     # ------------------------------------------------------------------------------------ nothing merges
 

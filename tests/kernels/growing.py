@@ -1,16 +1,14 @@
 """What the tests of append and encode share: caches that hold a prompt, and their rows as the kernels see them."""
 
+import dataclasses
+
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.cache.codecs import trellis
-from dmc.cache.codecs.gear import GearCodec
-from dmc.cache.codecs.rotated import rotation
+from dmc.cache.growing import grown
 from dmc.cache.rows import ragged
 from dmc.functional import rotate
-from dmc.kernels.append import Growing, append_tokens
-from dmc.kernels.decode import Trellis
-from dmc.kernels.encode import Encoding
+from dmc.kernels.append import append_tokens
 from dmc.model import Rope
 from tests.kernels.conftest import DEVICE
 
@@ -66,25 +64,18 @@ def load(held, layers, length, turn):
 
 
 def growing(held):
-    """The rows of a cache, one layout for all layers, as the kernels see them; the count of free pages goes `back`."""
-    rows, store = held.rows, held.rows.storage
-    pool = rows.pool
-    return Growing(
-        store.sink_tokens, store.window, rows.packings[0].page_size, rows.numerators, rows.z, rows.exact, rows.closed,
-        rows.open_table, rows.closed_table, pool.memory, pool.views(rows.open_layout), pool._stack,
-        torch.tensor([pool.free], dtype=torch.int32, device=DEVICE), pool.owners,
-        torch.zeros(1, dtype=torch.int32, device=DEVICE),
-    )
+    """The rows of a cache, one layout for all layers, as the kernels see them."""
+    return grown(held.rows, held.rows.packings[0]).state
 
 
-def back(held, state):
-    """The cache takes over what the kernels did and checks itself."""
-    held.rows.pool._free = int(state.free)
+def back(held):
+    """The cache takes over what the kernels did, and checks itself."""
     held.check_integrity()
 
 
 def append(state, held, layer, slots, places, part, turn, *, table=128, **options):
     """One token of each slot into one layer: key, value ``[S, H, D]``, alpha, omega ``[S, H]``."""
+    held.rows.pool.lend()
     index = held.rows.index(layer, torch.tensor(slots, device=DEVICE))
     key, value, alpha, omega = (x.flatten(0, 1) for x in part)
     tables = turn(torch.arange(table, device=DEVICE))
@@ -126,18 +117,11 @@ def encoding(held):
     The codec runs on the CPU: on CUDA PyTorch divides by a number through its reciprocal, which is less exact.
     """
     packing = held.rows.packings[0]
-    views = held.rows.pool.views(packing.layout)
 
     def encode(keys, values):
         return {name: x.to(DEVICE) for name, x in packing.codec.encode(keys.cpu(), values.cpu()).tensors.items()}
 
-    fields = {name: views[name] for name in packing.fields}
-    if not isinstance(packing.codec, GearCodec):
-        return Encoding(packing.codec.name, fields, encode)
-    sides = [tuple(trellis.stretches(rate, held.shape.head_size)) for rate in (packing.codec.key_bits, packing.codec.value_bits)]
-    levels = {bits: trellis.levels(bits).to(DEVICE) for side in sides for _, bits in side}
-    turn = rotation(held.shape.head_size, torch.zeros(1)).to(DEVICE)
-    return Encoding("trellis", fields, encode, Trellis(packing.page_size, held.shape.head_size, *sides, levels, turn))
+    return dataclasses.replace(grown(held.rows, packing).encoding, codec=encode)
 
 
 def fill(held, counts, keys, values):

@@ -44,7 +44,7 @@ def test_grows_as_the_cache_itself_does(backend, size, dtype):
             got = append(state, ours, layer, slots, places, part, turn, backend=backend)
             for own, want in zip(got, own_states(theirs, layer, slots, places, turn), strict=True):
                 torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
-    back(ours, state)
+    back(ours)
     same(content(ours)[0], content(theirs)[0])
     assert state.exact.max() > state.per_open and not state.failed.any()
 
@@ -59,7 +59,7 @@ def test_all_append_and_all_merge(backend, merging):
         step(theirs, slots, [place], parts, turn)
         for layer, part in enumerate(parts):
             append(state, ours, layer, slots, [place], part, turn, backend=backend)
-    back(ours, state)
+    back(ours)
     same(content(ours)[0], content(theirs)[0])
     assert (ours.rows.exact[ours.rows.all_layers(slots[0])] == (13 if merging == 0 else 0)).all()
 
@@ -89,7 +89,7 @@ def test_places_of_the_batch_that_are_not_in_use(backend):
         places = torch.tensor([5, 0, 7], dtype=torch.int32, device=DEVICE)
         got = append_tokens(state, index, *padded, places, turn(torch.arange(64, device=DEVICE)), backend=backend)
         assert not got[0][HEADS : 2 * HEADS].any() and not got[1][HEADS : 2 * HEADS].any()
-    back(ours, state)
+    back(ours)
     same(content(ours)[0], content(theirs)[0])
 
 

@@ -68,7 +68,7 @@ def check_bits(kind, exact, size, page=7):
         encode_pages(state, torch.tensor([8, 0, 1, -1, 2, 3, 5, 6, 7], device=DEVICE), encoding(held), backend=backend)
         assert not state.failed.any() and state.exact[:9].tolist() == [22, 0, 21 + page, 22, 22 + page, 1, 20 + page, 22, 22]
         encode_pages(state, torch.tensor([4], device=DEVICE), encoding(held), backend=backend)
-        back(held, state)
+        back(held)
     (ours, ours_pages), (theirs, theirs_pages) = map(content, both)
     same(ours, theirs, bits=True)
     equal_blocks(ours_pages, theirs_pages)
@@ -115,7 +115,7 @@ def check_steps(kind, exact, shape, backend, *, steps, size=6, lengths=(1, 18), 
             encode_pages(state, ours.rows.index(layer, torch.tensor(slots, device=DEVICE)), how, backend=backend)
             for own, want in zip(got, own_states(theirs, layer, slots, places, turn), strict=True):
                 torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
-        back(ours, state)
+        back(ours)
         found, expected = content(ours), content(theirs)
         compare(found[0], expected[0])
         decoded = [held.rows.packings[0].codec.decode(pages) for held, (_, pages) in zip(both, (found, expected), strict=True)]
@@ -181,7 +181,7 @@ def check_errors(settings, size, page, exact):
     fill(held, counts, keys, values)
     state, how = growing(held), encoding(held)
     encode_pages(state, torch.arange(len(counts), device=DEVICE), how, backend="triton")
-    back(held, state)
+    back(held)
     index = torch.tensor([0, 2, 3, 5], device=DEVICE)
     assert state.closed.sum() == 4 and (state.closed[index] == 1).all()
     packing = held.rows.packings[0]
@@ -213,7 +213,7 @@ def test_no_full_row_changes_nothing(kind):
     state = growing(held)
     before = held.rows.pool.memory.clone()
     encode_pages(state, torch.arange(9, device=DEVICE), encoding(held), backend="triton")
-    back(held, state)
+    back(held)
     assert torch.equal(held.rows.pool.memory, before) and not state.closed.any() and HEADS == 3
 
 
