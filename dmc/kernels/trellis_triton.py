@@ -23,6 +23,8 @@ NONE, FALL = tl.constexpr(NO_SCALE), tl.constexpr(-1 / SCALE_STEPS)
 
 def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
     """Fills the pieces of `dmc.kernels.decode_triton.decode` for ``paged.kind == "trellis"``."""
+    from dmc.kernels import trellis_single_triton
+
     fields, pages, sides = paged.encoded, paged.gear, {}
     stride = _check(fields, pages)
     for part, upper in (("k", "K"), ("v", "V")):
@@ -34,14 +36,20 @@ def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> No
         }
         sides |= {f"{part}_{name}": fields[f"{part}_{name}"] for name in ("scale", "top")}
     sides |= {f"k_{name}": fields.get(f"k_{name}", fields["k_top"]) for name in ("mean", "unit")}
+    rotated = (arguments["query"].float() @ pages.rotation).to(arguments["query"].dtype).contiguous()
+    shared = dict(
+        **arguments, rotated=rotated, **sides, K_MEAN="k_mean" in fields, page8=stride, page16=stride // 2, page32=stride // 4,
+        PAGE=pages.page,
+    )
+    constants = constants | {"GROUPS": max(16, constants["GROUPS"])}
+    if trellis_single_triton.takes(constants["G"], pages.key + pages.value):
+        trellis_single_triton.launch(grid, shared, constants)
+        return
     counts = [count for part in "kv" for count, _ in pages.stretches(part)]
     pairs = [len(pages.stretches(part)) for part in "kv"]
     words = max(16 // min(pairs), triton.next_power_of_2(max(counts) // 4))  # 16 columns at least make a product
-    rotated = (arguments["query"].float() @ pages.rotation).to(arguments["query"].dtype).contiguous()
     _trellis_pieces[grid](
-        **arguments, rotated=rotated, **sides, K_MEAN="k_mean" in fields, page8=stride, page16=stride // 2, page32=stride // 4,
-        PAGE=pages.page, WORDS=words, K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1],
-        **constants | {"GROUPS": max(16, constants["GROUPS"]), "num_stages": 1},
+        **shared, WORDS=words, K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1], **constants | {"num_stages": 1},
     )
 
 
@@ -65,7 +73,7 @@ def _check(fields: dict[str, torch.Tensor], pages) -> int:  # noqa: ANN001
 
 
 @triton.constexpr_function
-def _words(count, bits):
+def plane_words(count, bits):
     """Words that ``count`` codes take: every plane is rounded up to a byte."""
     return sum((count * width + 7) // 8 for width in PLANES[bits]) // 4
 
@@ -140,7 +148,7 @@ def _page(
     a, a_once = _places(codes, n, w, tl.zeros((PAGE,), tl.int32), FIRST, BITS, PAGE)
     found = ()
     if REST > 0:
-        more = codes + _words(PAGE * FIRST, BITS)
+        more = codes + plane_words(PAGE * FIRST, BITS)
         b, b_once = _places(more, n, w, _lowest(codes, n, FIRST // 4 - 1, n >= 0, FIRST, BITS, PAGE), D - FIRST, REST, PAGE)
         for j in tl.static_range(4):
             both = tl.join(_level(table, a, a_once, j, BITS, dtype), _level(more_table, b, b_once, j, REST, dtype))
@@ -162,7 +170,7 @@ def _features(x, FIRST: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _scales(scale, top, n):
+def scales(scale, top, n):
     """fp32 ``[PAGE]``; see `dmc.kernels.layout`."""
     code = tl.load(scale + n)
     return tl.where(code == NONE, 0.0, tl.exp2(code.to(tl.float32) * FALL) * tl.load(top).to(tl.float32))
@@ -212,7 +220,7 @@ def _trellis_pieces(
         s = tl.zeros((GROUPS, PAGE), tl.float32)
         for j in tl.static_range(4):
             s = tl.dot(q[j], tl.trans(levels[j]), s, input_precision=PRECISION)
-        s *= _scales(k_scale + at8, k_top + at16, n)[None, :]
+        s *= scales(k_scale + at8, k_top + at16, n)[None, :]
         if K_MEAN:
             mean = tl.load(k_mean + at8 + d, d < D, 0).to(tl.float32) * tl.load(k_unit + at16).to(tl.float32)
             s += tl.sum(whole * mean[None, :], 1)[:, None]
@@ -221,7 +229,7 @@ def _trellis_pieces(
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        p = (p * _scales(v_scale + at8, v_top + at16, n)[None, :]).to(dtype)
+        p = (p * scales(v_scale + at8, v_top + at16, n)[None, :]).to(dtype)
         levels = _page(v_codes + at32, v_levels, v_rest, n, w, dtype, V_FIRST, V_BITS, V_REST, PAGE, WORDS, D)
         acc0 = tl.dot(p, levels[0], acc0 * shrink[:, None], input_precision=PRECISION)
         acc1 = tl.dot(p, levels[1], acc1 * shrink[:, None], input_precision=PRECISION)

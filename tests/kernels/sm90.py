@@ -7,6 +7,7 @@ arguments, down to machine code, and what the assembler says of registers and sp
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ class Recorder:
     """Inside ``with``, kernels are compiled and not run; `found` says what each came to."""
 
     def __init__(self):
-        self.found = []  # (kernel, constants, registers, bytes spilled, bytes of shared memory)
+        self.found = []  # (kernel, constants, registers, bytes spilled, bytes of shared memory, instructions of its longest loop)
+        self.ptx = {}  # of each kernel, the last one compiled
         self._seen = set()
 
     def __enter__(self):
@@ -55,10 +57,11 @@ class Recorder:
         self._seen.add(key)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=TARGET, options=options)
-        registers, spilled = _assemble(compiled.asm["ptx"])
+        registers, spilled, loop = _assemble(compiled.asm["ptx"])
+        self.ptx[kernel.__name__] = compiled.asm["ptx"]
         assert len(compiled.asm["cubin"]) > 1000, kernel.__name__
         fixed = {kernel.arg_names[place[0]]: value for place, value in constants.items()} | options
-        self.found.append((kernel.__name__, fixed, registers, spilled, compiled.metadata.shared))
+        self.found.append((kernel.__name__, fixed, registers, spilled, compiled.metadata.shared, loop))
 
 
 def _kind(value, constexpr):
@@ -70,13 +73,48 @@ def _kind(value, constexpr):
 
 
 def _assemble(ptx):
-    """Registers a thread, and bytes spilled, as the assembler reports them."""
+    """Registers a thread, bytes spilled, as the assembler reports them, and the instructions of the longest loop."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
+        source, machine = Path(folder) / "kernel.ptx", Path(folder) / "out"
         source.write_text(ptx)
-        command = [nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "out")]
+        command = [nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(machine)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", text)[1]), int(re.search(r"(\d+) bytes spill stores", text)[1])
+        command = [nvidia.nvdisasm.path, "-c", str(machine)]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = (int(re.search(what, text)[1]) for what in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    return registers, spilled, _longest_loop(code)
+
+
+def _longest_loop(code):
+    """Instructions from a label to the branch back to it, at most; 0 without one."""
+    labels, place, longest = {}, 0, 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\S+):", line):
+            labels[label[1]] = place
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            place += 1
+            target = re.search(r"BRA\S* .*?(\.L\w+)", instruction[1])
+            if target and target[1] in labels:
+                longest = max(longest, place - labels[target[1]])
+    return longest
+
+
+def lane_tables(ptx):
+    """Registers that the kernel's own shuffles read, and how often; each must be loaded from memory by the number of its lane."""
+    shuffles = Counter(re.findall(r"shfl\.sync\.idx\.b32 %r\d+, (%r\d+), %r\d+, 31, 0xffffffff;", ptx))
+    made = {}  # register → what it is made of
+    for target, sources in re.findall(r"^\s*(?:@%p\d+ )?[a-z][\w.]+\s+\{? ?(%\w+) ?\}?, (.*);", ptx, re.MULTILINE):
+        made.setdefault(target, []).append(sources)
+    for table in shuffles:
+        loads = [x for x in made[table] if x.startswith("[")]
+        assert len(loads) == 1 and [x for x in made[table] if x not in loads] == ["0x0"], (table, made[table])
+        seen, left = set(), re.findall(r"%\w+", loads[0])
+        while left:
+            one = left.pop()
+            seen.add(one)
+            left += [x for sources in made.get(one, ()) for x in re.findall(r"%\w+", sources) if x not in seen]
+        assert "%laneid" in seen, f"{table} is not loaded by lane"
+    return shuffles
 
 
 def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased=True):
@@ -131,7 +169,7 @@ def decoding_gear(size, dtype, *, bits=4, groups=4, page=32, rows=64, rank=1):
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
-def decoding_trellis(size, dtype, *, bits=4, groups=4, page=32, rows=64):
+def decoding_trellis(size, dtype, *, bits=4, groups=4, page=64, rows=64):
     """The launches of one decode step over trellis pages, as the project's codec lays them out."""
     from dmc.cache.codecs import trellis
     from dmc.cache.codecs.gear import GearCodec
@@ -227,9 +265,10 @@ def main():
                 for bits, groups in ((4, 1), (4, 4), (3, 1)):
                     decoding_gear(size, torch.bfloat16, bits=bits, groups=groups)
                     decoding_trellis(size, torch.bfloat16, bits=bits, groups=groups)
-    for name, constants, registers, spilled, shared in recorder.found:
+    for name, constants, registers, spilled, shared, loop in recorder.found:
         short = {k: v for k, v in constants.items() if k != "PRECISION" and v is not None}
-        print(f"{name:24s} registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  {short}")
+        told = f"registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  longest loop {loop:4d}"
+        print(f"{name:24s} {told}  {short}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "_delta",
             "_backward_keys", "_backward_queries"}
-SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_together", "_prefill"}
+SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_single_pieces", "_together", "_prefill"}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 
 
@@ -26,3 +26,23 @@ def test_kernels_compile_for_sm90(part, expected, size):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {line.split()[0] for line in done.stdout.splitlines()} == expected
+
+
+SHUFFLED = """
+import torch
+from tests.kernels.sm90 import Recorder, decoding_trellis, lane_tables
+with Recorder() as recorder:
+    decoding_trellis(128, torch.bfloat16, bits=4, groups=1, page=64)
+(name, _, _, spilled, _, loop), _ = recorder.found
+print(name, spilled, loop, *sorted(lane_tables(recorder.ptx["_single_pieces"]).values()))
+"""
+
+
+def test_tables_of_levels_lie_in_the_lanes():
+    """What the interpreter cannot run: every shuffle reads a table that each lane loaded its number of; four, 128 codes each."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SHUFFLED], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, spilled, loop, *shuffles = done.stdout.split()
+    assert (name, spilled) == ("_single_pieces", "0") and shuffles == ["128"] * 4
+    assert int(loop) < 7.5 * 512  # instructions of a thread for its 512 codes of a page

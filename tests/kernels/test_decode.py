@@ -11,6 +11,8 @@ from dmc.kernels.decode import KINDS, Gear, Paged, Trellis, decode_attention, de
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
+from dmc.kernels import trellis_single_triton  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("poison")
 PLAIN = [kind for kind in KINDS if kind not in ("gear", "trellis")]
 
@@ -181,6 +183,33 @@ def test_trellis_pages(settings, groups):
     index = torch.tensor([2, 0, 1], device=DEVICE)
     for backend in ("sdpa", "triton"):
         torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(key_bits=4.5, value_bits=3.5), dict(key_bits=3.25, value_bits=2.5), dict(key_bits=1.5, value_bits=5),
+    pytest.param(dict(key_bits=1, value_bits=4.25), marks=pytest.mark.slow), pytest.param(dict(bits=2), marks=pytest.mark.slow),
+], ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(("size", "page"), [(80, 32), (128, 64), pytest.param(64, 128, marks=pytest.mark.slow),
+                                            pytest.param(96, 256, marks=pytest.mark.slow)])
+def test_trellis_pages_of_one_query_a_head(settings, size, page):
+    """The kernel without matrix products: every width and every pair of stretches that it takes, blocks of 4 to 32 entries."""
+    cache, _ = gear_pages(size, page, backbone="rotated", **settings)
+    assert trellis_single_triton.takes(1, cache.gear.key + cache.gear.value)
+    check(cache, queries(3, 1, size), [2, 0, 1], floor=3e-6)
+
+
+def test_which_kernel_reads_trellis_pages(monkeypatch):
+    launched = []
+    monkeypatch.setattr(trellis_single_triton, "launch", lambda grid, shared, constants: launched.append(constants["G"]))
+    for groups, bits in ((1, 4), (2, 4), (1, 8)):
+        cache, _ = gear_pages(16, 16, backbone="rotated", bits=bits)
+        decode_attention(*queries(3, groups, 16), torch.tensor([2, 0, 1], device=DEVICE), cache, backend="triton")
+    assert launched == [1]
+
+
+def test_levels_are_the_same_on_both_sides_of_0():
+    """Of the table of 5 bits the kernel reads one half."""
+    assert torch.equal(trellis.levels(5), -trellis.levels(5).flip(0))
 
 
 def test_trellis_pages_with_constant_entries():
