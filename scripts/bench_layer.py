@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
 
-from dmc import functional as fn  # noqa: E402
 from dmc.kernels.attention import dmc_attention, plain_attention  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
+from dmc.kernels.decisions import Drawn, soft_decisions  # noqa: E402
 
 COLUMNS = ["what", "tokens", "ms", "of plain", "peak MB", "memory of plain", "tokens/s"]
 
@@ -53,11 +53,13 @@ class Layer(nn.Module):
             mixed = plain_attention(query, key, value, rope=rope)
         else:
             logits, weights = (10 * self.decision(normed).float().unflatten(-1, (-1, 2)).permute(3, 0, 2, 1)).unbind(0)
-            noise = torch.logit(torch.rand_like(logits).clamp(1e-7, 1 - 1e-7))
-            options = dict(offset=2.5, temperature=0.1, noise=noise)
+            first = torch.arange(x.shape[1], device=x.device) == 0
+            drawn = Drawn(0, 0, 0, torch.arange(len(x), device=x.device), 0, torch.arange(x.shape[1], device=x.device))
+            made = soft_decisions(
+                logits, weights, first.expand(len(x), 1, -1), drawn, offset=2.5, temperature=0.1, backend=self.backend
+            )
             mixed = dmc_attention(
-                query, key, value, fn.sample_alpha(logits, **options), fn.importance(weights, offset=2.5), rope=rope,
-                log_keep=fn.sample_log_keep(logits, **options), backend=self.backend,
+                query, key, value, made.alpha, made.omega, rope=rope, log_keep=made.log_keep, backend=self.backend
             )
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.norms[1])).chunk(2, dim=-1)

@@ -16,7 +16,8 @@ from torch import Tensor
 from dmc import functional as fn
 from dmc import functional_dms as dms
 from dmc.kernels.attention import dmc_attention, dms_attention, plain_attention
-from dmc.training import context, noise
+from dmc.kernels.decisions import Drawn, soft_decisions
+from dmc.training import context
 from dmc.training.state import AddGradient, AttachGradient, LayerState
 
 
@@ -109,11 +110,10 @@ class DmcSelfAttention(SelfAttention):
         self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, weights: Tensor | None, samples: Tensor,
         starts: Tensor,
     ) -> Tensor:
-        alpha, log_keep = self._alpha(logits, samples, starts)
+        alpha, log_keep, omega = self._decisions(logits, weights, samples, starts)
         if self.evicts:
             return self._evicting(query, key, value, alpha, log_keep, starts)
         alpha = AddGradient.apply(alpha, self.state.alpha_gradient)
-        omega = fn.importance(weights, offset=self.state.settings.offset)
         key, value, alpha, omega = (context.gather(x, 2) for x in (key, value, alpha, omega))
         log_keep = None if log_keep is None else context.gather(log_keep, 2)
         return dmc_attention(
@@ -133,10 +133,14 @@ class DmcSelfAttention(SelfAttention):
             log_keep=log_keep, spans=context.my_spans(key.shape[2]),
         )
 
-    def _alpha(self, logits: Tensor, samples: Tensor, starts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Decisions of this rank's positions ``[B, H, T]``, and log(1 - alpha) where they are soft. Counted here, before
-        ranks exchange them: each rank counts what it decided. 0 where a token is kept whatever its logit says: the first
-        of each document, or with DMS the last ``window`` of the sequence."""
+    def _decisions(
+        self, logits: Tensor, weights: Tensor | None, samples: Tensor, starts: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Alpha of this rank's positions ``[B, H, T]``, log(1 - alpha) where they are soft, and omega but with DMS.
+
+        Counted here, before ranks exchange them: each rank counts what it decided. Alpha is 0 where a token is kept whatever
+        its logit says: the first of each document, or with DMS the last ``window`` of the sequence.
+        """
         state, settings = self.state, self.state.settings
         positions = torch.arange(starts.shape[1], device=logits.device)
         if self.evicts:
@@ -144,24 +148,21 @@ class DmcSelfAttention(SelfAttention):
         else:
             kept = starts | (positions == 0)
         kept = context.my_part(kept, 1)[:, None]
-        hard = fn.round_alpha(logits, offset=settings.offset).masked_fill(kept, 0.0)
-        alpha, log_keep = hard, None
         if state.mode == "soft":
-            drawn = noise.logistic(
-                settings.seed, state.step, self.layer_number - 1, samples=samples,
-                heads=torch.arange(logits.shape[1], device=logits.device) + self.first_head,
-                tokens=context.my_part(positions, 0),
+            drawn = Drawn(
+                settings.seed, state.step, self.layer_number - 1, samples, self.first_head, context.my_part(positions, 0)
             )
-            options = dict(offset=settings.offset, temperature=settings.temperature, noise=drawn)
-            # The constant gradient comes after, so that the mask stops it too.
-            alpha = fn.sample_alpha(logits, **options).masked_fill(kept, 0.0)
-            log_keep = fn.sample_log_keep(logits, **options)
+            # The constant gradient of alpha comes after, so that the mask stops it too.
+            made = soft_decisions(logits, weights, kept, drawn, offset=settings.offset, temperature=settings.temperature)
+            alpha, log_keep, omega, sums = made.alpha, made.log_keep, made.omega, (made.soft_kept, made.hard_kept)
+        else:
+            alpha = fn.round_alpha(logits, offset=settings.offset).masked_fill(kept, 0.0)
+            log_keep, omega = None, None if weights is None else fn.importance(weights, offset=settings.offset)
+            sums = ((1 - alpha).sum((0, 2)),) * 2
         if state.decisions is not None and (torch.is_grad_enabled() or not self.training):
             # Recomputed activations run twice, the first time without gradients: counted once.
-            state.decisions.add(
-                self.layer_number - 1, self.first_head, (1 - alpha).sum((0, 2)), (1 - hard).sum((0, 2))
-            )
-        return alpha, log_keep
+            state.decisions.add(self.layer_number - 1, self.first_head, *sums)
+        return alpha, log_keep, omega
 
     def _tables(self, key: Tensor) -> tuple[Tensor, Tensor]:
         tokens = key.shape[2]

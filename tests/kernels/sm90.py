@@ -120,12 +120,16 @@ def lane_tables(ptx):
 def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased=True):
     """Launches of one forward and backward pass of the training attention."""
     from dmc.kernels.attention_triton import attend
+    from dmc.kernels.decisions import Drawn
+    from dmc.kernels.decisions_triton import Soft
     from dmc.kernels.rope_triton import Rotate
     from dmc.kernels.scan_triton import Merge
 
     key, value = (torch.zeros(1, heads, tokens, size, dtype=dtype, requires_grad=True) for _ in range(2))
     query = torch.zeros(1, heads * groups, tokens, size, dtype=dtype, requires_grad=True)
     alpha = torch.zeros(1, heads, tokens, requires_grad=True)
+    where = Drawn(0, 0, 0, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(tokens, dtype=torch.int64))
+    sum(x.sum() for x in Soft.apply(alpha, alpha, torch.zeros(1, 1, tokens, dtype=torch.bool), where, 2.5, 0.1)[:3]).backward()
     cos = torch.zeros(tokens, size)
     starts = torch.zeros(1, tokens, dtype=torch.bool) if packed else None
     keys, values = Merge.apply(key, value, alpha, alpha + 1, cos, cos)

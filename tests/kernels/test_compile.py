@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 
 TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "_delta",
-            "_backward_keys", "_backward_queries"}
+            "_backward_keys", "_backward_queries", "_soft", "_soft_backward"}
 SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_single_pieces", "_together", "_prefill"}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 

@@ -29,14 +29,19 @@ def logistic(
     Returns:
         ``[B, H, T]`` fp32 on the device of ``samples``.
     """
-    state = _mix(seed & _MASK)
-    for number in (seed >> 32, step, layer):
-        state = _mix((state ^ (number & _MASK)) + 0x9E3779B9)
-    hashed = _mix_tensor(samples.view(-1, 1, 1) ^ state)
+    hashed = _mix_tensor(samples.view(-1, 1, 1) ^ place(seed, step, layer))
     hashed = _mix_tensor((hashed + heads.view(1, -1, 1) * 0x85EBCA77) & _MASK)
     hashed = _mix_tensor((hashed + tokens.view(1, 1, -1) * 0xC2B2AE3D) & _MASK)
     uniform = ((hashed >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never rounded to 1
     return torch.log(uniform) - torch.log1p(-uniform)
+
+
+def place(seed: int, step: int, layer: int) -> int:
+    """What the numbers of a layer and step begin with, 32 bits."""
+    state = _mix(seed & _MASK)
+    for number in (seed >> 32, step, layer):
+        state = _mix((state ^ (number & _MASK)) + 0x9E3779B9)
+    return state
 
 
 def _mix(x: int) -> int:
