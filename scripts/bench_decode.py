@@ -1,13 +1,16 @@
 """Decode over compressed pages: bandwidth of the attention kernel, and steps of a model at the largest batch that fits.
 
     python scripts/bench_decode.py                       # on a GPU, shapes of Llama 2 7B, context 4,096
-    python scripts/bench_decode.py --only kernel
+    python scripts/bench_decode.py --only kernel         # or grow, or model
     python scripts/bench_decode.py --device cpu --small  # a trial of the script itself: the numbers mean nothing
 
 kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run (on CUDA
 replayed as a graph: launches from Python take longer than the kernels);
 CR 1 dense, then CR 4 with dense, int8, fp8 and GEAR pages whose rows differ in length as those of a retrofit do. "gear" is
 the paper's recipe (4 bit, keys by channel, values by token, 2 % outliers, rank 1), "gear-4bit" the preset of that name.
+grow: what a step does to one layer's cache before it attends, at CR 4: a token appended to every row (a quarter of them close
+their open entry) and full pages encoded (one row of PAGE closes an entry that fills one); beside the attention of the same
+cache, as tokens/s of both together.
 model: one decode step (all matmuls and attention of every layer, random weights, on CUDA replayed as a graph; no
 sampling, no scheduler) at the largest batch whose pages fit beside the weights. Entries are random, pages scattered.
 Writes decode.json, decode.md and decode.png to --out.
@@ -27,15 +30,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from dmc.cache import codec  # noqa: E402
+from dmc.cache import KVCache, Shape, codec, growing, policy  # noqa: E402
 from dmc.cache.codecs import Codec  # noqa: E402
 from dmc.cache.onpages import page_layout  # noqa: E402
 from dmc.cache.pages import Layout  # noqa: E402
+from dmc.kernels.append import append_tokens  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
 from dmc.kernels.decode import Gear, Paged, decode_attention  # noqa: E402
+from dmc.kernels.encode import encode_pages  # noqa: E402
 
-COLUMNS = ["section", "what", "batch", "ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
+COLUMNS = ["section", "what", "batch", "ms", "put back ms", "append ms", "encode ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
 CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("gear-4bit", 4), ("gear", 4))
+GROWING = (("dense", 4), ("int8", 4), ("fp8", 4), ("gear-4bit", 4), ("gear-2bit", 4))
 PER_OPEN = 16  # exact entries a page
 
 
@@ -53,7 +59,7 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=32, help="entries of an encoded page (default 32)")
     parser.add_argument("--memory", type=float, default=None,
                         help="GB for the pages of the model section (default: what is free, less 2)")
-    parser.add_argument("--only", choices=("kernel", "model"), help="one section; default both")
+    parser.add_argument("--only", choices=("kernel", "grow", "model"), help="one section; default all")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls at most (default 30)")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="directory of the results (default runs/bench)")
@@ -64,10 +70,10 @@ def main() -> None:
             setattr(args, name, value)
     device = torch.device(args.device)
     limits, rows = roofline(device, small=args.small), []
-    for section, run in (("kernel", kernel), ("model", model)):
+    for section, run, cases in (("kernel", kernel, CASES), ("grow", grow, GROWING), ("model", model, CASES)):
         if args.only not in (None, section):
             continue
-        for kind, cr in CASES:
+        for kind, cr in cases:
             row = {"section": section, "what": f"CR {cr} {kind}", **run(args, device, limits, kind, cr)}
             base = next((r for r in rows if r["section"] == section), row)
             rows.append({**row, "of CR 1": row["tokens/s"] / base["tokens/s"]})
@@ -88,6 +94,58 @@ def kernel(args: argparse.Namespace, device: torch.device, limits: dict, kind: s
     # A copy moves each byte twice, attention reads it once: both are bytes that cross the memory bus in a second.
     return {"batch": args.batch, **found, "GB/s": rate / 1e9, "of copy": rate / limits["copy_bytes_per_s"],
             "tokens/s": args.batch / found["ms"] * 1e3, "bytes": nbytes}
+
+
+def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str, cr: int) -> dict:
+    """Append, encode and attention of one layer. Each call begins with putting the cache back, which tokens/s leave out."""
+    work, size, count = _dtype(device), args.hidden // args.heads, args.batch * args.kv_heads
+    cache = KVCache(
+        Shape(1, args.kv_heads, size, work), policy("dmc"), codec(kind), slots=args.batch, device=device,
+        page_size=args.page_size if args.small else None,
+    )
+    rows, index = cache.rows, torch.arange(count, device=device)
+    packing, store = rows.packings[0], rows.storage
+    page, least = packing.page_size, store.sink_tokens + store.window
+    g = torch.Generator().manual_seed(0)
+    spread = torch.arange(count)[torch.randperm(count, generator=g)] % page  # one row of a page is one entry short of full
+    lengths = (least + (args.context // cr // page) * page + spread).to(device)
+    for some in index.split(256):  # encoding takes memory
+        entries = torch.randn(2, len(some), int(lengths.max()), size, device=device, dtype=work)
+        rows.load(some, *entries, lengths[some], {})
+    rows.z.fill_(1.0)
+    alpha = torch.where((spread == page - 1) | (torch.rand(count, generator=g) < 1 / cr), 0.0, 1.0).to(device)
+    growing.make_room(rows, index[None])
+    kernels = growing.grown(rows, packing)
+    query = torch.randn(count, args.heads // args.kv_heads, size, device=device, dtype=work)
+    places, table = torch.ones(args.batch, dtype=torch.int64, device=device), torch.randn(2, 2, size, device=device)
+    key, value = torch.randn(2, count, size, device=device, dtype=work)
+    changed = [getattr(kernels.state, name) for name in (
+        "numerators", "z", "exact", "closed", "open_table", "closed_table", "stack", "free", "owners")]
+    kept = [x.clone() for x in changed]
+
+    def back() -> None:
+        for x, before in zip(changed, kept, strict=True):
+            x.copy_(before)
+
+    def appended() -> tuple[Tensor, Tensor]:
+        back()
+        return append_tokens(kernels.state, index, key, value, alpha, 1 - alpha / 2, places, tuple(table))
+
+    def encoded() -> tuple[Tensor, Tensor]:
+        own = appended()
+        encode_pages(kernels.state, index, kernels.encoding)
+        return own
+
+    def attended() -> Tensor:
+        return kernels.attend(index, query, *encoded())
+
+    runs = (back, appended, encoded, attended)
+    found = [times(_graphed(run, device), device, repeats=args.repeats) for run in runs]
+    if int(kernels.state.failed) or int((kernels.state.closed[:count] > kept[3][:count]).sum()) < count // page:
+        raise SystemExit("error: the cache did not grow as it was meant to; its numbers would mean nothing")
+    before, append, encode, last = (one["ms"] for one in found)
+    return {"batch": args.batch, **found[3], "put back ms": before, "append ms": append - before, "encode ms": encode - append,
+            "tokens/s": args.batch / (last - before) * 1e3}
 
 
 def model(args: argparse.Namespace, device: torch.device, limits: dict, kind: str, cr: int) -> dict:

@@ -170,8 +170,7 @@ def _attention(trainer: Trainer) -> dict[str, Callable[[], None]]:
 
     def decisions() -> list[Tensor]:
         logit, weight, _, _ = attention._decide(hidden, query, key)
-        alpha, log_keep = attention._alpha(logit, samples, starts)
-        return [alpha, log_keep, fn.importance(weight, offset=config.dmc.offset)]
+        return list(attention._decisions(logit, weight, samples, starts))
 
     alpha, log_keep, omega = (x.detach().requires_grad_() for x in decisions())
     trainer.student.state.decisions.total()  # empties the counts

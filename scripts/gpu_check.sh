@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
 LIMIT=535  # seconds a step
-STEPS="environment test-scan test-attention test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-model test-training bench-train"
+STEPS="environment test-scan test-attention test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-grow bench-model test-training bench-train"
 
 wheels() {
   [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" megatron-core psutil
@@ -29,7 +29,7 @@ step() {
     environment)
       "$PYTHON" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' \
         && nvidia-smi ;;
-    test-scan) tests tests/kernels/test_scan.py ;;
+    test-scan) tests tests/kernels/test_scan.py tests/kernels/test_decisions.py ;;
     test-attention) tests tests/kernels/test_attention_triton.py tests/kernels/test_backend.py ;;
     test-serving) tests tests/kernels/test_decode.py tests/kernels/test_prefill.py ;;
     test-growing) tests tests/kernels/test_append.py tests/kernels/test_encode.py ;;
@@ -41,6 +41,7 @@ step() {
       "$PYTHON" scripts/bench_layer.py --out "$OUT/layer-4k" \
         && "$PYTHON" scripts/bench_layer.py --tokens 32768 --repeats 8 --out "$OUT/layer-32k" ;;
     bench-decode) "$PYTHON" scripts/bench_decode.py --only kernel --out "$OUT/decode" ;;
+    bench-grow) "$PYTHON" scripts/bench_decode.py --only grow --out "$OUT/grow" ;;
     bench-model) "$PYTHON" scripts/bench_decode.py --only model --out "$OUT/model" ;;
     test-training) wheels && tests tests/training/test_llama.py ;;
     bench-train)

@@ -35,9 +35,22 @@ def test_a_small_run_on_a_cpu(tmp_path, name):
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
     if name == "decode":
         kernel = {row["what"]: row for row in results["rows"] if row["section"] == "kernel"}
+        grown = [row for row in results["rows"] if row["section"] == "grow"]
+        assert len(grown) == 5 and all(row["put back ms"] > 0 and row["tokens/s"] > 0 for row in grown)
         assert 3 < kernel["CR 1 dense"]["bytes"] / kernel["CR 4 dense"]["bytes"] < 5
         assert kernel["CR 4 gear"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
         assert kernel["CR 4 int8"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
+
+
+def test_a_small_run_of_the_trainer(tmp_path):
+    sizes = "--length 64 --layers 1 --batch 1 --repeats 3 --hidden 32 --heads 2 --kv-heads 1 --head-size 16 --ffn 64 --vocab 128"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/bench_train.py", *sizes.split(), "--json", tmp_path / "train.json"], capture_output=True,
+        text=True, timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {name} |" in done.stdout for name in ("plain", "dmc", "dmc+teacher", "decisions", "scan"))
+    assert json.loads((tmp_path / "train.json").read_text())
 
 
 def gpu_check(*steps, **environment):
