@@ -98,6 +98,8 @@ def needs(rows: Rows, index: Tensor) -> tuple[int, int]:
     Returns:
         ``(pages, columns)``: pages in all, and the columns that the table of encoded pages must have.
     """
+    if not index.numel():
+        return 0, 0
     exact, closed = rows.exact[index], rows.closed[index]
     most = rows.page_sizes[:, None] + (rows.storage.sink_tokens + rows.storage.window)
     opens, fills = exact % rows.per_open_page == 0, exact + 1 == most
