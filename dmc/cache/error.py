@@ -39,7 +39,10 @@ class CodecError:
             self._all[part] += float(exact.double().square().sum())
 
     def due(self) -> bool:
-        """Every 97th time, from the first on: for pages that kernels encode, whose number the host does not know."""
+        """Every 97th time, from the first on: for layers whose pages kernels encode, whose number the host does not know.
+
+        One page of such a layer is compared at most, so of big batches the sample is a smaller part.
+        """
         self._asked += 1
         return self._asked % _SAMPLED == 1
 

@@ -22,35 +22,36 @@ from dmc.kernels.loops import runs_on_cpu
 
 @dataclass(frozen=True)
 class Grown:
-    """What the kernels need of the rows of layers that are stored alike."""
+    """What the kernels need of the rows of layers that are stored alike. It is kept by their pool, so it names no rows itself."""
 
     state: Growing
     encoding: Encoding
     paged: Paged
-    rows: Rows
-    packing: Packing
 
     def append(
         self, index: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, positions: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """`append_tokens`, and the pages that this fills encoded."""
-        own = append_tokens(self.state, index, key, value, alpha, omega, positions, rope)
-        full = self._full(index) if self.packing.codec.lossy and self.rows.error.due() else None
+        """`append_tokens`; `encode` must follow."""
+        return append_tokens(self.state, index, key, value, alpha, omega, positions, rope)
+
+    def encode(self, rows: Rows, packing: Packing, index: Tensor) -> None:
+        """The pages that this filled; now and then one of them is compared with what was encoded."""
+        full = self._full(rows, index) if packing.codec.lossy and rows.error.due() else None
         encode_pages(self.state, index, self.encoding)
         if full is not None:
             row, (keys, values) = full
-            page = self.rows.closed_table[row, self.rows.closed[row] - 1].long()
-            self.rows.error.compare(self.packing.codec, self.rows.blocks(page[None], self.packing), keys, values)
-        return own
+            page = rows.closed_table[row, rows.closed[row] - 1].long()
+            rows.error.compare(packing.codec, rows.blocks(page[None], packing), keys, values)
 
-    def _full(self, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-        """A row that is to be encoded now, and the exact keys and values ``[P, D]`` of its page; this waits for the device."""
+    def _full(self, rows: Rows, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+        """One of the rows to be encoded, and the exact keys and values ``[P, D]`` of its page; this waits for the device."""
         full = index[self.state.exact[index] == self.state.most]
         if not len(full):
             return None
+        row = full[rows.error.pages % len(full)]  # heads that fill together take turns
         places = torch.arange(self.state.sinks, self.state.sinks + self.state.page, device=index.device)
-        return full[0], self.rows.read_exact(full[0].expand_as(places), places)[:2]
+        return row, rows.read_exact(row.expand_as(places), places)[:2]
 
     def attend(self, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
         """`decode_attention`, all in the dtype of the query."""
@@ -89,7 +90,7 @@ def _grown(rows: Rows, packing: Packing, paged: Paged) -> Grown:
     )
     trellis = paged.gear if paged.kind == "trellis" else None
     encoding = Encoding(paged.kind, paged.encoded, lambda k, v: packing.codec.encode(k, v).tensors, trellis)
-    return Grown(state, encoding, paged, rows, packing)
+    return Grown(state, encoding, paged)
 
 
 def needs(rows: Rows, index: Tensor) -> tuple[int, int]:

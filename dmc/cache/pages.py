@@ -136,11 +136,11 @@ class PagePool:
 
     def give(self, pages: Tensor) -> None:
         """One owner gives pages back: int64 ``[n]``, distinct; those without another owner are free again."""
+        start = self.free  # first: it raises where the pool is lost
         left = self.owners[pages] - 1
         assert (left >= 0).all(), "a page was given back that nobody owns"
         self.owners[pages] = left
         pages = pages[left == 0]
-        start = self.free
         end = start + len(pages)
         self._stack[start:end] = pages
         self._free = end

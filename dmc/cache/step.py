@@ -52,12 +52,14 @@ class Step:
         self.settled = not (merges and policy.merges)
         if len(slots):
             self.index = rows.indices(slots)  # [L, S * H]
-            self.grows = all(growing.grows(rows, packing) for packing in rows.packings)
+            self.grows = all(growing.grows(rows, rows.packings[numbers[0]]) for numbers in rows.layers_alike())
             if self.grows:
                 growing.make_room(rows, self.index)
                 self.places = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
                 self.table = rope(torch.stack([positions - 1, positions], dim=1).flatten())  # [2 S, D]
                 self.now = _signed(tuple(x[1::2] for x in self.table))
+                closing = rows.z.new_zeros(self.index.shape[1])
+                self.settle = (closing, closing + 1) if self.settled else None  # alpha and omega where nothing merges
                 return
             self.now, self.before = (_signed(rope(place)) for place in (positions, positions - 1))  # [S, 1, D]
             self.following = (positions + 1).repeat_interleave(rows.shape.heads)
@@ -93,13 +95,11 @@ class Step:
     def _grown(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
     ) -> Tensor:
-        index, size = self.index[layer], query.shape[-1]
-        if self.settled:
-            alpha, omega = torch.zeros_like(alpha), torch.ones_like(omega)
-        kernels = growing.grown(self.rows, self.rows.packings[layer])
-        own = kernels.append(
-            index, *(x.reshape(-1, size) for x in (key, value)), alpha.flatten(), omega.flatten(), self.places, self.table,
-        )
+        index, size, packing = self.index[layer], query.shape[-1], self.rows.packings[layer]
+        alpha, omega = self.settle or (alpha.flatten(), omega.flatten())
+        kernels = growing.grown(self.rows, packing)
+        own = kernels.append(index, key.reshape(-1, size), value.reshape(-1, size), alpha, omega, self.places, self.table)
+        kernels.encode(self.rows, packing, index)
         query = _turn(query.to(own[0].dtype), self.now).to(self.rows.shape.dtype)
         return kernels.attend(index, query.view(len(index), -1, size), *own).view(query.shape)
 

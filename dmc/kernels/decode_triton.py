@@ -117,6 +117,22 @@ def store_piece(
 
 
 @triton.jit
+def exact_piece(
+    query, table, exact, first_exact, open_keys, open_values, any_scale, sums, parts, scale, okp, ovp,
+    PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+):
+    """A program whose piece lies among a row's exact entries: their ``table``, and where their number is."""
+    start, length = (tl.program_id(1) - first_exact) * PIECE, tl.load(exact)
+    if start < length:
+        top, total, acc = attend_piece(
+            query, table, open_keys, open_values, any_scale, any_scale, okp, ovp, 0, 0, start, length, scale, PER_OPEN, False,
+            PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        )
+        store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+
+
+@triton.jit
 def _pieces(
     query, index, encoded, exact, first_exact, encoded_table, open_table, keys, values, key_scale, value_scale,
     open_keys, open_values, sums, parts, scale, et, ot, kp, vp, ksp, vsp, okp, ovp,
@@ -135,13 +151,10 @@ def _pieces(
             )
             store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
     else:
-        start, length = (piece - first_exact) * PIECE, tl.load(exact + table_row)
-        if start < length:
-            top, total, acc = attend_piece(
-                query, open_table + table_row * ot, open_keys, open_values, key_scale, value_scale, okp, ovp, ksp, vsp,
-                start, length, scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
-            )
-            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+        exact_piece(
+            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, key_scale, sums, parts,
+            scale, okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        )
 
 
 @triton.jit

@@ -8,8 +8,9 @@ b lies in the bits ``W (b // W)`` and up of the words of row ``(b % W) N + i``, 
 loaded once, and what is common to the blocks of a word, most of finding the place of a level in its table, is computed once.
 
 Tables of levels of 32 numbers or less are held by the lanes of a warp, a number each, and read by a shuffle, which needs no
-address; that of 5 bits, of 64, is folded in the middle, where it only changes its sign. The interpreter, which has no lanes,
-reads them from memory.
+address; that of 5 bits, of 64, is folded in the middle, where it only changes its sign. All lanes must be there when they
+shuffle: whatever branches here branches on numbers that a whole program shares. The interpreter, which has no lanes, reads tables
+from memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from dmc.kernels.backend import interpreted
-from dmc.kernels.decode_triton import attend_piece, store_piece
+from dmc.kernels.decode_triton import exact_piece
 from dmc.kernels.layout import PLANES
 from dmc.kernels.trellis_triton import plane_words, scales
 
@@ -225,13 +226,10 @@ def _single_pieces(
     row, piece = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if piece >= first_exact:
-        start, length = (piece - first_exact) * PIECE, tl.load(exact + table_row)
-        if start < length:
-            top, total, acc = attend_piece(
-                query, open_table + table_row * ot, open_keys, open_values, k_top, v_top, okp, ovp, 0, 0, start, length,
-                scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
-            )
-            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+        exact_piece(
+            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, k_top, sums, parts, scale,
+            okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        )
         return
     first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
     if first >= last:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dmc.kernels.decode_triton import attend_piece, store_piece
+from dmc.kernels.decode_triton import exact_piece
 from dmc.kernels.layout import NO_SCALE, PLANES, SCALE_STEPS
 
 NONE, FALL = tl.constexpr(NO_SCALE), tl.constexpr(-1 / SCALE_STEPS)
@@ -191,13 +191,10 @@ def _trellis_pieces(
     row, piece = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if piece >= first_exact:
-        start, length = (piece - first_exact) * PIECE, tl.load(exact + table_row)
-        if start < length:
-            top, total, acc = attend_piece(
-                query, open_table + table_row * ot, open_keys, open_values, k_top, v_top, okp, ovp, 0, 0, start, length,
-                scale, PER_OPEN, False, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
-            )
-            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+        exact_piece(
+            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, k_top, sums, parts, scale,
+            okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        )
         return
     first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
     if first >= last:

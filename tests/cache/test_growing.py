@@ -1,5 +1,8 @@
 """Generated tokens that enter the rows through kernels, against the same steps by PyTorch."""
 
+import gc
+import weakref
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -93,15 +96,20 @@ def test_steps_leave_what_pytorch_leaves(name, merges):
 
 @needs_interpreter
 def test_what_the_codec_loses_is_sampled(monkeypatch):
-    """Every page that is encoded here, its error as PyTorch's way measures it."""
+    """One page of every layer that encodes some, its error as PyTorch's way measures it; the heads take turns."""
     monkeypatch.setattr("dmc.cache.error._SAMPLED", 2)
     text, found = tokens(70, seed=4), []
     for backend in ("triton", "sdpa"):
         with using(backend):
-            cache = make("int8", page_size=4)
+            cache = make("int8", page_size=4, policy_name="full")
             monkeypatch.setattr(cache.rows.error, "due", lambda: True)
-            run(cache, [text], [2], 60, merges=True)
+            rows = []
+            read = cache.rows.read_exact
+            monkeypatch.setattr(cache.rows, "read_exact", lambda *at, read=read, rows=rows: (rows.append(at[0]), read(*at))[1])
+            run(cache, [text], [2], 60, merges=False)
             found.append(cache.rows.error)
+            if backend == "triton":
+                assert {int(row[0]) % HEADS for row in rows if row.dim() == 1} == set(range(HEADS))
     assert found[0].pages > 20
     for ours, theirs in zip(found[0].relative, found[1].relative, strict=True):
         assert 0.002 < ours < 0.02 and abs(ours - theirs) < 0.3 * theirs
@@ -150,9 +158,12 @@ def test_no_layer_waits_for_the_device(merges, monkeypatch):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Silent(name))
     monkeypatch.setattr("dmc.kernels.trellis_triton._trellis_pieces", Silent("_trellis_pieces"))
+    for name in ("tolist", "cpu", "numpy", "item"):  # not all of them are operations
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *_, name=name: pytest.fail(f"a layer reads the device: {name}"))
     with Waits() as waits:
         for layer in range(LAYERS):
             attend(layer, *(part[30:31] for part in text[layer]))
+    monkeypatch.undo()
     assert launched == LAYERS * ["_append", "_take", "_trellis", "_settle", "_trellis_pieces", "_together"]
     assert waits.seen == []
     with using("sdpa"), Waits() as waits:  # that the count sees anything: PyTorch's way waits several times a layer
@@ -186,6 +197,7 @@ def test_a_step_needs_no_more_than_was_counted(lengths, page, sinks, window, see
         vectors = torch.randn(2, index.numel(), SIZE)
         places = torch.tensor(lengths).repeat(LAYERS)
         kernels.append(every, *vectors, zero, one, places, ROPE(torch.arange(64)))
+        kernels.encode(cache.rows, cache.rows.packings[0], every)
         assert int(kernels.state.failed) == 0
         assert int((cache.rows.closed[every]).max()) <= columns
 
@@ -254,3 +266,17 @@ def test_an_engine_whose_memory_is_short(codec_name, tmp_path, monkeypatch):
     assert short.cache.rows.pool.used == 0
     sharing = LLM(directory, **common).generate(prompts[1:2], params)
     assert [x.token_ids for x in sharing] == [x.token_ids for x in wanted[2:4]] and any(x.stats.shared_bytes for x in sharing)
+
+
+def test_a_cache_that_is_dropped_is_gone():
+    """Without waiting for the garbage collector, which knows nothing of a device's memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = make("int8")
+        growing.grown(cache.rows, cache.rows.packings[0])
+        pool = weakref.ref(cache.rows.pool)
+        del cache
+        assert pool() is None
+    finally:
+        gc.enable()
