@@ -7,6 +7,9 @@ come out rotated, and `dmc.kernels.decode_triton.decode` rotates them back at th
 
 A vector of D codes is one stretch or two of different widths; features are held by their place in a word, in four tiles whose
 columns are words, those of two stretches taking turns.
+
+`launch` chooses among three kernels: `dmc.kernels.trellis_single_triton` and `dmc.kernels.trellis_grouped_triton` need half of
+the instructions and read most pages; the one here reads the rest (6 to 8 bits, long pages, small heads in groups).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ NONE, FALL = tl.constexpr(NO_SCALE), tl.constexpr(-1 / SCALE_STEPS)
 
 def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
     """Fills the pieces of `dmc.kernels.decode_triton.decode` for ``paged.kind == "trellis"``."""
-    from dmc.kernels import trellis_single_triton
+    from dmc.kernels import trellis_grouped_triton, trellis_single_triton
 
     fields, pages, sides = paged.encoded, paged.gear, {}
     stride = _check(fields, pages)
@@ -44,6 +47,9 @@ def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> No
     constants = constants | {"GROUPS": max(16, constants["GROUPS"])}
     if trellis_single_triton.takes(constants["G"], pages.key + pages.value):
         trellis_single_triton.launch(grid, shared, constants)
+        return
+    if trellis_grouped_triton.takes(constants["G"], pages.page, pages.key, pages.value):
+        trellis_grouped_triton.launch(grid, shared, constants)
         return
     counts = [count for part in "kv" for count, _ in pages.stretches(part)]
     pairs = [len(pages.stretches(part)) for part in "kv"]

@@ -269,6 +269,8 @@ def main():
                 for bits, groups in ((4, 1), (4, 4), (3, 1)):
                     decoding_gear(size, torch.bfloat16, bits=bits, groups=groups)
                     decoding_trellis(size, torch.bfloat16, bits=bits, groups=groups)
+                for bits in (2, 8):
+                    decoding_trellis(size, torch.bfloat16, bits=bits, groups=4)
     for name, constants, registers, spilled, shared, loop in recorder.found:
         short = {k: v for k, v in constants.items() if k != "PRECISION" and v is not None}
         told = f"registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  longest loop {loop:4d}"

@@ -11,7 +11,7 @@ from dmc.kernels.decode import KINDS, Gear, Paged, Trellis, decode_attention, de
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
-from dmc.kernels import trellis_single_triton  # noqa: E402
+from dmc.kernels import trellis_grouped_triton, trellis_single_triton  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 PLAIN = [kind for kind in KINDS if kind not in ("gear", "trellis")]
@@ -198,13 +198,27 @@ def test_trellis_pages_of_one_query_a_head(settings, size, page):
     check(cache, queries(3, 1, size), [2, 0, 1], floor=3e-6)
 
 
+@pytest.mark.parametrize("settings", [
+    dict(key_bits=4.5, value_bits=3.5), pytest.param(dict(key_bits=3.25, value_bits=2.5), marks=pytest.mark.slow),
+    dict(key_bits=5, value_bits=1.5), dict(bits=2),
+], ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(("page", "groups"), [(16, 2), (64, 4), pytest.param(32, 16, marks=pytest.mark.slow)])
+def test_trellis_pages_of_grouped_queries(settings, page, groups):
+    """The kernel with tiles of blocks on top of each other, 8 of 2 entries to 2 of 8."""
+    cache, _ = gear_pages(128, page, backbone="rotated", **settings)
+    assert trellis_grouped_triton.takes(groups, page, cache.gear.key, cache.gear.value)
+    check(cache, queries(3, groups, 128), [2, 0, 1], floor=3e-6)
+
+
 def test_which_kernel_reads_trellis_pages(monkeypatch):
     launched = []
-    monkeypatch.setattr(trellis_single_triton, "launch", lambda grid, shared, constants: launched.append(constants["G"]))
-    for groups, bits in ((1, 4), (2, 4), (1, 8)):
-        cache, _ = gear_pages(16, 16, backbone="rotated", bits=bits)
-        decode_attention(*queries(3, groups, 16), torch.tensor([2, 0, 1], device=DEVICE), cache, backend="triton")
-    assert launched == [1]
+    for name, module in (("single", trellis_single_triton), ("grouped", trellis_grouped_triton)):
+        monkeypatch.setattr(module, "launch", lambda grid, shared, constants, name=name: launched.append((name, constants["G"])))
+    shapes = (1, 128, 16, 4), (2, 128, 16, 4), (17, 128, 16, 4), (3, 80, 16, 4), (1, 128, 16, 8), (2, 128, 16, 8), (2, 64, 64, 2)
+    for groups, size, page, bits in (*shapes, (4, 128, 128, 4)):
+        cache, _ = gear_pages(size, page, backbone="rotated", bits=bits)
+        decode_attention(*queries(3, groups, size), torch.tensor([2, 0, 1], device=DEVICE), cache, backend="triton")
+    assert launched == [("single", 1), ("grouped", 2), ("grouped", 2)]
 
 
 def test_levels_are_the_same_on_both_sides_of_0():
