@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         report(args.runs, args.context, args.sequences)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
