@@ -11,7 +11,7 @@ from dmc.kernels.decode import KINDS, Gear, Paged, Trellis, decode_attention, de
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
-from dmc.kernels import trellis_grouped_triton, trellis_single_triton  # noqa: E402
+from dmc.kernels import decode_triton, trellis_grouped_triton, trellis_single_triton  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 PLAIN = [kind for kind in KINDS if kind not in ("gear", "trellis")]
@@ -196,6 +196,15 @@ def test_trellis_pages_of_one_query_a_head(settings, size, page):
     cache, _ = gear_pages(size, page, backbone="rotated", **settings)
     assert trellis_single_triton.takes(1, cache.gear.key + cache.gear.value)
     check(cache, queries(3, 1, size), [2, 0, 1], floor=3e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_several_pages_a_piece(groups, monkeypatch):
+    """Pieces as long as on a GPU: a program goes from page to page."""
+    monkeypatch.setattr(decode_triton, "interpreted", lambda: False)
+    cache, _ = gear_pages(128, 64, backbone="rotated", bits=4)
+    assert cache.encoded_count.max() > 1
+    check(cache, queries(3, groups, 128), [2, 0, 1], floor=3e-6)
 
 
 @pytest.mark.parametrize("settings", [
