@@ -172,7 +172,11 @@ def test_a_rank_that_cannot_start(directory, tmp_path, monkeypatch):
         LLM(directory, device="cpu", tensor_parallel=2)
 
 
-@pytest.mark.parametrize("number, said", [(signal.SIGKILL, "rank 1 has ended by signal 9"), (signal.SIGSTOP, "Timed out")])
+# Whether a stopped rank is missed in a collective or when its answer is due depends on where the signal met it.
+STOPPED = "Timed out|rank 1 has not answered for 3 seconds"
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGKILL, "rank 1 has ended by signal 9"), (signal.SIGSTOP, STOPPED)])
 def test_a_rank_that_dies_or_hangs(directory, number, said):
     """While it generates: an error that names the rank, in bounded time, now and ever after; no process is left."""
     llm = LLM(directory, device="cpu", tensor_parallel=2, rank_timeout=3)
