@@ -7,6 +7,7 @@ fp32's bits.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,8 +20,8 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from dmc.kernels.host import host
-from dmc.kernels.layout import PLANES
 
+_ROOM, _PACKAGE = Path(__file__).parent, __name__.rpartition(".")[0]
 KEPT = True  # whether what is compiled is kept on disk
 
 
@@ -50,12 +51,69 @@ def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callabl
 
 @lru_cache
 def _sources() -> str:
-    """A digest of all that instructions are made from: with anything else, what was kept of any loop is not used."""
-    digest = hashlib.sha256(repr(host()).encode())
-    for path in sorted(Path(__file__).parent.glob("*_numba.py")):
-        digest.update(path.read_bytes())
-    digest.update(repr(PLANES).encode())
+    """Digest of this project's compiled code, for this CPU."""
+    return hashlib.sha256((repr(host()) + digest(_ROOM, _PACKAGE)).encode()).hexdigest()
+
+
+def digest(room: Path, package: str) -> str:
+    """Digest of all files that machine code is made from; machine code that was kept under another digest is not used.
+
+    Args:
+        room: folder of the package.
+        package: its name, as imports have it.
+    """
+    digest = hashlib.sha256()
+    for path in sources(room, package):
+        digest.update(path.relative_to(room).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def sources(room: Path, package: str) -> list[Path]:
+    """Files that compiled functions are made from, wherever below ``room`` they are.
+
+    These are the files that import numba, llvmlite or the decorator `compiled`, and the package's files that they import:
+    numba freezes the constants that a compiled function reads.
+    """
+    found, known = set(), {}
+
+    def imports(path: Path) -> set[str]:
+        if path not in known:
+            known[path] = _imports(path)
+        return known[path]
+
+    waiting = [
+        path for path in room.rglob("*.py")
+        if any(word in path.read_bytes() for word in (b"numba", b"llvmlite", b"compiled")) and _compiles(imports(path))
+    ]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += [file for name in imports(path) if (file := _file(room, package, name)) is not None]
+    return sorted(found)
+
+
+def _imports(path: Path) -> set[str]:
+    """Dotted names that a file imports at its top: modules, and modules with the names that are taken from them."""
+    names = set()
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            names |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{one.name}" for one in node.names}
+    return names
+
+
+def _compiles(imports: set[str]) -> bool:
+    return any(name.split(".")[0] in ("numba", "llvmlite") or name.endswith(".compiled") for name in imports)
+
+
+def _file(room: Path, package: str, name: str) -> Path | None:
+    """The file of a module of the package; None for other modules and for names within modules."""
+    if not name.startswith(package + "."):
+        return None
+    path = room.joinpath(*name.removeprefix(package + ".").split(".")).with_suffix(".py")
+    return path if path.exists() else None
 
 
 @compiled()

@@ -1,5 +1,6 @@
 """How the loops for CPUs are kept on disk."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dmc
 from dmc.kernels import loops_numba
 
 PROGRAM = """
@@ -37,16 +39,66 @@ def package(tmp_path):
 
 
 def test_a_changed_file_is_not_hidden_by_what_was_kept_of_its_caller(package, tmp_path):
-    callee = package / "callee_numba.py"
+    callee = package / "below" / "deeper" / "callee.py"
+    callee.parent.mkdir(parents=True)
     callee.write_text(HEAD + "@compiled()\ndef times(x):\n    return x * 2\n")
     (package / "caller_numba.py").write_text(
-        HEAD + "from kept.callee_numba import times\n@compiled()\ndef twice(x):\n    return times(x)\n"
+        HEAD + "from kept.below.deeper.callee import times\n@compiled()\ndef twice(x):\n    return times(x)\n"
     )
     cache = tmp_path / "cache"
     assert run(tmp_path, cache) == ["6.0", "True", "0"]
     assert run(tmp_path, cache) == ["6.0", "True", "1"]  # read, not compiled
     callee.write_text(callee.read_text().replace("* 2", "* 5"))
     assert run(tmp_path, cache) == ["15.0", "True", "0"]
+
+
+def test_a_changed_constant_is_not_hidden_by_what_was_kept(package, tmp_path):
+    constants = package / "constants.py"
+    constants.write_text("FACTOR = 2\n")
+    (package / "caller_numba.py").write_text(
+        HEAD + "from kept.constants import FACTOR\n@compiled()\ndef twice(x):\n    return x * FACTOR\n"
+    )
+    cache = tmp_path / "cache"
+    assert run(tmp_path, cache) == ["6.0", "True", "0"]
+    assert run(tmp_path, cache) == ["6.0", "True", "1"]
+    constants.write_text("FACTOR = 5\n")
+    assert run(tmp_path, cache) == ["15.0", "True", "0"]
+
+
+PROJECT = Path(dmc.__file__).parent
+MAKERS = {"compiled", "njit", "jit", "cfunc", "vectorize", "guvectorize", "intrinsic", "overload"}
+
+
+def makers(tree):
+    """Names of numba's decorators, and of the project's own, that a file calls or decorates functions with."""
+    for node in ast.walk(tree):
+        used = [node.func] if isinstance(node, ast.Call) else getattr(node, "decorator_list", [])
+        for one in used:
+            name = ast.unparse(one).split(".")
+            if name[-1] in MAKERS and name[0] != "triton":
+                yield name[-1]
+
+
+def test_every_compiled_file_is_dated():
+    """Also one that somebody adds to a new folder, or outside the kernels."""
+    compiled = {path for path in PROJECT.rglob("*.py") if any(makers(ast.parse(path.read_text())))}
+    dated = set(loops_numba.sources(loops_numba._ROOM, loops_numba._PACKAGE))
+    assert len(compiled) >= 10 and not compiled - dated
+    assert {"host", "layout", "threads"} <= {path.stem for path in dated}  # constants that loops hold
+    assert not any("import triton" in path.read_text() for path in dated)
+
+
+def test_a_change_of_any_compiled_file_changes_the_date(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(loops_numba._ROOM, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    known = {loops_numba.digest(copy, loops_numba._PACKAGE)}
+    assert known == {loops_numba.digest(loops_numba._ROOM, loops_numba._PACKAGE)}
+    for path in loops_numba.sources(copy, loops_numba._PACKAGE):
+        path.write_text(path.read_text() + "# changed\n")
+        known.add(loops_numba.digest(copy, loops_numba._PACKAGE))
+    assert len(known) == 1 + len(loops_numba.sources(copy, loops_numba._PACKAGE))
+    (copy / "backend.py").write_text("# no compiled function reads this file\n")
+    assert loops_numba.digest(copy, loops_numba._PACKAGE) in known
 
 
 def test_nowhere_to_keep_them(package, tmp_path):
