@@ -219,19 +219,27 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *,
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, window: int | None = None,
     rope: tuple[Tensor, Tensor] | None = None, starts: Tensor | None = None, scale: float | None = None,
     log_keep: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of DMC over all intermediate states: the reference, O(T^2) memory.
 
-    Query i sees its own state i unmasked, every earlier state j with `key_bias`, no later one, and nothing
-    of another document. With alpha in {0, 1} this is inference (the paper's Algorithm 1) to rounding.
+    ``window=None`` merges at once (the paper): query i sees its own state i unmasked, every earlier state j with
+    `key_bias`, no later one, and nothing of another document. With alpha in {0, 1} this is inference (the paper's
+    Algorithm 1) to rounding.
+
+    ``window=w`` merges late (ours): query i sees the tokens j with ``0 <= i - j <= w`` as they are, and of the tokens
+    0 .. m, ``m = i - w - 1``, what DMC makes of them: state m, the accumulating entry, without bias, and every state
+    j < m with `key_bias`. One softmax covers both. With alpha in {0, 1} this is a cache of the newest w + 1 tokens
+    behind which Algorithm 1 runs, to rounding.
 
     Args:
         query: ``[B, Hq, T, D]``, neuron 0 already zeroed, before RoPE.
         key, value: ``[B, H, T, D]``; key as query. Hq is a multiple of H.
-        alpha, omega: ``[B, H, T]``.
+        alpha, omega: ``[B, H, T]``. With a window, the decision of a token that never leaves it has no effect
+            (`undecided`).
+        window: None, or w >= 0.
         rope: (cos, sin), each ``[T, D]``: state t is rotated to position t, that of its newest token.
         starts: ``[B, T]`` bool, first tokens of documents.
         scale: of the scores, ``1 / sqrt(D)`` if None.
@@ -241,7 +249,7 @@ def attention(
         ``[B, Hq, T, D]`` in the dtype of ``query``.
 
     Raises:
-        ValueError: if the head counts do not divide or the shapes of alpha and key differ.
+        ValueError: if the head counts do not divide, the shapes of alpha and key differ, or the window is negative.
     """
     batch, query_heads, tokens, size = query.shape
     heads = key.shape[1]
@@ -250,22 +258,54 @@ def attention(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, alpha {tuple(alpha.shape)}, omega "
             f"{tuple(omega.shape)}: query heads must be a multiple of key heads, and alpha and omega [B, H, T]"
         )
+    if window is not None and window < 0:
+        raise ValueError(f"window must be None or at least 0, got {window}")
     merged, _ = accumulate(torch.cat([_work(key), _work(value)], dim=-1), alpha, omega, starts=starts)
     keys, values = merged[..., :size], merged[..., size:]
     queries = _work(query)
     if rope is not None:
         keys, queries = rotate(keys, rope), rotate(queries, rope)
     queries = queries.unflatten(1, (heads, -1))  # [B, H, G, T, D]
-    scores = queries @ keys[:, :, None].transpose(-1, -2) * (size**-0.5 if scale is None else scale)
-    own = torch.eye(tokens, dtype=torch.bool, device=query.device)
-    bias = key_bias(alpha, starts=starts, log_keep=log_keep)[:, :, None, None, :].masked_fill(own, 0.0)
-    visible = own.new_ones(tokens, tokens).tril()
+    scale = size**-0.5 if scale is None else scale
+    position = torch.arange(tokens, device=query.device)
+    behind = position[:, None] - position  # [T, T], how far key j is behind query i
+    same = behind >= 0
     if starts is not None:
         document = starts.cumsum(-1)
-        visible = visible & (document[:, :, None] == document[:, None, :])[:, None, None]
-    scores = (scores + bias).masked_fill(~visible, -math.inf)
-    out = scores.softmax(-1) @ values[:, :, None]
+        same = same & (document[:, :, None] == document[:, None, :])[:, None, None]
+    first = 0 if window is None else window + 1  # how far the newest visible state is behind its query
+    bias = key_bias(alpha, starts=starts, log_keep=log_keep)[:, :, None, None, :].masked_fill(behind == first, 0.0)
+    scores = queries @ keys[:, :, None].transpose(-1, -2) * scale + bias
+    scores = scores.masked_fill(~(same & (behind >= first)), -math.inf)
+    values = values[:, :, None]
+    if window is not None:
+        recent = _work(key) if rope is None else rotate(_work(key), rope)
+        near = queries @ recent[:, :, None].transpose(-1, -2) * scale
+        scores = torch.cat([near.masked_fill(~(same & (behind <= window)), -math.inf), scores], dim=-1)
+        values = torch.cat([_work(value)[:, :, None], values], dim=-2)
+    out = scores.softmax(-1) @ values
     return out.flatten(1, 2).to(query.dtype)
+
+
+def undecided(starts: Tensor, window: int) -> Tensor:
+    """Tokens whose decision never takes effect when merging is late.
+
+    These are the first token of each document, which always opens an entry, and its last ``window + 1`` tokens, which no
+    query of the document sees from outside the window. They count as kept in the CR loss and in every CR.
+
+    Args:
+        starts: ``[B, T]`` bool, first tokens of documents; position 0 is one whatever it says.
+        window: w >= 0.
+
+    Returns:
+        bool ``[B, T]``.
+    """
+    first = starts.clone()
+    first[:, 0] = True
+    document = first.cumsum(-1)
+    leaves = torch.zeros_like(first)
+    leaves[:, : max(0, first.shape[1] - window - 1)] = document[:, window + 1 :] == document[:, : -window - 1]
+    return first | ~leaves
 
 
 # ------------------------------------------------------------------------------------------- helpers
