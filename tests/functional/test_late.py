@@ -21,7 +21,8 @@ def attend(p, window, rotated):
 @settings(max_examples=60, deadline=None)
 @given(problems(max_tokens=40, kinds=("between",)), WINDOWS, st.booleans())
 def test_soft_decisions_equal_the_loop(p, window, rotated):
-    torch.testing.assert_close(attend(p, window, rotated), late.late_loop(**p, window=window, rotated=rotated), rtol=1e-9, atol=1e-11)
+    expected = late.late_loop(**p, window=window, rotated=rotated)
+    torch.testing.assert_close(attend(p, window, rotated), expected, rtol=1e-9, atol=1e-11)
 
 
 @settings(max_examples=60, deadline=None)
