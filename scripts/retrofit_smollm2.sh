@@ -34,11 +34,14 @@ of_retrofit() { # steps | export: of the run as it was configured
   local config="$OUT/retrofit/config.json"
   [ -f "$config" ] || { echo "error: $config is not there: run the step retrofit first" >&2; return 2; }
   "$PYTHON" - "$config" "$1" <<'PY'
-import json, math, sys
-dmc = json.load(open(sys.argv[1]))["dmc"]
-first = dmc["repurpose_steps"] if dmc["decision"] == "neuron" else 0
-steps = first + math.ceil((dmc["target_cr"] - 1) * dmc["ramp_steps_per_unit"]) + dmc["hold_steps"]
-print(steps if sys.argv[2] == "steps" else f"{sys.argv[1][:-len('/retrofit/config.json')]}/cr{dmc['target_cr']:g}-hf")
+import sys
+from dmc.training.config import load
+from dmc.training.schedule import Schedule
+config = load(sys.argv[1])  # JSON is YAML
+if sys.argv[2] == "steps":
+    print(Schedule(config).steps)
+else:
+    print(f"{sys.argv[1][:-len('/retrofit/config.json')]}/cr{config.dmc.target_cr:g}-hf")
 PY
 }
 

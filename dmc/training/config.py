@@ -45,6 +45,7 @@ class DmcConfig:
     repurpose_steps: int = 40  # only for decision=neuron
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
     hold_steps: int = 160  # steps at the final target
+    integer_hold_steps: int = 40  # steps at each integer CR below it, with a decay of their own, before crN is saved; 0: none
     window: int = 64  # only for method=dms: tokens after which a marked one is evicted (the paper's is 256)
 
     @property
@@ -229,7 +230,8 @@ def _check_fields(config: Config) -> None:
         raise ValueError(f"dmc.target_cr is {d.target_cr}: it must be a finite number of at least 1 (tokens per entry)")
     _at_least(0, {
         "dmc.repurpose_steps": d.repurpose_steps, "dmc.ramp_steps_per_unit": d.ramp_steps_per_unit,
-        "dmc.hold_steps": d.hold_steps, "dmc.cr_weight": d.cr_weight, "distill.weight": config.distill.weight,
+        "dmc.hold_steps": d.hold_steps, "dmc.integer_hold_steps": d.integer_hold_steps, "dmc.cr_weight": d.cr_weight,
+        "distill.weight": config.distill.weight,
         "distill.lm_weight": config.distill.lm_weight, "optim.weight_decay": o.weight_decay, "run.seed": r.seed,
         "optim.min_lr": o.min_lr, "optim.decay_steps": o.decay_steps, "optim.warmup_steps": o.warmup_steps,
         "run.save_every": r.save_every, "run.keep_last": r.keep_last, "run.peer_timeout": r.peer_timeout,

@@ -112,7 +112,7 @@ def memory(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, on_gp
 class Cost:
     """Work and time of a whole run."""
 
-    steps: dict[str, int]  # by phase
+    steps: dict[str, int]  # of each phase: `Schedule.phase_steps`
     tokens: int
     flops: float  # of all ranks, recomputation and teacher included
     seconds: float | None  # None where the speed of a rank is not known
@@ -121,11 +121,6 @@ class Cost:
 def cost(config: Config, hf: LlamaConfig, layout: Layout, *, peak_tflops: float | None) -> Cost:
     """Steps, tokens, FLOPs, and the time at ``plan.utilisation`` of ``peak_tflops`` of every rank."""
     schedule = Schedule(config)
-    steps: dict[str, int] = {}
-    for name, count in (("plain", 0 if config.dmc.compresses else schedule.steps), ("repurpose", schedule.ramp_start),
-                        ("ramp", schedule.ramp_steps), ("hold", schedule.steps - schedule.hold_start)):
-        if count and (name == "plain") == (not config.dmc.compresses):
-            steps[name] = count
     length = config.data.sequence_length
     tokens = schedule.steps * config.optim.global_batch * length
     again = {
@@ -134,7 +129,7 @@ def cost(config: Config, hf: LlamaConfig, layout: Layout, *, peak_tflops: float 
     }[config.parallel.recompute]
     work = float(tokens * (flops.model_flops(config, hf) + again))
     seconds = work / (peak_tflops * 1e12 * config.plan.utilisation * layout.world) if peak_tflops else None
-    return Cost(steps, tokens, work, seconds)
+    return Cost(schedule.phase_steps(), tokens, work, seconds)
 
 
 def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, decisions: bool = True) -> Parameters:

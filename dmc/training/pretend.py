@@ -97,6 +97,7 @@ def shrunken(config: Config, hf: LlamaConfig, size: int) -> tuple[Config, LlamaC
     small.dmc.ramp_steps_per_unit = min(1.0, config.dmc.ramp_steps_per_unit)
     small.dmc.window = min(3, config.dmc.window)  # so that there is something to evict
     small.dmc.hold_steps, small.run.steps = min(1, config.dmc.hold_steps), 1
+    small.dmc.integer_hold_steps = min(1, config.dmc.integer_hold_steps)
     small.log.eval_sequences = small.optim.global_batch
     small.run.threads = small.run.threads or 1
     return small, shape

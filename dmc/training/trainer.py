@@ -24,11 +24,13 @@ from dmc.training.metrics import Meter, Reporter
 from dmc.training.schedule import Schedule, StepPlan
 from dmc.training.signals import Stopped, StopSignals
 
-# What a resumed run must share with the checkpoint's; layout, schedule lengths and reports may change.
+# What a resumed run must share with the checkpoint's; layout, the lengths of ramp and final hold, and reports may change.
 SAME_RUN = (
     "data.sequence_length", "dmc.method", "dmc.window", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature", "optim.name",
-    "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed",
+    "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed", "dmc.integer_hold_steps",
 )
+# Settings that came later: what a checkpoint without them was trained with, where it is not today's default.
+EARLIER = {"dmc.integer_hold_steps": 0}
 
 
 class Batches(Protocol):
@@ -217,9 +219,9 @@ class Trainer:
         for name in SAME_RUN:
             section, key = name.split(".")
             here = getattr(self.config, section)
-            if key == "window" and here.method != "dms":
+            if key == "window" and here.method != "dms" or key == "integer_hold_steps" and not here.compresses:
                 continue  # it does nothing there
-            default = getattr(type(here)(), key)  # what a checkpoint of before the setting was trained with
+            default = EARLIER.get(name, getattr(type(here)(), key))
             then, now = meta["config"][section].get(key, default), self.meta["config"][section][key]
             if then != now:
                 raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")

@@ -174,8 +174,9 @@ CHOICES = {
     "run.kernels": "auto, triton, sdpa, flash, flex, reference", "run.init": "pretrained, random",
 }
 AT_LEAST_0 = (
-    "dmc.repurpose_steps", "dmc.ramp_steps_per_unit", "dmc.hold_steps", "dmc.cr_weight", "distill.weight",
-    "distill.lm_weight", "optim.weight_decay", "optim.min_lr", "optim.decay_steps", "optim.warmup_steps", "run.seed",
+    "dmc.repurpose_steps", "dmc.ramp_steps_per_unit", "dmc.hold_steps", "dmc.integer_hold_steps", "dmc.cr_weight",
+    "distill.weight", "distill.lm_weight", "optim.weight_decay", "optim.min_lr",
+    "optim.decay_steps", "optim.warmup_steps", "run.seed",
     "run.save_every", "log.eval_every", "run.threads",
 )
 AT_LEAST_1 = (
@@ -263,3 +264,23 @@ def test_a_checkpoint_of_before_a_setting_has_its_default():
         else:
             with pytest.raises(ValueError, match="trained with dmc.window=64, here it is 7"):
                 Trainer._check_same_run(trainer, "P", hashes | {"config": then})
+
+
+@pytest.mark.parametrize(("method", "steps", "allowed"), [("dmc", 0, True), ("dmc", 40, False), ("none", 40, True)])
+def test_a_checkpoint_of_before_the_holds_at_integer_ratios_is_continued_without_them(method, steps, allowed):
+    """Its step numbers are those of a ramp without stops: with stops its next step would have another target."""
+    import types
+    from dataclasses import asdict
+
+    from dmc.training.trainer import Trainer
+
+    hashes = {key: "h" for key in ("model_hash", "corpus_hash", "tokenizer_hash")}
+    config = load(None, [f"dmc.method={method}", f"dmc.integer_hold_steps={steps}"])
+    then = asdict(config)
+    del then["dmc"]["integer_hold_steps"]
+    trainer = types.SimpleNamespace(config=config, meta=hashes | {"config": asdict(config)})
+    if allowed:
+        Trainer._check_same_run(trainer, "P", hashes | {"config": then})
+    else:
+        with pytest.raises(ValueError, match="trained with dmc.integer_hold_steps=0, here it is 40"):
+            Trainer._check_same_run(trainer, "P", hashes | {"config": then})

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import convert
 from dmc.training import planning
 from dmc.training.config import load
+from dmc.training.schedule import Schedule
 from tests.training.helpers import ROOT
 from tests.training.plans import plans
 
@@ -43,7 +44,7 @@ def test_published_settings(name):
     config = load(ROOT / "configs" / f"{name}.yaml")
     d, o = config.dmc, config.optim
     assert (d.decision, d.gain, d.offset, d.temperature, d.cr_weight, d.cr_loss) == ("neuron", 1, 5, 0.1, 1, "soft")
-    assert (d.repurpose_steps, d.ramp_steps_per_unit, d.hold_steps) == (250, 6000, 2000)
+    assert (d.repurpose_steps, d.ramp_steps_per_unit, d.hold_steps, d.integer_hold_steps) == (250, 6000, 2000, 0)
     assert (config.distill.weight, config.distill.lm_weight) == (0, 1)
     assert (o.name, o.beta1, o.beta2, o.weight_decay, o.clip, o.warmup_steps, o.decay_steps) == ("adamw", 0.9, 0.95, 0.1, 1, 0, 0)
     if name != "smollm2-135m":
@@ -67,6 +68,15 @@ def test_other_recipes_need_no_stand_in():
     for name in RECIPES:
         config = load(ROOT / "configs" / name)
         assert (ROOT / config.run.model / "config.json").is_file() or (ROOT / config.plan.shape / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "steps"), [("quickstart", 400), ("cpu-long", 3200), ("dms-quickstart", 400)])
+def test_recipes_with_published_results_keep_their_steps(name, steps):
+    """docs/results describes these runs, whose ramp makes no stops; their controls have as many steps."""
+    config = load(ROOT / "configs" / f"{name}.yaml")
+    assert Schedule(config).steps == steps and config.dmc.integer_hold_steps == 0
+    if (control := ROOT / "configs" / f"{name}-control.yaml").is_file():
+        assert Schedule(load(control)).steps == steps
 
 
 def dry(*arguments, cwd=ROOT):

@@ -7,7 +7,7 @@ import torch
 
 from checkpoints.convert import load_hf_state
 from checkpoints.store import CheckpointStore
-from tests.training.helpers import SMALL, assert_same_run, metrics, small_run, train, weights
+from tests.training.helpers import SMALL, assert_same_run, evaluations, metrics, small_run, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,26 @@ def test_resume_is_exact(reference):
     tmp, output = reference
     resumed = small_run(tmp, "resumed", "--resume", output / "checkpoints" / "step000004")
     assert_same_run(resumed, output, tolerance=0, steps=4)
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_the_ramp_stops_at_an_integer_ratio_and_resumes_exactly_within_the_stop(reference):
+    """cr2 is saved after its hold, evaluated on hard decisions; a run continued in the middle of the hold is the same run."""
+    tmp, _ = reference
+    options = ("--target-cr", 3, "dmc.ramp_steps_per_unit=3", "dmc.hold_steps=1", "dmc.integer_hold_steps=3",
+               "optim.decay_steps=2", "optim.warmup_steps=0")
+    output = small_run(tmp, "stops", *options, "run.save_every=4")
+    lines = metrics(output)
+    assert [m["phase"] for m in lines] == ["ramp"] * 3 + ["hold"] * 3 + ["ramp"] * 3 + ["hold"]
+    assert [m["target_cr"] for m in lines][2:7] == pytest.approx([2, 2, 2, 2, 7 / 3])
+    assert [m["lr"] for m in lines][2:7] == pytest.approx([3e-3, 3e-3, 2e-3, 1e-3, 3e-3])
+    assert [(e["step"], e["name"]) for e in evaluations(output)] == [
+        (0, "base"), (4, "step000004"), (6, "cr2"), (8, "step000008"), (9, "cr3"), (10, "final")]
+    _, meta = load_hf_state(output / "checkpoints" / "cr2")
+    assert meta["target_cr"] == 2 and meta["compressed"] and meta["measured_cr"] == evaluations(output)[2]["eval_cr"]
+    resumed = small_run(tmp, "stops-resumed", *options, "--resume", output / "checkpoints" / "step000004")
+    assert_same_run(resumed, output, tolerance=0, steps=6)
     for name, tensor in weights(output).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
 

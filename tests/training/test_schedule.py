@@ -3,13 +3,16 @@
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dmc.training.config import load
 from dmc.training.schedule import Schedule
 
 
 def schedule(*overrides):
-    return Schedule(load(overrides=["dmc.decision=neuron", *overrides]))
+    """The schedule without holds at integer ratios, unless ``overrides`` ask for them."""
+    return Schedule(load(overrides=["dmc.decision=neuron", "dmc.integer_hold_steps=0", *overrides]))
 
 
 def plans(*overrides):
@@ -123,8 +126,77 @@ def test_warm_up_and_decay_multiply():
 
 
 def test_it_stays_constant_over_repurposing_and_ramp():
-    """A checkpoint saved as the ramp passes an integer ratio is usable as it is."""
     options = ("dmc.repurpose_steps=5", "dmc.ramp_steps_per_unit=4", "dmc.hold_steps=8")
     steps = plans(*options, "optim.lr=0.1", "optim.warmup_steps=0", "optim.decay_steps=6")
     assert {p.lr for p in steps if p.phase != "hold"} == {0.1}
     assert steps[-7].lr == 0.1 > steps[-6].lr > steps[-1].lr > 0
+
+
+# ------------------------------------------------------------------------------------------- holds at integer ratios
+
+STOPS = ("dmc.decision=head", "dmc.ramp_steps_per_unit=4", "dmc.hold_steps=3", "optim.lr=0.1", "optim.warmup_steps=0")
+
+
+def test_the_ramp_stops_at_each_integer_ratio_below_the_last():
+    steps = plans(*STOPS, "dmc.target_cr=3", "dmc.integer_hold_steps=2")
+    assert [p.phase for p in steps] == ["ramp"] * 4 + ["hold"] * 2 + ["ramp"] * 4 + ["hold"] * 3
+    assert [p.target_cr for p in steps] == [1.25, 1.5, 1.75, 2, 2, 2, 2.25, 2.5, 2.75, 3, 3, 3, 3]
+    assert {step: p.saves for step, p in enumerate(steps) if p.saves} == {5: ("cr2",), 9: ("cr3",), 12: ("final",)}
+
+
+def test_a_hold_at_an_integer_ratio_decays_the_rate_which_the_ramp_restores():
+    steps = plans(*STOPS, "dmc.target_cr=3", "dmc.integer_hold_steps=4", "optim.decay_steps=3", "optim.min_lr=0.02")
+    decay = [0.08, 0.06, 0.04]  # as at the end of the run: the step after would have the minimum
+    assert [p.lr for p in steps] == pytest.approx([0.1] * 4 + [0.1, *decay] + [0.1] * 4 + decay)
+
+
+def test_a_hold_shorter_than_the_decay_decays_from_its_first_step():
+    steps = plans(*STOPS, "dmc.target_cr=3", "dmc.integer_hold_steps=4", "optim.decay_steps=30", "dmc.hold_steps=100")
+    assert [p.lr for p in steps[3:9]] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02, 0.1])
+
+
+def test_a_constant_rate_stays_constant_in_a_hold():
+    steps = plans(*STOPS, "dmc.target_cr=3", "dmc.integer_hold_steps=4", "optim.decay_steps=0")
+    assert {p.lr for p in steps} == {0.1}
+
+
+def test_the_hold_at_an_integer_ratio_is_on_by_default_and_its_steps_are_counted():
+    config = load(overrides=["dmc.target_cr=4"])
+    run, n = Schedule(config), config.dmc.integer_hold_steps
+    assert n > 0 and run.steps == 240 + 2 * n + 160
+    assert run.phase_steps() == {"ramp": 240, "integer hold": 2 * n, "hold": 160}
+    assert [step + 1 for step in range(run.steps) for name in run(step).saves if name in ("cr2", "cr3")] == [80 + n, 160 + 2 * n]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    target=st.sampled_from([1.0, 1.5, 2.0, 2.0000001, 2.5, 3.0, 3.3, 4.0, 8.0]), per_unit=st.sampled_from([0, 0.3, 1, 7, 33.3]),
+    length=st.integers(1, 9), final=st.integers(0, 5), repurpose=st.integers(0, 4),
+)
+def test_holds_leave_the_ramp_as_it_is(target, per_unit, length, final, repurpose):
+    """Without the steps of the holds the targets are those without holds; each integer ratio is saved once, at its hold's end."""
+    options = (f"dmc.target_cr={target}", f"dmc.ramp_steps_per_unit={per_unit}", f"dmc.hold_steps={final}",
+               f"dmc.repurpose_steps={repurpose}")
+    if not (final or repurpose or per_unit * (target - 1)):
+        return
+    plain, run = schedule(*options), schedule(*options, f"dmc.integer_hold_steps={length}")
+    held = [step for s in run.segments if s.integer for step in range(s.start, s.end)]
+    others = [step for step in range(run.steps) if step not in held]
+    assert run.steps == plain.steps + len(held)
+    assert [run.target_cr(s) for s in others] == [plain.target_cr(s) for s in range(plain.steps)]
+    assert [run.phase(s) for s in others] == [plain.phase(s) for s in range(plain.steps)]
+    targets = [run.target_cr(s) for s in range(run.steps)]
+    assert targets == sorted(targets)
+    below = [n for n in range(2, 9) if n < target - 1e-9 and plain.ramp_steps]
+    assert [s.cr for s in run.segments if s.integer] == below
+    saved = {name: step for step in range(run.steps) for name in run(step).saves}
+    assert set(saved) == {name for step in range(plain.steps) for name in plain(step).saves}
+    for n in below:
+        assert [run.target_cr(step) for step in range(saved[f"cr{n}"] - length + 1, saved[f"cr{n}"] + 1)] == [n] * length
+
+
+def test_a_resumed_run_sees_the_same_plans():
+    """A plan is a function of configuration and step alone: asked for in any order, from any schedule, it is the same."""
+    first, second = (schedule("dmc.target_cr=3", "dmc.integer_hold_steps=5") for _ in range(2))
+    in_order = [first(step) for step in range(first.steps)]
+    assert [second(step) for step in reversed(range(second.steps))] == in_order[::-1]
