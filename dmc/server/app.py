@@ -50,16 +50,12 @@ class Api:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._check_model(asked)
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        messages = [
-            {"role": turn.role, "content": turn.content if isinstance(turn.content, str) else "".join(
-                part.text for part in turn.content)} for turn in asked.messages
-        ]
-        tokens = await self._checked(self.llm.tokenizer.chat, messages)
+        tokens = await self._checked(self.llm.tokenizer.chat, [message.turn() for message in asked.messages])
         room = self.llm.model.config.max_position_embeddings - len(tokens)
         most = asked.max_completion_tokens or asked.max_tokens or max(1, min(self.settings.default_max_tokens, room))
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        logprobs = asked.top_logprobs if asked.logprobs else None
         sequences = await self._sequences([tokens], asked, max_tokens=most, logprobs=logprobs)
         return await self._answer(Chat(asked.model, self.llm.tokenizer), asked, sequences, request)
 
@@ -69,7 +65,7 @@ class Api:
                 f"the model {asked.model!r} is not served here; {self.settings.name!r} is", status=404, param="model",
                 code="model_not_found",
             )
-        if asked.stream_options and not asked.stream:
+        if asked.stream_options.include_usage and not asked.stream:
             raise RequestError("stream_options need stream to be true", param="stream_options")
 
     async def _sequences(
@@ -99,9 +95,8 @@ class Api:
         stream = self.service.submit(sequences)
         request.state.figures = figures = {}
         if asked.stream:
-            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             return StreamingResponse(
-                self._pieces(form, stream, with_usage, figures), media_type="text/event-stream",
+                self._pieces(form, stream, asked.stream_options.include_usage, figures), media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
         listening = asyncio.ensure_future(_gone(request))

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dmc.engine.service import EngineDead, QueueFull, ShuttingDown
+from dmc.server import validation
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
           413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
@@ -75,13 +76,11 @@ def install(app: FastAPI, retry_after: object) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return response(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-        if first["type"] == "extra_forbidden":
-            return response(422, f"unknown parameter {place!r}: it is refused, not ignored", param=place)
-        return response(422, f"{place or 'the body'}: {first['msg']}", param=place or None)
+        found = error.errors()
+        if found[0]["type"] == "json_invalid":
+            return response(400, f"the body is not valid JSON: {found[0].get('ctx', {}).get('error', found[0]['msg'])}")
+        message, param = validation.explain(found, error.body)
+        return response(422, message, param=param)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

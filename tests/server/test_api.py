@@ -130,7 +130,7 @@ def test_stream_ends_with_done(server):
     ("chat/completions", {"messages": []}, 422, "messages"),
     ("chat/completions", {"messages": [{"role": "developer", "content": "x"}]}, 400, "no developers"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 422, "role"),
-    ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": []}, 422, "'tools'"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 422, "tools is not served here"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "needs logprobs"),
     ("completions", {"prompt": "y" * 30_000}, 413, "larger than 20000 bytes"),
     ("embeddings", {"input": "x"}, 404, "Not Found"),
