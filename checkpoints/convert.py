@@ -18,6 +18,7 @@ from checkpoints import store
 from checkpoints.files import HfWeights
 from checkpoints.names import to_hf, to_megatron
 from checkpoints.trained import TrainedWeights
+from dmc.training.config import recorded
 
 __all__ = ["HfWeights", "count", "fingerprint", "load_hf_state", "loader", "read_config", "to_hf", "to_megatron"]
 
@@ -53,23 +54,24 @@ def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:
 
     Returns:
         The weights, each read from the disk when it is looked up, and the checkpoint's meta data with the
-        keys that `checkpoints.export_hf` takes: ``hf_config``, ``tokenizer_dir``, ``method``, ``window``, ``decision``,
-        ``offset``, ``gain``, ``target_cr``, ``measured_cr``, ``step``, ``compressed`` and ``results`` for the model card.
+        keys that `checkpoints.export_hf` takes: ``hf_config``, ``tokenizer_dir``, ``method``, ``window``,
+        ``looks_ahead``, ``decision``, ``offset``, ``gain``, ``target_cr``, ``measured_cr``, ``step``, ``compressed`` and
+        ``results`` for the model card.
 
     Raises:
         ValueError: if the checkpoint is incomplete or damaged.
     """
     meta = store.verify(checkpoint)
     tensors = TrainedWeights(checkpoint, LlamaConfig(**meta["hf_config"]))
-    settings = meta["config"]["dmc"]
+    settings = recorded(meta["config"]["dmc"])
     measured = {
         "held-out perplexity": round(meta["perplexity"], 4), "training text": meta["corpus_hash"],
         "held-out text": meta["held_out_hash"], "context, tokens": meta["config"]["data"]["sequence_length"],
     }
     results = {"base_model": Path(meta["config"]["run"]["model"]).name, "measured": measured}
     return tensors, meta | {
-        "method": settings.get("method", "dmc"), "window": settings.get("window", 0),
-        "decision": settings["decision"], "offset": settings["offset"], "gain": settings["gain"], "results": results,
+        "method": settings.method, "window": settings.recent, "looks_ahead": settings.looks_ahead,
+        "decision": settings.decision, "offset": settings.offset, "gain": settings.gain, "results": results,
     }
 
 

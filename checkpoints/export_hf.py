@@ -37,15 +37,16 @@ _NOT_COPIED = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype"
 def export(
     state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, decision: str, offset: float,
     gain: float, target_cr: float, measured_cr: float, tokenizer_dir: str | Path, card: Mapping | str,
-    method: str = "dmc", window: int = 0, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
+    method: str = "dmc", window: int | None = None, looks_ahead: bool = False, dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the model to `out`, with the gain of training folded into the weights.
 
     Args:
         state_dict: every tensor under Llama's Hugging Face names, and with the decision head also
-            `model.layers.{i}.self_attn.decision.weight` [2H, hidden] (DMS: [H, hidden]); the gain not applied. Each is
-            looked up once, when its turn comes; a `meta` method, as of `checkpoints.trained.TrainedWeights`, tells
-            shapes before that.
+            `model.layers.{i}.self_attn.decision.weight` [2H, hidden] (DMS: [H, hidden]); with `looks_ahead` H more rows,
+            and `model.layers.{i}.self_attn.decision.bias`; the gain not applied. Each is looked up once, when its turn
+            comes; a `meta` method, as of `checkpoints.trained.TrainedWeights`, tells shapes before that.
         hf_config: the fields of the base model's config.json.
         out: directory to create.
         decision: "neuron" or "head".
@@ -55,7 +56,9 @@ def export(
         tokenizer_dir: directory with the tokenizer's files, and generation_config.json if there is one.
         card: the README.md, or what `model_card` makes one of.
         method: "dmc" or "dms".
-        window: of "dms": tokens after which a marked one is evicted.
+        window: of "dms": tokens after which a marked one is evicted; of "dmc": newest tokens that stay as they are
+            (late merging), None to merge at once.
+        looks_ahead: whether decisions also read the hidden state `window` tokens later.
         dtype: of the weights written.
         max_shard_bytes: weights above this are spread over several files.
 
@@ -67,8 +70,8 @@ def export(
     """
     out, tokenizer_dir = free(out), _with_tokenizer(tokenizer_dir)
     dmc = {"method": method, "decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
-    if method == "dms":
-        dmc["window"] = window
+    if method == "dms" or window is not None:
+        dmc |= {"window": window, "decide": "late" if looks_ahead else "arrival"}
     config = _config(hf_config, dmc, dtype)
     plan = _plan(state_dict, config, DmcLlamaForCausalLM, dtype)
     fold = folding(config, gain)
@@ -151,7 +154,7 @@ def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tens
         raise ValueError(f"gain must be a positive finite number, got {gain}")
     rows, step = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias"), config.head_dim
     if config.dmc["decision"] == "head":
-        rows, step = (".decision.weight",), 1
+        rows, step = (".decision.weight", ".decision.bias"), 1
     elif config.dmc["method"] == "dms":
         rows = (".q_proj.weight", ".q_proj.bias")
         step *= config.num_attention_heads // config.num_key_value_heads

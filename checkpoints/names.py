@@ -1,8 +1,9 @@
 """Weights between Hugging Face's Llama names and megatron-core's, one tensor at a time.
 
 megatron-core fuses q, k and v per key/value group (``q1..qG k v`` of group 1, then of group 2, ...) and gate
-with up. The decision head's rows are interleaved per head (alpha, omega) on the megatron side and stacked
-(all alphas, all omegas) on the Hugging Face side; with DMS there are alphas alone.
+with up. The decision head's rows are interleaved per head on the megatron side (alpha, omega, alpha's late part) and
+stacked on the Hugging Face side (all alphas, all omegas, all late parts). DMS has no omegas; only a head that looks ahead
+has late parts and a bias.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _CUT = {
     "embedding.word_embeddings.weight": 0, "output_layer.weight": 0, "self_attention.linear_proj.weight": 1,
     "mlp.linear_fc2.weight": 1,
 }
+_DECISION = "self_attention.decision."
 _PLAIN = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
@@ -40,7 +42,7 @@ def to_megatron(
     Args:
         hf: the model.
         weights: returns a Hugging Face tensor by name, e.g. `HfWeights`.
-        names: parameter names of the rank's GPTModel. A decision head's weight is skipped: it is new.
+        names: parameter names of the rank's GPTModel. Those of a decision head are skipped: it is new.
         first_layer: global index of the rank's first layer.
         rank, size: of tensor parallelism.
 
@@ -48,7 +50,7 @@ def to_megatron(
         ValueError: if a tensor that megatron-core fuses has another shape than the configuration says.
     """
     for name in names:
-        if not name.endswith("self_attention.decision.weight"):
+        if not layer_of(name)[1].startswith(_DECISION):
             yield name, _from_hf(hf, weights, name, first_layer, lambda x, dim=0: x.chunk(size, dim=dim)[rank])
 
 
@@ -68,10 +70,9 @@ def to_hf(hf: LlamaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif local == "mlp.linear_fc1.weight":
             gate, up = tensor.chunk(2)
             out[prefix + "mlp.gate_proj.weight"], out[prefix + "mlp.up_proj.weight"] = gate.clone(), up.clone()
-        elif local == "self_attention.decision.weight":
-            out[prefix + "self_attn.decision.weight"] = (
-                tensor.view(heads, -1, hf.hidden_size).transpose(0, 1).reshape(-1, hf.hidden_size).contiguous()
-            )
+        elif local.startswith(_DECISION):
+            rows = tensor.view(heads, -1, *tensor.shape[1:]).transpose(0, 1)
+            out[f"{prefix}self_attn.decision.{local.removeprefix(_DECISION)}"] = rows.flatten(0, 1).contiguous()
         else:
             out[_PLAIN[local] if layer is None else prefix + _PLAIN[local]] = tensor
     return out

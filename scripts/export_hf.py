@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             print(f"wrote {out}: an ordinary Llama, since the checkpoint is not compressed")
             return 0
-        names = ("method", "window", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
+        names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
         out = export(
             tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
             card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit,

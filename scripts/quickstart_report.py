@@ -186,7 +186,7 @@ def _export(run: Path, name: str, out: Path) -> Path:
     common = dict(out=out, tokenizer_dir=meta["tokenizer_dir"], dtype=torch.float32)
     if not meta["compressed"]:
         return export_plain(tensors, meta["hf_config"], card=plain_card(out.name, meta), **common)
-    keys = ("method", "window", "decision", "offset", "gain", "target_cr", "measured_cr")
+    keys = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr")
     card = {"step": meta["step"], **meta["results"]}
     return export(tensors, meta["hf_config"], card=card, **{key: meta[key] for key in keys}, **common)
 

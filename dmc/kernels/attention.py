@@ -1,4 +1,4 @@
-"""Training attention of DMC and of DMS, in memory linear in T.
+"""Training attention of DMC (merging at once, and late) and of DMS, in memory linear in T.
 
 `dmc.functional.attention` and `dmc.functional_dms.attention` are the naive twins ("reference"). `dmc.kernels.backend`
 says which of these runs:
@@ -17,6 +17,9 @@ from. In DMC the window is 0: the query's own state alone. Two facts let an ordi
   query's own score, or the logarithm of the summed exponentials of its band (`dmc.kernels.band`), and whose value row
   carries a marker. Shifted so that query i sees the anchor and the keys j < i - window, the marker's share of the
   output is the weight of what is exempt.
+
+Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. There the anchor stands for the
+band and the accumulating entry together (`late_attention`).
 """
 
 from __future__ import annotations
@@ -85,6 +88,43 @@ def dms_attention(
     query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _attend(backend, starts, spans, scale, query, key, value.to(query.dtype), bias, window)
+
+
+def late_attention(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, window: int,
+    rope: tuple[Tensor, Tensor], starts: Tensor | None = None, scale: float | None = None, log_keep: Tensor | None = None,
+    spans: list[tuple[int, int]] | None = None, backend: str | None = None,
+) -> Tensor:
+    """`dmc.functional.attention` with a window (same arguments and result), differentiable in every tensor argument.
+
+    Merging, the band and the accumulating entry are in fp32; attention over final entries is in the query's dtype.
+
+    Args:
+        spans: see `dmc_attention`.
+        backend: a name of `dmc.kernels.backend`, over the default.
+
+    Raises:
+        ValueError: if the backend cannot run on these tensors, or has no kernels for late merging.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        return _reference(
+            fn.attention, query, key, value, alpha, omega, spans, window=window, rope=rope, starts=starts, scale=scale,
+            log_keep=log_keep,
+        )
+    if backend != "sdpa":
+        raise ValueError(f"run.kernels={backend} has no kernels for late merging (dmc.window): choose sdpa or auto")
+    keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
+    bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
+    query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    whole = (key.to(query.dtype), value.to(query.dtype), keys.to(query.dtype), values.to(query.dtype), bias)
+    parts = []
+    for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
+        seen = None if starts is None else starts[:, :stop]
+        cut = [x[:, :, :stop] for x in whole]
+        parts.append(_in_span(lambda *part: _late(*part, window, scale), seen, first, rows, *cut))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def plain_attention(
@@ -189,6 +229,35 @@ def _band_exempt(
     far, share = _anchored(query[:, :, near:], *past, lse[:, :, near:] / scale, causal, scale)
     joined = far + share * out[:, :, near:]
     return torch.cat([out[:, :, :near], joined], dim=2) if near else joined
+
+
+def _late(
+    query: Tensor, key: Tensor, value: Tensor, merged_key: Tensor, merged_value: Tensor, bias: Tensor, window: int,
+    scale: float,
+) -> Tensor:
+    """The last R queries of a document: query ``[B, Hq, R, D]``, the others ``[B, H, T, D]``, all rotated."""
+    heads, tokens, rows = key.shape[1], key.shape[2], query.shape[2]
+    behind = tokens - window - 1  # states that the last query sees, its accumulating entry included
+    if behind <= 0:
+        return _causal(query, key, value, scale=scale)
+    near = max(0, rows - behind)  # queries that see nothing but their band
+    out, lse = band_attention(query, key, value, window=window, scale=scale)
+    far = query[:, :, near:]
+    count = far.shape[2]
+    entries = slice(behind - count, behind)  # the accumulating entry of each
+    grouped = far.unflatten(1, (heads, -1)).to(lse.dtype)
+    score = ((grouped * merged_key[:, :, None, entries]).sum(-1) * scale).flatten(1, 2)
+    both = torch.logaddexp(lse[:, :, near:], score)
+    weight = (score - both).exp().unflatten(1, (heads, -1))[..., None]
+    joined = out[:, :, near:] * (lse[:, :, near:] - both).exp()[..., None]
+    joined = (joined + (weight * merged_value[:, :, None, entries]).flatten(1, 2)).to(query.dtype)
+    if behind > 1:
+        final = slice(0, behind - 1)
+        past, share = _anchored(
+            far, merged_key[:, :, final], merged_value[:, :, final], bias[:, :, final], both / scale, _causal, scale,
+        )
+        joined = past + share * joined
+    return torch.cat([out[:, :, :near].to(query.dtype), joined], dim=2) if near else joined
 
 
 def _anchored(

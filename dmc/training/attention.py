@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmc import functional as fn
 from dmc import functional_dms as dms
-from dmc.kernels.attention import dmc_attention, dms_attention, plain_attention
+from dmc.kernels.attention import dmc_attention, dms_attention, late_attention, plain_attention
 from dmc.kernels.decisions import Drawn, soft_decisions
 from dmc.training import context
 from dmc.training.state import AddGradient, AttachGradient, LayerState
@@ -46,11 +46,12 @@ class DmcSelfAttention(SelfAttention):
         self.evicts = self.state.settings.method == "dms"
         self.first_head = self.num_query_groups_per_partition * self.tp_group.rank()
         if self.state.settings.decision == "head":
-            # Rows interleaved per head (alpha, omega; with DMS alpha), so that a tensor-parallel rank holds its own heads'.
-            logits = 1 if self.evicts else 2
+            # Rows interleaved per head (`Settings.logits_per_head`), so that a tensor-parallel rank holds its own heads'.
+            settings = self.state.settings
             self.decision = ColumnParallelLinear(
-                config.hidden_size, logits * config.num_query_groups, config=config, bias=False, gather_output=False,
-                init_method=torch.nn.init.zeros_, skip_bias_add=False, tp_group=self.tp_group,
+                config.hidden_size, settings.logits_per_head * config.num_query_groups, config=config,
+                bias=settings.looks_ahead, gather_output=False, init_method=torch.nn.init.zeros_, skip_bias_add=False,
+                tp_group=self.tp_group,
             )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **_: object) -> tuple[Tensor, Tensor | None]:
@@ -79,13 +80,25 @@ class DmcSelfAttention(SelfAttention):
         if self.state.settings.decision == "head":
             rows, _ = self.decision(hidden)
             rows = gain * rows.float().unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-            return rows[..., 0], None if self.evicts else rows[..., 1], query, key
+            logits = rows[..., 0]
+            if self.state.settings.looks_ahead:
+                logits = logits + self._ahead(rows[..., -1])
+            return logits, None if self.evicts else rows[..., 1], query, key
         grouped = query[..., 0].float().unflatten(1, (heads, -1))
         if self.evicts:
             logits, weights = gain * grouped[:, :, 0], None
         else:
             logits, weights = gain * key[..., 0].float(), gain * grouped.mean(2)
         return logits, weights, *self._scale_neurons(query, key, 0.0)
+
+    def _ahead(self, logits: Tensor) -> Tensor:
+        """``[B, H, T]`` of this rank's positions → those of the positions ``window`` later, 0 beyond the sequence.
+
+        Beyond the document they are another one's; such a token is never decided about (`dmc.functional.undecided`).
+        """
+        window, whole = self.state.settings.window, context.gather(logits, 2)
+        later = whole[:, :, window:]
+        return context.my_part(torch.nn.functional.pad(later, (0, whole.shape[2] - later.shape[2])), 2)
 
     def _scale_neurons(self, query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The neurons that decisions are read from times ``scale``: neuron 0 of every query and key head; with DMS of
@@ -116,10 +129,10 @@ class DmcSelfAttention(SelfAttention):
         alpha = AddGradient.apply(alpha, self.state.alpha_gradient)
         key, value, alpha, omega = (context.gather(x, 2) for x in (key, value, alpha, omega))
         log_keep = None if log_keep is None else context.gather(log_keep, 2)
-        return dmc_attention(
-            query, key, value, alpha, omega, rope=self._tables(key), starts=starts, log_keep=log_keep,
-            spans=context.my_spans(key.shape[2]),
-        )
+        options = dict(rope=self._tables(key), starts=starts, log_keep=log_keep, spans=context.my_spans(key.shape[2]))
+        if self.state.settings.window is None:
+            return dmc_attention(query, key, value, alpha, omega, **options)
+        return late_attention(query, key, value, alpha, omega, window=self.state.settings.window, **options)
 
     def _evicting(
         self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, log_keep: Tensor | None, starts: Tensor,
@@ -139,12 +152,17 @@ class DmcSelfAttention(SelfAttention):
         """Alpha of this rank's positions ``[B, H, T]``, log(1 - alpha) where they are soft, and omega but with DMS.
 
         Counted here, before ranks exchange them: each rank counts what it decided. Alpha is 0 where a token is kept whatever
-        its logit says: the first of each document, or with DMS the last ``window`` of the sequence.
+        its logit says: the first of each document, with late merging those that never leave the window
+        (`dmc.functional.undecided`), or with DMS the last ``window`` of the sequence.
         """
         state, settings = self.state, self.state.settings
         positions = torch.arange(starts.shape[1], device=logits.device)
-        if self.evicts:
+        if self.evicts and settings.looks_ahead:
+            kept = fn.undecided(starts, settings.window - 1)
+        elif self.evicts:
             kept = dms.undecided(len(positions), settings.window, device=logits.device).expand_as(starts)
+        elif settings.window is not None:
+            kept = fn.undecided(starts, settings.window)
         else:
             kept = starts | (positions == 0)
         kept = context.my_part(kept, 1)[:, None]

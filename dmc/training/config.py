@@ -11,12 +11,16 @@ import inspect
 import math
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from dmc.kernels.backend import BACKENDS
+
+DMS_WINDOW = 64
+"""Default of dmc.window with dmc.method=dms; its paper's is 256, for longer texts."""
 
 
 @dataclass
@@ -46,12 +50,32 @@ class DmcConfig:
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
     hold_steps: int = 160  # steps at the final target
     integer_hold_steps: int = 40  # steps at each integer CR below it, with a decay of their own, before crN is saved; 0: none
-    window: int = 64  # only for method=dms: tokens after which a marked one is evicted (the paper's is 256)
+    window: int | None = None  # newest tokens kept as they are; null: dmc merges at once (the paper's), dms evicts after 64
+    decide: str = "auto"  # "arrival": from a token's own state; "late": also from that `window` tokens later (decision=head)
 
     @property
     def compresses(self) -> bool:
-        """Whether the run is a retrofit."""
+        """True if the run is a retrofit."""
         return self.method != "none"
+
+    @property
+    def recent(self) -> int | None:
+        """The window in force: tokens behind a query that it sees as they are; None if merging is at once."""
+        if self.method == "dms":
+            return DMS_WINDOW if self.window is None else self.window
+        return self.window if self.method == "dmc" else None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True if decisions are made late."""
+        return self.decided == "late"
+
+    @property
+    def decided(self) -> str:
+        """When decisions are made, "late" or "arrival"; "auto" is late for late merging by a decision head."""
+        if self.decide != "auto":
+            return self.decide
+        return "late" if self.recent and self.decision == "head" and self.method == "dmc" else "arrival"
 
 
 @dataclass
@@ -219,6 +243,7 @@ def _check_fields(config: Config) -> None:
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
     _one_of("dmc.train", d.train, ("all", "decision"))
+    _one_of("dmc.decide", d.decide, ("auto", "arrival", "late"))
     _one_of("guard.action", config.guard.action, ("stop", "skip"))
     _one_of("optim.name", o.name, ("adamw", "muon"))
     _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
@@ -240,12 +265,13 @@ def _check_fields(config: Config) -> None:
         "log.eval_every": config.log.eval_every,
         "log.peak_tflops": config.log.peak_tflops, "plan.world": config.plan.world,
     })
+    if d.window is not None:
+        _at_least(1 if d.method == "dms" else 0, {"dmc.window": d.window})
     _at_least(1, {
         "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
         "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
         "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
-        "guard.window": config.guard.window, "dmc.window": d.window,
-        "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
+        "guard.window": config.guard.window, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
     })
     for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
         if not (math.isfinite(value) and value > 0):
@@ -285,15 +311,45 @@ def _check_together(config: Config) -> None:
             f"run.init=random with dmc.method={d.method}: {d.method.upper()} retrofits a pretrained model; pretrain with "
             "dmc.method=none"
         )
-    length = config.data.sequence_length
-    if d.method == "dms" and d.window * d.target_cr >= length:
-        remedy = f"set dmc.window below {length / d.target_cr:g}"
-        if length <= d.target_cr:  # no window is that small
-            remedy = "lower dmc.target_cr or raise data.sequence_length"
+    if d.decide == "late" and not (d.recent and d.decision == "head"):
         raise ValueError(
-            f"dmc.window {d.window} of data.sequence_length {length} tokens are held whatever is decided, so dmc.target_cr "
-            f"{d.target_cr:g} is out of reach: {remedy}"
+            f"dmc.decide=late reads the hidden state dmc.window tokens later with an added head, and dmc.method={d.method}, "
+            f"dmc.window={'null' if d.recent is None else d.recent}, dmc.decision={d.decision} has none to read: set dmc.window "
+            "to at least 1 and dmc.decision=head, or dmc.decide=arrival"
         )
+    _check_reach(config)
+
+
+def _check_reach(config: Config) -> None:
+    """A window that leaves too few tokens for the target CR."""
+    d, length = config.dmc, config.data.sequence_length
+    if d.recent is None or d.target_cr == 1:
+        return
+    more = 0 if d.method == "dms" else 2  # late merging holds the w + 1 newest tokens and one entry at least
+    held = d.recent + more
+    if d.target_cr * held < length:
+        return
+    most = math.ceil(length / d.target_cr) - 1 - more
+    remedy = "lower dmc.target_cr or raise data.sequence_length"
+    if most >= (d.method == "dms"):
+        remedy = f"set dmc.window to at most {most}"
+    raise ValueError(
+        f"dmc.window {d.recent} keeps at least {held} of data.sequence_length {length} tokens, so the largest possible CR is "
+        f"{length} / {held} = {length / held:.3g} and dmc.target_cr {d.target_cr:g} is out of reach: {remedy}"
+    )
+
+
+def recorded(settings: Mapping) -> DmcConfig:
+    """The retrofit's settings from the ``dmc`` section that a checkpoint records, as they were in force.
+
+    Checkpoints of before late merging record a window for every method, and only DMS used it.
+    """
+    known = {item.name for item in dataclasses.fields(DmcConfig)}
+    found = DmcConfig(**{name: value for name, value in settings.items() if name in known})
+    if "decide" not in settings:
+        found.decide = "arrival"
+        found.window = found.window if found.method == "dms" else None
+    return found
 
 
 def _check_layout(config: Config) -> None:
@@ -354,6 +410,12 @@ def _cast(name: str, value: object, kind: type) -> object:
             raise ValueError(f"{name} is {value!r}: it must be a number") from None
     if kind == str | list:
         kind = list if isinstance(value, list) else str
+    if kind == int | None:
+        if value is None or value == "":
+            return None
+        kind = int
+        if isinstance(value, str):
+            value = _cast(name, value, float)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

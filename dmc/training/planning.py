@@ -136,7 +136,8 @@ def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, d
     """What a rank of a stage holds; ``decisions=False`` leaves the decision heads out, as in a teacher."""
     layers, hidden, tensor = hf.num_hidden_layers // layout.pipeline, hf.hidden_size, layout.tensor
     head = decisions and config.dmc.compresses and config.dmc.decision == "head"
-    logits = 2 if config.dmc.method == "dmc" else 1  # of a key/value head: alpha and omega, or alpha
+    logits = setup.layer_settings(config).logits_per_head
+    per_logit = hf.hidden_size + config.dmc.looks_ahead  # with a bias
     first, last = stage == 0, stage == layout.pipeline - 1
     table = hf.vocab_size * hidden // tensor
     # Tied embeddings: the last stage holds a copy of its own where the first is another.
@@ -145,7 +146,7 @@ def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, d
         matrices=layers * flops.layer_matrices(hf) // tensor,
         embeddings=tables * table,
         vectors=(2 * layers + last) * hidden,
-        decisions=layers * head * logits * hf.num_key_value_heads * hidden // tensor,
+        decisions=layers * head * logits * hf.num_key_value_heads * per_logit // tensor,
     )
 
 
@@ -204,11 +205,17 @@ def _attention(config: Config, hf: LlamaConfig, layout: Layout, on_gpu: bool) ->
     if on_gpu:
         features += -features % 8  # the kernels' multiple
     if config.dmc.method == "dms":
-        behind = max(0.0, 1 - config.dmc.window / config.data.sequence_length)  # share of the queries that see past the band
+        behind = max(0.0, 1 - config.dmc.recent / config.data.sequence_length)  # share of the queries that see past the band
         band = size * depth * (queries + keys) + (4 + (size if size == 2 else 0)) * depth * queries + 4 * queries
         far = int(behind * (2 * size * features * (keys + queries) + 4 * queries))
         return projections + band + far + 12 * keys + (4 * queries if size == 2 else 0) + tables, projections + 4 * keys
     scan = keys * (8 * depth + 4 * (2 * depth + 1))  # its inputs and its states, fp32
+    if config.dmc.recent is not None:
+        behind = max(0.0, 1 - (config.dmc.recent + 1) / config.data.sequence_length)
+        near = depth * queries * (size + 4 + behind * (size + (4 if size == 2 else 0))) + 2 * size * depth * keys
+        far = behind * (2 * size * features * (keys + queries) + 16 * queries)
+        values = keys * depth * (8 if size == 4 else 2)
+        return int(scan + near + far + values + 32 * keys + 4 * queries + tables), projections + 8 * keys
     scores = size * depth * (keys + queries) + 2 * size * features * (keys + queries)
     values = keys * depth * (8 if size == 4 else 2)
     return scan + scores + values + 32 * keys + 8 * queries + tables, projections + 8 * keys

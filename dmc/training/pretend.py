@@ -95,7 +95,8 @@ def shrunken(config: Config, hf: LlamaConfig, size: int) -> tuple[Config, LlamaC
     small.optim.global_batch = small.optim.micro_batch * data * (2 if p.pipeline == 1 else p.pipeline)
     small.dmc.repurpose_steps = min(2, config.dmc.repurpose_steps)
     small.dmc.ramp_steps_per_unit = min(1.0, config.dmc.ramp_steps_per_unit)
-    small.dmc.window = min(3, config.dmc.window)  # so that there is something to evict
+    if config.dmc.recent is not None:
+        small.dmc.window = min(3, config.dmc.recent)  # so that some tokens leave it
     small.dmc.hold_steps, small.run.steps = min(1, config.dmc.hold_steps), 1
     small.dmc.integer_hold_steps = min(1, config.dmc.integer_hold_steps)
     small.log.eval_sequences = small.optim.global_batch

@@ -103,14 +103,20 @@ def dtype_of(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.run.precision == "bf16" else torch.float32
 
 
+def layer_settings(config: Config) -> Settings:
+    """What the layers of a run's model need of its configuration."""
+    dmc = config.dmc
+    return Settings(
+        dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed, dmc.method,
+        dmc.recent, dmc.looks_ahead and dmc.compresses,
+    )
+
+
 def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) -> Student:
     """The model of this rank, from ``loader`` or random (None), under megatron's DDP and the optimizer."""
     dmc = config.dmc
     state = LayerState(
-        Settings(
-            dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed, dmc.method,
-            dmc.window,
-        ),
+        layer_settings(config),
         decisions=DecisionCounts(hf.num_hidden_layers, hf.num_key_value_heads),
     )
     torch.manual_seed(config.run.seed)
@@ -187,7 +193,7 @@ def _check_teacher(hf: LlamaConfig, student: Stage) -> None:
 def freeze_base(chunk: Stage) -> None:
     """Leave only the decision heads trainable."""
     for name, weight in chunk.named_parameters():
-        weight.requires_grad_(name.endswith("decision.weight"))
+        weight.requires_grad_(".decision." in name)
     if chunk.pre_process:
         # Activation recomputation follows gradients from its inputs, and frozen embeddings would bring none.
         chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)

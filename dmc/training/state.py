@@ -18,7 +18,13 @@ class Settings:
     temperature: float = 0.1
     seed: int = 0
     method: str = "dmc"  # "dmc" or "dms"
-    window: int = 0  # of "dms"
+    window: int | None = None  # newest tokens kept as they are; None: "dmc" merges at once
+    looks_ahead: bool = False  # decisions read the hidden state `window` tokens later as well
+
+    @property
+    def logits_per_head(self) -> int:
+        """Rows of the decision head for each key/value head: alpha at arrival; omega ("dmc"); alpha's late part."""
+        return 1 + (self.method == "dmc") + self.looks_ahead
 
 
 @dataclass

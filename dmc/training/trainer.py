@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from dmc.training import context, cpu, setup, sharded
 from dmc.training.attention import row_info
-from dmc.training.config import Config
+from dmc.training.config import Config, recorded
 from dmc.training.guard import Guard
 from dmc.training.losses import language_and_distillation
 from dmc.training.metrics import Meter, Reporter
@@ -26,11 +26,12 @@ from dmc.training.signals import Stopped, StopSignals
 
 # What a resumed run must share with the checkpoint's; layout, the lengths of ramp and final hold, and reports may change.
 SAME_RUN = (
-    "data.sequence_length", "dmc.method", "dmc.window", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature", "optim.name",
-    "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed", "dmc.integer_hold_steps",
+    "data.sequence_length", "dmc.method", "dmc.window", "dmc.decide", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature",
+    "optim.name", "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed", "dmc.integer_hold_steps",
 )
 # Settings that came later: what a checkpoint without them was trained with, where it is not today's default.
 EARLIER = {"dmc.integer_hold_steps": 0}
+_IN_FORCE = {"dmc.window": "recent", "dmc.decide": "decided"}  # settings whose defaults depend on others
 
 
 class Batches(Protocol):
@@ -219,10 +220,12 @@ class Trainer:
         for name in SAME_RUN:
             section, key = name.split(".")
             here = getattr(self.config, section)
-            if key == "window" and here.method != "dms" or key == "integer_hold_steps" and not here.compresses:
-                continue  # it does nothing there
+            if key == "integer_hold_steps" and not here.compresses:
+                continue  # it has no effect there
             default = EARLIER.get(name, getattr(type(here)(), key))
             then, now = meta["config"][section].get(key, default), self.meta["config"][section][key]
+            if name in _IN_FORCE:
+                then, now = (getattr(recorded(found["config"]["dmc"]), _IN_FORCE[name]) for found in (meta, self.meta))
             if then != now:
                 raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")
 

@@ -254,15 +254,16 @@ def test_a_checkpoint_of_before_a_setting_has_its_default():
     from dmc.training.trainer import Trainer
 
     hashes = {key: "h" for key in ("model_hash", "corpus_hash", "tokenizer_hash")}
-    for method, window, allowed in (("dmc", 64, True), ("dmc", 7, True), ("dms", 64, True), ("dms", 7, False)):
+    for method, window, allowed in (("dmc", "null", True), ("dmc", 7, False), ("dms", 64, True), ("dms", 7, False)):
         config = load(None, [f"dmc.method={method}", f"dmc.window={window}"])
         then = asdict(config)
-        del then["dmc"]["window"], then["dmc"]["train"]
+        del then["dmc"]["decide"], then["dmc"]["train"]
+        then["dmc"]["window"] = 64  # recorded whatever the method
         trainer = types.SimpleNamespace(config=config, meta=hashes | {"config": asdict(config)})
         if allowed:
             Trainer._check_same_run(trainer, "P", hashes | {"config": then})
         else:
-            with pytest.raises(ValueError, match="trained with dmc.window=64, here it is 7"):
+            with pytest.raises(ValueError, match=f"trained with dmc.window={None if method == 'dmc' else 64}, here it is 7"):
                 Trainer._check_same_run(trainer, "P", hashes | {"config": then})
 
 
@@ -284,3 +285,31 @@ def test_a_checkpoint_of_before_the_holds_at_integer_ratios_is_continued_without
     else:
         with pytest.raises(ValueError, match="trained with dmc.integer_hold_steps=0, here it is 40"):
             Trainer._check_same_run(trainer, "P", hashes | {"config": then})
+
+
+def test_a_window_and_what_it_needs():
+    """The window in force, when decisions are made, and settings that cannot work, each in one sentence."""
+    assert load().dmc.recent is None and not load().dmc.looks_ahead
+    dms = load(overrides=["dmc.method=dms"]).dmc
+    assert dms.recent == 64 and not dms.looks_ahead
+    late = load(overrides=["dmc.window=16"]).dmc
+    assert late.recent == 16 and late.looks_ahead
+    assert not load(overrides=["dmc.window=16", "dmc.decide=arrival"]).dmc.looks_ahead
+    assert not load(overrides=["dmc.window=16", "dmc.decision=neuron"]).dmc.looks_ahead
+    assert not load(overrides=["dmc.window=0"]).dmc.looks_ahead
+    assert load(overrides=["dmc.method=dms", "dmc.decide=late"]).dmc.looks_ahead
+    for overrides, words in (
+        (["dmc.window=-1"], "dmc.window is -1: it must be at least 0"),
+        (["dmc.window=1.5"], "dmc.window is 1.5: it must be of type int"),
+        (["dmc.window=x"], "dmc.window is 'x': it must be a number"),
+        (["dmc.decide=late"], "dmc.window=null, dmc.decision=head has none to read"),
+        (["dmc.decide=late", "dmc.window=8", "dmc.decision=neuron"], "set dmc.window to at least 1 and dmc.decision=head"),
+        (["dmc.decide=soon"], "dmc.decide is 'soon': it must be one of auto, arrival, late"),
+        (["dmc.window=254"], "1024 / 256 = 4 and dmc.target_cr 4 is out of reach: set dmc.window to at most 253"),
+        (["dmc.window=1024"], "the largest possible CR is 1024 / 1026 = 0.998"),
+        (["dmc.window=0", "data.sequence_length=4"], "lower dmc.target_cr or raise data.sequence_length"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            load(overrides=overrides)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    load(overrides=["dmc.window=253"])

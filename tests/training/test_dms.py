@@ -147,8 +147,8 @@ def held_out_rows(tmp, length):
 
 @pytest.mark.parametrize(("overrides", "words"), [
     (["dmc.window=0"], "dmc.window is 0: it must be at least 1"),
-    (["dmc.window=256"], "dmc.window 256 of data.sequence_length 1024 tokens are held whatever is decided, so dmc.target_cr 4 "
-                         "is out of reach: set dmc.window below 256"),
+    (["dmc.window=256"], "dmc.window 256 keeps at least 256 of data.sequence_length 1024 tokens, so the largest possible CR is "
+                         "1024 / 256 = 4 and dmc.target_cr 4 is out of reach: set dmc.window to at most 255"),
     (["run.init=random"], "run.init=random with dmc.method=dms: DMS retrofits a pretrained model"),
 ])
 def test_settings_that_cannot_work_are_one_sentence(overrides, words):

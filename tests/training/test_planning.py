@@ -26,7 +26,7 @@ def model(**changes):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("overrides", "tied"), [
     ([], False), (["dmc.decision=neuron"], True), (["dmc.method=none"], True), (["optim.name=muon"], False),
-    (["dmc.method=dms", "dmc.window=16"], False),
+    (["dmc.method=dms", "dmc.window=16"], False), (["dmc.window=16"], False), (["dmc.window=16", "dmc.decide=arrival"], True),
 ])
 def test_weights_gradients_and_optimizer_are_exact(process_group, precision, overrides, tied):
     config, hf = load(overrides=[*BASE, f"run.precision={precision}", *overrides]), model(tie_word_embeddings=tied)
@@ -45,6 +45,7 @@ def test_they_are_exact_on_a_rank_of_a_layout(case):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("overrides", [
     [], ["dmc.method=none"], ["parallel.recompute=selective"], ["parallel.recompute=full"], ["dmc.method=dms", "dmc.window=16"],
+    ["dmc.window=16"], ["dmc.window=24"], ["dmc.window=24", "parallel.recompute=selective"],
 ])
 def test_activations_are_those_that_autograd_keeps(process_group, precision, overrides):
     """Within 6 %; what one layer needs while it is recomputed comes on top in the plan."""
