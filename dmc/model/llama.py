@@ -94,9 +94,13 @@ class Llama:
     def block(self, x: Tensor, index: int, attend: Attend) -> Tensor:
         """One block: ``[N, hidden]`` → the same."""
         layer = self.layers[index]
-        eps = self.config.rms_norm_eps
-        x, normed = norm(x, layer.post_norm, eps, self._attention(index, layer, norm(x, layer.input_norm, eps)[1], attend))
+        attended = self._attention(index, layer, self.normed(x, index), attend)
+        x, normed = norm(x, layer.post_norm, self.config.rms_norm_eps, attended)
         return x + layer.down(gate(layer.gate_up(normed)))
+
+    def normed(self, x: Tensor, index: int) -> Tensor:
+        """Input of the attention projections of block ``index``: ``[N, hidden]`` → the same."""
+        return norm(x, self.layers[index].input_norm, self.config.rms_norm_eps)[1]
 
     @property
     def head(self) -> Tensor:
