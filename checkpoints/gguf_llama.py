@@ -125,7 +125,7 @@ def _check_tokenizer(reader, file: Path) -> None:  # noqa: ANN001
 
 def _config(file: Path) -> LlamaConfig:
     try:
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe a Llama: {' '.join(str(error).split())}") from None
     fields = {k: _decimal(v) for k, v in config.to_dict().items() if k != "dtype" and not k.startswith("_")}
@@ -160,7 +160,7 @@ def _dequantised(tensor, name: str, config: LlamaConfig) -> Tensor:  # noqa: ANN
 
 
 def _write_tokenizer(file: Path, reader, out: Path) -> None:  # noqa: ANN001
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     if _field(reader, "tokenizer.ggml.pre") == "smollm":  # transformers leaves runs of digits whole
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Digits(individual_digits=True),

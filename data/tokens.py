@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data import blend, corpus, stdlib
 from data.corpus import Corpus
@@ -25,6 +25,7 @@ from data.files import read_files
 from data.mixture import Mixture
 from data.stdlib import Document
 from data.writer import FORMAT, PartWriter, write_meta
+from dmc import pretrained
 
 STDLIB = {"stdlib": ("guide", "topic", "api"), "stdlib-plain": ("src", "topic", "api")}
 
@@ -41,11 +42,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreT
     """
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{directory} has no tokenizer.json: copy the tokenizer beside the weights")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # the libraries below raise whatever they meet, bare Exception included
-        said = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer in {directory} is not readable ({type(error).__name__}: {said})") from None
+    tokenizer = pretrained.load_tokenizer(directory)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {len(tokenizer)} entries, the model's vocabulary {vocab_size}: "

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from data import tokens as token_files
 from data.batches import Sequences
+from dmc import pretrained
 
 _LENGTH, _FAR, _BLOCK, _NEAR = 1024, 768, 64, 192
 _PROMPTS = (
@@ -39,7 +41,15 @@ def main() -> None:
     if not Path(args.model).is_dir() or args.sequences < 1:
         parser.error(f"{args.model} must be a Hugging Face directory, and --sequences {args.sequences} at least 1")
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    try:
+        _card(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _card(args: argparse.Namespace) -> None:
+    model = pretrained.load_model(args.model, torch.float32)
     tokenizer = token_files.load_tokenizer(args.model, model.config.vocab_size)
     _, corpus = token_files.corpora(args.text, "", tokenizer, "runs/data")
     batch = Sequences(corpus, _LENGTH).within_documents(args.sequences)
@@ -54,7 +64,7 @@ def main() -> None:
     print(f"| loss at positions {_FAR} to {_LENGTH - 1}, all before them seen | {far:.2f} nats a token |")
     print(f"| the same, only the newest {_NEAR} to {_NEAR + _BLOCK} seen | {near:.2f} nats a token |")
     for prompt in _PROMPTS:
-        print(f"\n```\n{_sample(model, AutoTokenizer.from_pretrained(args.model), prompt)}\n```")
+        print(f"\n```\n{_sample(model, tokenizer, prompt)}\n```")
 
 
 def _losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

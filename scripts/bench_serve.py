@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dmc import LLM, SamplingParams
+from dmc import LLM, SamplingParams, pretrained
 from dmc.engine.llm import DTYPES
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +32,14 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     rows = []
-    for context in options.contexts:
-        for batch in options.batches:
-            for kind in options.lengths if batch > 1 else ["equal"]:
-                rows += _case(options, context, batch, kind)
+    try:
+        for context in options.contexts:
+            for batch in options.batches:
+                for kind in options.lengths if batch > 1 else ["equal"]:
+                    rows += _case(options, context, batch, kind)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     _print(rows)
     if options.output:
         facts = {"model": Path(options.directory).name, "threads": options.threads, "machine": platform.processor() or
@@ -85,9 +90,7 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
         return load
 
     def theirs(dtype: str) -> tuple[Callable, Callable]:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(options.directory, dtype=DTYPES[dtype]).eval()
+        model = pretrained.load_model(options.directory, DTYPES[dtype])
 
         def run(prompts: list[list[int]], new: int) -> None:
             longest = max(map(len, prompts))
@@ -105,10 +108,8 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
 
 
 def _prompts(directory: str, context: int, batch: int, kind: str) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    tokens = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
+    tokens = pretrained.load_tokenizer(directory)(text)["input_ids"]
     tokens *= -(-context * batch // len(tokens))
     least = context if kind == "equal" else context // 4
     lengths = [least + (context - least) * i // max(1, batch - 1) for i in range(batch)]

@@ -12,12 +12,13 @@ scheduler, no prompt: see bench_serve.py for those.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from dmc import pretrained
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.prompt import Layer
 from dmc.commands.common import named
@@ -33,8 +34,11 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype]
-    model = Llama.load(options.directory, dtype=dtype)
-    other = _transformers(options.directory, dtype)
+    try:
+        model, other = Llama.load(options.directory, dtype=dtype), pretrained.load_model(options.directory, dtype)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print("| context | batch | lengths | engine | step, CPU ms | of transformers | bytes held |")
     print("|---|---|---|---|---|---|---|")
     for context in options.contexts:
@@ -87,12 +91,6 @@ def _prompt(cache: KVCache, length: int) -> object:
         prompt.layers[number] = Layer(keys, values, places, scores, *tail)
     prompt.done = length
     return prompt
-
-
-def _transformers(directory: str, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(Path(directory), dtype=dtype).eval()
 
 
 def _theirs(model: torch.nn.Module, lengths: list[int]) -> tuple[Callable, Callable]:

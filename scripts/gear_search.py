@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from dmc import pretrained
 from dmc.cache import Codec, codec
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -112,7 +113,7 @@ def measure(options: argparse.Namespace, codecs: dict[str, Codec]) -> Iterator[d
     known = {}
     if options.results.exists():
         known = {row["key"]: row for row in map(json.loads, options.results.read_text().splitlines())}
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = pretrained.load_tokenizer(options.model)
     model = None
     for path in options.text or TEXTS:
         tokens = window(tokenizer, path, options.prompt + options.scored)
@@ -127,7 +128,7 @@ def measure(options: argparse.Namespace, codecs: dict[str, Codec]) -> Iterator[d
                 todo[recipe] = (key, made, page)
         if not todo:
             continue
-        model = model or AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        model = model or pretrained.load_model(options.model, torch.float32)
         reference = Reference(model, tokens, options.prompt)
         for recipe, (key, made, page) in todo.items():
             row = {"key": key, "recipe": recipe, "text": path.name, "page": page, "sinks": options.sinks}

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoints.convert import load_hf_state, read_config
@@ -28,7 +27,7 @@ from checkpoints.export_hf import export, export_plain
 from checkpoints.model_card import plain_card
 from data import tokens as token_files
 from data.batches import Sequences
-from dmc import LLM
+from dmc import LLM, pretrained
 from dmc.analysis.decisions import decisions
 from dmc.analysis.plots import plot_heads, plot_training
 from dmc.analysis.segments import segments_html
@@ -198,7 +197,7 @@ def _draw(runs: Path, base: str, model: Path, final: dict, text: list[int]) -> N
     if llama.config.method != "dmc":
         return  # no segments: nothing merges
     shown = torch.tensor(text[:SEGMENT_TOKENS])
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = pretrained.load_tokenizer(base)
     pieces: list[str] = [tokenizer.decode([token]) for token in shown.tolist()]
     segments_html(pieces, decisions(llama, shown), runs / "segments.html")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dmc import pretrained
+
 _UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are no whole character yet
 
 
@@ -19,15 +21,9 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path, vocab_size: int) -> None:
-        from transformers import AutoTokenizer, LlamaConfig  # seconds to import, and only text needs it
-
         if not (Path(directory) / "tokenizer_config.json").is_file():
             raise ValueError(f"{directory} has no tokenizer_config.json: give prompts as token ids, or add its tokenizer")
-        try:
-            # A configuration of its own, or transformers asks whether to run the code of an exported directory.
-            self.inner = AutoTokenizer.from_pretrained(str(directory), config=LlamaConfig(), local_files_only=True)
-        except Exception as error:  # transformers raises whatever its parsers raise
-            raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
+        self.inner = pretrained.load_tokenizer(directory)
         if len(self.inner) > vocab_size:
             raise ValueError(
                 f"the tokenizer in {directory} has {len(self.inner)} entries, but the model's vocabulary has {vocab_size}"

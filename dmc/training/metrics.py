@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -72,7 +75,16 @@ class Reporter:
                 import wandb
             except ImportError:
                 raise ValueError("log.wandb needs the package wandb: pip install wandb") from None
-            self._wandb = wandb.init(project=config.wandb, config=settings, dir=str(output), id=_run_id(output), resume="allow")
+            with _nobody_to_ask():
+                try:
+                    self._wandb = wandb.init(
+                        project=config.wandb, config=settings, dir=str(output), id=_run_id(output), resume="allow"
+                    )
+                except wandb.errors.UsageError as error:
+                    raise ValueError(
+                        f"log.wandb={config.wandb} could not start ({' '.join(str(error).split())}): run `wandb login`, set "
+                        "WANDB_API_KEY, or set WANDB_MODE=offline"
+                    ) from None
 
     def resumed(self, step: int) -> None:
         """Forget lines of later steps than the checkpoint's."""
@@ -168,6 +180,17 @@ def _step_of(line: str) -> int:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):  # a line cut short by the crash that is being resumed from
         return 2**62
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Standard input is empty: a library that would ask on the terminal raises, and no run waits for an answer."""
+    with open(os.devnull) as nothing:
+        kept, sys.stdin = sys.stdin, nothing
+        try:
+            yield
+        finally:
+            sys.stdin = kept
 
 
 def _run_id(output: Path) -> str:

@@ -34,7 +34,7 @@ def test_kl_falls_with_bits_and_results_are_resumed(monkeypatch, capsys, text):
     dense, eight, four, two = (row["kl"] for row in rows)
     assert max(abs(dense), eight) < four / 10 < two / 10  # dense: but for the sinks, which are in bf16
     assert printed.count("\n") == 6 and "`gear-2bit` | 64 | " in printed
-    monkeypatch.setattr(gear_search, "AutoModelForCausalLM", None)  # nothing may be measured again
+    monkeypatch.setattr(gear_search.pretrained, "load_model", None)  # nothing may be measured again
     assert search(monkeypatch, capsys, text, *recipes) == (printed, rows)
 
 

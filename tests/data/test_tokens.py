@@ -251,6 +251,6 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 def test_a_broken_tokenizer_is_named(tmp_path, name, text):
     directory = shutil.copytree(TOKENIZER, tmp_path / "model")
     (directory / name).write_text(text)
-    with pytest.raises(ValueError, match=f"the tokenizer in {directory} is not readable") as caught:
+    with pytest.raises(ValueError, match=f"the tokenizer in {directory} cannot be read") as caught:
         tokens.load_tokenizer(directory, 2048)
     assert "\n" not in str(caught.value)
