@@ -80,7 +80,7 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable]]:
     def ours(codec: str, dtype: str) -> Callable:
         def load() -> tuple[Callable, Callable]:
             llm = LLM(options.directory, codec=codec, max_batch=max(options.batches), device="cpu", dtype=dtype,
-                      prefill_tokens=options.prefill_tokens)
+                      prefill_tokens=options.prefill_tokens, kv_memory="auto")  # as `dmc serve` has it
             last = []
 
             def run(prompts: list[list[int]], new: int) -> None:

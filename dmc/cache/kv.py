@@ -75,6 +75,23 @@ class KVCache:
         onpages.prepare(self.rows)
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
+    def bound(self, memory: int, *, tokens: int) -> None:
+        """Gives the pool of an empty cache that may grow its final size.
+
+        Args:
+            memory: bytes at most; a pool that no ``slots`` sequences of so many tokens could fill is not made larger than that.
+            tokens: of the longest sequence.
+
+        Raises:
+            ValueError: if it holds no page, or there is less memory.
+        """
+        pool, rows = self.rows.pool, self.shape.layers * self.shape.heads
+        useful = self.rows.slots * (self.worst_pages(tokens) + rows)  # while a page is encoded a row has one more
+        limit = min(memory // pool.page_bytes, useful)
+        if limit < 1:
+            raise ValueError(f"kv memory of {memory} bytes holds no page of {pool.page_bytes} bytes; give it more")
+        pool.bound(limit)
+
     # ------------------------------------------------------------------------------------ sequences
 
     @property
@@ -182,7 +199,9 @@ class KVCache:
     def can_append(self, slots: Tensor) -> bool:
         """Whether the free pages will do for one more token of each of some sequences, whatever it does."""
         pool = self.rows.pool
-        return pool.limit is None or self.append_pages(slots) <= pool.free
+        if pool.limit is None or 2 * self.shape.layers * self.shape.heads * len(slots) <= pool.free:  # a row takes two at most
+            return True
+        return self.append_pages(slots) <= pool.free
 
     def can_return(self, swapped: swap.Swapped, *, beside: bool) -> bool:
         """Whether the free pages will do for `swap_in`, and ``beside`` others for one more page in each row."""

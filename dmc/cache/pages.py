@@ -10,12 +10,14 @@ exact ones are two layouts over the same bytes, so any free page serves either, 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NULL_PAGE = 0  # never handed out and always zero: what unused places of block tables point to
 _FIRST_PAGES = 64  # of a pool that grows
 _ALIGNMENT = 8  # bytes; the widest field type
+_LINE = 64  # bytes of a cache line, where the memory of a pool begins
 
 
 class PoolExhausted(RuntimeError):
@@ -52,21 +54,47 @@ class PagePool:
 
     Args:
         page_bytes: size of every page, a multiple of 8.
-        limit: pages at most, the null page not counted; None: grows as needed, doubling.
+        limit: pages at most, the null page not counted; None: grows as needed, doubling. With a limit a GPU's memory is
+            taken at once. On a CPU the operating system gives the memory as pages are first used.
         device: of the memory.
+
+    Raises:
+        ValueError: if there is less memory than ``limit`` pages.
     """
 
     def __init__(self, page_bytes: int, *, limit: int | None, device: torch.device | str = "cpu") -> None:
-        self.page_bytes, self.limit = page_bytes, limit
-        capacity = _FIRST_PAGES if limit is None else limit
-        self.memory = torch.zeros(capacity + 1, page_bytes, dtype=torch.uint8, device=device)
-        self._stack = torch.arange(capacity, 0, -1, device=device)  # free pages, the next one last
-        self._free = capacity
-        self.owners = torch.zeros(capacity + 1, dtype=torch.int32, device=device)  # of each page; 0: free
+        self.page_bytes, self._device = page_bytes, torch.device(device)
         self._counts = torch.zeros(2, dtype=torch.int32, device=device)  # `lend`
         self._lent = False
         self._views: dict[int, tuple[Layout, dict[str, Tensor]]] = {}
         self.kept: dict = {}  # what readers keep of the memory (`dmc.cache.onpages`), dropped when it grows
+        self._allocate(limit)
+
+    def bound(self, limit: int) -> None:
+        """Gives the pool, of which no page is taken, its final size: ``limit`` pages.
+
+        Raises:
+            ValueError: if there is less memory.
+        """
+        assert not self.used, "a pool in use cannot be replaced"
+        self._views.clear()
+        self.kept.clear()
+        self._lent = False
+        self.memory = self._stack = self.owners = None  # given back before the new ones are asked for
+        self._allocate(limit)
+
+    def _allocate(self, limit: int | None) -> None:
+        self.limit = limit
+        capacity = _FIRST_PAGES if limit is None else limit
+        try:
+            self.memory = _zeros(capacity + 1, self.page_bytes, self._device)
+            self._stack = torch.arange(capacity, 0, -1, device=self._device)  # free pages, the next one last
+            self.owners = torch.zeros(capacity + 1, dtype=torch.int32, device=self._device)  # of each page; 0: free
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"kv_memory of {capacity * self.page_bytes} bytes cannot be allocated on {self._device}: give less"
+            ) from error
+        self._free = capacity
 
     @property
     def capacity(self) -> int:
@@ -169,3 +197,12 @@ class PagePool:
         self.owners = torch.cat([self.owners, self.owners.new_zeros(more)])
         self._views.clear()
         self.kept.clear()
+
+
+def _zeros(pages: int, page_bytes: int, device: torch.device) -> Tensor:
+    """Zeroed memory: uint8 ``[pages, page_bytes]``. On a CPU it takes RAM only where it is written to (torch.zeros writes it)."""
+    if device.type != "cpu":
+        return torch.zeros(pages, page_bytes, dtype=torch.uint8, device=device)
+    flat = np.zeros(pages * page_bytes + _LINE, dtype=np.uint8)
+    start = -flat.ctypes.data % _LINE
+    return torch.from_numpy(flat[start : start + pages * page_bytes].reshape(pages, page_bytes))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dmc.engine import LLM
 
+AUTO = "auto"  # of --kv-memory: see `dmc.engine.memory`, which is not imported here since it needs torch
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _CODEC_FLAGS = ("bits", "backbone", "group", "rank", "outliers")
 
@@ -35,7 +36,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
     cache.add_argument("--window", type=int, help="newest entries that always stay exact (the codec's own: 0; kivi 96)")
     cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16, of entries outside encoded pages, and of dense ones")
-    cache.add_argument("--kv-memory", type=memory, metavar="BYTES", help="of the page pool, such as 512MiB (it grows)")
+    cache.add_argument("--kv-memory", type=_pool_memory, default=AUTO, metavar="BYTES",
+                       help="of the page pool, such as 512MiB (auto: of a GPU 90 %% of what is free once the model is loaded; of "
+                            "a CPU's RAM half of what is available then, at most 16 GiB, taken as it is needed)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--max-batch", type=int, default=16, help="sequences that run at a time (16)")
     machine.add_argument("--prefill-tokens", type=int, default=512, help="of prompts in one step, at most (512)")
@@ -125,3 +128,7 @@ def memory(text: str) -> int:
     if not number.isdigit() or unit not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with {', '.join(_UNITS)[2:]}")
     return int(number) * _UNITS[unit]
+
+
+def _pool_memory(text: str) -> int | str:
+    return text if text == AUTO else memory(text)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from dmc.engine import LLM
     from dmc.evaluation.needle import NeedleSettings
+    from dmc.evaluation.reference import Reference
+    from dmc.evaluation.windows import Windows
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +55,11 @@ def run(options: argparse.Namespace) -> None:
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {options.plot}: pictures are .png, .svg or .pdf")
     _check(options)
+    texts = _references(options)  # before the model takes what memory there is for its cache
     llm = load(options)
     figures = {}
     for name, measure in asked:
-        figures[name] = measure(options, llm)
+        figures[name] = measure(options, llm, texts) if name == "text" else measure(options, llm)
     if options.json:
         _write(options.json, json.dumps(_origin(options, llm) | figures, indent=1) + "\n")
 
@@ -84,22 +87,39 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--references", metavar="DIR", help="where its predictions are kept (~/.cache/dmc/references)")
 
 
-def _text(options: argparse.Namespace, llm: LLM) -> list[dict]:
-    from dataclasses import asdict
+def _references(options: argparse.Namespace) -> list[tuple[str, Windows, Reference | None]]:
+    """Each text's windows, and what the uncompressed model predicts for them; None where there is none to compare with."""
+    if not options.text or int(os.environ.get("RANK", "0")):  # ranks beside the first one have no texts: they serve it
+        return []
+    from dataclasses import replace
 
-    from dmc.evaluation.measure import measure
+    from dmc.engine.llm import resolve
     from dmc.evaluation.reference import default_store, reference
     from dmc.evaluation.windows import read_windows
+    from dmc.model import read_config
 
-    base = options.base or (None if llm.model.config.decision else options.directory)
-    figures = []
+    config = read_config(options.directory)
+    device, dtype = resolve(options.device, options.dtype, config.dtype)
+    base, found = options.base or (None if config.decision else options.directory), []
     for file in options.text:
         windows = read_windows(
             file, options.directory, prompt=options.prompt_tokens, scored=options.scored_tokens, count=options.windows
         )
-        wanted = base and reference(
-            base, windows, store=options.references or default_store(), dtype=llm.model.dtype, device=llm.model.device
-        )
+        store = options.references or default_store()
+        wanted = base and reference(base, windows, store=store, dtype=dtype, device=device)
+        if wanted and found:
+            wanted = replace(wanted, head=found[0][2].head)  # one output matrix in memory, however many texts
+        found.append((file, windows, wanted))
+    return found
+
+
+def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows, Reference | None]]) -> list[dict]:
+    from dataclasses import asdict
+
+    from dmc.evaluation.measure import measure
+
+    figures = []
+    for file, windows, wanted in texts:
         with _bar(options, f"text {Path(file).name}", len(windows.tokens) * windows.scored, " tokens") as bar:
             done = measure(llm, windows, reference=wanted, progress=bar.update)
         figures.append(asdict(done))

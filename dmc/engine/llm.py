@@ -10,7 +10,7 @@ import torch
 
 from dmc.cache import Codec, Policy, codec, policy
 from dmc.cache.codecs.layers import read_layers
-from dmc.engine import parallel
+from dmc.engine import memory, parallel
 from dmc.engine.core import KEPT_PROMPTS, Engine
 from dmc.engine.parallel_team import Team
 from dmc.engine.params import SamplingParams
@@ -37,7 +37,9 @@ class LLM:
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
         codec_layers: a file with settings for each layer, and the codec's name, in place of ``codec``: see
             `dmc.cache.codecs.layers.read_layers`.
-        kv_memory: bytes of the page pool; None lets it grow.
+        kv_memory: bytes of the page pool; "auto" takes a share of the memory that is left once the model is loaded, as the
+            commands and the server do (`dmc.engine.memory`). None, the default here, lets the pool grow without a bound:
+            several models in one process share a device, and none of them may claim what is left.
         max_batch: sequences that run at a time.
         page_size, sink_tokens, window, exact_dtype: see `dmc.cache.KVCache`.
         prefill_tokens: of prompts run through the model in one step, at most; longer ones go in chunks.
@@ -56,7 +58,7 @@ class LLM:
     def __init__(
         self, path: str | Path, *, policy: str | Policy | None = None, policy_settings: dict | None = None,
         codec: str | Codec = "dense", codec_settings: dict | None = None, codec_layers: str | Path | None = None,
-        kv_memory: int | None = None, max_batch: int = 16, page_size: int | None = None, sink_tokens: int | None = None,
+        kv_memory: int | str | None = None, max_batch: int = 16, page_size: int | None = None, sink_tokens: int | None = None,
         window: int | None = None, exact_dtype: str | None = None,
         prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
         rank_timeout: float = 120.0,
@@ -65,6 +67,7 @@ class LLM:
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        memory.check(kv_memory)
         store, config = _stored(codec, codec_settings, codec_layers, self.path), read_config(path)
         chosen = _policy(config, path, policy, policy_settings)
         place, precision = resolve(device, dtype, config.dtype)

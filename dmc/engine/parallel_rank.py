@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmc.cache import PoolExhausted, Prompt, Swapped
+from dmc.engine.memory import automatic
 from dmc.engine.parts import Parts
 from dmc.engine.runner import Chunk, Runner
 from dmc.model.group import Group
@@ -105,6 +106,15 @@ class Rank:
 
     def nothing(self) -> None:
         """Only the state is asked for."""
+
+    def automatic(self, ranks_here: int | None) -> int:
+        """See `dmc.engine.memory.automatic`; None: as many ranks are here as torchrun has started here."""
+        here = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks_here is None else ranks_here
+        return automatic(self._runner.model.device, here)
+
+    def bound(self, memory: int, tokens: int) -> None:
+        """See `KVCache.bound`."""
+        self._cache.bound(memory, tokens=tokens)
 
     def step(
         self, slots: list[int], tokens: list[int], positions: list[int], chunks: list[tuple[int, list[int]]], trace: bool,

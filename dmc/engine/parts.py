@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dmc.cache import Codec, KVCache, Policy, Shape
+from dmc.engine.memory import AUTO, automatic
 from dmc.engine.runner import Runner
 from dmc.model import Llama, Weights, read_config
 from dmc.model.group import Group
@@ -22,7 +23,7 @@ class Parts:
         path: Hugging Face directory.
         dtype: of the model.
         policy, codec: ready made; a list has a codec for each layer.
-        cache: the other settings of `dmc.cache.KVCache`, but shape and device.
+        cache: the other settings of `dmc.cache.KVCache`, but shape and device; ``memory`` may be "auto".
     """
 
     path: Path
@@ -31,8 +32,18 @@ class Parts:
     codec: Codec | list[Codec]
     cache: dict
 
+    @property
+    def automatic(self) -> bool:
+        """True if the size of the page pool follows from the memory that the model leaves."""
+        return self.cache["memory"] == AUTO
+
     def runner(self, device: torch.device, group: Group | None = None) -> Runner:
         """Loads the model, or with a group this rank's part of it, and makes the cache of its heads.
+
+        Args:
+            device: of both.
+            group: of the ranks; None: this process has the whole model. With a group and an `automatic` size the caller bounds
+                the caches, all alike, once every rank has its part.
 
         Raises:
             ValueError: if the directory or a setting is not usable.
@@ -40,8 +51,12 @@ class Parts:
         config = read_config(self.path)
         heads = config.num_key_value_heads // (group.ranks if group else 1)
         shape = Shape(config.num_hidden_layers, heads, config.head_dim, self.dtype)
-        cache = KVCache(shape, self.policy, self.codec, device=device, **self.cache)
+        settings = self.cache | ({"memory": None} if self.automatic else {})
+        cache = KVCache(shape, self.policy, self.codec, device=device, **settings)
         weights = Weights(self.path)
         if group:
             return Runner(ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device), cache)
-        return Runner(Llama(config, weights, dtype=self.dtype, device=device), cache)
+        model = Llama(config, weights, dtype=self.dtype, device=device)
+        if self.automatic:
+            cache.bound(automatic(device), tokens=config.max_position_embeddings)
+        return Runner(model, cache)

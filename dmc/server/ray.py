@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,7 +52,7 @@ class Arguments(BaseModel):
     codec: str = "dense"
     codec_settings: dict[str, float | int | str] | None = None
     codec_layers: str | None = None
-    kv_memory: int | None = None
+    kv_memory: int | Literal["auto"] | None = "auto"
     max_batch: int = Field(16, ge=1)
     page_size: int | None = None
     sink_tokens: int | None = None

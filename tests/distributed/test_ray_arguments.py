@@ -25,8 +25,9 @@ def arguments():
 
 
 def test_the_settings_of_the_engine():
+    """With the defaults of `LLM`, but for the page pool: a replica serves, and sizes it as `dmc serve` does."""
     taken = inspect.signature(LLM.__init__).parameters
-    wanted = {name: each.default for name, each in taken.items() if name not in ("self", "path")}
+    wanted = {name: each.default for name, each in taken.items() if name not in ("self", "path")} | {"kv_memory": "auto"}
     assert {name: value for name, value in arguments().items() if name in wanted} == wanted
 
 

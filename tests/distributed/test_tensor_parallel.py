@@ -111,6 +111,20 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
     assert all(child.returncode == 0 for child in two._team._children)
 
 
+def test_ranks_share_the_memory_of_a_machine_and_have_pools_of_one_size(directory):
+    """Each has the automatic size, the same everywhere: that of what the sequences of all slots can fill, here."""
+    llm, one = (LLM(directory, device="cpu", page_size=8, kv_memory="auto", tensor_parallel=n) for n in (2, 1))
+    try:
+        pages = [state.capacity for state in llm._team.states]
+        assert pages == [llm.cache.rows.pool.limit] * 2 and 2 * pages[0] == one.cache.rows.pool.limit
+        whole = [reply.value for reply in llm._team.call("automatic", 1)]
+        half = [reply.value for reply in llm._team.call("automatic", 2)]
+        assert all(0.4 < b / a < 0.6 for a, b in zip(whole, half, strict=True))
+        assert_same(run(llm), run(one))
+    finally:
+        llm.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_embedded_model(tmp_path, ranks):
