@@ -23,7 +23,7 @@ setup(
         "datasets>=3",
         "tqdm>=4",
         "matplotlib>=3.8",
-        "numba>=0.61",  # attention over pages on a CPU (dmc/kernels/decode_cpu.py): PyTorch has none, and this needs no compiler
+        "numba>=0.61",  # attention over pages on a CPU (dmc/kernels/decode/cpu.py): PyTorch has none, and this needs no compiler
     ],
     extras_require={
         "log": ["wandb>=0.19", "tensorboard>=2.14"],

@@ -30,14 +30,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from dmc.cache import KVCache, Shape, codec, growing, policy  # noqa: E402
+from dmc.cache import KVCache, Shape, codec, policy  # noqa: E402
 from dmc.cache.codecs import Codec  # noqa: E402
-from dmc.cache.onpages import page_layout  # noqa: E402
-from dmc.cache.pages import Layout  # noqa: E402
-from dmc.kernels.append import append_tokens  # noqa: E402
+from dmc.cache.reading import growing  # noqa: E402
+from dmc.cache.reading.onpages import page_layout  # noqa: E402
+from dmc.cache.storage.pages import Layout  # noqa: E402
+from dmc.kernels.append.append import append_tokens  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
-from dmc.kernels.decode import Gear, Paged, decode_attention  # noqa: E402
-from dmc.kernels.encode import encode_pages  # noqa: E402
+from dmc.kernels.decode.decode import decode_attention  # noqa: E402
+from dmc.kernels.encode.encode import encode_pages  # noqa: E402
+from dmc.kernels.pages.paged import Gear, Paged  # noqa: E402
 
 COLUMNS = ["section", "what", "batch", "ms", "put back ms", "append ms", "encode ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
 CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("gear-4bit", 4), ("gear", 4))

@@ -24,10 +24,10 @@ from bench_common import ROOT, environment, roofline, times, write
 sys.path.insert(0, str(ROOT))
 
 from dmc import functional as fn  # noqa: E402
-from dmc.kernels.attention import dmc_attention  # noqa: E402
+from dmc.kernels.attention.attend import dmc_attention  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
-from dmc.kernels.prefill import prefill_attention  # noqa: E402
-from dmc.kernels.scan import merge, merge_reference  # noqa: E402
+from dmc.kernels.prefill.prefill import prefill_attention  # noqa: E402
+from dmc.kernels.scan.merge import merge, merge_reference  # noqa: E402
 
 SECTIONS = ("scan", "attention", "prefill")
 COLUMNS = ["section", "what", "pass", "ms", "of bound", "of plain"]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
 
-from dmc.kernels.attention import dmc_attention, plain_attention  # noqa: E402
+from dmc.kernels.attention.attend import dmc_attention, plain_attention  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
-from dmc.kernels.decisions import Drawn, soft_decisions  # noqa: E402
+from dmc.kernels.decisions.decide import Drawn, soft_decisions  # noqa: E402
 
 COLUMNS = ["what", "tokens", "ms", "of plain", "peak MB", "memory of plain", "tokens/s"]
 

@@ -20,7 +20,7 @@ import torch
 
 from dmc import pretrained
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.cache.prompt import Layer
+from dmc.cache.reading.prompt import Layer
 from dmc.commands.common import named
 from dmc.engine.llm import DTYPES
 from dmc.engine.runner import Runner

@@ -32,7 +32,7 @@ from transformers import LlamaConfig
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from data.batches import Batch
 from dmc import functional as fn
-from dmc.kernels.attention import dmc_attention, plain_attention
+from dmc.kernels.attention.attend import dmc_attention, plain_attention
 from dmc.training import cpu, pretend, setup
 from dmc.training.config import Config, load
 from dmc.training.losses import language_and_distillation

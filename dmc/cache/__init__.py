@@ -17,13 +17,13 @@ they share the keys' mean among more entries, but twice as many wait for a full 
 
 from dmc.cache.codecs import CODECS, Blocks, Codec, codec
 from dmc.cache.kv import KVCache
-from dmc.cache.packing import Packing, Storage
-from dmc.cache.pages import PagePool, PoolExhausted
 from dmc.cache.policies import POLICIES, Entries, Policy, policy
-from dmc.cache.prompt import Prompt
-from dmc.cache.rows import Rows, Shape
-from dmc.cache.step import Step
-from dmc.cache.swap import Swapped
+from dmc.cache.reading.prompt import Prompt
+from dmc.cache.reading.step import Step
+from dmc.cache.storage.packing import Packing, Storage
+from dmc.cache.storage.pages import PagePool, PoolExhausted
+from dmc.cache.storage.rows import Rows, Shape
+from dmc.cache.storage.swap import Swapped
 
 __all__ = [
     "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "Packing", "PagePool", "Policy", "PoolExhausted", "Prompt",

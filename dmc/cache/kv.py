@@ -1,7 +1,7 @@
 """The KV cache of an engine: policy x codec over one page pool, for sequences that come and go.
 
 What a query sees follows from positions alone. A prompt's queries see the prompt's entries exactly, as the model
-computed them. A generated token's query sees the row as `dmc.cache.rows` lays it out: its full pages encoded,
+computed them. A generated token's query sees the row as `dmc.cache.storage.rows` lays it out: its full pages encoded,
 sinks and window exact, and the tail with the token itself already in it.
 """
 
@@ -12,15 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmc.cache import evict, growing, onpages, swap
-from dmc.cache.check import check
 from dmc.cache.codecs import Codec
-from dmc.cache.packing import Storage
-from dmc.cache.pages import PoolExhausted
 from dmc.cache.policies import Policy
-from dmc.cache.prompt import Layer, Prompt
-from dmc.cache.rows import Rows, Shape
-from dmc.cache.step import Rope, Step
+from dmc.cache.reading import growing, onpages
+from dmc.cache.reading.prompt import Layer, Prompt
+from dmc.cache.reading.step import Rope, Step
+from dmc.cache.storage import evict, swap
+from dmc.cache.storage.check import check
+from dmc.cache.storage.packing import Storage
+from dmc.cache.storage.pages import PoolExhausted
+from dmc.cache.storage.rows import Rows, Shape
 
 _SINK_TOKENS = 4
 _EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +37,7 @@ class KVCache:
         slots: sequences at most at a time.
         memory: bytes of the page pool; None lets it grow.
         page_size: entries of an encoded page; None: the codec's own. Where layers' codecs differ, of the average layer:
-            see `dmc.cache.packing`.
+            see `dmc.cache.storage.packing`.
         sink_tokens: first entries of each row that stay exact; None: 4 for lossy codecs, 0 for lossless ones.
         window: newest closed entries of each row that always stay exact, beside the page that is filling; None: the
             codec's own.

@@ -3,7 +3,7 @@
 The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` argument of a call, from
 `using`, from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and
 is else "auto": Triton on a CUDA device that can run it, PyTorch elsewhere; for serving on a CPU
-loops that numba compiles (the `*_cpu` modules beside this one). That "auto" falls back to PyTorch is said
+loops that numba compiles (`cpu.py` of each operation). That "auto" falls back to PyTorch is said
 once, on stderr. A setting that is not "auto" is obeyed or refused, never replaced.
 
 Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" runs on CPU

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmc.kernels.loops import compiles, runs_on_cpu
+from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.ready import compiles
 
 _LOST = 2.0**-25  # of a weight, at most, when it is held in fp16: what underflows there
 
@@ -19,7 +20,7 @@ class Linear:
     On an x86 CPU the weight is kept in another layout than its own, and not in its own as well:
 
     - with AVX-512 (and its products of bf16, if the model is in bf16), in panels that compiled loops read
-      (`dmc.kernels.linear_cpu`); an fp32 weight in 16 bits, if that loses nothing, as when it was saved in them;
+      (`dmc.kernels.linear.cpu`); an fp32 weight in 16 bits, if that loses nothing, as when it was saved in them;
     - else in fp32 in fp16 (FBGEMM), if that loses nothing but what is next to 0; products and sums stay in fp32;
     - else in oneDNN's blocked layout, 1.5 to 2.5 times faster than the default product for 2 to 64 rows and 1.2
       times for a prompt's hundreds; in bf16 where oneDNN has products of bf16 (with sums in fp32).
@@ -35,7 +36,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias, self.held, self.weight = bias, _best(weight), weight
         if self.held == "panels":
-            from dmc.kernels.linear_cpu import Panels
+            from dmc.kernels.linear.cpu import Panels
 
             self.weight = Panels(weight, bias)
         elif self.held == "fp16":
@@ -85,6 +86,6 @@ def _in_loops(weight: Tensor) -> bool:
     """Whether compiled loops multiply it; compiles them."""
     if not runs_on_cpu(weight, torch.bfloat16) or not compiles("linear"):
         return False
-    from dmc.kernels.linear_cpu import takes
+    from dmc.kernels.linear.cpu import takes
 
     return takes(weight.dtype)

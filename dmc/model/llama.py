@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.functional import importance, round_alpha
-from dmc.kernels.loops import compiles, runs_on_cpu
-from dmc.kernels.rows import gate, norm
+from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.ready import compiles
+from dmc.kernels.rows.rows import gate, norm
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.linear import Linear
 from dmc.model.rope import Rope

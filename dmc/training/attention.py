@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dmc import functional as fn
 from dmc import functional_dms as dms
-from dmc.kernels.attention import dmc_attention, dms_attention, late_attention, plain_attention
-from dmc.kernels.decisions import Drawn, soft_decisions
+from dmc.kernels.attention.attend import dmc_attention, dms_attention, late_attention, plain_attention
+from dmc.kernels.decisions.decide import Drawn, soft_decisions
 from dmc.training import context
 from dmc.training.state import AddGradient, AttachGradient, LayerState
 

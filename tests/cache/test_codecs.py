@@ -211,7 +211,7 @@ def test_a_whole_number_is_one_however_it_is_written():
 @pytest.mark.parametrize("pages", [1, 2, 12, 60, 270])
 def test_sampled_errors_take_turns(pages):
     """One call a step brings a page of each layer and head, always in the same order: in time each of them is looked at."""
-    from dmc.cache.error import _SAMPLED, CodecError
+    from dmc.cache.storage.error import _SAMPLED, CodecError
 
     measured, x = CodecError(), torch.randn(pages, 4, 8)
     looked = set()

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmc import LLM, SamplingParams
-from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, codec, growing, policy
-from dmc.cache.pages import PagePool
+from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, codec, policy
+from dmc.cache.reading import growing
+from dmc.cache.storage.pages import PagePool
 from dmc.engine.predict import Predictor
-from dmc.kernels import decode_triton, encode_trellis_triton, encode_triton
 from dmc.kernels.backend import interpreted, using
+from dmc.kernels.decode import gpu as decode_triton
+from dmc.kernels.encode import gpu as encode_triton
+from dmc.kernels.formats.trellis import encode as encode_trellis_triton
 from tests.cache.test_rows import HEADS, LAYERS, ROPE, SIZE, make, prefill, tokens
 from tests.model import tiny
 
@@ -97,7 +100,7 @@ def test_steps_leave_what_pytorch_leaves(name, merges):
 @needs_interpreter
 def test_what_the_codec_loses_is_sampled(monkeypatch):
     """One page of every layer that encodes some, its error as PyTorch's way measures it; the heads take turns."""
-    monkeypatch.setattr("dmc.cache.error._SAMPLED", 2)
+    monkeypatch.setattr("dmc.cache.storage.error._SAMPLED", 2)
     text, found = tokens(70, seed=4), []
     for backend in ("triton", "sdpa"):
         with using(backend):
@@ -151,13 +154,15 @@ def test_no_layer_waits_for_the_device(merges, monkeypatch):
             return lambda *a, **k: launched.append(self.name)
 
     attend = cache.step(torch.tensor([slot]), torch.tensor([30]), [], ROPE, merges=merges)
-    from dmc.kernels import append_triton
+    from dmc.kernels.append import gpu as append_triton
+    from dmc.kernels.formats.plain import decode as decode_plain
+    from dmc.kernels.formats.plain import encode as encode_plain
 
-    for module in (append_triton, encode_triton, encode_trellis_triton, decode_triton):
+    for module in (append_triton, encode_triton, encode_plain, encode_trellis_triton, decode_triton, decode_plain):
         for name in ("_append", "_take", "_plain", "_settle", "_trellis", "_together", "_pieces"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Silent(name))
-    monkeypatch.setattr("dmc.kernels.trellis_triton._trellis_pieces", Silent("_trellis_pieces"))
+    monkeypatch.setattr("dmc.kernels.formats.trellis.general._trellis_pieces", Silent("_trellis_pieces"))
     for name in ("tolist", "cpu", "numpy", "item"):  # not all of them are operations
         monkeypatch.setattr(torch.Tensor, name, lambda x, *_, name=name: pytest.fail(f"a layer reads the device: {name}"))
     with Waits() as waits:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dmc.cache import CODECS, codec, onpages
+from dmc.cache import CODECS, codec
+from dmc.cache.reading import onpages
 from dmc.kernels.backend import interpreted, using
 from tests.cache.test_rows import feed, make, tokens
 

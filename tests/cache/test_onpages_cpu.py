@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from dmc.cache import KVCache, Shape, codec, onpages, policy
-from dmc.cache.evict import entries
-from dmc.kernels import decode_cpu
+from dmc.cache import KVCache, Shape, codec, policy
+from dmc.cache.reading import onpages
+from dmc.cache.storage.evict import entries
 from dmc.kernels.backend import using
+from dmc.kernels.decode import cpu as decode_cpu
 from dmc.model import Rope
 
 NOBODY, HEADS, QUERIES, SIZE, SEQUENCES = torch.empty(0, dtype=torch.int64), 2, 4, 8, 3
@@ -97,7 +98,7 @@ def test_a_row_comes_out_the_same_whatever_is_beside_it():
         index = rows.index(0, torch.tensor([slot]))
         rows.load(index, *torch.randn(2, 1, count, SIZE, generator=g), torch.tensor([count]), {})
     inputs = torch.randn(2, 3, SIZE, generator=g), *torch.randn(2, 2, SIZE, generator=g)
-    from dmc.cache.attention import row_attention
+    from dmc.cache.reading.row_attention import row_attention
 
     both = row_attention(rows, torch.tensor([0, 1]), *inputs)[0]
     alone = row_attention(rows, torch.tensor([0]), *(x[:1] for x in inputs))[0]

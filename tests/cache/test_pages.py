@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from dmc.cache.pages import NULL_PAGE, Layout, PagePool, PoolExhausted
+from dmc.cache.storage.pages import NULL_PAGE, Layout, PagePool, PoolExhausted
 
 LAYOUT = Layout({"marks": (torch.int32, (2, 3)), "bytes": (torch.uint8, (5,)), "halves": (torch.bfloat16, (3,))})
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dmc.cache import KVCache, Shape, codec, evict, policy
+from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.policies import budget
+from dmc.cache.storage import evict
 from tests.cache.test_rows import HEADS, LAYERS, SIZE, decode, prefill, tokens
 
 SHARES = st.none() | st.sampled_from([0.2, 0.5, 1.0])

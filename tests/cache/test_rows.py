@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, attention, gathered, policy
+from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, policy
+from dmc.cache.reading import gathered
+from dmc.cache.reading import row_attention as attention
 from dmc.functional import accumulate, rotate
 from dmc.model import Rope
 from tests.cache.stored import stored

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dmc import LLM, SamplingParams
-from dmc.cache import onpages
+from dmc.cache.reading import onpages
 from dmc.kernels.backend import using
 from tests.model import tiny
 

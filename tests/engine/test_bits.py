@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmc import LLM, SamplingParams
-from dmc.kernels.linear_cpu import takes
+from dmc.kernels.linear.cpu import takes
 from tests.model import tiny
 
 PROMPTS = [list(range(1, length + 1)) for length in (3, 70, 33, 50, 1)]

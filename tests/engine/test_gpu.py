@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmc import LLM, SamplingParams
-from dmc.cache import onpages
+from dmc.cache.reading import onpages
 from tests.model import tiny
 
 PROMPTS = [[7, 8, 9], list(range(3, 45)), [5] * 30]

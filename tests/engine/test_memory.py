@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmc import LLM, SamplingParams, cli
-from dmc.cache.pages import PagePool
+from dmc.cache.storage.pages import PagePool
 from dmc.engine import memory, parts
 from tests.model import tiny
 

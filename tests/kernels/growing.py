@@ -5,10 +5,10 @@ import dataclasses
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.cache.growing import grown
-from dmc.cache.rows import ragged
+from dmc.cache.reading.growing import grown
+from dmc.cache.storage.rows import ragged
 from dmc.functional import rotate
-from dmc.kernels.append import append_tokens
+from dmc.kernels.append.append import append_tokens
 from dmc.model import Rope
 from tests.kernels.conftest import DEVICE
 

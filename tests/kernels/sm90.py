@@ -119,11 +119,11 @@ def lane_tables(ptx):
 
 def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased=True):
     """Launches of one forward and backward pass of the training attention."""
-    from dmc.kernels.attention_triton import attend
-    from dmc.kernels.decisions import Drawn
-    from dmc.kernels.decisions_triton import Soft
-    from dmc.kernels.rope_triton import Rotate
-    from dmc.kernels.scan_triton import Merge
+    from dmc.kernels.attention.gpu import attend
+    from dmc.kernels.attention.rotate_gpu import Rotate
+    from dmc.kernels.decisions.decide import Drawn
+    from dmc.kernels.decisions.gpu import Soft
+    from dmc.kernels.scan.gpu import Merge
 
     key, value = (torch.zeros(1, heads, tokens, size, dtype=dtype, requires_grad=True) for _ in range(2))
     query = torch.zeros(1, heads * groups, tokens, size, dtype=dtype, requires_grad=True)
@@ -139,8 +139,8 @@ def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased
 
 def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
     """Launches of one decode step."""
-    from dmc.kernels.decode import Paged
-    from dmc.kernels.decode_triton import decode
+    from dmc.kernels.decode.gpu import decode
+    from dmc.kernels.pages.paged import Paged
 
     stored = {"dense": ("k", dtype), "int8": ("k_codes", torch.int8), "fp8": ("k_numbers", torch.uint8)}[kind]
     encoded = {stored[0].replace("k", part, 1): torch.zeros(2, page, size, dtype=stored[1]) for part in "kv"}
@@ -155,8 +155,8 @@ def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
 
 def decoding_gear(size, dtype, *, bits=4, groups=4, page=32, rows=64, rank=1):
     """The launches of one decode step over GEAR pages with keys by channel and values by token."""
-    from dmc.kernels.decode import Gear, Paged
-    from dmc.kernels.decode_triton import decode
+    from dmc.kernels.decode.gpu import decode
+    from dmc.kernels.pages.paged import Gear, Paged
 
     pool, fields = torch.zeros(2, 8192, dtype=torch.uint8), {}
     layout = Gear(bits, page, size, True, False, 64)
@@ -177,8 +177,8 @@ def decoding_trellis(size, dtype, *, bits=4, groups=4, page=64, rows=64):
     """The launches of one decode step over trellis pages, as the project's codec lays them out."""
     from dmc.cache.codecs import trellis
     from dmc.cache.codecs.gear import GearCodec
-    from dmc.kernels.decode import Paged, Trellis
-    from dmc.kernels.decode_triton import decode
+    from dmc.kernels.decode.gpu import decode
+    from dmc.kernels.pages.paged import Paged, Trellis
 
     codec, pool, fields, start = GearCodec(bits), torch.zeros(2, 1 << 15, dtype=torch.uint8), {}, 0
     for name, (kind, shape) in codec.layout(page, size, dtype).items():
@@ -197,7 +197,7 @@ def decoding_trellis(size, dtype, *, bits=4, groups=4, page=64, rows=64):
 
 def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
     """The launch of one prompt."""
-    from dmc.kernels.prefill_triton import prefill
+    from dmc.kernels.prefill.gpu import prefill
 
     zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
     keys, own = zeros(rows, entries, size), zeros(rows, tokens, size)
@@ -207,7 +207,7 @@ def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
 
 def growing(size, dtype, *, page=64, per_open=17, rows=64):
     """Rows that tokens are appended to, in one byte pool."""
-    from dmc.kernels.append import Growing
+    from dmc.kernels.pages.growing import Growing
 
     memory, int32 = torch.zeros(2, 1 << 16, dtype=torch.uint8), dict(dtype=torch.int32)
     half = per_open * size * dtype.itemsize
@@ -221,7 +221,7 @@ def growing(size, dtype, *, page=64, per_open=17, rows=64):
 
 def appending(size, dtype, *, rows=64):
     """The launch of one token a row."""
-    from dmc.kernels.append_triton import append
+    from dmc.kernels.append.gpu import append
 
     x, alpha, table = torch.zeros(rows, size, dtype=dtype), torch.zeros(rows), torch.zeros(64, size)
     append(growing(size, dtype, rows=rows), torch.arange(rows), x, x, alpha, alpha, torch.arange(8), (table, table))
@@ -231,10 +231,10 @@ def encoding(size, dtype, codec, *, page=64, rows=64):
     """The launches that encode the pages of full rows."""
     from dmc.cache.codecs import trellis
     from dmc.cache.codecs.gear import GearCodec
-    from dmc.cache.pages import Layout
-    from dmc.kernels.decode import Trellis
-    from dmc.kernels.encode import Encoding
-    from dmc.kernels.encode_triton import encode
+    from dmc.cache.storage.pages import Layout
+    from dmc.kernels.encode.gpu import encode
+    from dmc.kernels.pages.encoding import Encoding
+    from dmc.kernels.pages.paged import Trellis
 
     state, kind, layout = growing(size, dtype, page=page, rows=rows), codec.name, None
     if isinstance(codec, GearCodec):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dmc.kernels.append import NO_PAGE, NOT_ENCODED, Growing, append_tokens
+from dmc.kernels.append.append import append_tokens
+from dmc.kernels.pages.growing import NO_PAGE, NOT_ENCODED, Growing
 from tests.kernels.conftest import DEVICE
 from tests.kernels.growing import HEADS, LAYERS, append, back, cache, content, growing, load, own_states, rope, same, step, tokens
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmc import functional as fn
-from dmc.kernels.attention import dmc_attention, plain_attention
+from dmc.kernels.attention.attend import dmc_attention, plain_attention
 from tests.functional.reference import rope_tables
 
 

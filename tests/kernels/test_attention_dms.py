@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from dmc import functional as fn
 from dmc import functional_dms as dms
-from dmc.kernels.attention import dms_attention
-from dmc.kernels.band import band_attention
+from dmc.kernels.attention.attend import dms_attention
+from dmc.kernels.attention.band import band_attention
 from tests.functional.reference import rope_tables
 from tests.kernels.test_attention import problem
 

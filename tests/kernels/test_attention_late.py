@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmc import functional as fn
-from dmc.kernels.attention import late_attention
+from dmc.kernels.attention.attend import late_attention
 from tests.functional.reference import rope_tables
 from tests.kernels.test_attention import problem
 

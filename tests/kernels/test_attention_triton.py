@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dmc import functional as fn
-from dmc.kernels.attention import dmc_attention, plain_attention
+from dmc.kernels.attention.attend import dmc_attention, plain_attention
 from tests.functional.reference import rope_tables
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
-from dmc.kernels.attention_triton import attend  # noqa: E402
+from dmc.kernels.attention.gpu import attend  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 NAMES = ("out", "d query", "d key", "d value", "d bias")

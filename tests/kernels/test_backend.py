@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dmc.kernels import backend
-from dmc.kernels.attention import dmc_attention
+from dmc.kernels.attention.attend import dmc_attention
 from tests.functional.reference import rope_tables
 
 
@@ -99,7 +99,7 @@ def test_the_cpu_path_needs_no_triton():
         import sys
         sys.modules["triton"] = None  # importing it fails
         import torch
-        from dmc.kernels.attention import dmc_attention
+        from dmc.kernels.attention.attend import dmc_attention
         x, a = torch.ones(1, 1, 4, 8), torch.zeros(1, 1, 4)
         for _ in range(2):
             assert dmc_attention(x, x, x, a, a + 1, rope=(torch.ones(4, 8), torch.zeros(4, 8))).isfinite().all()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dmc.kernels import noise
-from dmc.kernels.decisions import Drawn, soft_decisions
+from dmc.kernels.decisions import noise
+from dmc.kernels.decisions.decide import Drawn, soft_decisions
 from tests.kernels.conftest import DEVICE
 
 pytest.importorskip("triton")

@@ -6,12 +6,16 @@ import torch
 from dmc.cache.codecs import trellis
 from dmc.cache.codecs.gear import BACKBONES, GearCodec
 from dmc.cache.codecs.rotated import rotation
-from dmc.cache.pages import Layout
-from dmc.kernels.decode import KINDS, Gear, Paged, Trellis, decode_attention, decode_reference
+from dmc.cache.storage.pages import Layout
+from dmc.kernels.decode.decode import decode_attention
+from dmc.kernels.decode.reference import decode_reference
+from dmc.kernels.pages.paged import KINDS, Gear, Paged, Trellis
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
-from dmc.kernels import decode_triton, trellis_grouped_triton, trellis_single_triton  # noqa: E402
+from dmc.kernels.decode import gpu as decode_triton  # noqa: E402
+from dmc.kernels.formats.trellis import grouped as trellis_grouped_triton  # noqa: E402
+from dmc.kernels.formats.trellis import single as trellis_single_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 PLAIN = [kind for kind in KINDS if kind not in ("gear", "trellis")]

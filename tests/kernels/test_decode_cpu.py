@@ -11,14 +11,20 @@ import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.codecs import trellis
-from dmc.kernels import compile_cpu, decode_cpu, levels_numba, loops, pages_numba
+from dmc.kernels import ready as compile_cpu
 from dmc.kernels.backend import using
-from dmc.kernels.decode import Trellis, cpu_reads, decode_attention, decode_reference
-from dmc.kernels.loops import runs_on_cpu
+from dmc.kernels.cpu import runs as loops
+from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.decode import cpu as decode_cpu
+from dmc.kernels.decode.decode import decode_attention
+from dmc.kernels.decode.reference import decode_reference
+from dmc.kernels.formats.trellis import codes_loop as pages_numba
+from dmc.kernels.formats.trellis import levels_loop as levels_numba
+from dmc.kernels.pages.paged import Trellis, cpu_reads
 
 pytest.importorskip("triton")  # the pages of its tests
-from dmc.kernels.loops_numba import exponential  # noqa: E402
-from dmc.kernels.pages_numba import e4m3  # noqa: E402
+from dmc.kernels.cpu.compiled import exponential  # noqa: E402
+from dmc.kernels.formats.plain.loop import e4m3  # noqa: E402
 from tests.kernels.conftest import assert_close_enough  # noqa: E402
 from tests.kernels.test_decode import LENGTHS, TRELLISES, gear_pages, paged, queries  # noqa: E402
 
@@ -151,7 +157,7 @@ def test_what_runs_by_default(monkeypatch):
         assert not runs_on_cpu(x)
         decode_attention(*inputs, torch.arange(4), cache)
     decode_attention(*inputs, torch.arange(4), cache, backend="reference")
-    monkeypatch.setattr("dmc.kernels.loops._numba", lambda: False)
+    monkeypatch.setattr("dmc.kernels.cpu.runs._numba", lambda: False)
     assert not runs_on_cpu(x)
     decode_attention(*inputs, torch.arange(4), cache)
     assert len(calls) == 1

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from dmc.kernels.append import NO_COLUMN, NO_PAGE, append_tokens
-from dmc.kernels.encode import Encoding, encode_pages
+from dmc.kernels.append.append import append_tokens
+from dmc.kernels.encode.encode import encode_pages
+from dmc.kernels.pages.encoding import Encoding
+from dmc.kernels.pages.growing import NO_COLUMN, NO_PAGE
 from tests.kernels.conftest import DEVICE
 from tests.kernels.growing import (
     HEADS,

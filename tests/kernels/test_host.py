@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from dmc.kernels import host as module
-from dmc.kernels.host import Host, host
+from dmc.kernels.cpu import host as module
+from dmc.kernels.cpu.host import Host, host
 
 PROGRAM = """
 import sys
 import torch
 from dmc.kernels import prefill_cpu
-from dmc.kernels.host import host
-from dmc.kernels.prefill import prefill_reference
+from dmc.kernels.cpu.host import host
+from dmc.kernels.prefill.prefill import prefill_reference
 from tests.kernels.prompts import problem
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ if "decode" in sys.argv:
 if "linear" in sys.argv:
     from dmc.functional import rotate
     from dmc.kernels import rows_cpu
-    from dmc.kernels.linear_cpu import Panels
+    from dmc.kernels.linear.cpu import Panels
     x = torch.randn(23, 45)
     for rounded in (torch.float32, torch.bfloat16, torch.float16):
         weight, bias = torch.randn(70, 45).to(rounded).float(), torch.randn(70)
@@ -91,7 +91,7 @@ def test_a_process_without_compilation_is_pytorch_s():
         import torch
         from dmc.cache import codec
         from dmc.kernels import rows
-        from dmc.kernels.loops import runs_on_cpu
+        from dmc.kernels.cpu.runs import runs_on_cpu
         from dmc.model.linear import Linear
         assert not runs_on_cpu(torch.ones(1)) and Linear(torch.ones(4, 4)).held != "panels"
         rows.norm(torch.ones(2, 4), torch.ones(4), 1e-5)

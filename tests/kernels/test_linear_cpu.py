@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmc.kernels import threads as module
-from dmc.kernels.linear_cpu import Panels
-from dmc.kernels.linear_numba import WIDTH
-from dmc.kernels.tiles_numba import FP16, KNOWN, PAIRED
+from dmc.kernels.cpu import threads as module
+from dmc.kernels.cpu.tiles import FP16, KNOWN, PAIRED
+from dmc.kernels.linear.cpu import Panels
+from dmc.kernels.linear.loop import WIDTH
 
 DTYPES = [torch.float32] + [torch.bfloat16] * PAIRED
 
@@ -117,7 +117,7 @@ def test_work_of_unlike_sizes_wakes_the_same_threads():
     program = """if True:
         import os, torch
         from dmc.kernels import rows_cpu
-        from dmc.kernels.linear_cpu import Panels
+        from dmc.kernels.linear.cpu import Panels
         torch.set_num_threads(4)
         panels, x, weight = Panels(torch.randn(512, 512)), torch.randn(32, 512), torch.ones(512)
         seen = set()

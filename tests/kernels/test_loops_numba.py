@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import dmc
-from dmc.kernels import loops_numba
+from dmc.kernels.cpu import compiled
 
 PROGRAM = """
 import numpy as np
-from kept import loops_numba
-from kept.caller_numba import twice
-print(twice(np.float32(3)), loops_numba.KEPT, sum(twice.stats.cache_hits.values()))
+from kept.cpu import compiled
+from kept.caller import twice
+print(twice(np.float32(3)), compiled.KEPT, sum(twice.stats.cache_hits.values()))
 """
 
 
@@ -25,16 +25,16 @@ def run(folder, cache, **more):
     return subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True, timeout=120).split()
 
 
-HEAD = "from kept.loops_numba import compiled\n"
+HEAD = "from kept.cpu.compiled import compiled\n"
 
 
 @pytest.fixture
 def package(tmp_path):
     """A package with the decorator, for other loops than the project's."""
     folder = tmp_path / "kept"
-    folder.mkdir()
+    (folder / "cpu").mkdir(parents=True)
     (folder / "__init__.py").touch()
-    shutil.copy(Path(loops_numba.__file__), folder)
+    shutil.copy(Path(compiled.__file__), folder / "cpu")
     return folder
 
 
@@ -42,7 +42,7 @@ def test_a_changed_file_is_not_hidden_by_what_was_kept_of_its_caller(package, tm
     callee = package / "below" / "deeper" / "callee.py"
     callee.parent.mkdir(parents=True)
     callee.write_text(HEAD + "@compiled()\ndef times(x):\n    return x * 2\n")
-    (package / "caller_numba.py").write_text(
+    (package / "caller.py").write_text(
         HEAD + "from kept.below.deeper.callee import times\n@compiled()\ndef twice(x):\n    return times(x)\n"
     )
     cache = tmp_path / "cache"
@@ -55,7 +55,7 @@ def test_a_changed_file_is_not_hidden_by_what_was_kept_of_its_caller(package, tm
 def test_a_changed_constant_is_not_hidden_by_what_was_kept(package, tmp_path):
     constants = package / "constants.py"
     constants.write_text("FACTOR = 2\n")
-    (package / "caller_numba.py").write_text(
+    (package / "caller.py").write_text(
         HEAD + "from kept.constants import FACTOR\n@compiled()\ndef twice(x):\n    return x * FACTOR\n"
     )
     cache = tmp_path / "cache"
@@ -81,29 +81,29 @@ def makers(tree):
 
 def test_every_compiled_file_is_dated():
     """Also one that somebody adds to a new folder, or outside the kernels."""
-    compiled = {path for path in PROJECT.rglob("*.py") if any(makers(ast.parse(path.read_text())))}
-    dated = set(loops_numba.sources(loops_numba._ROOM, loops_numba._PACKAGE))
-    assert len(compiled) >= 10 and not compiled - dated
+    made = {path for path in PROJECT.rglob("*.py") if any(makers(ast.parse(path.read_text())))}
+    dated = set(compiled.sources(compiled._ROOM, compiled._PACKAGE))
+    assert len(made) >= 10 and not made - dated
     assert {"host", "layout", "threads"} <= {path.stem for path in dated}  # constants that loops hold
     assert not any("import triton" in path.read_text() for path in dated)
 
 
 def test_a_change_of_any_compiled_file_changes_the_date(tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(loops_numba._ROOM, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    known = {loops_numba.digest(copy, loops_numba._PACKAGE)}
-    assert known == {loops_numba.digest(loops_numba._ROOM, loops_numba._PACKAGE)}
-    for path in loops_numba.sources(copy, loops_numba._PACKAGE):
+    shutil.copytree(compiled._ROOM, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    known = {compiled.digest(copy, compiled._PACKAGE)}
+    assert known == {compiled.digest(compiled._ROOM, compiled._PACKAGE)}
+    for path in compiled.sources(copy, compiled._PACKAGE):
         path.write_text(path.read_text() + "# changed\n")
-        known.add(loops_numba.digest(copy, loops_numba._PACKAGE))
-    assert len(known) == 1 + len(loops_numba.sources(copy, loops_numba._PACKAGE))
+        known.add(compiled.digest(copy, compiled._PACKAGE))
+    assert len(known) == 1 + len(compiled.sources(copy, compiled._PACKAGE))
     (copy / "backend.py").write_text("# no compiled function reads this file\n")
-    assert loops_numba.digest(copy, loops_numba._PACKAGE) in known
+    assert compiled.digest(copy, compiled._PACKAGE) in known
 
 
 def test_nowhere_to_keep_them(package, tmp_path):
     """Each process then compiles for itself."""
-    (package / "caller_numba.py").write_text(HEAD + "@compiled()\ndef twice(x):\n    return x * 2\n")
+    (package / "caller.py").write_text(HEAD + "@compiled()\ndef twice(x):\n    return x * 2\n")
     (package / "__pycache__").touch()  # a file where there should be folders
     (tmp_path / "file").touch()
     below = str(tmp_path / "file" / "below")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dmc.kernels.noise import logistic
+from dmc.kernels.decisions.noise import logistic
 
 # Every argument at two values that differ by little, and numbers beyond 32 bits.
 PLACES = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**32, 0, 0), (2**32 + 1, 5, 3), (7, 10**6, 79)]

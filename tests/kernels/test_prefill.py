@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmc import functional as fn
-from dmc.kernels.prefill import prefill_attention, prefill_reference
+from dmc.kernels.prefill.prefill import prefill_attention, prefill_reference
 from tests.kernels.conftest import DEVICE, assert_close_enough
 from tests.kernels.prompts import problem
 

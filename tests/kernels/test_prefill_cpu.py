@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from dmc.cache.attention import Seen, prompt_attention
 from dmc.cache.policies import policy
-from dmc.kernels import prefill_cpu, tiles_numba
+from dmc.cache.reading.prompt_attention import Seen, prompt_attention
 from dmc.kernels.backend import using
-from dmc.kernels.loops_numba import compiled
-from dmc.kernels.prefill import prefill_attention, prefill_reference
+from dmc.kernels.cpu import tiles as tiles_numba
+from dmc.kernels.cpu.compiled import compiled
+from dmc.kernels.prefill import cpu as prefill_cpu
+from dmc.kernels.prefill.prefill import prefill_attention, prefill_reference
 from tests.kernels.conftest import assert_close_enough
 from tests.kernels.prompts import problem
 

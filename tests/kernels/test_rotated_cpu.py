@@ -5,8 +5,8 @@ import torch
 
 from dmc.cache.codecs import trellis
 from dmc.cache.codecs.rotated import ROTATIONS, Rotated
-from dmc.kernels import rotated_cpu
 from dmc.kernels.backend import using
+from dmc.kernels.formats.trellis import cpu as rotated_cpu
 
 
 def check(x, codec):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc.functional import rotate
-from dmc.kernels import rows, rows_cpu
 from dmc.kernels.backend import using
+from dmc.kernels.rows import cpu as rows_cpu
+from dmc.kernels.rows import rows
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 EXAMPLES = settings(max_examples=40, deadline=None)

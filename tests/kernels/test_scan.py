@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dmc import functional as fn
-from dmc.kernels.rope import rotate
-from dmc.kernels.scan import merge, merge_reference
+from dmc.kernels.attention.rotate import rotate
+from dmc.kernels.scan.merge import merge, merge_reference
 from tests.functional.reference import rope_tables
 from tests.kernels.conftest import DEVICE, assert_close_enough
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmc.cache.codecs import GearCodec, trellis
-from dmc.kernels import rotated_cpu, trellis_cpu
 from dmc.kernels.backend import using
+from dmc.kernels.formats.trellis import cpu as rotated_cpu
+from dmc.kernels.formats.trellis import viterbi_cpu as trellis_cpu
 
 
 def both(x, rate):

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmc.kernels import loops
 from dmc.kernels.backend import using
-from dmc.kernels.linear_cpu import takes
+from dmc.kernels.cpu import runs as loops
+from dmc.kernels.linear.cpu import takes
 from dmc.model import linear as module
 from dmc.model.linear import Linear
 
@@ -82,6 +82,6 @@ def test_loops_that_do_not_compile_are_done_without(monkeypatch, caplog):
     if not takes(torch.float32):
         pytest.skip("no loops for this CPU")
     monkeypatch.setattr(loops, "_given_up", False)
-    monkeypatch.setattr("dmc.kernels.compile_cpu.prepare", lambda which: 1 / 0)
+    monkeypatch.setattr("dmc.kernels.ready.prepare", lambda which: 1 / 0)
     assert module.Linear(torch.ones(4, 8)).held == "fp16"
     assert "ZeroDivisionError" in caplog.text

@@ -8,7 +8,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from dmc import functional
-from dmc.kernels import noise
+from dmc.kernels.decisions import noise
 from dmc.training import llama
 from dmc.training.config import ParallelConfig
 from tests.checkpoints.tiny import GAIN, LAYERS, OFFSET, SIZE, VOCAB, reference, tiny

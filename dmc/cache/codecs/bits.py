@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmc.kernels.layout import PLANES
+from dmc.kernels.pages.layout import PLANES
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -28,7 +28,8 @@ from dmc.cache.codecs.base import Blocks, Codec
 from dmc.cache.codecs.lowrank import low_rank
 from dmc.cache.codecs.outliers import find, index_dtype, outlier_count
 from dmc.cache.codecs.quantise import Quantiser
-from dmc.cache.codecs.rotated import Rotated
+from dmc.cache.codecs.rotated import Rotated, TrellisCoder, rotation
+from dmc.kernels.pages.paged import Gear, Trellis
 
 BITS = (2, 3, 4, 8)
 BACKBONES = {
@@ -188,3 +189,28 @@ def _checked(name: str, value: float, rotated: bool) -> float:
 def _vectors(part: str, x: Tensor) -> Tensor:
     """What outliers are counted over, last: channels' entries for keys, entries' channels for values. An involution."""
     return x.transpose(-1, -2) if part == "k" else x
+
+
+def codes_trellises(codec: Codec) -> bool:
+    """True if the codec chooses codes of a trellis."""
+    parts = codec.parts if isinstance(codec, GearCodec) else ()
+    return any(isinstance(part, Rotated) and isinstance(part.coder, TrellisCoder) for part in parts)
+
+
+def min_max_layout(key: Quantiser, value: Quantiser, page: int, size: int) -> tuple[str, Gear] | None:
+    """Kind and layout of pages of ``page`` entries with a backbone of min/max groups; None if no kernel reads them."""
+    alike = key.bits == value.bits and key.group == value.group and {key.scale_dtype, value.scale_dtype} == {torch.bfloat16}
+    if not alike or key.bits not in (2, 3, 4, 8) or page > 256:  # places of outliers are bytes
+        return None
+    return "gear", Gear(key.bits, page, size, key.axis == "channel", value.axis == "channel", key.group)
+
+
+def trellis_layout(codec: GearCodec, page: int, size: int, device: torch.device) -> tuple[str, Trellis] | None:
+    """Kind and layout of pages of ``page`` entries with the rotated backbone; None if no kernel reads them."""
+    key, value = codec.parts
+    trellises = all(isinstance(one.coder, TrellisCoder) and one.rotation == "hadamard" and one.seed == 0 for one in (key, value))
+    sides = [tuple(trellis.stretches(one.rate, size)) for one in (key, value)]
+    if not trellises or codec.rank or codec.outliers or value.mean:
+        return None
+    levels = {bits: trellis.levels(bits).to(device) for side in sides for _, bits in side}
+    return "trellis", Trellis(page, size, *sides, levels, rotation(size, torch.zeros(1)).to(device))

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dmc.cache.codecs import trellis
 from dmc.cache.codecs.bits import pack, packed_bytes, unpack
-from dmc.kernels.layout import NO_SCALE, SCALE_STEPS
-from dmc.kernels.loops import runs_on_cpu
+from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.pages.layout import NO_SCALE, SCALE_STEPS
 
 Fields = dict[str, Tensor]
 
@@ -73,7 +73,7 @@ class Rotated:
             with a mean "mean" int8 ``[..., D]`` in units of "unit" bf16 ``[..., 1]``.
         """
         if runs_on_cpu(x) and isinstance(self.coder, TrellisCoder):
-            from dmc.kernels import rotated_cpu
+            from dmc.kernels.formats.trellis import cpu as rotated_cpu
 
             parts = trellis.stretches(self.rate, x.shape[-1])
             tables = {bits: trellis.levels(bits) for _, bits in parts}

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dmc.kernels.loops import runs_on_cpu
+from dmc.kernels.cpu.runs import runs_on_cpu
 
 RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits a value: 1 to 8, see `stretches`
 _FITTED = {1: (0.3963, 1.1817), 2: (0.1680, 0.6470, 1.0708, 1.8779)}  # the positive levels
@@ -59,7 +59,7 @@ def choose(x: Tensor, rate: float) -> Tensor:
         rate: bits a value, one of `RATES`.
     """
     if runs_on_cpu(x):
-        from dmc.kernels import trellis_cpu
+        from dmc.kernels.formats.trellis import viterbi_cpu as trellis_cpu
 
         parts = stretches(rate, x.shape[-1])
         return trellis_cpu.choose(x, parts, {bits: levels(bits) for _, bits in parts})

@@ -1,0 +1,1 @@
+"""How a step and a prompt attend to the cache."""

@@ -1,0 +1,199 @@
+"""A prompt on its way into the cache, in chunks.
+
+Its queries attend to its entries exactly, as the model computed them, however it is cut; so exact entries of all
+layers are kept until the prompt is done, outside the page pool. Then its pages are encoded, all at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies import Entries, Policy
+from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
+from dmc.functional import accumulate_numerators
+from dmc.kernels.rows.rows import turn
+
+_NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
+
+
+@dataclass
+class Layer:
+    """One layer of a prompt: final entries so far, and the open one.
+
+    Attributes:
+        keys, values: ``[H, N, D]`` in the model's dtype, rotated.
+        places: int32 ``[H, N]``; `_NONE` where a head has fewer than N entries.
+        scores: fp32 ``[H, N]``, or None.
+        numerators, z: ``[H, 2 D]`` and ``[H]`` of the open entry.
+        tail_score: fp32 ``[H]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    scores: Tensor | None
+    numerators: Tensor
+    z: Tensor
+    tail_score: Tensor
+
+
+class Prompt:
+    """Exact state of one prompt.
+
+    Args:
+        layers: L.
+        policy: which entries exist.
+
+    Attributes:
+        done: tokens that have gone through all layers.
+        layers: state of each, None before the first chunk.
+    """
+
+    def __init__(self, layers: int, policy: Policy) -> None:
+        self.policy, self.done = policy, 0
+        self.layers: list[Layer | None] = [None] * layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds now."""
+        tensors = (value for layer in self.layers if layer for value in vars(layer).values() if value is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """Positions that `attend` needs the rope of for a chunk of so many tokens: the open entry's goes before."""
+        return torch.arange(self.done - (self.done > 0), self.done + tokens, device=device)
+
+    def attend(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+        positions: Tensor, table: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The next chunk in one layer; the caller adds its length to `done` after the last layer.
+
+        Args:
+            number: of the layer.
+            query: ``[T, Hq, D]``; key, value ``[T, H, D]``; not rotated.
+            alpha, omega: ``[T, H]``, as the policy decided.
+            mark: ``[T, H]``, scores that entries begin with, or None.
+            positions: of `positions`.
+            table: (cos, sin) of them.
+
+        Returns:
+            ``[T, Hq, D]``.
+        """
+        past, first, tokens = self.layers[number], self.done, len(query)
+        states = _states(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
+        lead = states.alpha.shape[1] - tokens  # 1 if the open entry of the last chunk comes before this one's tokens
+        size, dtype = query.shape[-1], query.dtype
+        keys, values = turn(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
+
+        closes = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
+        chosen, counts = compact(closes)
+        there = torch.arange(chosen.shape[1], device=query.device) < counts[:, None]
+        places = torch.where(there, chosen + first - lead, _NONE).int()
+        if states.merged:
+            final = chosen.clamp(max=lead + tokens - 1)[..., None].expand(-1, -1, size)
+            entries = [keys.gather(1, final), values.gather(1, final), places]
+        else:
+            entries = [keys[:, :-1], values[:, :-1], places]
+        if past is not None:
+            entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
+        marks = self._scores(past, mark, None, closes, counts)[0] if self.policy.marks else None
+        rising = past is None or not self.policy.merges
+        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising, marks)
+        turned = turn(query.transpose(0, 1), tuple(part[lead:] for part in table))
+        out, gathered = prompt_attention(turned, seen, self.policy)
+        scores, tail_score = self._scores(past, mark, gathered, closes, counts)
+        tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
+        self.layers[number] = self._forget(Layer(*entries, scores, *tail, tail_score), first + tokens)
+        return out.transpose(0, 1)
+
+    def final(self, number: int) -> tuple[Layer, Tensor]:
+        """What of a layer becomes pages when the prompt is done: left-aligned entries, and how many each head has."""
+        layer = self.layers[number]
+        if not self.policy.evicts:
+            return _select(layer, layer.places != _NONE)
+        places = layer.places.masked_fill(layer.places == _NONE, -1)
+        following = torch.full((len(places),), self.done, device=places.device)
+        keep = self.policy.keep(Entries(places, layer.scores, len(places), following))
+        return _select(layer, keep & (places >= 0))
+
+    def _scores(
+        self, past: Layer | None, mark: Tensor | None, gathered: tuple[Tensor, Tensor] | None, closes: Tensor, counts: Tensor,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Scores of all entries, and of the open one: each token's goes to the entry that it is in."""
+        heads, states = closes.shape
+        if not self.policy.scored:
+            return None, torch.zeros(heads, device=closes.device)
+        own = torch.zeros(heads, states, device=closes.device)
+        afresh = past is None or self.policy.watches == "last"
+        if not afresh:
+            own[:, 0] = past.tail_score
+        before = 0 if past is None else past.places.shape[1]
+        old = torch.zeros(heads, before, device=closes.device) if afresh else past.scores
+        tokens = states - (past is not None)
+        if mark is not None:
+            own[:, -tokens:] += mark.T.float()
+        new = torch.zeros(heads, int(counts.max()) + 1, device=closes.device)
+        if gathered is not None:
+            own[:, -tokens:] += gathered[1]
+        new.scatter_add_(1, closes.cumsum(-1) - closes.long(), own)
+        tail = new.gather(1, counts[:, None])[:, 0]
+        none = torch.arange(new.shape[1] - 1, device=new.device) >= counts[:, None]
+        new = torch.cat([old, new[:, :-1].masked_fill(none, 0.0)], dim=1)
+        return (new if gathered is None else new + gathered[0]), tail
+
+    def _forget(self, layer: Layer, following: int) -> Layer:
+        """Without the entries that no later query sees."""
+        if not self.policy.evicts or not layer.places.numel():
+            return layer
+        query = torch.full((len(layer.places), 1), following, device=layer.places.device)
+        sight = self.policy.sees(layer.places, layer.scores, query)
+        return layer if sight is None else _select(layer, sight[:, 0] & (layer.places != _NONE))[0]
+
+
+@dataclass(frozen=True)
+class _States:
+    """Intermediate states of a chunk, the open entry of the last one first: alpha, z ``[H, T]``, the rest ``[H, T, 2 D]``."""
+
+    alpha: Tensor
+    numerators: Tensor
+    z: Tensor
+    mean: Tensor
+    merged: bool
+
+
+def _states(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
+    """``merges``: whether the policy can; without, a mean is a token, which the model's dtype holds as it is."""
+    x = torch.cat([key, value], dim=-1).transpose(0, 1)
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, alpha, omega = x.to(work if merges else x.dtype), alpha.to(work), omega.to(work)
+    if past is None:
+        alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha[:, 1:]], dim=1)  # the first token opens an entry
+    else:
+        x = torch.cat([(past.numerators / past.z[:, None])[:, None].to(x.dtype), x], dim=1)
+        alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha], dim=1)
+        omega = torch.cat([past.z[:, None], omega], dim=1)
+    merged = bool(alpha.any())
+    if merged:
+        numerators, z = (part[0] for part in accumulate_numerators(x[None], alpha[None], omega[None]))
+        return _States(alpha, numerators, z, numerators / z[..., None], merged)
+    return _States(alpha, x[:, -1:].to(work) * omega[:, -1:, None], omega, x, merged)
+
+
+def _select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
+    """The entries that ``kept [H, N]`` names, left-aligned, and their counts ``[H]``."""
+    counts = kept.sum(-1)
+    most = int(counts.max())
+    if most == kept.shape[1] and bool(kept.all()):
+        return layer, counts
+    order = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    wide = order[..., None].expand(-1, -1, layer.keys.shape[-1])
+    there = torch.arange(most, device=kept.device) < counts[:, None]
+    places = torch.where(there, layer.places.gather(1, order), _NONE)
+    scores = None if layer.scores is None else layer.scores.gather(1, order)
+    return Layer(
+        layer.keys.gather(1, wide), layer.values.gather(1, wide), places, scores, layer.numerators, layer.z, layer.tail_score
+    ), counts

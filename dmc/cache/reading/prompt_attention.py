@@ -1,0 +1,153 @@
+"""Attention of the queries of a prompt over compacted keys, and each query's own state, which no other query sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmc.cache.policies import Policy
+from dmc.cache.reading import onpages
+from dmc.kernels.prefill.prefill import loops_read, prefill_attention
+
+_PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
+_BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, 16 queries at least: the fewer, the fewer keys are met in vain
+
+
+def compact(closes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the final entries of a prompt are among its intermediate states.
+
+    Args:
+        closes: ``[H, T]`` bool, True where the next token of the prompt opens a new entry.
+
+    Returns:
+        ``(places [H, N] int64, counts [H] int64)``: the places in rising order, T where a head has fewer than N; N is
+        the longest count.
+    """
+    heads, tokens = closes.shape
+    order = closes.cumsum(-1)
+    counts = order[..., -1]
+    most = int(counts.max())
+    places = order.new_full((heads, most + 1), tokens)
+    target = torch.where(closes, order - 1, most)  # states that do not close all land in the spare last place
+    places.scatter_(-1, target, torch.arange(tokens, device=closes.device).expand_as(target))
+    return places[..., :most], counts
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the queries of a prompt attend to: entries, and each its own state; all rotated.
+
+    Attributes:
+        keys, values: ``[H, N, D]``, final entries.
+        places: int32 ``[H, N]``, position of each entry's newest token; a query sees those below its own position.
+        own_keys, own_values: ``[H, T, D]``.
+        queries: int64 ``[T]``, positions.
+        merged: whether an own state can be anything else than the entry that it becomes.
+        rising: whether the places of a head's entries rise; heads of unequal length are filled up after each chunk.
+        marks: fp32 ``[H, N]``, what `Policy.mark` said of each entry; None without.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+    queries: Tensor
+    merged: bool
+    rising: bool = True
+    marks: Tensor | None = None
+
+
+def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries ``[Hq, T, D]`` of a prompt, rotated, over what they see; softmax in fp32 at least.
+
+    Returns:
+        ``(out [Hq, T, D], gathered)``: what `Policy.watches` asks for, of entries ``[H, N]`` and of own states
+        ``[H, T]``; None if nothing.
+    """
+    heads, tokens = seen.own_keys.shape[:2]
+    query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
+    plain, causal = policy.watches is None and not policy.evicts, not seen.merged and seen.keys.shape[1] == tokens - 1
+    if plain and (loops_read(query) or (not causal and seen.keys.shape[1] and onpages.runs(query))):
+        own = seen.own_keys, seen.own_values, seen.queries.int()
+        return prefill_attention(query, *_rising(seen), *own).flatten(0, 1), None
+    if plain and not seen.merged:
+        return _unmerged(query, seen).flatten(0, 1), None
+    if plain and query.device.type == "cpu":
+        return _blocks(query, seen).flatten(0, 1), None
+    query = query * query.shape[-1] ** -0.5
+    out = torch.empty_like(query)
+    gathered = torch.zeros(heads, seen.keys.shape[1] + tokens, device=query.device)
+    step = max(1, _PROMPT_SCORES // (query.shape[0] * query.shape[1] * (seen.keys.shape[1] + 1)))
+    for start in range(0, tokens, step):
+        part, at = query[:, :, start : start + step], seen.queries[start : start + step]
+        keys, values = seen.own_keys[:, None, start : start + step], seen.own_values[:, None, start : start + step]
+        shown = seen.places[:, None] < at[:, None]  # [H, t, N]
+        if (sight := policy.sees(seen.places, seen.marks, at.expand(heads, -1))) is not None:
+            shown &= sight
+        scores = (part @ seen.keys[:, None].transpose(-1, -2)).masked_fill_(~shown[:, None], -torch.inf)
+        weights = torch.cat([scores, (part * keys).sum(-1, keepdim=True)], dim=-1)
+        weights = weights.softmax(-1, dtype=_work_dtype(weights.dtype))
+        if policy.watches is not None:
+            mass = weights.sum(1).float()  # [H, t, N + 1]
+            mass = mass if policy.watches == "sum" else mass[:, -1:] * (start + step >= tokens)
+            gathered[:, : seen.keys.shape[1]] += mass[..., :-1].sum(1)
+            last = seen.keys.shape[1] + min(start + step, tokens)
+            gathered[:, last - mass.shape[1] : last] += mass[..., -1]
+        weights = weights.to(query.dtype)
+        out[:, :, start : start + step] = weights[..., :-1] @ seen.values[:, None] + weights[..., -1:] * values
+    split = [seen.keys.shape[1], tokens]
+    return out.flatten(0, 1), None if policy.watches is None else tuple(gathered.split(split, dim=-1))
+
+
+def _rising(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and places of the entries, in the order of their places."""
+    if seen.rising:
+        return seen.keys, seen.values, seen.places
+    places, order = seen.places.sort(dim=-1)
+    order = order[..., None].expand_as(seen.keys)
+    return seen.keys.gather(1, order), seen.values.gather(1, order), places
+
+
+def _unmerged(query: Tensor, seen: Seen) -> Tensor:
+    """Where nothing merges, each own state but the last is an entry already, and PyTorch's fused attention will do."""
+    keys = torch.cat([seen.keys, seen.own_keys[:, -1:]], dim=1)
+    values = torch.cat([seen.values, seen.own_values[:, -1:]], dim=1)
+    shape = (-1, query.shape[1], -1, -1)
+    keys, values = keys[:, None].expand(shape), values[:, None].expand(shape)
+    if keys.shape[2] == query.shape[2]:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    places = torch.cat([seen.places, seen.queries[-1:].int().expand(len(seen.places), 1)], dim=1)
+    shown = (places[:, None] <= seen.queries[:, None])[:, None]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=shown)
+
+
+def _blocks(query: Tensor, seen: Seen) -> Tensor:
+    """For CPUs: some queries at a time over the entries that the last of them sees, in fp32 at least; ``[H, G, T, D]``."""
+    heads, groups, tokens, size = query.shape
+    work = _work_dtype(query.dtype)
+    keys, values, places = _rising(seen)
+    keys, values, own_values = keys.to(work), values.to(work), seen.own_values.to(work)
+    scaled = query.to(work) * size**-0.5
+    own = (scaled * seen.own_keys[:, None]).sum(-1, keepdim=True)
+    most = torch.searchsorted(places, seen.queries.int().expand(heads, -1).contiguous())  # [H, T] entries that each sees
+    fewest, most = most.amin(0).tolist(), most.amax(0).tolist()
+    out = torch.empty_like(query)
+    step = min(64, max(16, _BLOCK_SCORES // (heads * groups * (keys.shape[1] + 1))))
+    for start in range(0, tokens, step):
+        end = min(tokens, start + step)
+        sure, count, part = fewest[start], most[end - 1], scaled[:, :, start:end]
+        scores = (part.flatten(1, 2) @ keys[:, :count].transpose(-1, -2)).view(heads, groups, end - start, count)
+        hidden = places[:, None, None, sure:count] >= seen.queries[start:end, None]
+        scores[..., sure:].masked_fill_(hidden, -torch.inf)
+        weights = torch.cat([scores, own[:, :, start:end]], dim=-1).softmax(-1)
+        means = weights[..., :-1].flatten(1, 2) @ values[:, :count]
+        out[:, :, start:end] = means.view(part.shape) + weights[..., -1:] * own_values[:, None, start:end]
+    return out
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

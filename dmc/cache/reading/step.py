@@ -1,0 +1,211 @@
+"""What the model attends through in one step: new tokens of running sequences, and chunks of prompts, together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies import Policy
+from dmc.cache.reading import growing, onpages
+from dmc.cache.reading.gathered import Plan, plans
+from dmc.cache.reading.prompt import Prompt
+from dmc.cache.reading.row_attention import row_attention
+from dmc.cache.storage.evict import entries, evict
+from dmc.cache.storage.rows import Rows
+
+Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions, int64 of any shape → (cos, sin), each ``[..., D]`` fp32 or fp64, in the half-split layout."""
+
+
+class Step:
+    """Called once a layer by the model, layer after layer, with the tokens of all parts one after the other.
+
+    Where kernels write the rows (`dmc.cache.reading.growing`), a layer appends its tokens, encodes what they fill and attends,
+    and nothing of it waits for the device. Elsewhere PyTorch does; and where nothing merges, the open entries of all layers close
+    when the step is made, and the new ones are written after the last layer, so each layer has only its attention to do.
+
+    Args:
+        rows, policy: of the cache.
+        slots: int64 ``[S]``, running sequences: one token each, first.
+        positions: int64 ``[S]`` of these tokens, at least 1: a prompt went before.
+        chunks: prompts and how many of their tokens follow, at least 1 each. The last layer adds it to `Prompt.done`.
+        rope: see `Rope`.
+        merges: whether the model can decide to merge.
+        trace: whether to keep the decisions.
+
+    Attributes:
+        merges: bool ``[N, H]`` of each layer so far, True where a token was merged; None without ``trace``.
+    """
+
+    def __init__(
+        self, rows: Rows, policy: Policy, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope,
+        *, merges: bool = True, trace: bool = False,
+    ) -> None:
+        self.merges: list[Tensor] | None = [] if trace else None
+        self.rows, self.policy, self.slots = rows, policy, slots
+        self.chunks = []
+        for prompt, tokens in chunks:
+            places = prompt.positions(tokens, slots.device)
+            self.chunks.append((prompt, tokens, places, rope(places)))
+        self.settled = not (merges and policy.merges)
+        if len(slots):
+            self.index = rows.indices(slots)  # [L, S * H]
+            self.grows = all(growing.grows(rows, rows.packings[numbers[0]]) for numbers in rows.layers_alike())
+            if self.grows:
+                growing.make_room(rows, self.index)
+                self.places = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
+                self.table = rope(torch.stack([positions - 1, positions], dim=1).flatten())  # [2 S, D]
+                self.now = _signed(tuple(x[1::2] for x in self.table))
+                closing = rows.z.new_zeros(self.index.shape[1])
+                self.settle = (closing, closing + 1) if self.settled else None  # alpha and omega where nothing merges
+                return
+            self.now, self.before = (_signed(rope(place)) for place in (positions, positions - 1))  # [S, 1, D]
+            self.following = (positions + 1).repeat_interleave(rows.shape.heads)
+            self.plans: list[Plan | None] = [None] * rows.shape.layers
+            self.tokens: list[Tensor] = []  # where nothing merges: the next open entries of each layer so far
+            for numbers in rows.layers_alike() if self.settled else ():
+                self._close_all(numbers)
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor,
+    ) -> Tensor:
+        """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega ``[N, H]`` → as query."""
+        mark = self.policy.mark(alpha, omega) if self.policy.marks else None
+        parts = [query, key, value, *self.policy.decide(alpha, omega), mark]
+        if self.merges is not None:
+            self.merges.append(parts[3] != 0)
+        decode = self._settled if self.settled else self._merging
+        if len(self.slots) and self.grows:
+            decode = self._grown
+        if not self.chunks:
+            return decode(layer, *parts)
+        sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
+        split = [_cut(part, sizes) for part in parts]
+        outs = [decode(layer, *(part[0] for part in split))] if sizes[0] else []
+        for number, (prompt, tokens, places, table) in enumerate(self.chunks, 1):
+            outs.append(prompt.attend(layer, *(part[number] for part in split), places, table))
+            if layer == self.rows.shape.layers - 1:
+                prompt.done += tokens
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    # ------------------------------------------------------------------------------------ by kernels
+
+    def _grown(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        index, size, packing = self.index[layer], query.shape[-1], self.rows.packings[layer]
+        alpha, omega = self.settle or (alpha.flatten(), omega.flatten())
+        kernels = growing.grown(self.rows, packing)
+        own = kernels.append(index, key.reshape(-1, size), value.reshape(-1, size), alpha, omega, self.places, self.table)
+        kernels.encode(self.rows, packing, index)
+        query = _turn(query.to(own[0].dtype), self.now).to(self.rows.shape.dtype)
+        return kernels.attend(index, query.view(len(index), -1, size), *own).view(query.shape)
+
+    # ------------------------------------------------------------------------------------ nothing merges
+
+    def _close_all(self, numbers: list[int]) -> None:
+        """Every open entry of some layers, which are stored alike, becomes final."""
+        rows, layers, size = self.rows, len(numbers), self.rows.shape.head_size
+        index = self.index[numbers].flatten()
+        tail = rows.numerators[index] / rows.z[index, None]
+        tail = tail.view(layers, len(self.slots), -1, 2 * size)
+        keys, values = _turn(tail[..., :size], self.before).view(-1, size), tail[..., size:].reshape(-1, size)
+        marks = {}
+        if rows.storage.placed:
+            marks["place"] = (self.following - 2).int().repeat(layers)
+        if rows.storage.scored:
+            marks["score"] = rows.tail_score[index]
+        rows.append(index, keys, values, marks)
+        if not rows.storage.holes and not onpages.reads(rows, rows.packing(index)):
+            for number, plan in zip(numbers, plans(rows, self.index[numbers]), strict=True):
+                self.plans[number] = plan
+
+    def _settled(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        rows, dtype = self.rows, self.rows.z.dtype
+        key, value = key.to(dtype), value.to(dtype)
+        self.tokens.append(torch.cat([key, value], dim=-1))
+        if layer == rows.shape.layers - 1:
+            index = self.index.flatten()
+            rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
+            rows.z[index] = 1.0
+        return self._attend(layer, query, _turn(key, self.now), value, alpha, mark)
+
+    # ------------------------------------------------------------------------------------ merging
+
+    def _merging(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        rows, index = self.rows, self.index[layer]
+        alpha, omega = alpha.flatten().to(rows.z.dtype), omega.flatten().to(rows.z.dtype)
+        size = key.shape[-1]
+        numerators, z = rows.numerators[index], rows.z[index]
+
+        closing = alpha == 0
+        if closing.any():
+            self._close(index, closing, numerators, z)
+        token = torch.cat([key, value], dim=-1).view(-1, 2 * size).to(numerators.dtype)
+        numerators = alpha[:, None] * numerators + omega[:, None] * token
+        z = alpha * z + omega
+        rows.numerators[index], rows.z[index] = numerators, z
+        own = (numerators / z[:, None]).view(*key.shape[:2], -1)
+        return self._attend(layer, query, _turn(own[..., :size], self.now), own[..., size:], alpha, mark)
+
+    def _close(self, index: Tensor, closing: Tensor, numerators: Tensor, z: Tensor) -> None:
+        """The open entries of some rows become final ones."""
+        size, heads = self.rows.shape.head_size, self.rows.shape.heads
+        done = numerators / z[:, None]
+        keys = _turn(done[:, :size].view(-1, heads, size), self.before).view(-1, size)
+        some = slice(None) if bool(closing.all()) else closing
+        marks = {}
+        if self.rows.storage.placed:
+            marks["place"] = (self.following[some] - 2).int()
+        if self.rows.storage.scored:
+            marks["score"] = self.rows.tail_score[index[some]]
+        self.rows.append(index[some], keys[some], done[some, size:], marks)
+
+    # ------------------------------------------------------------------------------------ both
+
+    def _attend(
+        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, mark: Tensor | None,
+    ) -> Tensor:
+        """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction."""
+        rows, index, size = self.rows, self.index[layer], query.shape[-1]
+        queries = _turn(query.to(own_key.dtype), self.now).view(len(index), -1, size)  # [S * H, G, D]
+        out, weight = row_attention(
+            rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), watch=self.policy.watches,
+            plan=self.plans[layer],
+        )
+        if rows.storage.scored:
+            self._score(index, alpha.flatten(), mark, weight)
+        if self.policy.evicts:
+            there = entries(rows, index, self.following)
+            evict(rows, index, there, self.policy.keep(there))
+        return out.view(query.shape).to(query.dtype)
+
+    def _score(self, index: Tensor, alpha: Tensor, mark: Tensor | None, weight: Tensor | None) -> None:
+        score = torch.zeros(len(index), device=index.device) if mark is None else mark.flatten().float()
+        if self.policy.watches != "last":
+            score = score + alpha.float() * self.rows.tail_score[index]
+        self.rows.tail_score[index] = score if weight is None else score + weight
+
+
+def _signed(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each ``[S, D]`` → ``[S, 1, D]`` for `_turn`."""
+    cos, sin = table
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None], torch.cat([-first, second], dim=-1)[:, None]
+
+
+def _turn(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """`dmc.functional.rotate` of ``[..., S, heads, D]`` in fewer operations."""
+    cos, sin = table
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _cut(part: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    """Cuts a tensor along its first dimension; None gives None for each piece."""
+    return [None] * len(sizes) if part is None else part.split(sizes)

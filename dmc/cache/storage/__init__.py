@@ -1,0 +1,1 @@
+"""Page pool, rows and their block tables, eviction, swap, integrity."""

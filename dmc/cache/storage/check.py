@@ -1,0 +1,71 @@
+"""The integrity check: every page owned as often as tables name it, or free; tables and counts agree."""
+
+from __future__ import annotations
+
+import torch
+
+from dmc.cache.storage.pages import NULL_PAGE
+from dmc.cache.storage.rows import Rows
+
+
+def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
+    """Checks the whole cache.
+
+    Raises:
+        RuntimeError: naming what is wrong; the cache cannot be trusted after that.
+    """
+    _tables(rows)
+    _pool(rows)
+    store = rows.storage
+    waiting = rows.exact - store.sink_tokens - store.window
+    page_sizes = rows.row_page_sizes(torch.arange(len(waiting), device=waiting.device))
+    if (waiting >= page_sizes).any() or (not evicting and ((rows.closed > 0) & (waiting < 0)).any()):
+        raise RuntimeError("a row has a page to encode, or encoded one too early")
+    if ((rows.z == 0) & ((rows.exact > 0) | (rows.closed > 0))).any():
+        raise RuntimeError("a row has entries but no tail")
+    free = torch.tensor(free_slots, dtype=torch.int64, device=rows.z.device)
+    if len(set(free_slots)) != len(free_slots) or any(slot not in range(rows.slots) for slot in free_slots):
+        raise RuntimeError("a slot is free twice, or does not exist")
+    for layer in range(rows.shape.layers):
+        if rows.z[rows.index(layer, free)].any():
+            raise RuntimeError("a free slot holds a sequence")
+    if evicting:
+        for layer in range(rows.shape.layers):
+            _places(rows, rows.index(layer, torch.arange(rows.slots, device=rows.z.device)))
+
+
+def _tables(rows: Rows) -> None:
+    for table, pages in ((rows.closed_table, rows.closed), (rows.open_table, rows.open_pages(rows.exact))):
+        named = torch.arange(table.shape[1], device=table.device) < pages[:, None]
+        if ((table != NULL_PAGE) != named).any():
+            raise RuntimeError("a block table names more or fewer pages than its row has")
+
+
+def _pool(rows: Rows) -> None:
+    pool = rows.pool
+    named = torch.cat([rows.closed_table.flatten(), rows.open_table.flatten()])
+    owners = torch.bincount(named[named != NULL_PAGE].long(), minlength=pool.capacity + 1)
+    if not torch.equal(owners, pool.owners.long()):
+        raise RuntimeError("a page of the pool has more or fewer owners than it counts")
+    opened = rows.open_table[rows.open_table != NULL_PAGE].long()
+    if (owners[opened] > 1).any():
+        raise RuntimeError("a page that can still change has two owners")
+    free = (owners[1:] == 0).nonzero().flatten() + 1
+    if not torch.equal(pool.free_pages().sort().values, free):
+        raise RuntimeError("a page of the pool is lost, or free while owned")
+    if pool.memory[NULL_PAGE].any():
+        raise RuntimeError("the null page was written to")
+
+
+def _places(rows: Rows, index: torch.Tensor) -> None:
+    """Of one layer's rows."""
+    pages, owner = rows.closed_pages(index)
+    if not len(pages):
+        return
+    packing = rows.packing(index)
+    live = rows.read_closed(pages, packing)[1]["place"] >= 0
+    if not live.any(-1).all():
+        raise RuntimeError("an encoded page without entries is still held")
+    entries = torch.zeros_like(index).index_add_(0, owner, live.sum(-1))
+    if (rows.closed[index] > -(-entries // packing.page_size)).any():
+        raise RuntimeError("a row holds more pages than its entries need")

@@ -1,0 +1,99 @@
+"""How a layer's encoded pages are laid out, where layers may have codecs of their own.
+
+Every page of the pool has the same bytes, so that any free page serves any layer. A page is as large as the average
+layer needs for the codec's own number of entries (or the one that the user gave); each layer then puts into it as many
+entries as fit. Where all layers are stored alike that number is the one asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dmc.cache.codecs import Codec
+from dmc.cache.storage.pages import Layout
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What is common to all rows; see `dmc.cache.storage.rows`.
+
+    Attributes:
+        sink_tokens: s.
+        window: w.
+        exact_dtype: of sinks and window.
+        placed: whether entries carry their place, an int32.
+        scored: whether entries carry a score, an fp32.
+        holes: whether entries can be evicted from encoded pages, which leaves place -1.
+    """
+
+    sink_tokens: int
+    window: int
+    exact_dtype: torch.dtype
+    placed: bool = False
+    scored: bool = False
+    holes: bool = False
+
+    @property
+    def marks(self) -> dict[str, torch.dtype]:
+        """What is stored with each entry beside its key and value."""
+        known = (("place", torch.int32, self.placed), ("score", torch.float32, self.scored))
+        return {name: dtype for name, dtype, there in known if there}
+
+    def entry_bytes(self, head_size: int) -> int:
+        """Bytes of an exact entry."""
+        return 2 * head_size * self.exact_dtype.itemsize + sum(kind.itemsize for kind in self.marks.values())
+
+
+class Packing:
+    """The encoded pages of some layers.
+
+    Args:
+        codec: of them.
+        page_size: P, entries of each.
+        head_size: D.
+        storage: see `Storage`.
+
+    Attributes:
+        layout: of a page.
+        fields: those of the codec; a page also holds the marks, ``e_...``.
+    """
+
+    def __init__(self, codec: Codec, page_size: int, head_size: int, storage: Storage) -> None:
+        self.codec, self.page_size = codec, page_size
+        fields = codec.layout(page_size, head_size, storage.exact_dtype)
+        self.fields = frozenset(fields)
+        self.layout = Layout(fields | {f"e_{name}": (kind, (page_size,)) for name, kind in storage.marks.items()})
+
+
+def packings(
+    codecs: Sequence[Codec], page_size: int | None, head_size: int, storage: Storage,
+) -> tuple[tuple[Packing, ...], int]:
+    """How the pages of each layer are laid out, and the bytes of a page; see the head of this file.
+
+    Args:
+        codecs: of each layer; one object for layers that are stored alike.
+        page_size: entries of the average layer's page; None: each codec's own.
+        head_size: D.
+        storage: see `Storage`.
+    """
+    asked = {id(codec): Packing(codec, page_size or codec.page_size, head_size, storage) for codec in codecs}
+    least = -(-storage.entry_bytes(head_size) // 8) * 8
+    mean = sum(asked[id(codec)].layout.nbytes for codec in codecs) // len(codecs)
+    page_bytes = max(least, -(-mean // 8) * 8)
+    if len(asked) > 1:
+        page_bytes = max(page_bytes, *(Packing(codec, 1, head_size, storage).layout.nbytes for codec in codecs))
+        asked = {key: _filled(packing, page_bytes, head_size, storage) for key, packing in asked.items()}
+    return tuple(asked[id(codec)] for codec in codecs), page_bytes
+
+
+def _filled(packing: Packing, page_bytes: int, head_size: int, storage: Storage) -> Packing:
+    """With the most entries that fit into a page."""
+    low, high = 1, 2 * max(1, packing.page_size * page_bytes // packing.layout.nbytes)
+    while low < high:  # low fits
+        middle = (low + high + 1) // 2
+        fits = Packing(packing.codec, middle, head_size, storage).layout.nbytes <= page_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return Packing(packing.codec, low, head_size, storage)

@@ -1,0 +1,342 @@
+"""What the cache holds for each row, that is each (layer, sequence, key/value head).
+
+The entries of a row, oldest first:
+
+    sinks        the first few entries, exact; their number is 0 for lossless codecs
+    pages        full pages of entries, encoded once, final
+    window       entries that wait for a full page, exact
+    tail         the open entry, the only one that can still change: unrotated fp32 numerators and z
+
+With c closed entries (all but the tail), s sinks, a window of at least w and pages of P entries, a row holds
+``max(0, c - s - w) // P`` encoded pages, which cover entries s, s + 1, ...; everything else is exact. So what is
+encoded follows from c alone, whatever batch, chunk or schedule brought the entries here.
+
+All pages have the same bytes. Layers may have codecs of their own, and P then is a layer's own too (`Packing`): a layer
+that takes fewer bytes for an entry has more entries in a page.
+
+Under an evicting policy, or with a codec that asks for it, a page also holds each entry's place, the position of its
+newest token; -1 is an entry that was evicted and is seen no more. `dmc.cache.storage.evict` removes entries and frees their
+pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmc.cache.codecs import Blocks, Codec
+from dmc.cache.storage.error import CodecError
+from dmc.cache.storage.packing import Packing, Storage, packings
+from dmc.cache.storage.pages import NULL_PAGE, Layout, PagePool
+
+_FIRST_COLUMNS = 4  # of the table of encoded pages; doubles when a row outgrows it
+_ENCODE_PAGES = 1024  # encoded in one go; bounds the memory that encoding needs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that the model gives the cache: L layers, H key/value heads, head size D, and the model's dtype."""
+
+    layers: int
+    heads: int
+    head_size: int
+    dtype: torch.dtype
+
+
+Marks = dict[str, Tensor]
+"""What entries carry beside key and value, as `Storage.marks` names it."""
+
+
+class Rows:
+    """Tables, counts and tails of all rows, as tensors over a flat row index, and their pages in one pool.
+
+    A row's index is ``(layer * slots + slot) * H + head``; see `index`. Tables are int32 and name pages of `pool`;
+    unused places name the null page.
+
+    Args:
+        shape, storage: see `Shape`, `Storage`.
+        codecs: of each layer; one object for layers that are stored alike.
+        page_size: entries of an encoded page; None: each codec's own. See `packings` for layers that differ.
+        slots: sequences at most.
+        memory: bytes of the pool; None lets it grow.
+        device: of everything.
+    """
+
+    def __init__(
+        self, shape: Shape, storage: Storage, codecs: Sequence[Codec], *, page_size: int | None, slots: int,
+        memory: int | None, device: torch.device | str,
+    ) -> None:
+        self.shape, self.storage, self.slots = shape, storage, slots
+        size, dtype = shape.head_size, storage.exact_dtype
+        self.packings, page_bytes = packings(codecs, page_size, size, storage)
+        self.page_sizes = torch.tensor([packing.page_size for packing in self.packings], device=device)  # [L]
+        self._alike = len({id(packing) for packing in self.packings}) == 1
+        entry = storage.entry_bytes(size)
+        self.per_open_page = page_bytes // entry  # exact entries that a page takes
+        part = (dtype, (self.per_open_page, size))
+        marks = {f"e_{name}": (kind, (self.per_open_page,)) for name, kind in storage.marks.items()}
+        self.open_layout = Layout({"k": part, "v": part} | marks)
+        self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
+        self.error = CodecError()
+
+        rows = shape.layers * slots * shape.heads
+        work = torch.float64 if shape.dtype == torch.float64 else torch.float32
+        self.closed_table = torch.full((rows, _FIRST_COLUMNS), NULL_PAGE, dtype=torch.int32, device=device)
+        columns = max(self.open_pages(self.most_exact(packing)) for packing in self.packings)
+        self.open_table = torch.full((rows, columns), NULL_PAGE, dtype=torch.int32, device=device)
+        self.closed = torch.zeros(rows, dtype=torch.int32, device=device)  # encoded pages
+        self.exact = torch.zeros(rows, dtype=torch.int32, device=device)  # exact entries, the tail not counted
+        self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
+        self.z = torch.zeros(rows, dtype=work, device=device)  # of the tail; 0: no tail, the row is empty
+        self.tail_score = torch.zeros(rows if storage.scored else 0, device=device)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the tensors that say everything of a row but its pages' content; the first two are tables."""
+        scored = ("tail_score",) if self.storage.scored else ()
+        return ("closed_table", "open_table", "closed", "exact", "numerators", "z", *scored)
+
+    def index(self, layer: int, slots: Tensor) -> Tensor:
+        """Rows of a layer's heads for each slot: int64 ``[S] → [S * H]``."""
+        heads = self.shape.heads
+        first = (layer * self.slots + slots) * heads
+        return (first[:, None] + torch.arange(heads, device=slots.device)).flatten()
+
+    def indices(self, slots: Tensor) -> Tensor:
+        """`index` of every layer: int64 ``[S] → [L, S * H]``."""
+        step = self.slots * self.shape.heads
+        return self.index(0, slots) + torch.arange(self.shape.layers, device=slots.device)[:, None] * step
+
+    def all_layers(self, slot: int) -> Tensor:
+        """All rows of a slot, layer by layer: int64 ``[L * H]``."""
+        heads = self.shape.heads
+        layer = torch.arange(self.shape.layers, device=self.z.device)[:, None]
+        return ((layer * self.slots + slot) * heads + torch.arange(heads, device=self.z.device)).flatten()
+
+    def packing(self, rows: Tensor) -> Packing:
+        """How the encoded pages of rows ``[R]`` of one layer, at least one, are laid out."""
+        return self.packings[0 if self._alike else int(rows[0]) // (self.slots * self.shape.heads)]
+
+    def layers_alike(self) -> list[list[int]]:
+        """Layers whose encoded pages are laid out alike, together."""
+        together: dict[int, list[int]] = {}
+        for layer, packing in enumerate(self.packings):
+            together.setdefault(id(packing), []).append(layer)
+        return list(together.values())
+
+    def joined(self, packing: Packing) -> bool:
+        """Whether exact entries lie as encoded ones do, so that a row can be read as one run of pages."""
+        return not self.storage.sink_tokens and self.open_layout.fields == packing.layout.fields
+
+    def row_page_sizes(self, rows: Tensor) -> Tensor:
+        """Entries of an encoded page of any rows: int64 ``[R] → [R]``."""
+        return self.page_sizes[rows // (self.slots * self.shape.heads)]
+
+    def most_exact(self, packing: Packing) -> int:
+        """Exact entries of a row just before a page is closed; the tail not counted."""
+        return self.storage.sink_tokens + self.storage.window + packing.page_size
+
+    def split(self, entries: Tensor, page_size: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
+        full = (entries - self.storage.sink_tokens - self.storage.window).clamp(min=0) // page_size
+        return full, entries - full * page_size
+
+    def pages_of(self, entries: Tensor, page_size: int | Tensor) -> Tensor:
+        """Pages that rows of so many closed entries hold, if none was evicted; int64, any shape."""
+        full, exact = self.split(entries, page_size)
+        return full + self.open_pages(exact)
+
+    def worst_pages(self, entries: int, *, evicting: bool) -> int:
+        """Pages that one row of each layer, together, can come to need on its way to so many closed entries."""
+        store, pages = self.storage, 0
+        for packing in self.packings:
+            full = max(0, entries - store.sink_tokens - store.window) // packing.page_size
+            pages += full + 2 * evicting + self.open_pages(min(entries + evicting, self.most_exact(packing)))
+        return pages
+
+    def open_pages(self, entries: int | Tensor) -> int | Tensor:
+        """Pages that so many exact entries take."""
+        return -(-entries // self.per_open_page)
+
+    # ------------------------------------------------------------------------------------ reading
+
+    def exact_entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sinks and window of rows: ``[R] → (keys [R, N, D], values [R, N, D], valid [R, N])``; the rest is 0."""
+        count = self.exact[rows]
+        columns = self.open_pages(int(count.max()))
+        valid = torch.arange(columns * self.per_open_page, device=rows.device) < count[:, None]
+        return *self.read_open(self.open_table[rows, :columns].flatten(), len(rows)), valid
+
+    def read_open(self, pages: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, N, D]`` on pages of exact entries ``[R * columns]``: copies."""
+        views = self.open_layout.views(self.pool.read(pages))
+        keys, values = (views[part].reshape(rows, -1, self.shape.head_size) for part in ("k", "v"))
+        return keys, values
+
+    def closed_pages(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded pages of rows, row after row: ``[R] → (pages [n], index into rows of each [n])``."""
+        count = self.closed[rows]
+        columns = int(count.max())
+        held = torch.arange(columns, device=rows.device) < count[:, None]
+        owner, column = held.nonzero(as_tuple=True)
+        return self.closed_table[rows[owner], column], owner
+
+    def blocks(self, pages: Tensor, packing: Packing) -> Blocks:
+        """Copies of encoded pages: ``[n]`` → blocks with leading dimension n."""
+        return self.read_closed(pages, packing)[0]
+
+    def read_closed(self, pages: Tensor, packing: Packing) -> tuple[Blocks, Marks]:
+        """`blocks`, and what each entry carries, ``[n, P]``; copies."""
+        if len(packing.layout.fields) == 2:  # few and large: one by one they come out contiguous
+            views = {name: view.index_select(0, pages) for name, view in self.pool.views(packing.layout).items()}
+        else:
+            views = packing.layout.views(self.pool.read(pages))
+        marks = {name: views[f"e_{name}"] for name in self.storage.marks}
+        own = {name: view for name, view in views.items() if name in packing.fields}
+        return Blocks(own, packing.page_size, self.shape.head_size), marks
+
+    # ------------------------------------------------------------------------------------ writing
+
+    def append(self, rows: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
+        """Adds one final entry to each of some rows: rows ``[R]`` distinct, keys and values ``[R, D]``, marks ``[R]``."""
+        count = self.exact[rows]
+        fresh = count % self.per_open_page == 0
+        if fresh.any():
+            self._open(rows[fresh], count[fresh] // self.per_open_page)
+        self.write_exact(rows, count, keys, values, marks)
+        self.exact[rows] = count + 1
+        full = count + 1 == self.most_exact(self.packing(rows))
+        if full.any():
+            for some in rows[full].split(_ENCODE_PAGES):
+                self._close_page(some)
+
+    def load(
+        self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, marks: Marks, *,
+        donors: Tensor | None = None, shared: Tensor | None = None,
+    ) -> None:
+        """Fills empty rows with a prompt's final entries.
+
+        Args:
+            rows: ``[R]``.
+            keys, values: ``[R, N, D]``, oldest first.
+            counts: ``[R]`` int64, how many of the N are a row's own.
+            marks: ``[R, N]`` each.
+            donors: ``[R]``, rows whose first pages hold the same entries.
+            shared: ``[R]`` int64, how many of them are taken over instead of encoded again.
+        """
+        store, size = self.storage, self.packing(rows).page_size
+        full, exact = self.split(counts, size)
+        keys, values = keys.to(store.exact_dtype), values.to(store.exact_dtype)
+
+        self.widen(int(full.max()))
+        owner, column = ragged(full)
+        if donors is not None:
+            taken = column < shared[owner]
+            pages = self.closed_table[donors[owner[taken]], column[taken]]
+            self.pool.share(pages.long())
+            self.closed_table[rows[owner[taken]], column[taken]] = pages
+            owner, column = owner[~taken], column[~taken]
+        for owners, columns in zip(owner.split(_ENCODE_PAGES), column.split(_ENCODE_PAGES), strict=True):
+            start = store.sink_tokens + columns * size
+            which = owners[:, None], start[:, None] + torch.arange(size, device=rows.device)
+            own = {name: mark[which] for name, mark in marks.items()}
+            self._store(rows[owners], columns, keys[which], values[which], own)
+        self.closed[rows] = full.int()
+
+        owner, column = ragged(self.open_pages(exact))
+        self._open(rows[owner], column)
+        owner, place = ragged(exact)
+        which = owner, torch.where(place < store.sink_tokens, place, place + full[owner] * size)
+        own = {name: mark[which] for name, mark in marks.items()}
+        self.write_exact(rows[owner], place, keys[which], values[which], own)
+        self.exact[rows] = exact.int()
+
+    def release(self, rows: Tensor) -> None:
+        """Empties rows and gives their pages back: ``[R]``."""
+        pages = torch.cat([self.closed_table[rows].flatten(), self.open_table[rows].flatten()])
+        self.pool.give(pages[pages != NULL_PAGE].long())
+        for name in self.state:
+            getattr(self, name)[rows] = 0
+
+    def encode_into(self, pages: Tensor, rows: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> Blocks:
+        """Encodes entries ``[n, P, D]`` of rows ``[n]`` with their marks ``[n, P]`` into pages of the pool, ``[n]``."""
+        packing = self.packing(rows)
+        if packing.codec.placed:
+            encoded = packing.codec.encode_at(keys, values, rows % self.shape.heads, marks["place"])
+        else:
+            encoded = packing.codec.encode(keys, values)
+        views = self.pool.views(packing.layout)
+        for name, tensor in encoded.tensors.items():
+            views[name][pages] = tensor
+        for name, mark in marks.items():
+            views[f"e_{name}"][pages] = mark
+        return encoded
+
+    def write_exact(self, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
+        """Writes exact entries at ``places`` of rows, whose pages are there; all of one shape, keys ``[..., D]``."""
+        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
+        views = self.pool.views(self.open_layout)
+        views["k"][pages, offsets] = keys.to(self.storage.exact_dtype)
+        views["v"][pages, offsets] = values.to(self.storage.exact_dtype)
+        for name, mark in marks.items():
+            views[f"e_{name}"][pages, offsets] = mark.to(self.storage.marks[name])
+
+    def read_exact(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Marks]:
+        """Exact entries at ``places`` of rows, both of one shape: copies; places beyond a row's pages read as 0."""
+        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
+        views = self.pool.views(self.open_layout)
+        marks = {name: views[f"e_{name}"][pages, offsets] for name in self.storage.marks}
+        return views["k"][pages, offsets], views["v"][pages, offsets], marks
+
+    def _close_page(self, rows: Tensor) -> None:
+        """Encodes the oldest page of the window of each row, whose exact part is full."""
+        store, packing = self.storage, self.packing(rows)
+        first, end = store.sink_tokens, store.sink_tokens + packing.page_size
+        places = torch.arange(first, self.most_exact(packing), device=rows.device).expand(len(rows), -1)
+        read = self.read_exact(rows[:, None].expand_as(places), places)
+        kept = self.open_pages(first + store.window)
+        spare = self.open_table[rows, kept:]
+        self.pool.give(spare[spare != NULL_PAGE].long())
+        self.open_table[rows, kept:] = NULL_PAGE
+        (keys, values), marks = ((part[:, : end - first] for part in read[:2]), read[2])
+        if store.window:
+            rest = [part[:, end - first :] for part in read[:2]]
+            later = {name: mark[:, end - first :] for name, mark in marks.items()}
+            self.write_exact(rows[:, None].expand(-1, store.window), places[:, : store.window], *rest, later)
+        self.exact[rows] = first + store.window
+        column = self.closed[rows]
+        self.widen(int(column.max()) + 1)
+        self._store(rows, column, keys, values, {name: mark[:, : end - first] for name, mark in marks.items()})
+        self.closed[rows] = column + 1
+
+    def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
+        """Encodes one page ``[R, P, D]`` a row into a new page of the pool, named at ``columns`` of the table."""
+        if not len(rows):
+            return
+        pages = self.pool.take(len(rows))
+        encoded = self.encode_into(pages, rows, keys, values, marks)
+        self.error.sample(self.packing(rows).codec, encoded, keys, values)
+        self.closed_table[rows, columns] = pages.int()
+
+    def _open(self, rows: Tensor, columns: Tensor) -> None:
+        """Gives each row a zeroed page for exact entries, named at ``columns`` of the table; rows may repeat."""
+        pages = self.pool.take(len(rows))
+        self.pool.memory[pages] = 0  # what an encoded page left here could read as NaN
+        self.open_table[rows, columns] = pages.int()
+
+    def widen(self, columns: int) -> None:
+        """Makes the table of encoded pages at least so wide."""
+        have = self.closed_table.shape[1]
+        if columns > have:
+            self.closed_table = F.pad(self.closed_table, (0, max(columns, 2 * have) - have), value=NULL_PAGE)
+
+
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts ``[R]`` → (owner, place) ``[sum]``: 0, 0, ..., 1, ... and 0, 1, ..., 0, ..."""
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    start = counts.cumsum(0) - counts
+    return owner, torch.arange(len(owner), device=counts.device) - start[owner]

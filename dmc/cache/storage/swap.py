@@ -1,0 +1,82 @@
+"""A sequence's part of the cache, moved to host memory and back bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.cache.storage.pages import NULL_PAGE
+from dmc.cache.storage.rows import Rows
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What a sequence held.
+
+    Attributes:
+        pages: uint8 ``[n, page bytes]``, encoded pages, then exact ones.
+        owners: for each table, (row of the sequence, column) of its pages, int64 ``[.., 2]``.
+        state: counts and tails, ``[L * H, ...]``.
+    """
+
+    pages: Tensor
+    owners: tuple[Tensor, Tensor]
+    state: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.pages, *self.owners, *self.state.values()))
+
+
+def read(rows: Rows, index: Tensor) -> Swapped:
+    """A copy, in host memory, of what rows ``[L * H]`` hold; they keep it."""
+    tables, rest = rows.state[:2], rows.state[2:]
+    owners = tuple((getattr(rows, name)[index] != NULL_PAGE).nonzero() for name in tables)
+    pages = torch.cat([
+        getattr(rows, name)[index[owner[:, 0]], owner[:, 1]] for name, owner in zip(tables, owners, strict=True)
+    ])
+    state = {name: getattr(rows, name)[index].to("cpu", copy=True) for name in rest}
+    return Swapped(rows.pool.read(pages).cpu(), tuple(owner.cpu() for owner in owners), state)
+
+
+def write(rows: Rows, index: Tensor, swapped: Swapped) -> None:
+    """Puts a copy into empty rows ``[L * H]``.
+
+    Raises:
+        PoolExhausted: if there are not pages enough; nothing is changed then.
+    """
+    pages = rows.pool.take(len(swapped.pages))
+    rows.pool.memory[pages] = swapped.pages.to(pages.device)
+    closed, opened = (owner.to(pages.device) for owner in swapped.owners)
+    rows.widen(int(closed[:, 1].max()) + 1 if len(closed) else 0)
+    rows.closed_table[index[closed[:, 0]], closed[:, 1]] = pages[: len(closed)].int()
+    rows.open_table[index[opened[:, 0]], opened[:, 1]] = pages[len(closed) :].int()
+    for name, tensor in swapped.state.items():
+        getattr(rows, name)[index] = tensor.to(pages.device)
+
+
+def fork(rows: Rows, source: Tensor, target: Tensor, *, share: bool) -> None:
+    """Empty rows ``target [L * H]`` become what rows ``source`` are.
+
+    Encoded pages never change and get a second owner, if ``share``; exact ones will soon differ and are copied, and so
+    are the tails.
+
+    Raises:
+        PoolExhausted: if there are not pages enough; nothing is changed then.
+    """
+    closed, opened = rows.closed_table[source], rows.open_table[source]
+    held = [table != NULL_PAGE for table in (closed, opened)]
+    copied = opened[held[1]] if share else torch.cat([closed[held[0]], opened[held[1]]])
+    pages = rows.pool.take(len(copied))
+    rows.pool.memory[pages] = rows.pool.memory[copied.long()]
+    if share:
+        rows.pool.share(closed[held[0]].long())
+    else:
+        closed[held[0]] = pages[: int(held[0].sum())].int()
+    opened[held[1]] = pages[len(pages) - int(held[1].sum()) :].int()
+    rows.closed_table[target], rows.open_table[target] = closed, opened
+    for name in rows.state[2:]:
+        getattr(rows, name)[target] = getattr(rows, name)[source]

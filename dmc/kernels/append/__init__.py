@@ -1,0 +1,1 @@
+"""A generated token enters the cache."""

@@ -1,0 +1,1 @@
+"""Training attention of DMC and DMS, and RoPE."""

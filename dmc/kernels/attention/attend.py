@@ -1,0 +1,213 @@
+"""Training attention of DMC (merging at once, and late) and of DMS, in memory linear in T.
+
+`dmc.functional.attention` and `dmc.functional_dms.attention` are the naive twins ("reference"). `dmc.kernels.backend`
+says which of these runs:
+
+    triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan.merge`), and attention with a
+                bias for each key, exempt band and borders of documents (`dmc.kernels.attention.gpu`)
+    sdpa        PyTorch's fused causal attention, below: what runs on a CPU
+    flash       the same through the package flash-attn, where it is installed and asked for
+    flex        PyTorch's FlexAttention (`dmc.kernels.attention.flex`), for comparison
+
+To these kernels the two methods are one: every key has a bias, which queries up to ``window`` tokens after it are exempt
+from. In DMC the window is 0: the query's own state alone. Two facts let an ordinary causal kernel (sdpa) compute it:
+
+- the per-key bias is one more feature of the keys, met by a constant feature of the queries;
+- what is exempt becomes an extra key in front (the **anchor**), whose score for query i is made to be the
+  query's own score, or the logarithm of the summed exponentials of its band (`dmc.kernels.attention.band`), and whose value row
+  carries a marker. Shifted so that query i sees the anchor and the keys j < i - window, the marker's share of the
+  output is the weight of what is exempt.
+
+Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. There the anchor stands for the
+band and the accumulating entry together (`late_attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dmc import functional as fn
+from dmc import functional_dms as dms
+from dmc.kernels.attention.band import band_attention
+from dmc.kernels.attention.rotate import rotate
+from dmc.kernels.attention.sdpa import _anchored, band_exempt, causal_attention, flash_attention, in_span, own_exempt
+from dmc.kernels.backend import choose
+from dmc.kernels.scan.merge import merge
+
+
+def dmc_attention(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *,
+    rope: tuple[Tensor, Tensor], starts: Tensor | None = None, scale: float | None = None,
+    log_keep: Tensor | None = None, spans: list[tuple[int, int]] | None = None, backend: str | None = None,
+) -> Tensor:
+    """`dmc.functional.attention` (same arguments and result), differentiable in every tensor argument.
+
+    Merging is in fp32; the attention product is in the dtype of ``query``. In sdpa's form, in bf16 and fp16, the
+    bias and the diagonal's score travel as two features each, so that they keep 16 bits of mantissa.
+
+    Args:
+        spans: where only some positions are asked (context parallelism): the ``[first, stop)`` of the positions
+            whose queries ``query`` holds, one after the other; all other arguments stay whole.
+        backend: a name of `dmc.kernels.backend`, over the default.
+
+    Raises:
+        ValueError: if the backend cannot run on these tensors.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        return _reference(
+            fn.attention, query, key, value, alpha, omega, spans, rope=rope, starts=starts, scale=scale, log_keep=log_keep
+        )
+    keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
+    bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
+    query = rotate(query, _tables_at(rope, spans), backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(backend, starts, spans, scale, query, keys.to(query.dtype), values.to(query.dtype), bias)
+
+
+def dms_attention(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, *, window: int, rope: tuple[Tensor, Tensor],
+    starts: Tensor | None = None, scale: float | None = None, log_keep: Tensor | None = None,
+    spans: list[tuple[int, int]] | None = None, backend: str | None = None,
+) -> Tensor:
+    """`dmc.functional_dms.attention` (same arguments and result), differentiable in every tensor argument.
+
+    Args and errors beyond its own as in `dmc_attention`. The band is in fp32, what lies behind it in the query's dtype.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        return _reference(
+            dms.attention, query, key, value, alpha, spans, window=window, rope=rope, starts=starts, scale=scale,
+            log_keep=log_keep,
+        )
+    bias = dms.key_bias(alpha, log_keep=log_keep)
+    query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(backend, starts, spans, scale, query, key, value.to(query.dtype), bias, window)
+
+
+def late_attention(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, window: int,
+    rope: tuple[Tensor, Tensor], starts: Tensor | None = None, scale: float | None = None, log_keep: Tensor | None = None,
+    spans: list[tuple[int, int]] | None = None, backend: str | None = None,
+) -> Tensor:
+    """`dmc.functional.attention` with a window (same arguments and result), differentiable in every tensor argument.
+
+    Merging, the band and the accumulating entry are in fp32; attention over final entries is in the query's dtype.
+
+    Args:
+        spans: see `dmc_attention`.
+        backend: a name of `dmc.kernels.backend`, over the default.
+
+    Raises:
+        ValueError: if the backend cannot run on these tensors, or has no kernels for late merging.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        return _reference(
+            fn.attention, query, key, value, alpha, omega, spans, window=window, rope=rope, starts=starts, scale=scale,
+            log_keep=log_keep,
+        )
+    if backend != "sdpa":
+        raise ValueError(f"run.kernels={backend} has no kernels for late merging (dmc.window): choose sdpa or auto")
+    keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
+    bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
+    query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    whole = (key.to(query.dtype), value.to(query.dtype), keys.to(query.dtype), values.to(query.dtype), bias)
+    parts = []
+    for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
+        seen = None if starts is None else starts[:, :stop]
+        cut = [x[:, :, :stop] for x in whole]
+        parts.append(in_span(lambda *part: _late(*part, window, scale), seen, first, rows, *cut))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, rope: tuple[Tensor, Tensor], starts: Tensor | None = None,
+    scale: float | None = None, spans: list[tuple[int, int]] | None = None, backend: str | None = None,
+) -> Tensor:
+    """Causal attention without compression, documents apart; arguments as in `dmc_attention`.
+
+    Rows of one document each (``starts`` of None) go to PyTorch's own kernel also where Triton was chosen.
+    """
+    backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
+    if backend == "reference":
+        alpha = torch.zeros(key.shape[:3], device=key.device)
+        return _reference(fn.attention, query, key, value, alpha, alpha + 1, spans, rope=rope, starts=starts, scale=scale)
+    query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attend("sdpa" if starts is None and backend == "triton" else backend, starts, spans, scale, query, key, value, None)
+
+
+def _reference(attend: Callable[..., Tensor], query: Tensor, key: Tensor, *rest: Tensor, **options) -> Tensor:  # noqa: ANN003
+    """A naive twin, asked for all positions and cut to those of the spans, the last of ``rest``."""
+    *rest, spans = rest
+    at = torch.cat([torch.arange(a, b, device=query.device) for a, b in spans])
+    whole = query.new_zeros(*query.shape[:2], key.shape[2], query.shape[3]).index_copy(2, at, query)
+    return attend(whole, key, *rest, **options)[:, :, at]
+
+
+def _attend(
+    backend: str, starts: Tensor | None, spans: list[tuple[int, int]], scale: float, query: Tensor, key: Tensor,
+    value: Tensor, bias: Tensor | None, window: int = 0,
+) -> Tensor:
+    """The attention product, span by span; everything merged and rotated. The newest ``window`` keys before a query and
+    its own are exempt from the bias."""
+    parts, causal = [], flash_attention if backend == "flash" else causal_attention
+    for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
+        seen = None if starts is None else starts[:, :stop]
+        keys = [None if x is None else x[:, :, :stop] for x in (key, value, bias)]
+        if backend == "triton":
+            from dmc.kernels.attention.gpu import attend
+
+            parts.append(attend(rows, *keys, starts=seen, scale=scale, window=window))
+        elif backend == "flex":
+            from dmc.kernels.attention.flex import attend_flex
+
+            parts.append(attend_flex(rows, *keys, starts=seen, scale=scale, window=window))
+        elif bias is None:
+            parts.append(in_span(lambda *part: causal(*part, scale=scale), seen, first, rows, *keys[:2]))
+        elif window:
+            parts.append(in_span(lambda *part: band_exempt(*part, causal, window, scale), seen, first, rows, *keys))
+        else:
+            parts.append(in_span(lambda *part: own_exempt(*part, causal, scale), seen, first, rows, *keys))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _tables_at(rope: tuple[Tensor, Tensor], spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The rows of the rotary tables at the positions of ``spans``."""
+    cos, sin = (torch.cat([table[a:b] for a, b in spans]) for table in rope)
+    return cos, sin
+
+
+def _late(
+    query: Tensor, key: Tensor, value: Tensor, merged_key: Tensor, merged_value: Tensor, bias: Tensor, window: int,
+    scale: float,
+) -> Tensor:
+    """The last R queries of a document: query ``[B, Hq, R, D]``, the others ``[B, H, T, D]``, all rotated."""
+    heads, tokens, rows = key.shape[1], key.shape[2], query.shape[2]
+    behind = tokens - window - 1  # states that the last query sees, its accumulating entry included
+    if behind <= 0:
+        return causal_attention(query, key, value, scale=scale)
+    near = max(0, rows - behind)  # queries that see nothing but their band
+    out, lse = band_attention(query, key, value, window=window, scale=scale)
+    far = query[:, :, near:]
+    count = far.shape[2]
+    entries = slice(behind - count, behind)  # the accumulating entry of each
+    grouped = far.unflatten(1, (heads, -1)).to(lse.dtype)
+    score = ((grouped * merged_key[:, :, None, entries]).sum(-1) * scale).flatten(1, 2)
+    both = torch.logaddexp(lse[:, :, near:], score)
+    weight = (score - both).exp().unflatten(1, (heads, -1))[..., None]
+    joined = out[:, :, near:] * (lse[:, :, near:] - both).exp()[..., None]
+    joined = (joined + (weight * merged_value[:, :, None, entries]).flatten(1, 2)).to(query.dtype)
+    if behind > 1:
+        final = slice(0, behind - 1)
+        past, share = _anchored(
+            far, merged_key[:, :, final], merged_value[:, :, final], bias[:, :, final], both / scale, causal_attention, scale,
+        )
+        joined = past + share * joined
+    return torch.cat([out[:, :, :near].to(query.dtype), joined], dim=2) if near else joined

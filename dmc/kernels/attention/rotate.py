@@ -1,0 +1,24 @@
+"""Rotary embedding in one pass over the tensor; `dmc.functional.rotate` is the naive twin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc import functional as fn
+from dmc.kernels.backend import choose
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor], *, backend: str | None = None) -> Tensor:
+    """x rotated in fp32 and rounded once to its own dtype; differentiable.
+
+    Args:
+        x: ``[B, H, T, D]``.
+        rope: (cos, sin), each ``[T, D]``, half-split: the second half of each row repeats the first.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+    """
+    if choose(x, backend) == "triton":
+        from dmc.kernels.attention.rotate_gpu import Rotate
+
+        return Rotate.apply(x, rope[0].float(), rope[1].float())
+    return fn.rotate(x if x.dtype == torch.float64 else x.float(), rope).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Relaxed decisions: noise, alpha and omega."""

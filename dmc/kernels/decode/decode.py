@@ -1,0 +1,65 @@
+"""Decode attention over pages: one query of each head over what its row of the block tables holds.
+
+`decode_reference` is the naive twin, `dmc.kernels.decode.gpu` the kernels for GPUs and `dmc.kernels.decode.cpu` the loops
+for CPUs; `decode_attention` chooses.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dmc.kernels.backend import choose
+from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.decode.reference import decode_reference
+from dmc.kernels.pages.paged import Paged
+
+
+def decode_attention(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One query of each head over its row's encoded pages, exact entries and its own state.
+
+    With Triton nothing waits for the device: shapes alone say what is launched, so it can be captured in a CUDA graph
+    while the tables keep their width.
+
+    Args:
+        query: ``[R, G, D]``, rotated; on a GPU products are in its dtype, sums always in fp32.
+        own_key, own_value: ``[R, D]``, the open entry, rotated.
+        index: ``[R]``, rows of ``paged``'s tables.
+        paged: the cache.
+        scale: of the scores, ``1 / sqrt(D)`` if None.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin. None: the default, which on a CPU is loops that
+            numba compiles (`dmc.kernels.decode.cpu`), where it is installed and they know the pages.
+
+    Returns:
+        ``[R, G, D]`` in the dtype of ``query``.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend is None and runs_on_cpu(query) and paged.in_reach_of_loops:
+        from dmc.kernels.decode import cpu
+
+        return cpu.decode(query, own_key, own_value, index, paged, scale)
+    if choose(query, backend) == "triton":
+        from dmc.kernels.decode.gpu import decode
+
+        return decode(query, own_key, own_value, index, paged, scale)
+    return decode_reference(query, own_key, own_value, index, paged, scale=scale)
+
+
+def decode_watched(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, watch: str,
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` by the loops for CPUs, which also add each entry's softmax weight, summed over G, to its score.
+
+    Args:
+        query, own_key, own_value, index: fp32, see `decode_attention`.
+        paged: with scores of entries.
+        watch: "sum" adds, "last" replaces.
+
+    Returns:
+        ``(out [R, G, D], own [R])``: own is the weight of the own state.
+    """
+    from dmc.kernels.decode import cpu
+
+    return cpu.watched(query, own_key, own_value, index, paged, query.shape[-1] ** -0.5, watch)

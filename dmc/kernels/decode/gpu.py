@@ -1,0 +1,109 @@
+"""Triton kernels of `dmc.kernels.decode.decode`.
+
+Rows differ in length, by head as much as by sequence. Their entries are cut into equal pieces, and a program is launched
+for each piece that the block tables have room for: one whose row ends before it returns at once, which costs next to
+nothing, the device deals out the others as they come, and no length is ever known to the host. A piece leaves its
+maximum, its sum and its weighted values; a second kernel puts the pieces of each row together and adds the query's own
+state.
+
+A row's first pieces are its encoded pages, the last ones its exact entries. A tile gathers its entries page by page
+through the block table, so any page size will do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmc.kernels.backend import interpreted
+from dmc.kernels.formats.plain import decode as plain
+from dmc.kernels.pages.exact import page_words
+from dmc.kernels.pages.paged import Paged
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PIECE, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program: measured, docs/results/kernels.md
+LEAST_GROUPS = 16  # queries that are computed at least: a single one goes through the matrix units too
+
+
+def decode(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float,
+) -> Tensor:
+    """`dmc.kernels.decode.decode.decode_attention`."""
+    rows, groups, size = query.shape
+    query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
+    tile, piece = (16, 32) if interpreted() else (TILE, PIECE)
+    page, per_open = paged.page, paged.opened["k"].shape[1]
+    piece = triton.cdiv(max(piece, page), tile) * tile  # a tile is not cut where a piece ends
+    encoded_pieces = triton.cdiv(paged.encoded_table.shape[1] * page, piece)
+    pieces = encoded_pieces + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
+
+    sums = torch.empty(rows * pieces, 2, groups, dtype=torch.float32, device=query.device)
+    parts = torch.empty(rows * pieces, groups, size, dtype=torch.float32, device=query.device)
+    out = torch.empty_like(query)
+    sizes = dict(D=size, BLOCK=max(16, triton.next_power_of_2(size)), G=groups)
+    where = dict(index=index, encoded=paged.encoded_count, exact=paged.exact_count, first_exact=encoded_pieces)
+    constants = dict(
+        **sizes, PER_OPEN=per_open, PIECE=piece, TILE=tile,
+        GROUPS=LEAST_GROUPS if groups == 1 else max(16, triton.next_power_of_2(groups)),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=2,
+    )
+    arguments = dict(
+        query=query, **where, encoded_table=paged.encoded_table, open_table=paged.open_table,
+        open_keys=paged.opened["k"], open_values=paged.opened["v"], sums=sums, parts=parts, scale=scale * LOG2E.value,
+        et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0),
+        okp=page_words(paged.opened["k"]), ovp=page_words(paged.opened["v"]),
+    )
+    grid = rows, pieces
+    if paged.kind == "gear":
+        from dmc.kernels.formats.minmax.decode import launch
+
+        launch(grid, arguments, paged, constants)
+    elif paged.kind == "trellis":
+        from dmc.kernels.formats.trellis.decode import launch
+
+        launch(grid, arguments, paged, constants)
+    else:
+        plain.launch(grid, arguments, paged, constants)
+    # Trellis pages are summed in their own rotated space; rotating back once is all that remains.
+    turned = torch.empty(rows, groups, size, dtype=torch.float32, device=query.device) if paged.kind == "trellis" else None
+    _together[(rows, groups)](
+        query, own_key, own_value, **where, sums=sums, parts=parts, out=out, turned=out if turned is None else turned,
+        scale=scale * LOG2E.value, pieces=pieces, PAGE=page, PIECE=piece, TURNED=turned is not None, **sizes, num_warps=1,
+    )
+    return out if turned is None else (out + turned @ paged.gear.rotation.T).to(query.dtype)
+
+
+@triton.jit
+def _together(
+    query, own_key, own_value, index, encoded, exact, first_exact, sums, parts, out, turned, scale, pieces,
+    PAGE: tl.constexpr, PIECE: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+):
+    """The pieces of one row and one query of its group, and the query's own state; what is rotated goes apart."""
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    q = tl.load(query + (row * G + g) * D + d, d < D, 0.0).to(tl.float32)
+    top = tl.sum(q * tl.load(own_key + row * D + d, d < D, 0.0).to(tl.float32), 0) * scale
+    total = 1.0
+    acc = tl.load(own_value + row * D + d, d < D, 0.0).to(tl.float32)
+    rotated = tl.zeros((BLOCK,), tl.float32)
+    table_row = tl.load(index + row).to(tl.int64)
+    coded = tl.cdiv(tl.load(encoded + table_row) * PAGE, PIECE)
+    for place in range(0, coded + tl.cdiv(tl.load(exact + table_row), PIECE)):
+        item = row * pieces + tl.where(place < coded, place, first_exact + place - coded)
+        piece_top = tl.load(sums + item * 2 * G + g)
+        new_top = tl.maximum(top, piece_top)
+        old, new = tl.exp2(top - new_top), tl.exp2(piece_top - new_top)
+        total = total * old + tl.load(sums + item * 2 * G + G + g) * new
+        part = tl.load(parts + (item * G + g) * D + d, d < D, 0.0) * new
+        if TURNED:
+            acc = acc * old + tl.where(place < coded, 0.0, part)
+            rotated = rotated * old + tl.where(place < coded, part, 0.0)
+        else:
+            acc = acc * old + part
+        top = new_top
+    to = (row * G + g) * D + d
+    tl.store(out + to, (acc / total).to(out.dtype.element_ty), d < D)
+    if TURNED:
+        tl.store(turned + to, rotated / total, d < D)

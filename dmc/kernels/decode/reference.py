@@ -1,0 +1,49 @@
+"""The reference implementation of decode attention over pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.kernels.formats.minmax.reference import gear_page
+from dmc.kernels.formats.trellis.reference import trellis_page
+from dmc.kernels.pages.paged import Paged
+
+
+def decode_reference(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, scale: float,
+) -> Tensor:
+    """The naive twin: gathers every page of every row, padded to the widest, in fp32 (fp64 for fp64 queries)."""
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    sides = []
+    for part, own in (("k", own_key), ("v", own_value)):
+        pages = paged.encoded_table[index].long()
+        encoded = _decoded(paged, part, pages, work).flatten(1, 2)
+        exact = paged.opened[part][paged.open_table[index].long()].to(work).flatten(1, 2)
+        sides.append(torch.cat([encoded, exact, own[:, None].to(work)], dim=1))
+    entries = paged.page * paged.encoded_table.shape[1]
+    place = torch.arange(sides[0].shape[1], device=query.device)
+    seen = (place < (paged.encoded_count[index] * paged.page)[:, None]) & (place < entries)
+    seen = seen | ((place >= entries) & (place - entries < paged.exact_count[index][:, None]))
+    seen[:, -1] = True
+    scores = (query.to(work) @ sides[0].transpose(-1, -2)) * scale
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return (weights @ sides[1].masked_fill(~seen[..., None], 0.0)).to(query.dtype)
+
+
+def _decoded(paged: Paged, part: str, pages: Tensor, work: torch.dtype) -> Tensor:
+    if paged.kind == "dense":
+        return paged.encoded[part][pages].to(work)
+    if paged.kind == "gear":
+        return gear_page(_fields(paged, part, pages), paged.gear, part, work)
+    if paged.kind == "trellis":
+        return trellis_page(_fields(paged, part, pages), paged.gear, part, work)
+    if paged.kind == "int8":
+        codes = paged.encoded[f"{part}_codes"][pages].to(work)
+    else:
+        codes = paged.encoded[f"{part}_numbers"][pages].view(torch.float8_e4m3fn).to(work)
+    return codes * paged.encoded[f"{part}_scale"][pages].to(work)[..., None]
+
+
+def _fields(paged: Paged, part: str, pages: Tensor) -> dict[str, Tensor]:
+    return {name[2:]: field[pages] for name, field in paged.encoded.items() if name[0] == part}

@@ -1,0 +1,1 @@
+"""Full pages are encoded."""

@@ -1,0 +1,75 @@
+"""A full row's oldest page is encoded, without the host knowing which rows are full.
+
+`encode_reference` is the naive twin, which calls the codec itself; `dmc.kernels.encode.gpu` holds the kernels, and
+`encode_pages` chooses. It follows each `dmc.kernels.append.append.append_tokens`, whose views of the cache it shares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.kernels.backend import choose
+from dmc.kernels.pages.encoding import Encoding
+from dmc.kernels.pages.growing import NO_COLUMN, Growing, take
+
+
+def encode_pages(state: Growing, index: Tensor, encoding: Encoding, *, backend: str | None = None) -> None:
+    """Encodes the oldest page after the sinks of every row that is full, into a page of the pool.
+
+    The entries behind move down, and open pages that this empties are free again; they are given back after the new pages
+    are taken, so a step takes at most one page for each row that opens one and one for each row that is full. Where there
+    is no page, or no column in the table of encoded pages, `Growing.failed` tells and the row stays full: with room made,
+    another call encodes it.
+
+    With Triton nothing waits for the device and the launches depend on shapes alone, so they can be captured in a CUDA
+    graph.
+
+    Args:
+        state: changed in place.
+        index: int64 ``[R]``, distinct rows; -1: none.
+        encoding: of their pages.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+    """
+    if choose(state.opened["k"], backend) == "triton":
+        from dmc.kernels.encode.gpu import encode
+
+        encode(state, index, encoding)
+    else:
+        encode_reference(state, index, encoding)
+
+
+def encode_reference(state: Growing, index: Tensor, encoding: Encoding) -> None:
+    """The naive twin; it waits for the device."""
+    rows = index[index >= 0]
+    rows = rows[state.exact[rows] == state.most]
+    room = state.closed[rows] < state.closed_table.shape[1]
+    if not room.all():
+        state.failed.bitwise_or_(NO_COLUMN)
+    pages, given = take(state, room)
+    rows = rows[given]
+    if not len(rows):
+        return
+    places = torch.arange(state.sinks, state.most, device=index.device)
+    entries = {part: opened[_at(state, rows, places)] for part, opened in state.opened.items()}
+    for name, x in encoding.codec(*(entries[part][:, : state.page] for part in "kv")).items():
+        encoding.fields[name][pages] = x
+    for part, opened in state.opened.items():
+        opened[_at(state, rows, places[: state.window])] = entries[part][:, state.page :]
+    kept = -(-(state.sinks + state.window) // state.per_open)
+    _give(state, state.open_table[rows, kept:])
+    state.open_table[rows, kept:] = 0
+    state.closed_table[rows, state.closed[rows].long()] = pages.int()
+    state.exact[rows] = state.sinks + state.window
+    state.closed[rows] += 1
+
+
+def _at(state: Growing, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    return state.open_table[rows[:, None], places // state.per_open].long(), places % state.per_open
+
+
+def _give(state: Growing, pages: Tensor) -> None:
+    pages, free = pages[pages != 0].long(), int(state.free)
+    state.owners[pages] = 0
+    state.stack[free : free + len(pages)] = pages
+    state.free.add_(len(pages))

@@ -1,0 +1,127 @@
+"""Triton kernels of `dmc.kernels.encode.encode`: three launches, each over all rows, of which most are not full.
+
+The first finds the full rows, takes a page for each and names it in the table of encoded pages, one column behind those
+that count. The second encodes into these pages, keys and values in programs of their own. The third moves the entries
+behind them down, gives the emptied pages back and counts the new page. So pages are taken in one launch and given back
+in another, and no entry is overwritten that a program may still read.
+
+A program of the last two looks after several rows and goes from one full row to the next, since few are full at a time.
+
+Int8 and fp8 codes equal those of the codecs bit for bit: divisions are exact, roundings go to even, and numbers of fp8 are
+made by integer arithmetic, which devices without fp8 have as well. Trellis pages are those of
+`dmc.kernels.formats.trellis.encode`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmc.kernels.backend import interpreted
+from dmc.kernels.formats.plain import encode as plain
+from dmc.kernels.pages.encoding import Encoding
+from dmc.kernels.pages.floats import as_bits
+from dmc.kernels.pages.full_rows import exact_at, first_of, new_pages
+from dmc.kernels.pages.growing import NO_COLUMN, NO_PAGE, Growing
+
+_NO_PAGE, _NO_COLUMN = tl.constexpr(NO_PAGE), tl.constexpr(NO_COLUMN)
+
+
+def encode(state: Growing, index: Tensor, encoding: Encoding) -> None:
+    """`dmc.kernels.encode.encode.encode_pages`."""
+    index = index.contiguous()
+    rows, size, few = len(index), state.head_size, interpreted()
+    keys, values = (as_bits(state.opened[part]) for part in "kv")
+    table = dict(
+        index=index, exact=state.exact, closed=state.closed, closed_table=state.closed_table, R=rows, most=state.most,
+        columns=state.closed_table.shape[1], ct=state.closed_table.stride(0),
+    )
+    opened = dict(open_table=state.open_table, keys=keys, values=values, ot=state.open_table.stride(0), kp=keys.stride(0),
+                  vp=values.stride(0), PER_OPEN=state.per_open)
+    block = dict(D=size, BLOCK=triton.next_power_of_2(size))
+    many = 4 if few else 128
+    _take[(triton.cdiv(rows, many),)](
+        **table, stack=state.stack, free=state.free, owners=state.owners, failed=state.failed, ROWS=many, num_warps=4,
+    )
+    each = 4 if few else 16
+    grid = triton.cdiv(rows, each)
+    if encoding.kind == "trellis":
+        from dmc.kernels.formats.trellis.encode import launch
+
+        launch(table, opened, state.sinks, state.page, size, encoding)
+    else:
+        plain.launch(grid, table, opened, state.sinks, encoding, PAGE=state.page, ROWS=each, **block)
+    spare = -(-(state.sinks + state.window) // state.per_open)
+    _settle[(grid,)](
+        **table, **opened, stack=state.stack, free=state.free, owners=state.owners, sinks=state.sinks, window=state.window,
+        kept=spare, SPARE=triton.next_power_of_2(max(1, state.open_table.shape[1] - spare)), OPEN=state.open_table.shape[1],
+        PAGE=state.page, STEP=min(16, state.page), TILE=16, ROWS=each, **block, num_warps=4,
+    )
+
+
+@triton.jit
+def _take(
+    index, exact, closed, closed_table, R, most, columns, ct, stack, free, owners, failed, ROWS: tl.constexpr,
+):
+    """A page for each full row, as far as there are columns and pages."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(index + r, r < R, -1).to(tl.int64)
+    full = row >= 0
+    full = full & (tl.load(exact + row, full, 0) == most)
+    count = tl.load(closed + row, full, 0)
+    room = full & (count < columns)
+    if tl.max((full & ~room).to(tl.int32), 0) > 0:
+        tl.atomic_or(failed, _NO_COLUMN)
+    wanted = tl.sum(room.to(tl.int32), 0)
+    if wanted > 0:
+        left = tl.atomic_add(free, -wanted) - tl.cumsum(room.to(tl.int32), 0)  # below this row's page on the stack
+        given = room & (left >= 0)
+        lacking = wanted - tl.sum(given.to(tl.int32), 0)
+        if lacking > 0:
+            tl.atomic_add(free, lacking)
+            tl.atomic_or(failed, _NO_PAGE)
+        page = tl.load(stack + left, given, 0)
+        tl.store(owners + page, tl.full((ROWS,), 1, tl.int32), given)
+        tl.store(closed_table + row * ct + count, page.to(tl.int32), given)
+
+
+@triton.jit
+def _settle(
+    index, exact, closed, closed_table, R, most, columns, ct, open_table, keys, values, ot, kp, vp, stack, free, owners,
+    sinks, window, kept, SPARE: tl.constexpr, OPEN: tl.constexpr, PER_OPEN: tl.constexpr, PAGE: tl.constexpr,
+    STEP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """What is left of the rows that were encoded: their newest entries move to the place behind the sinks."""
+    row, count, page = new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS)
+    left = page > 0
+    while tl.max(left.to(tl.int32), 0) > 0:
+        here = first_of(left, ROWS)
+        table = open_table + tl.sum(tl.where(here, row, 0), 0) * ot
+        d = tl.arange(0, BLOCK)
+        for first in range(0, window, STEP):  # no more than a page at once, or it would overtake what it reads
+            i = tl.arange(0, TILE)
+            n = first + i
+            one = (i < STEP) & (n < window)
+            mask = one[:, None] & (d < D)[None, :]
+            k_from = exact_at(table, sinks + PAGE + n, one, kp, PER_OPEN, D)
+            v_from = exact_at(table, sinks + PAGE + n, one, vp, PER_OPEN, D)
+            k = tl.load(keys + k_from[:, None] + d[None, :], mask)
+            v = tl.load(values + v_from[:, None] + d[None, :], mask)
+            k_to = exact_at(table, sinks + n, one, kp, PER_OPEN, D)
+            v_to = exact_at(table, sinks + n, one, vp, PER_OPEN, D)
+            tl.debug_barrier()
+            tl.store(keys + k_to[:, None] + d[None, :], k, mask)
+            tl.store(values + v_to[:, None] + d[None, :], v, mask)
+            tl.debug_barrier()
+        column = kept + tl.arange(0, SPARE)
+        spare = tl.load(table + column, column < OPEN, 0)
+        some = spare > 0
+        end = tl.atomic_add(free, tl.sum(some.to(tl.int32), 0))
+        tl.store(stack + end + tl.cumsum(some.to(tl.int32), 0) - 1, spare.to(tl.int64), some)
+        tl.store(owners + spare, tl.zeros((SPARE,), tl.int32), some)
+        tl.store(table + column, tl.zeros((SPARE,), tl.int32), some)
+        left = left & ~here
+    done = page > 0
+    tl.store(exact + row, tl.zeros((ROWS,), tl.int32) + sinks + window, done)
+    tl.store(closed + row, count + 1, done)

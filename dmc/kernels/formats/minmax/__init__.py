@@ -1,0 +1,1 @@
+"""Pages of min/max groups: the published GEAR and KIVI."""

@@ -1,0 +1,1 @@
+"""Dense, int8 and fp8 pages."""

@@ -1,0 +1,1 @@
+"""Trellis-coded pages: GEAR with the rotated backbone."""

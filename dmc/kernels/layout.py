@@ -1,9 +1,0 @@
-"""How packed pages are laid out, for the codecs that write them (`dmc.cache.codecs`) and the kernels that read them."""
-
-from __future__ import annotations
-
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
-"""Bits of a code → widths of the planes that it is cut into, the low bits first; see `dmc.cache.codecs.bits`."""
-
-SCALE_STEPS, NO_SCALE = 32, 255
-"""Scale codes of rotated pages: c stands for ``2 ** (-c / SCALE_STEPS)`` of the page's largest scale, `NO_SCALE` for 0."""

@@ -1,0 +1,1 @@
+"""Linear layers of a served model on a CPU."""

@@ -1,0 +1,93 @@
+"""What the Triton kernels of decode attention share: full-precision entries, and the results of a segment of a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def page_words(field: Tensor) -> int:
+    """Bytes from page to page of a field, in eights: pages of the pool begin at multiples of 8, which lets loads be wide.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    words, rest = divmod(field.stride(0) * field.element_size(), 8)
+    if rest:
+        raise ValueError(f"pages are {8 * words + rest} bytes apart: the kernels take pages of a multiple of 8 bytes")
+    return words
+
+
+@triton.jit
+def first_of_page(base, page, words):
+    """Where page number ``page`` of a field begins; ``words`` as `page_words` gives it."""
+    return base + page * words * (64 // base.dtype.element_ty.primitive_bitwidth)
+
+
+@triton.jit
+def store_piece(
+    sums, parts, top, total, acc, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+):
+    """What a piece leaves."""
+    item = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    g, d = tl.arange(0, GROUPS), tl.arange(0, BLOCK)
+    tl.store(sums + item * 2 * G + g, top, g < G)
+    tl.store(sums + item * 2 * G + G + g, total, g < G)
+    tl.store(parts + (item * G + g)[:, None] * D + d[None, :], acc, (g < G)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def exact_piece(
+    query, table, exact, first_exact, open_keys, open_values, any_scale, sums, parts, scale, okp, ovp,
+    PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+):
+    """A program whose piece lies among a row's exact entries: their ``table``, and where their number is."""
+    start, length = (tl.program_id(1) - first_exact) * PIECE, tl.load(exact)
+    if start < length:
+        top, total, acc = attend_piece(
+            query, table, open_keys, open_values, any_scale, any_scale, okp, ovp, 0, 0, start, length, scale, PER_OPEN, False,
+            PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        )
+        store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+
+
+@triton.jit
+def attend_piece(
+    query, table, keys, values, key_scale, value_scale, kp, vp, ksp, vsp, start, length, scale,
+    PAGE: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+):
+    """One piece of a row, in base-2 logarithms: its maximum and sum ``[GROUPS]``, its weighted values."""
+    d, g = tl.arange(0, BLOCK), tl.arange(0, GROUPS)
+    q = tl.load(query + (tl.program_id(0) * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
+    top = tl.full((GROUPS,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUPS,), tl.float32)
+    acc = tl.zeros((GROUPS, BLOCK), tl.float32)
+    for first in range(start, tl.minimum(start + PIECE, length), TILE):
+        n = first + tl.arange(0, TILE)
+        page = tl.load(table + n // PAGE, n < length, 0).to(tl.int64)
+        within = n % PAGE
+        mask = (n < length)[:, None] & (d < D)[None, :]
+        k = tl.load((first_of_page(keys, page, kp) + within * D)[:, None] + d[None, :], mask, 0.0)
+        v = tl.load((first_of_page(values, page, vp) + within * D)[:, None] + d[None, :], mask, 0.0)
+        if GROUPS == 1:
+            s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+        else:
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        if SCALED:
+            s *= tl.load(key_scale + page * ksp + within, n < length, 0.0).to(tl.float32)[None, :]
+        s = tl.where((n < length)[None, :], s * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        if SCALED:
+            p *= tl.load(value_scale + page * vsp + within, n < length, 0.0).to(tl.float32)[None, :]
+        if GROUPS == 1:
+            acc = acc * shrink[:, None] + tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
+        else:
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return top, total, acc

@@ -1,0 +1,33 @@
+"""What the Triton kernels that encode pages share: full rows, their new pages and their entries."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off again it leaves a whole number, ties to even
+
+
+@triton.jit
+def new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS: tl.constexpr):
+    """This program's rows, their counts of encoded pages, and the page that each is to be encoded into; 0: none."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(index + r, r < R, -1).to(tl.int64)
+    full = row >= 0
+    full = full & (tl.load(exact + row, full, 0) == most)
+    count = tl.load(closed + row, full, 0)
+    return row, count, tl.load(closed_table + row * ct + count, full & (count < columns), 0)
+
+
+@triton.jit
+def first_of(left, ROWS: tl.constexpr):
+    """The first true place of bool ``[ROWS]``, as one of these."""
+    lane = tl.arange(0, ROWS)
+    return lane == tl.min(tl.where(left, lane, ROWS), 0)
+
+
+@triton.jit
+def exact_at(table, place, mask, stride, PER_OPEN: tl.constexpr, D: tl.constexpr):
+    """Where exact entries begin in the memory of a row's open pages, in elements; int64."""
+    page = tl.load(table + place // PER_OPEN, mask, 0).to(tl.int64)
+    return page * stride + (place % PER_OPEN) * D

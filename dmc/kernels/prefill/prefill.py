@@ -1,0 +1,65 @@
+"""Prefill attention: queries of a prompt over the entries that closed before each, and each its own state.
+
+A prompt needs the closed entries alone, about T / CR of them, and not all intermediate states: every query that sees a
+final entry sees it unchanged. `prefill_reference` is the naive twin, `dmc.kernels.prefill.gpu` the kernel for GPUs and
+`dmc.kernels.prefill.cpu` the loops for CPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.kernels.backend import choose
+from dmc.kernels.cpu.runs import runs_on_cpu
+
+
+def prefill_attention(
+    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, own_keys: Tensor, own_values: Tensor,
+    positions: Tensor, *, scale: float | None = None, backend: str | None = None,
+) -> Tensor:
+    """Attention of prompts in one pass, in memory linear in T and N. No gradients.
+
+    Args:
+        query: ``[R, G, T, D]``, rotated; R rows, that is (sequence, key/value head) pairs.
+        keys, values: ``[R, N, D]``, final entries, rotated, in the dtype of ``query``.
+        places: int32 ``[R, N]``, rising: position of each entry's newest token; entry n is seen by queries of later
+            positions. Rows with fewer than N entries are filled up with places above every position.
+        own_keys, own_values: ``[R, T, D]``, the state after each query's own token, key rotated.
+        positions: int32 ``[T]``, rising, of the queries.
+        scale: of the scores, ``1 / sqrt(D)`` if None.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the twin. None: the default, which on a CPU is loops that
+            numba compiles (`dmc.kernels.prefill.cpu`), where it is installed, but for fp64.
+
+    Returns:
+        ``[R, G, T, D]`` in the dtype of ``query``.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (query, keys, values, places, own_keys, own_values, positions)
+    if backend is None and loops_read(query):
+        from dmc.kernels.prefill import cpu
+
+        return cpu.prefill(*arguments, scale)
+    if choose(query, backend) == "triton":
+        from dmc.kernels.prefill.gpu import prefill
+
+        return prefill(*arguments, scale)
+    return prefill_reference(*arguments, scale=scale)
+
+
+def loops_read(query: Tensor) -> bool:
+    """Whether the loops for CPUs take queries like this: any but fp64."""
+    return runs_on_cpu(query, torch.bfloat16, torch.float16)
+
+
+def prefill_reference(
+    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, own_keys: Tensor, own_values: Tensor,
+    positions: Tensor, *, scale: float,
+) -> Tensor:
+    """The naive twin: all scores in memory; products in the dtype of ``query``, softmax in fp32 at least."""
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = (query @ keys[:, None].transpose(-1, -2)).to(work) * scale
+    later = places[:, None, None, :] >= positions[:, None]
+    own = (query * own_keys[:, None]).sum(-1, keepdim=True, dtype=work) * scale
+    weights = torch.cat([scores.masked_fill(later, -torch.inf), own], dim=-1).softmax(-1).to(query.dtype)
+    return weights[..., :-1] @ values[:, None] + weights[..., -1:] * own_values[:, None]

@@ -1,0 +1,92 @@
+"""The CPU kernels, compiled before they are needed. Where numba is missing, this file can be imported too."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import lru_cache
+
+import torch
+
+from dmc.kernels.cpu.runs import give_up_loops
+from dmc.kernels.pages.paged import Paged
+
+_log = logging.getLogger("dmc.kernels")
+
+
+def compiles(*which: str) -> bool:
+    """Compiles loops before they are needed (`prepare`); if that fails, PyTorch takes over for good.
+
+    Returns:
+        Whether they are there.
+    """
+    try:
+        for name in which:
+            prepare(name)
+        return True
+    except Exception as error:  # of the compiler, or of what it keeps on disk
+        give_up_loops(f"{type(error).__name__}: {error}")
+        return False
+
+
+@lru_cache
+def prepare(which: str) -> None:
+    """Compiles loops, or reads what an earlier process compiled, so that no request has to wait for it.
+
+    Args:
+        which: "decode", "linear", "prefill", "rows" (what is between products), or "trellis" (those that encode such pages).
+    """
+    from dmc.kernels.cpu import compiled
+
+    began = time.perf_counter()
+    {"decode": _decode, "linear": _linear, "prefill": _prefill, "rows": _rows, "trellis": _trellis}[which]()
+    if (seconds := time.perf_counter() - began) > 3:
+        kept = "the next process finds them ready"
+        if not compiled.KEPT:
+            kept = "NUMBA_CACHE_DIR, a folder to write to, would keep them"
+        _log.warning("dmc: compiled the %s loops for this CPU in %.0f s; %s", which, seconds, kept)
+
+
+def _decode() -> None:
+    from dmc.kernels.decode import cpu
+
+    table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    pages = dict(zip("kv", torch.zeros(2, 1, 1, 4), strict=True))
+    paged = Paged("dense", pages, pages, table, table, count, count)
+    cpu.decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), paged, 1.0)
+
+
+def _linear() -> None:
+    from dmc.kernels.cpu import threads
+    from dmc.kernels.linear import cpu, loop
+
+    cpu.Panels(torch.zeros(1, 1))(torch.zeros(1, 1))
+    threads.prepare(loop.multiply, loop.FACTS)
+
+
+def _prefill() -> None:
+    from dmc.kernels.prefill import cpu
+
+    places = torch.zeros(1, 1, dtype=torch.int32)
+    for one in (torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, dtype=torch.bfloat16)):
+        cpu.prefill(one[None], one, one, places, one, one, places[0], 1.0)
+
+
+def _rows() -> None:
+    from dmc.kernels.cpu import threads
+    from dmc.kernels.rows import cpu, loop
+
+    x = torch.zeros(1, 1, 2)
+    cpu.norm(x, x[0, 0], 1e-5)
+    cpu.gate(x)
+    cpu.turn(x, (x[0], x[0]))
+    for one in (loop.norm, loop.gate, loop.turn):
+        threads.prepare(one, loop.FACTS)
+
+
+def _trellis() -> None:
+    from dmc.kernels.formats.trellis import cpu, viterbi_cpu
+
+    viterbi_cpu.choose(torch.zeros(1, 1), [(1, 1)], {1: torch.zeros(4)})
+    one = torch.ones(1, 1, dtype=torch.float64)
+    cpu.encode(torch.zeros(1, 1, 1), one, [(1, 1)], {1: torch.zeros(4)}, mean=True, hadamard=True)

@@ -1,0 +1,1 @@
+"""Norms, gated activation and RoPE of a served model."""
