@@ -46,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out} cannot be written: name a file in a folder that can be")
+    if out.suffix == ".safetensors" and out.parent.resolve() == Path(options.directory).resolve():
+        raise ValueError(f"--out {out} would count as weights of the model in that folder: name another folder")
     own, other = (_DECISIONS, _BASES) if options.decisions else (_BASES, _DECISIONS)
     for name in other:
         if getattr(options, name) is not None:

@@ -312,6 +312,15 @@ def test_bad_arguments_end_with_one_sentence(model, tmp_path, capsys, arguments,
     assert not list(out.iterdir())
 
 
+@pytest.mark.parametrize("mode", [["--decisions"], []])
+def test_a_file_among_the_weights(model, capsys, mode):
+    """It would change the model's fingerprint."""
+    before = sorted(model.iterdir())
+    assert cli.main(["calibrate", str(model), "--text", "x", "--out", str(model / "d.safetensors"), *mode]) == 2
+    assert "would count as weights of the model in that folder: name another folder" in capsys.readouterr().err
+    assert sorted(model.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     "flag", [["--window", "3"], ["--sinks", "1"], ["--arrival-only"], ["--ridge", "1"], ["--sequences", "1"]]
 )
