@@ -4,6 +4,8 @@
     dmc serve DIR --codec gear --kv-memory 2GiB
     dmc eval DIR --text text.txt --needle --codec gear --json figures.json
     dmc inspect DIR --prompt-file text.txt --codec gear
+    dmc calibrate DIR --text text.txt --out eigen.safetensors
+    dmc frontier --out runs/frontier
 
 Wrong use ends with one sentence on stderr and exit code 2, a rank that died with exit code 1. A command is a line in
 `COMMANDS`: its help, a function that adds its flags to a parser, and one that runs it.
@@ -119,7 +121,7 @@ def _serve(options: argparse.Namespace) -> int:
         from dmc.server.run import serve
         from dmc.server.settings import Settings
     except ModuleNotFoundError as error:
-        raise ValueError(f"the server needs {error.name}: pip install 'dmc[serve]'") from error
+        raise ValueError(f"the server needs {error.name}: pip install -e '.[serve]' in the checkout") from error
     fields = ("host", "port", "max_waiting", "default_max_tokens", "max_body", "head_timeout", "body_timeout", "drain_timeout",
               "stall_timeout")
     settings = Settings(

@@ -9,5 +9,5 @@ source scripts/env.sh
 WORKERS=${DMC_TEST_WORKERS:-$(nproc | awk '{print ($1 < 2) ? $1 : 2}')}  # before the next line, which nproc obeys
 export OMP_NUM_THREADS=1
 ruff check .
-# A worker a core (two at most: the tests start processes of their own); the tests of a file stay together.
+# One worker per core, two at most (DMC_TEST_WORKERS changes it): tests start processes of their own. A file's tests stay together.
 exec python -m pytest -q -n "$WORKERS" --dist loadfile "$@"

@@ -175,7 +175,7 @@ def _needle(options: argparse.Namespace, llm: LLM) -> dict:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install 'dmc[eval]')")
+    tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install -e '.[eval]')")
     tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="its names, or those of --task-dir")
     tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (all that are usual)")
     tasks.add_argument("--task-dir", metavar="DIR", help="task files of your own (YAML; data paths relative to DIR)")

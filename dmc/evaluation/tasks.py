@@ -224,7 +224,7 @@ def _needs_lm_eval() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ValueError(f"tasks need {error.name}: pip install 'dmc[eval]'") from error
+        raise ValueError(f"tasks need {error.name}: pip install -e '.[eval]' in the checkout") from error
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def _refusal(device: str, index: int | None, dtype: torch.dtype, head_size: int,
     if head_size % 2 or head_size > _MOST_HEAD_SIZE:
         return f"the kernels take even head sizes up to {_MOST_HEAD_SIZE}, not {head_size}"
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'dmc[kernels]')"
+        return "triton is not installed (pip install -e '.[kernels]' in the checkout)"
     if device == "cpu" and interpret:
         return None
     if device != "cuda":

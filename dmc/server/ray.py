@@ -1,4 +1,4 @@
-"""Replicas behind Ray Serve: each is one engine with the application over it. Needs ``pip install dmc[ray]``.
+"""Replicas behind Ray Serve: each is one engine with the application over it. Needs ``pip install -e '.[ray]'`` in the checkout.
 
     serve run dmc.server.ray:build directory=DIR replicas=2 codec=gear
     serve deploy deploy/ray-serve.yaml

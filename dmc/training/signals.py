@@ -1,7 +1,8 @@
 """Preemption: SIGTERM and SIGUSR1 end the run after the current step, with a resume point.
 
-SLURM sends SIGTERM when a job is preempted and, where the job asks for it (``--signal=USR1@120``), SIGUSR1 some time
-before its limit. Not every rank need get the signal, and none at the same time: after each step all of them agree.
+SLURM sends SIGTERM when a job is preempted and, where the job asks for it (``--signal=USR1@180`` in scripts/slurm),
+SIGUSR1 some time before its limit. Not every rank need get the signal, and none at the same time: after each step all of
+them agree.
 """
 
 from __future__ import annotations

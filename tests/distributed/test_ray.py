@@ -23,7 +23,7 @@ PATIENCE = 600  # seconds, for Ray's many processes on a busy machine
 
 
 def ray_or_skip():
-    return pytest.importorskip("ray", reason="Ray is not installed: pip install dmc[ray]")
+    return pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 
 class Cluster:

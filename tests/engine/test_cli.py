@@ -94,6 +94,10 @@ def test_help_names_every_flag_and_needs_no_torch(capsys):
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
+def test_the_module_shows_every_command():
+    assert all(f"    dmc {command} " in cli.__doc__ for command in cli.COMMANDS)
+
+
 @pytest.mark.parametrize("text, size", [("512", 512), ("3KiB", 3072), ("2MB", 2_000_000), ("1GiB", 2**30)])
 def test_memory_sizes(text, size):
     assert memory(text) == size

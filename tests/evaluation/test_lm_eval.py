@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'dmc[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 pytest.importorskip("accelerate", reason="lm-eval's own model class needs accelerate")
 
 from lm_eval.api.instance import Instance  # noqa: E402

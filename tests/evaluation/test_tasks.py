@@ -38,7 +38,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
 
 @pytest.mark.slow
 def test_names_exist_in_the_harness():
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'dmc[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     known = tasks.manager(None).task_index
     assert [name for name in SUITES["standard"] if name not in known] == []
     with pytest.raises(ValueError, match="humaneval executes code that the model writes"):

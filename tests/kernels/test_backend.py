@@ -62,7 +62,7 @@ def test_an_unknown_name_is_refused_and_the_known_ones_listed(monkeypatch, where
 
 @pytest.mark.parametrize(("x", "interpreter", "installed", "reason"), [
     (on_cpu(), "0", True, "Triton needs a CUDA device, not cpu"),
-    (on_cpu(), "1", False, r"triton is not installed \(pip install 'dmc\[kernels\]'\)"),
+    (on_cpu(), "1", False, r"triton is not installed \(pip install -e '\.\[kernels\]' in the checkout\)"),
     (on_cpu(dtype=torch.float64), "1", True, "take bf16, fp16 and fp32, not torch.float64"),
     (on_cpu(63), "1", True, "even head sizes up to 128, not 63"),
     (on_cpu(256), "1", True, "even head sizes up to 128, not 256"),
@@ -106,7 +106,7 @@ def test_the_cpu_path_needs_no_triton():
     """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = "dmc: attention runs in PyTorch (sdpa): triton is not installed (pip install 'dmc[kernels]')"
+    said = "dmc: attention runs in PyTorch (sdpa): triton is not installed (pip install -e '.[kernels]' in the checkout)"
     assert done.stderr.count(said) == 1
 
 
