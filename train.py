@@ -113,6 +113,9 @@ def build(config: Config) -> Trainer:
     reporter.say(backends.describe(config.run.transformer_engine))
     for about, epochs in zip(meta["corpora"], source.epochs(trainer.schedule.steps), strict=True):
         reporter.say(f"  {about['share']} of the sequences from {about['name']} ({about['hash']}): {epochs:.2f} epochs")
+    for text in (*training.corpora, *held_out.corpora):
+        if text.skipped:
+            reporter.say(f"  left out of {text.name}: {text.skipped}")
     if resume is not None:
         trainer.resume(str(resume))
     return trainer

@@ -14,7 +14,7 @@ import json
 import struct
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType
 from torch import Tensor
 
+from data.skipped import Skipped
 from data.writer import FORMAT, combined_hash, sha256_of
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document bounds
@@ -42,6 +43,7 @@ class Corpus:
     offsets: np.ndarray
     hash: str
     characters: int
+    skipped: Skipped = field(default_factory=Skipped)  # what the files of the text held besides these documents
 
     def __len__(self) -> int:
         """Tokens."""

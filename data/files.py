@@ -1,49 +1,35 @@
-"""Documents of small texts that are read whole: ``.txt`` and ``.jsonl`` files, plain or ``.xz``."""
+"""Small texts that a run reads whole: files named in ``data.text``, through the readers of scripts/prepare_data.py."""
 
 from __future__ import annotations
 
-import json
-import lzma
 from pathlib import Path
 
+from data import readers, sources
+from data.skipped import Skipped
 from data.stdlib import Document
 
 
-def read_files(names: str) -> list[Document]:
-    """Documents of comma-separated ``.txt`` and ``.jsonl`` files, plain or ``.xz``.
+def read_files(names: str) -> tuple[list[Document], Skipped]:
+    """Documents of comma-separated files of any kind of `data.readers.KINDS`, and what was left out.
+
+    Documents are named without their directory: a corpus has the same hash wherever its files lie.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    docs: list[Document] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        path = Path(name)
-        if path.is_dir():
+    paths = [part.strip() for part in names.split(",") if part.strip()]
+    for name in paths:
+        if Path(name).is_dir():
             raise ValueError(f"{name} is a directory: several prepared corpora are given with weights, as in 0.5:A,0.5:B")
-        if not path.is_file():
+        if not Path(name).is_file():
             raise ValueError(f"no text file or prepared corpus at {name}")
-        try:
-            opener = lzma.open if path.suffix == ".xz" else open
-            with opener(path, "rt", encoding="utf-8") as file:
-                body = file.read()
-        except (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError) as error:
-            raise ValueError(f"{name} is not readable as text ({type(error).__name__}: {error})") from None
-        # Named without their directory: a corpus has the same hash wherever its files lie.
-        docs += _json_lines(path, body) if ".jsonl" in path.name else [Document(path.name, body)]
-    return [d for d in docs if d.text.strip()]
+    progress = sources.Progress()
+    docs = [
+        Document(_name(Path(record.source), record.number), record.text)
+        for record in sources.records(sources.Request(paths), progress)
+    ]
+    return docs, progress.skipped
 
 
-def _json_lines(path: Path, body: str) -> list[Document]:
-    docs: list[Document] = []
-    for number, line in enumerate(body.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()  # a lone surrogate is JSON, but no text
-        except (json.JSONDecodeError, UnicodeEncodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'line {number} of {path} is not {{"text": "..."}} ({type(error).__name__}: {error}): mend or remove it'
-            ) from None
-        docs.append(Document(f"{path.name}:{len(docs)}", text))
-    return docs
+def _name(path: Path, number: int) -> str:
+    return path.name if readers.kind_of(path) == "text" else f"{path.name}:{number}"

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import sources, tokens
 from data.encode import chunked, encode_all
+from data.skipped import Skipped
 from data.writer import PartWriter, sync_directory, write_meta
 
 MOST_COUNTED = 2**16  # documents that a held-out count may keep in memory
@@ -151,7 +152,7 @@ class _Run:
         }
         self._held_out, self._workers, self._parse_special = held_out, workers, parse_special
         self._parts = {p: PartWriter(staging, p, dtype) for p in ("train", *(["held_out"] if held_out else []))}
-        self._blank = self._copies = 0
+        self._skipped, self._copies = Skipped(), 0
 
     def write(self, request: sources.Request, limit: int | None) -> dict:
         kept: set[bytes] = set()
@@ -166,14 +167,15 @@ class _Run:
             if not part.documents:
                 read = sum(p.documents for p in self._parts.values())
                 raise ValueError(
-                    f"of {read} documents ({self._blank} blank and {self._copies} copies of held-out ones left out) none went "
-                    f"into the {name.replace('_', '-')} part: give more text, or another --held-out"
+                    f"of {read} documents (left out: {self._skipped or 'none'}, {self._copies} copies of held-out ones) none "
+                    f"went into the {name.replace('_', '-')} part: give more text, or another --held-out"
                 )
         source = {k: v for k, v in asdict(request).items() if k != "streaming"}
         return {
             "tokenizer": self._about, "special_tokens": "parsed" if self._parse_special else "text",
             "source": source | {"limit": limit, "held_out": asdict(self._held_out)},
-            "blank_documents": self._blank, "copies_of_held_out": self._copies,
+            "blank_documents": self._skipped.blank, "null_documents": self._skipped.null, "empty_files": self._skipped.files,
+            "copies_of_held_out": self._copies,
             "parts": {name: part.finish() for name, part in self._parts.items()},
         }
 
@@ -213,7 +215,7 @@ class _Run:
                 bar.set_postfix_str(f"{done / (time.perf_counter() - begun):,.0f} tokens/s", refresh=False)
                 bar.update(len(chunk.lengths))
             bar.total = bar.n
-        self._blank += progress.blank
+        self._skipped += progress.skipped
 
 
 class _Smallest:

@@ -1,25 +1,23 @@
-"""Documents from whatever Hugging Face `datasets` loads: files, directories, names on the Hub.
+"""Documents of a request: files, patterns, directories, what `datasets` saved, names on the Hugging Face Hub.
 
-Everything is streamed: a record at a time, nothing written to the library's cache unless a Hub dataset is asked to
-be downloaded first. Local files are taken one by one in sorted order, so that an error names the file.
+A record is in memory at a time, and nothing is written to the library's cache unless a Hub dataset is asked to be
+downloaded first. Files are taken one by one in sorted order, so that an error names the file.
 """
 
 from __future__ import annotations
 
 import glob
-import lzma
-import zlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-# Suffix → the loader of `datasets`; a compressed file has one of _PACKED after it.
-KINDS = {
-    ".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
-    ".csv": "csv", ".tsv": "csv",
-}
-_PACKED = (".xz", ".gz", ".bz2", ".zst")
-TXT_DOCUMENTS = {"file": "document", "paragraph": "paragraph", "line": "line"}
+from data import packed, readers
+from data.column import Column, Unreadable
+from data.skipped import Skipped
+
+_HEAD = 2**20  # bytes of a compressed file from which its size is estimated
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,13 @@ class Request:
 
 @dataclass
 class Progress:
-    """How much there is to read, as far as that is known, and how much was read."""
+    """How much there is to read, as far as that is known, how much was read, and what was left out."""
 
     documents: int | None = None  # in all
     bytes: int | None = None  # of text, estimated, where the number of documents is unknown
     read_documents: int = 0
     read_bytes: int = 0
-    blank: int = 0  # documents of white space alone or null: left out
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def expected(self) -> int | None:
@@ -63,157 +61,141 @@ class Progress:
         return max(self.read_documents, round(self.read_documents * self.bytes / self.read_bytes))
 
 
+class Record(NamedTuple):
+    """A text, its source, and its number among the records of the source."""
+
+    source: str
+    number: int
+    text: str
+
+
 @dataclass
 class _Piece:
-    """One thing to load: what it is called, how, and how large it is."""
+    """One thing to read: what it is called, its texts (None for null), and its path if it is a file."""
 
     name: str
-    load: Callable[[], object] = field(repr=False)
+    texts: Callable[[], Iterator[str | None]] = field(repr=False)
     path: Path | None = None
 
 
-def documents(request: Request, progress: Progress) -> Iterator[str]:
-    """The texts of a request in order; blank ones are counted in ``progress`` and left out.
+def records(request: Request, progress: Progress) -> Iterator[Record]:
+    """The texts of a request in order; what holds no text is counted in ``progress`` and left out.
 
     Raises:
         ValueError: one sentence naming the source, for whatever cannot be found or read, and for a missing column.
     """
-    pieces = _pieces(request)
+    column = Column(request.column)
+    pieces = [piece for name in request.names for piece in _of_name(name, request, column, progress)]
     _estimate(pieces, progress)
+    skipped = progress.skipped
     for piece in pieces:
-        for number, record in enumerate(_records(piece, request, progress)):
-            text = _text(record, request.column, piece.name, number)
+        number = -1
+        for number, text in enumerate(piece.texts()):
             progress.read_documents += 1
             progress.read_bytes += len(text or "")
-            if text and not text.isspace():
-                yield text
+            if text is None:
+                skipped.null += 1
+            elif not text or text.isspace():
+                skipped.blank += 1
             else:
-                progress.blank += 1
+                yield Record(piece.name, number, text)
+        skipped.files += number < 0
+    column.end()
 
 
-def _pieces(request: Request) -> list[_Piece]:
-    return [piece for name in request.names for piece in _of_name(name, request)]
+def documents(request: Request, progress: Progress) -> Iterator[str]:
+    """The texts of `records` alone."""
+    return (record.text for record in records(request, progress))
 
 
-def _of_name(name: str, request: Request) -> list[_Piece]:
+def _of_name(name: str, request: Request, column: Column, progress: Progress) -> list[_Piece]:
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return [_Piece(name, lambda: _load_saved(path, request.split))]
+        return [_Piece(name, lambda: _saved(path, request.split, column, progress))]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+        files = sorted(p for p in path.rglob("*") if p.is_file() and readers.kind_of(p))
         if not files:
-            raise ValueError(f"the directory {name} holds no file that is read: {', '.join(KINDS)}, or one of them packed")
+            raise ValueError(
+                f"the directory {name} holds no file that is read: {', '.join(readers.KINDS)}, or one of them compressed"
+            )
     elif path.is_file():
         files = [path]
     else:
         files = sorted(Path(p) for p in glob.glob(str(path), recursive=True)) if glob.has_magic(name) else []
-        if not files and (glob.has_magic(name) or _kind(path) or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        is_path = glob.has_magic(name) or readers.kind_of(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+        if not files and is_path:
             raise ValueError(f"no file, directory or dataset at {name}: check the path")
     if files:
-        return [_Piece(str(p), _file_loader(p, request), p) for p in files]
-    return [_Piece(name, lambda: _load_hub(name, request))]
+        return [_file(p, request, column) for p in files]
+    return [_Piece(name, lambda: _hub(name, request, column, progress))]
 
 
-def _kind(path: Path) -> str | None:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in _PACKED:
-        suffixes.pop()
-    return KINDS.get(suffixes[-1]) if suffixes else None
+def _file(path: Path, request: Request, column: Column) -> _Piece:
+    packed.check(str(path))  # now, not after hours in which other files were read
+    file = readers.local(path)
+    return _Piece(file.name, lambda: readers.texts(file, column, request.txt_documents), path)
 
 
-def _file_loader(path: Path, request: Request) -> Callable[[], object]:
-    kind = _kind(path)
-    if kind is None:
-        raise ValueError(f"{path} is of no kind that is read: {', '.join(KINDS)}, or one of them with {', '.join(_PACKED)}")
-    extra: dict = {"sample_by": TXT_DOCUMENTS[request.txt_documents]} if kind == "text" else {}
-    if kind == "csv" and ".tsv" in path.suffixes:
-        extra["sep"] = "\t"
+def _hub(name: str, request: Request, column: Column, progress: Progress) -> Iterator[str | None]:
+    from data import hub  # with `datasets`, which takes seconds to import
 
-    def load() -> object:
-        import datasets
-
-        return datasets.load_dataset(kind, data_files=[glob.escape(str(path))], split="train", streaming=True, **extra)
-
-    return load
-
-
-def _load_saved(path: Path, split: str) -> object:
-    import datasets
-
-    found = datasets.load_from_disk(str(path))
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ValueError(f"no split {split!r}, it has {', '.join(found)}: choose with --split")
-        return found[split]
+    known, found = hub.open_dataset(name, request, column)
+    _count(known, progress)
     return found
 
 
-def _load_hub(name: str, request: Request) -> object:
-    import datasets
-
-    return datasets.load_dataset(
-        name, request.config, split=request.split, revision=request.revision, streaming=request.streaming
-    )
-
-
-def _records(piece: _Piece, request: Request, progress: Progress) -> Iterator[dict]:
-    import datasets
-
-    if piece.path is not None:
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is in the exception too
+def _saved(path: Path, split: str, column: Column, progress: Progress) -> Iterator[str | None]:
+    """Of what ``save_to_disk`` wrote; of several splits only this one is opened."""
     try:
-        loaded = piece.load()
-        if piece.path is None:
-            _count(loaded, request.split, progress)
-        yield from loaded
-    except Exception as error:  # loaders raise what their formats' libraries raise
-        said = " ".join(str(error).split())
-        where = (
-            f"{piece.name} is not readable" if piece.path is not None
-            else f"no file or directory {piece.name} that is read, and no dataset of that name was found"
-        )
-        raise ValueError(f"{where} ({type(error).__name__}: {said})") from None
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            if split not in splits:
+                raise Unreadable(f"{path} has no split {split!r}, it has {', '.join(splits)}: choose with --split")
+            path = path / split
+        if not json.loads((path / "state.json").read_text())["_data_files"]:
+            return iter(())  # without rows save_to_disk may write no file, and load_from_disk then fails
+        import datasets
+
+        found = datasets.load_from_disk(str(path))
+        _count(len(found), progress)
+    except Unreadable:
+        raise
+    except Exception as error:  # `datasets` raises what its parsers raise
+        raise ValueError(f"{path} is not readable ({type(error).__name__}: {' '.join(str(error).split())})") from None
+    return _rows(found, column, str(path))
 
 
-def _text(record: dict, column: str, name: str, number: int) -> str | None:
-    if column not in record:
-        raise ValueError(f"{name} has no column {column!r}, it has {', '.join(record)}: choose one with --text-column")
-    text = record[column]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"record {number} of {name} has a {type(text).__name__} in column {column!r}: it must be text")
-    return text
+def _rows(found: object, column: Column, where: str) -> Iterator[str | None]:
+    """The column of a Dataset."""
+    if len(found):
+        column.in_table(found.column_names, where)
+        column.of_type(found.features.arrow_schema.field(column.name).type, where)
+        for row in found.select_columns([column.name]).with_format(None):
+            yield row[column.name]
 
 
-def _count(loaded: object, split: str, progress: Progress) -> None:
+def _count(known: int | None, progress: Progress) -> None:
     """Of saved and Hub datasets the number of documents is often known."""
-    splits = loaded.info.splits or {}
-    known = len(loaded) if hasattr(loaded, "__len__") else getattr(splits.get(split), "num_examples", None)
     if known and progress.read_documents == 0:
         progress.documents = known
 
 
 def _estimate(pieces: list[_Piece], progress: Progress) -> None:
-    kinds = {_kind(piece.path) if piece.path else "hub" for piece in pieces}
+    kinds = {readers.kind_of(piece.path) if piece.path else "dataset" for piece in pieces}
     if kinds == {"parquet"}:
         from pyarrow import ArrowInvalid, parquet
 
         try:
-            progress.documents = sum(parquet.read_metadata(piece.path).num_rows for piece in pieces)
-        except (ArrowInvalid, OSError):  # reading it will say so
+            progress.documents = sum(
+                parquet.read_metadata(piece.path).num_rows for piece in pieces if piece.path.stat().st_size
+            )
+        except (ArrowInvalid, OSError):  # a compressed one; or a damaged one, which reading it will report
             pass
-    elif not kinds & {"hub", "parquet"}:
-        progress.bytes = sum(_unpacked_size(piece.path) for piece in pieces)
+    elif not kinds & {"dataset", "parquet"}:
+        progress.bytes = sum(_size(piece.path) for piece in pieces)
 
 
-def _unpacked_size(path: Path) -> int:
-    """Bytes of a file, unpacked; of a packed one estimated from its first MiB."""
-    size = path.stat().st_size
-    unpack = {".xz": lambda: lzma.LZMADecompressor(), ".gz": lambda: zlib.decompressobj(31)}.get(path.suffix)
-    if unpack is None or not size:
-        return size
-    try:
-        with open(path, "rb") as file:
-            head = file.read(2**20)
-        return len(unpack().decompress(head)) * size // len(head)
-    except (lzma.LZMAError, zlib.error, OSError):  # reading it will say so
-        return size
+def _size(path: Path) -> int:
+    """Bytes of a file once decompressed, estimated from its first MiB."""
+    with open(path, "rb") as file:
+        return packed.unpacked_size(file.read(_HEAD), path.stat().st_size, str(path))

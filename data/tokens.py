@@ -1,6 +1,6 @@
 """The texts of a run as tokens: prepared corpora as they are, everything else tokenised once and kept.
 
-Texts that are no prepared corpus (the standard library, ``.txt`` and ``.jsonl`` files) are read whole and tokenised
+Texts that are no prepared corpus (the standard library, files) are read whole and tokenised
 into a directory of the cache named by the hash of texts and tokenizer, of the same form as a prepared corpus
 (`data.corpus`).
 """
@@ -23,6 +23,7 @@ from data.corpus import Corpus
 from data.encode import Encoder, chunked
 from data.files import read_files
 from data.mixture import Mixture
+from data.skipped import Skipped
 from data.stdlib import Document
 from data.writer import FORMAT, PartWriter, write_meta
 from dmc import pretrained
@@ -71,8 +72,8 @@ def corpora(
     Args:
         text: a corpus or a blend of several (`data.blend.parse`). A corpus is ``stdlib`` (guides, topics,
             docstrings), ``stdlib-plain`` (source files as they are), a prepared corpus (its directory, or the prefix
-            of one of its parts), or comma-separated files (.txt: one document a file; .jsonl: one
-            ``{"text": ...}`` a line; either with .xz).
+            of one of its parts), or comma-separated files of any kind that `data.readers` reads (.txt: one document
+            per file; .jsonl: one ``{"text": ...}`` per line).
         held_out: the same for the held-out text. Empty takes the held-out parts of prepared corpora, every
             twentieth document of files and, for the standard library, the modules that `data.stdlib` names, with
             the shares of ``text``.
@@ -130,30 +131,35 @@ class _Maker:
             if part != "train" or "held_out" not in corpus.read_meta(directory)["parts"]:
                 raise ValueError(f"{text} has no held-out part of its own: give data.held_out, or prepare it with --held-out")
             return self._prepared(directory, "train"), self._prepared(directory, "held_out")
-        docs = _documents(text)
+        docs, skipped = _documents(text)
         if text in STDLIB:
             training, tested = stdlib.split(docs)
         else:
             training = [d for i, d in enumerate(docs) if i % 20 != 19]
             tested = [d for i, d in enumerate(docs) if i % 20 == 19]
-        return self._tokenized(text, training, "training"), self._tokenized(text, tested, "held-out")
+        return self._tokenized(text, training, "training", skipped), self._tokenized(text, tested, "held-out", Skipped())
 
     def training(self, text: str) -> Callable[[], Corpus]:
         """A text to train on where another is held out: files whole, of a prepared corpus its training part."""
         if _is_prepared(text):
             return self._prepared(*_located(text, "train"))
-        return self._tokenized(text, _documents(text), "training")
+        docs, skipped = _documents(text)
+        return self._tokenized(text, docs, "training", skipped)
 
     def tested(self, text: str) -> Callable[[], Corpus]:
         """A text named in data.held_out: files whole, of a prepared corpus its held-out part."""
         if _is_prepared(text):
             return self._prepared(*_located(text, "held_out"))
-        return self._tokenized(text, read_files(text), "held-out")
+        docs, skipped = read_files(text)
+        return self._tokenized(text, docs, "held-out", skipped)
 
-    def _tokenized(self, text: str, docs: list[Document], name: str) -> Callable[[], Corpus]:
+    def _tokenized(self, text: str, docs: list[Document], name: str, skipped: Skipped) -> Callable[[], Corpus]:
         if not docs:
-            raise ValueError(f"the {name} text of data.text={text} is empty: give data.held_out a file, or more documents")
-        return lambda: tokenize(docs, self._tokenizer, self._cache, text)
+            left_out = f" (left out: {skipped})" if skipped else ""
+            raise ValueError(
+                f"the {name} text of data.text={text} is empty{left_out}: give data.held_out a file, or more documents"
+            )
+        return lambda: dataclasses.replace(tokenize(docs, self._tokenizer, self._cache, text), skipped=skipped)
 
     def _prepared(self, directory: Path, part: str) -> Callable[[], Corpus]:
         made, here = corpus.read_meta(directory)["tokenizer"], about(self._tokenizer)
@@ -171,8 +177,8 @@ def _mixture(makers: list[Callable[[], Corpus]], parts: list[blend.Part]) -> Mix
     return Mixture(tuple(make() for make in makers), tuple(part.share for part in parts))
 
 
-def _documents(text: str) -> list[Document]:
-    return stdlib.documents(STDLIB[text]) if text in STDLIB else read_files(text)
+def _documents(text: str) -> tuple[list[Document], Skipped]:
+    return (stdlib.documents(STDLIB[text]), Skipped()) if text in STDLIB else read_files(text)
 
 
 def _is_prepared(text: str) -> bool:

@@ -6,7 +6,7 @@
         --output corpora/fineweb --held-out 1000 --workers 16
     python scripts/prepare_data.py --verify corpora/books
 
-Sources: files (.txt .jsonl .json .parquet .arrow .csv .tsv, packed or not), patterns, directories, what
+Sources: files (.txt .jsonl .json .parquet .arrow .csv .tsv, compressed or not), patterns, directories, what
 `datasets` saved, names on the Hugging Face Hub. docs/data.md has the rest.
 """
 
@@ -92,11 +92,17 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _show(path: Path, meta: dict) -> None:
+    from data.skipped import Skipped
+
     for name, part in meta["parts"].items():
         print(
             f"{path}/{name}: {part['documents']} documents, {part['tokens']} tokens, {part['characters']} characters "
             f"({part['characters'] / part['tokens']:.2f} a token), hash {part['hash']}, tokenizer {meta['tokenizer']['hash']}"
         )
+    skipped = Skipped(*(meta.get(name, 0) for name in ("blank_documents", "null_documents", "empty_files")))
+    if skipped or meta.get("copies_of_held_out"):
+        copies = meta.get("copies_of_held_out")
+        print(f"left out: {', '.join(filter(None, (str(skipped), f'{copies} copies of held-out documents' if copies else '')))}")
 
 
 if __name__ == "__main__":

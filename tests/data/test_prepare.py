@@ -173,7 +173,7 @@ def test_wrong_shares_are_refused(share, words):
 
 
 def test_empty_parts_are_refused(tmp_path):
-    for rows, share, words in ((["", " "], "0", "of 0 documents .2 blank .*none went into the train part"),
+    for rows, share, words in ((["", " "], "0", "of 0 documents .left out: 2 blank documents, .*none went into the train part"),
                                (texts(3), "1e-9", "of 3 documents .*none went into the held-out part"),
                                (texts(3), "3", "none went into the train part")):
         with pytest.raises(ValueError, match=words):

@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from data import sources
+from data.skipped import Skipped
 from data.sources import Progress, Request
 
 ROWS = ["one", "two\nlines é", "日本語 🙂", "x" * 5000]
@@ -84,7 +85,7 @@ def test_blank_and_null_documents_are_counted_and_left_out(tmp_path):
     rows = ["one", None, " \n", "", "two"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     found, progress = read(tmp_path / "a.jsonl")
-    assert (found, progress.blank, progress.read_documents) == (["one", "two"], 3, 5)
+    assert (found, progress.skipped, progress.read_documents) == (["one", "two"], Skipped(blank=2, null=1), 5)
 
 
 def test_another_column(tmp_path):
@@ -92,7 +93,7 @@ def test_another_column(tmp_path):
     assert read(tmp_path / "a.jsonl", column="body")[0] == ["one"]
     with pytest.raises(ValueError, match="a.jsonl has no column 'text', it has body, id: choose one with --text-column"):
         read(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="record 0 of .*a.jsonl has a int in column 'id': it must be text"):
+    with pytest.raises(ValueError, match="line 1 of .*a.jsonl has a int in column 'id': it must be text"):
         read(tmp_path / "a.jsonl", column="id")
 
 
@@ -151,23 +152,6 @@ def test_a_dataset_that_is_not_there_is_one_sentence(monkeypatch, name):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_dataset_is_asked_for_as_configured(monkeypatch):
-    """What reaches the library, which no test can let reach the Hub."""
-    asked = []
-
-    def load(*positional, **named):
-        asked.append((positional, named))
-        return datasets.Dataset.from_dict({"text": ["one"]}).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read("a/b", config="c", split="s", revision="r")[0] == ["one"]
-    assert read("a/b", streaming=False)[0] == ["one"]
-    assert asked == [
-        (("a/b", "c"), {"split": "s", "revision": "r", "streaming": True}),
-        (("a/b", None), {"split": "train", "revision": None, "streaming": False}),
-    ]
-
-
 @pytest.mark.parametrize(("name", "data"), [
     ("a.jsonl", b'{"text": "one"}\n{"text": "tw'), ("a.jsonl.xz", b"no xz"), ("a.jsonl.gz", b"no gz"),
     ("a.parquet", b"no parquet"),
@@ -175,6 +159,26 @@ def test_a_hub_dataset_is_asked_for_as_configured(monkeypatch):
 ])
 def test_unreadable_files_are_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name} is not readable") as caught:
+    with pytest.raises(ValueError, match=f"{name} is not (readable|JSON)") as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_saved_dataset_of_no_rows_is_empty(tmp_path):
+    whole = datasets.Dataset.from_dict({"text": ROWS})
+    datasets.DatasetDict({"train": whole, "none": whole.select([])}).save_to_disk(str(tmp_path / "saved"))
+    found, progress = read(tmp_path / "saved", split="none")
+    assert (found, progress.skipped) == ([], Skipped(files=1)) and read(tmp_path / "saved")[0] == ROWS
+
+
+def test_a_saved_dataset_is_read_by_its_column_alone(tmp_path):
+    rows = {"text": ["one", None, "NA"], "id": [1, 2, 3], "tags": [["a"], [], ["b"]]}
+    datasets.Dataset.from_dict(rows).with_format("numpy").save_to_disk(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved")[0] == ["one", "NA"]
+    with pytest.raises(ValueError, match="saved has no column 'body', it has text, id, tags: choose one with --text-column"):
+        read(tmp_path / "saved", column="body")
+    with pytest.raises(ValueError, match="saved has values of type int64 in column 'id': they must be text"):
+        read(tmp_path / "saved", column="id")
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="saved is not readable .JSONDecodeError"):
+        read(tmp_path / "saved")
