@@ -1,0 +1,389 @@
+"""The house: who may import whom, no import circle, few floors, and serving without the packages of training.
+
+Imports are read from the source. An import in a function counts as well, and so does one under TYPE_CHECKING: a circle that
+is broken by a lazy import is a circle for whoever reads or changes these files.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TREES = ("dmc", "checkpoints", "data", "scripts", "train.py")
+
+MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted"}  # plain PyTorch; torch and safetensors alone
+ENGINE = MATHS | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.pretrained"}  # and below
+DMC = ENGINE | {"dmc.server", "dmc.evaluation", "dmc.analysis", "dmc.training"}
+CHECKOUT = {"data", "checkpoints"}
+MAY_IMPORT = {
+    # room: the rooms that it may import, beside itself. "dmc" is dmc/__init__.py, which loads `dmc.LLM` on first use
+    "dmc": set(),
+    "dmc.functional": set(),
+    "dmc.functional_dms": {"dmc.functional"},
+    "dmc.fitted": set(),
+    "dmc.pretrained": set(),
+    "dmc.families": MATHS,
+    "dmc.kernels": MATHS,
+    "dmc.cache": MATHS | {"dmc.kernels"},
+    "dmc.model": MATHS | {"dmc.families", "dmc.kernels"},
+    "dmc.engine": MATHS | {"dmc.families", "dmc.pretrained", "dmc.model", "dmc.cache"},
+    "dmc.server": {"dmc.engine"},
+    "dmc.evaluation": ENGINE,
+    "dmc.analysis": ENGINE,
+    "dmc.training": MATHS | {"dmc.families", "dmc.kernels"},
+    "data": {"dmc.training", "dmc.families", "dmc.pretrained"},
+    "checkpoints": {"dmc.training", "dmc.families", "dmc.pretrained"},
+    "dmc.integrations": DMC,
+    "dmc.commands": DMC | CHECKOUT,
+    "dmc.cli": DMC | CHECKOUT | {"dmc.commands"},
+    "scripts": DMC | CHECKOUT | {"dmc.commands", "dmc.cli", "dmc.integrations"},
+    "train": DMC | CHECKOUT | {"dmc.commands"},
+}
+ALSO = {("dmc.evaluation", "data.stdlib")}  # (room, module): the text that every machine has; it imports data.guides alone
+KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",))  # "*": one folder per operation
+CACHE_FLOORS = (("policies", "codecs"), ("storage",), ("reading",), ("kv",))
+TRAINING_ONLY = ("megatron", "datasets", "matplotlib")
+SERVING = (
+    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.pretrained", "dmc.families", "dmc.kernels", "dmc.cache",
+    "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
+)
+
+
+class House:
+    """The modules below a folder, and what each imports.
+
+    Attributes:
+        files: of each module, its dotted name → path.
+        arrows: module → names of the project's modules that it imports, anywhere in the file.
+        at_once: the same, but those that run when the module is imported.
+        packages: module → first names of other packages, anywhere in the file; ``packages_at_once`` when it is imported.
+    """
+
+    def __init__(self, root: Path, trees: tuple[str, ...] = TREES) -> None:
+        paths = [p for tree in trees for p in ([root / tree] if tree.endswith(".py") else sorted((root / tree).rglob("*.py")))]
+        self.files = {_name(path.relative_to(root)): path for path in paths if path.exists()}
+        self.files |= {name: path for path in (root / "tests").rglob("*.py") if (name := _name(path.relative_to(root)))}
+        self.arrows, self.at_once, self.packages, self.packages_at_once = {}, {}, {}, {}
+        for name, path in self.files.items():
+            tree = ast.parse("" if room(name) == "tests" else path.read_text(encoding="utf-8"))  # tests import what they test
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            for nodes, arrows, packages in (
+                (ast.walk(tree), self.arrows, self.packages), (_runs_at_once(tree), self.at_once, self.packages_at_once),
+            ):
+                arrows[name], packages[name] = set(), set()
+                for wanted, names in _imports(nodes, package):
+                    self._sort(name, wanted, names, arrows[name], packages[name])
+
+    def _sort(self, name: str, wanted: str, names: list[str], arrows: set[str], packages: set[str]) -> None:
+        found = {f"{wanted}.{one}" for one in names if f"{wanted}.{one}" in self.files}
+        if wanted in self.files and len(found) < max(1, len(names)):
+            found.add(wanted)
+        arrows |= found - {name}
+        if not found and wanted.partition(".")[0] not in {one.partition(".")[0] for one in self.files}:
+            packages.add(wanted.partition(".")[0])
+
+    def within(self, *rooms: str) -> list[str]:
+        """Modules of these rooms."""
+        return [name for name in self.files if room(name) in rooms]
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def _runs_at_once(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported: not those in functions, nor under ``if TYPE_CHECKING``."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def _imports(nodes: Iterator[ast.AST], package: str) -> Iterator[tuple[str, list[str]]]:
+    """(module, names taken from it) of every import statement, and of calls of ``import_module`` that name a module."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((one.name, []) for one in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            yield ".".join([*base, *([node.module] if node.module else [])]), [one.name for one in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value, []
+
+
+def room(module: str) -> str:
+    """The room of a module: dmc's folders and top-level files one each, and the other trees."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "dmc" else parts[0]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one node (Tarjan)."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in arrows.get(node, ()):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node):]
+            del stack[stack.index(node):]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in arrows:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def forbidden(house: House) -> list[str]:
+    """Imports between rooms that `MAY_IMPORT` does not name."""
+
+    def allowed(name: str) -> str:
+        return ", ".join(sorted(MAY_IMPORT[name])) or "nothing" if name in MAY_IMPORT else "nothing until it is in MAY_IMPORT"
+
+    return [
+        f"{module} imports {other}: {room(module)} may import {allowed(room(module))}"
+        for module, others in sorted(house.arrows.items())
+        for other in sorted(others)
+        if room(other) not in {room(module), *MAY_IMPORT.get(room(module), ())} and (room(module), other) not in ALSO
+    ]
+
+
+def inner_rooms(house: House, package: str) -> dict[str, set[str]]:
+    """Rooms of a package → rooms of it that each imports: its folders, those of ``formats`` one each, and its top-level files."""
+
+    def inner(module: str) -> str:
+        rest = module.removeprefix(package + ".").split(".")
+        return ".".join(rest[: 2 if rest[0] == "formats" else 1])
+
+    modules = [name for name in house.files if name.startswith(package + ".")]
+    rooms = {inner(name): set() for name in modules}
+    for name in modules:
+        rooms[inner(name)] |= {inner(other) for other in house.arrows[name] if other.startswith(package + ".")} - {inner(name)}
+    return rooms
+
+
+def floors(rooms: dict[str, set[str]]) -> int:
+    """Rooms in the longest chain of imports; there must be no circle."""
+    height: dict[str, int] = {}
+
+    def of(name: str) -> int:
+        if name not in height:
+            height[name] = 1 + max((of(other) for other in rooms[name]), default=0)
+        return height[name]
+
+    return max(map(of, rooms), default=0)
+
+
+def upwards(rooms: dict[str, set[str]], order: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports from a lower to a higher floor, and between the rooms of ``formats``."""
+
+    def floor(name: str) -> int:
+        first = name.partition(".")[0]
+        named = [number for number, names in enumerate(order) if first in names]
+        return named[0] if named else next(number for number, names in enumerate(order) if "*" in names)
+
+    return [
+        f"{name} imports {other}" for name, others in sorted(rooms.items()) for other in sorted(others)
+        if floor(other) > floor(name) or (name.startswith("formats.") and other.startswith("formats."))
+    ]
+
+
+def training_packages(house: House) -> list[str]:
+    """Packages of training that serving imports: anywhere in its own files, or when a file is imported that it imports."""
+    wrong = [
+        f"{module} imports {package}" for module in house.within(*SERVING)
+        for package in sorted(house.packages[module] & set(TRAINING_ONLY))
+    ]
+    waiting, known = house.within(*SERVING), {}
+    known = dict.fromkeys(waiting, "")
+    while waiting:
+        module = waiting.pop()
+        wrong += [
+            f"{known[module] or module} imports {package} by way of {module}"
+            for package in sorted(house.packages_at_once[module] & set(TRAINING_ONLY)) if known[module]
+        ]
+        parents = {module.rpartition(".")[0]} & set(house.files)  # importing a module runs its packages' own files
+        for other in sorted((house.at_once[module] | parents) - set(known)):
+            known[other] = known[module] or module
+            waiting.append(other)
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def house():
+    return House(ROOT)
+
+
+def test_no_circle(house):
+    assert len(house.files) > 200
+    assert circles(house.arrows) == []
+
+
+def test_who_may_import_whom(house):
+    assert forbidden(house) == []
+
+
+def test_every_exception_is_needed(house):
+    assert [(start, end) for start, end in ALSO if not any(end in house.arrows[name] for name in house.within(start))] == []
+    rooms = {room(name) for name in house.files}
+    assert [one for one in MAY_IMPORT if one not in rooms | {"dmc.families", "dmc.integrations"}] == []  # rooms that are planned
+
+
+def test_nobody_imports_entries_or_tests(house):
+    assert not [(name, other) for name in house.files for other in house.arrows[name]
+                if room(name) != "scripts" and room(other) in ("train", "scripts", "tests")]
+
+
+def test_floors_of_the_kernels(house):
+    rooms = inner_rooms(house, "dmc.kernels")
+    assert circles(rooms) == [] and upwards(rooms, KERNEL_FLOORS) == []
+    assert floors(rooms) <= 5
+    assert len(list((ROOT / "dmc" / "kernels").glob("*.py"))) <= 4
+
+
+def test_floors_of_the_cache(house):
+    rooms = inner_rooms(house, "dmc.cache")
+    assert circles(rooms) == [] and upwards(rooms, CACHE_FLOORS) == []
+    assert floors(rooms) <= 4
+
+
+def test_every_folder_is_a_package():
+    """setup.py installs packages alone: a folder without __init__.py would be missing from a wheel."""
+    folders = {path.parent for path in (ROOT / "dmc").rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_serving_imports_no_package_of_training(house):
+    assert len(house.within(*SERVING)) > 100
+    assert training_packages(house) == []
+
+
+def test_serving_runs_without_the_packages_of_training(tmp_path):
+    """Real imports, and tokens of a small model."""
+    program = """
+import sys
+for name in ("megatron", "datasets", "matplotlib"):
+    sys.modules[name] = None  # what is imported then raises ModuleNotFoundError
+import dmc, dmc.cli, dmc.server.app
+from pathlib import Path
+from tests.model import tiny
+fields = tiny.config("neuron")
+directory = tiny.write(Path(sys.argv[1]), fields, tiny.weights(fields))
+output = dmc.LLM(directory, codec="int8").generate([[1, 2, 3]], dmc.SamplingParams(max_tokens=3, temperature=0.0))[0]
+assert len(output.token_ids) == 3
+assert not [name for name in sys.modules if name.split(".")[0] in ("megatron", "datasets", "matplotlib") and sys.modules[name]]
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+
+
+# --------------------------------------------------------------------------- the rules, on trees that break them
+
+
+def tree(folder: Path, **files: str) -> House:
+    """A made-up project: its modules, with _x_ for a dot, and their sources."""
+    for name, source in files.items():
+        path = folder / (name.replace("_x_", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return House(folder)
+
+
+@pytest.mark.parametrize("back", [
+    "from dmc.cache.kv import x", "import dmc.cache.kv", "from dmc.cache import kv", "from . import kv", "from .kv import x",
+    "def f():\n    from dmc.cache import kv", "import importlib\nimportlib.import_module('dmc.cache.kv')",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmc.cache.kv import x",
+])
+def test_a_circle_is_found(tmp_path, back):
+    made = tree(tmp_path, dmc_x_cache_x_kv="from dmc.cache import rows", dmc_x_cache_x_rows=back)
+    assert circles(made.arrows) == [["dmc.cache.kv", "dmc.cache.rows"]]
+
+
+def test_a_long_circle_is_found_and_a_diamond_is_none(tmp_path):
+    made = tree(tmp_path, data_x_a="import data.b, data.c", data_x_b="import data.d", data_x_c="import data.d", data_x_d="")
+    assert circles(made.arrows) == []
+    (tmp_path / "data" / "d.py").write_text("from data import a")
+    assert circles(House(tmp_path).arrows) == [["data.a", "data.b", "data.c", "data.d"]]
+
+
+@pytest.mark.parametrize(("where", "source"), [
+    ("dmc_x_functional", "from dmc.kernels import backend"),
+    ("dmc_x_kernels_x_scan", "def f():\n    from dmc.cache.kv import x"),
+    ("dmc_x_cache_x_kv", "import dmc.engine.core"),
+    ("dmc_x_model_x_llama", "from dmc.cache import kv"),
+    ("dmc_x_engine_x_core", "from dmc.server import app"),
+    ("dmc_x_server_x_app", "from dmc.cache import kv"),
+    ("dmc_x_training_x_trainer", "from dmc.engine import core"),
+    ("dmc_x_analysis_x_plots", "from dmc.evaluation import plot"),
+    ("data_x_tokens", "from dmc.engine import core"),
+    ("checkpoints_x_store", "from data import tokens"),
+    ("dmc_x_evaluation_x_plot", "from data import tokens"),
+    ("dmc_x_commands_x_eval", "from scripts import report"),
+    ("scripts_x_report", "from tests import helper"),
+    ("dmc_x_unheard_x_of", "from dmc import functional"),
+])
+def test_a_forbidden_arrow_is_found(tmp_path, where, source):
+    files = {
+        "dmc_x___init__": "", "dmc_x_functional": "", "dmc_x_kernels_x_backend": "", "dmc_x_cache_x_kv": "",
+        "dmc_x_engine_x_core": "", "dmc_x_server_x_app": "", "dmc_x_evaluation_x_plot": "", "data_x_tokens": "",
+        "scripts_x_report": "", "tests_x_helper": "from scripts import report",
+    }
+    assert forbidden(tree(tmp_path / "allowed", **files)) == []
+    wrong = forbidden(tree(tmp_path / "wrong", **files | {where: source}))
+    assert len(wrong) == 1 and wrong[0].startswith(where.replace("_x_", "."))
+
+
+def test_floors_and_upward_imports_are_found(tmp_path):
+    made = tree(
+        tmp_path, dmc_x_kernels_x_backend="from dmc.kernels.scan import merge", dmc_x_kernels_x_scan_x_merge="",
+        dmc_x_kernels_x_pages_x_paged="from dmc.kernels.formats.plain import loop",
+        dmc_x_kernels_x_formats_x_plain_x_loop="from dmc.kernels.formats.trellis import loop",
+        dmc_x_kernels_x_formats_x_trellis_x_loop="from dmc.kernels.cpu import host", dmc_x_kernels_x_cpu_x_host="",
+        dmc_x_kernels_x_decode_x_cpu="from dmc.kernels.formats.plain import loop\nfrom dmc.kernels import backend",
+        dmc_x_kernels_x_ready="def f():\n    from dmc.kernels.decode import cpu",
+    )
+    rooms = inner_rooms(made, "dmc.kernels")
+    assert floors(rooms) == 5  # ready, decode, formats.plain, formats.trellis, cpu
+    assert upwards(rooms, KERNEL_FLOORS) == [
+        "backend imports scan", "formats.plain imports formats.trellis", "pages imports formats.plain",
+    ]
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ("import megatron.core", True), ("def f():\n    from datasets import load_dataset", True),
+    ("def f():\n    import matplotlib.pyplot", True), ("import torch", False),
+    ("from data import tokens", True),  # which imports megatron at its top
+    ("def f():\n    from data import tokens", False),  # which only runs where it is called
+])
+def test_packages_of_training_are_found(tmp_path, source, found):
+    made = tree(tmp_path, dmc_x_server_x_app=source, data_x___init__="", data_x_tokens="from megatron.core import x")
+    assert bool(training_packages(made)) == found
+
+
+def test_a_package_of_training_in_a_parent_is_found(tmp_path):
+    made = tree(tmp_path, dmc_x_engine_x_core="from data.guides import x", data_x___init__="import datasets", data_x_guides="")
+    assert training_packages(made) == ["dmc.engine.core imports datasets by way of data"]
