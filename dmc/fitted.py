@@ -136,7 +136,7 @@ class FittedDecisions:
         if target_cr == 1:
             return -math.inf
         share = (kept - always) / (length - always)  # kept, of the tokens that may be dropped
-        return math.inf if share == 0 else _interpolate(1 - share, self.quantiles)
+        return math.inf if share == 0 else interpolate(1 - share, self.quantiles)
 
     def check(self, model_fingerprint: str, layers: int, heads: int, hidden: int, window: int) -> None:
         """Checks that the heads belong to a model and a window.
@@ -228,7 +228,7 @@ def levels(count: int) -> Tensor:
     return torch.sin(steps * (math.pi / 2)).square()  # the same, without the cancellation near 0
 
 
-def _interpolate(level: float, quantiles: Tensor) -> float:
+def interpolate(level: float, quantiles: Tensor) -> float:
     """Quantile at ``level``, linear between the stored ones."""
     at = levels(len(quantiles))
     upper = int(torch.searchsorted(at, level).clamp(1, len(at) - 1))

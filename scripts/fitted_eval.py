@@ -13,6 +13,7 @@ per method and CR is appended to the output file.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import shlex
@@ -22,10 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+_TOP = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_TOP))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -232,14 +236,19 @@ def held_out(text: str, directory: str, length: int, count: int) -> Sequences:
     """Sequences of a text file; of "stdlib": those that training is evaluated on, each within one held-out document."""
     if text != STDLIB:
         return read_sequences(text, directory, length=length, count=count)
-    from data import batches, tokens
-    from data.stdlib import documents, split
+    parts = [path.read_bytes() for path in (Path(directory) / "tokenizer.json", *sorted((_TOP / "data").glob("*.py")))]
+    key = hashlib.sha256(b"\0".join([sys.version.encode(), str((length, count)).encode(), *parts])).hexdigest()[:16]
+    kept = Path("runs/data") / f"held-out-{key}.safetensors"
+    if not kept.is_file():  # a minute of work
+        from data import batches, tokens
+        from data.stdlib import corpus_hash, documents, split
 
-    _, mixture = tokens.corpora(STDLIB, "", tokens.load_tokenizer(directory), "runs/data")
-    found = batches.Sequences(mixture, length).within_documents(count).tokens
-    from data.stdlib import corpus_hash
-
-    return Sequences(found, "stdlib, held out", corpus_hash(split(documents(tokens.STDLIB[STDLIB]))[1]))
+        _, mixture = tokens.corpora(STDLIB, "", tokens.load_tokenizer(directory), kept.parent)
+        found = batches.Sequences(mixture, length).within_documents(count).tokens
+        digest = corpus_hash(split(documents(tokens.STDLIB[STDLIB]))[1])
+        save_file({"tokens": found}, str(kept), metadata={"text_hash": digest})
+    with safe_open(kept, framework="pt") as file:
+        return Sequences(file.get_tensor("tokens"), "stdlib, held out", file.metadata()["text_hash"])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dmc.evaluation.fit_decisions import FitSettings, attend_in_blocks, features_of, mask_near, quantiles  # noqa: E402
+from dmc.evaluation.blocks import attend_in_blocks, mask_near  # noqa: E402
+from dmc.evaluation.fit_decisions import FitSettings, features_of, quantiles  # noqa: E402
 from dmc.evaluation.moments import Moments  # noqa: E402
 from dmc.evaluation.sequences import read_sequences  # noqa: E402
 from dmc.fitted import FittedDecisions  # noqa: E402

@@ -7,14 +7,15 @@ layer's statistics, and attention, computed in blocks of queries, takes memory l
 Per key/value head the target of token t is ``log(floor + a_t)``, a_t the largest attention that t receives from any query
 more than w tokens later, over the queries and the query heads of the group. The features are h_t, h_{t+w} and a constant.
 
+At last eviction by the heads runs on a few sequences, so that a threshold drops the share it promises (`fit_levels`).
+
 After each layer the state is written next to the output file; the same command continues from it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,15 +25,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmc import __version__
+from dmc.evaluation.blocks import attend_in_blocks, mask_near
+from dmc.evaluation.fit_levels import LEVELS, NotFiniteError, dropped_share, with_eviction
 from dmc.evaluation.fit_state import FitState, fingerprint
 from dmc.evaluation.moments import Moments
 from dmc.evaluation.sequences import Sequences
-from dmc.fitted import QUANTILES, FittedDecisions, levels
+from dmc.fitted import QUANTILES, FittedDecisions, interpolate, levels
 from dmc.functional import rotate
 from dmc.model import Llama, read_config
+from dmc.model.config import ModelConfig
 from dmc.model.fingerprint import model_hash
 
 FLOOR = 1e-5  # of the attention, before the logarithm
+_MEASURED = 8  # sequences on which the share of dropped tokens is measured
 _HELD_OUT = 8  # one sequence of so many measures R2 and is not used for the weights that are measured
 
 
@@ -114,39 +119,6 @@ class LargestAttention:
         return torch.log(self._largest + self._floor)
 
 
-def mask_near(attention: Tensor, first: int, window: int) -> Tensor:
-    """Attention ``[..., b, K]`` of queries from ``first`` on, without the K' newest tokens that all queries have in their
-    window: ``[..., b, K - K']``, and 0 where a query has a token in its window."""
-    queries, tokens = attention.shape[-2:]
-    tokens = min(tokens, max(0, first + queries - 1 - window))
-    place = torch.arange(tokens, device=attention.device)
-    behind = torch.arange(first, first + queries, device=attention.device)[:, None] - place
-    return attention[..., :tokens].masked_fill(behind <= window, 0.0)
-
-
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, *, block: int, see: Callable[[Tensor, int], None]) -> Tensor:
-    """Causal attention of one sequence, ``block`` queries at a time; the attention of each block is shown to ``see``.
-
-    Args:
-        query: ``[H, G, T, D]``, RoPE applied, fp32.
-        key, value: ``[H, T, D]``, the same.
-        see: see `Target.add`.
-
-    Returns:
-        ``[H, G, T, D]``.
-    """
-    tokens, scale = query.shape[2], query.shape[-1] ** -0.5
-    out = torch.empty_like(query)
-    for first in range(0, tokens, block):
-        last = min(first + block, tokens)
-        scores = (query[:, :, first:last] * scale) @ key[:, None, :last].mT
-        later = torch.ones(last - first, last, dtype=torch.bool, device=query.device).triu(first + 1)
-        attention = scores.masked_fill_(later, -math.inf).softmax(-1)
-        see(attention, first)
-        out[:, :, first:last] = attention @ value[:, None, :last]
-    return out
-
-
 @torch.no_grad()
 def fit_decisions(
     directory: str | Path, text: Sequences, settings: FitSettings, out: Path | None = None, *,
@@ -178,31 +150,51 @@ def fit_decisions(
     state = None if out is None else out.with_name(f".{out.name}.state")
     key = fingerprint(digest, text.tokens, settings, dtype, torch.device(device).type)
     done, layers = FitState.start(state, key, model.embedding.cpu()[text.tokens]), config.num_hidden_layers
-    with tqdm(total=layers * count, initial=done.layers * count, desc="decisions", unit="sequence") as bar:
-        for index in range(done.layers, layers):
-            try:
+    measured = text.tokens[:: -(-count // _MEASURED)]
+    total, start = ((parts[0] * count + parts[1] * len(measured) * layers) for parts in ((layers, len(LEVELS)), done.steps))
+    with tqdm(total=total, initial=start, desc="decisions", unit="block") as bar:
+        try:
+            for index in range(done.layers, layers):
                 done.add(*_fit_layer(model, done.hidden, index, settings, bar))
-            except ValueError:  # it would come again
-                done.remove(state)
-                raise
-            done.write(state)
-    heads, hidden = config.num_key_value_heads, config.hidden_size
-    weights = torch.stack(done.weights).mT  # [L, H, F]
-    late = weights[..., hidden:-1] if settings.look_ahead else torch.zeros(layers, heads, hidden)
-    about = {
-        "text": text.name, "text_hash": text.text_hash, "tokens": text.tokens.numel(), "length": length,
-        "target": f"log({FLOOR:g} + largest attention from queries more than {settings.window} later)",
-        "look_ahead": settings.look_ahead, "ridge": settings.ridge, "min_queries": settings.min_queries,
-        "r2": [round(value, 4) for value in done.r2], "version": __version__,
-    }
-    fitted = FittedDecisions(
-        weights[..., :hidden].contiguous(), late.contiguous(), weights[..., -1].contiguous(), settings.window, settings.sinks,
-        quantiles(torch.cat([part.flatten() for part in done.scores])), digest, about | (meta or {}),
+                done.write(state)
+            done.hidden = done.hidden[:0]  # not needed any more
+            fitted = _decisions(done, text, settings, config, digest, meta or {})
+            for level in LEVELS[len(done.dropped) :]:
+                threshold = interpolate(level, fitted.quantiles)
+                share = dropped_share(model, fitted, measured, threshold, block=settings.block, tick=lambda: bar.update(layers))
+                done.dropped.append(share)
+                done.write(state)
+        except NotFiniteError:  # it would come again
+            done.remove(state)
+            raise
+    pairs = [[level, round(share, 4)] for level, share in zip(LEVELS, done.dropped, strict=True)]
+    fitted = replace(
+        fitted, quantiles=with_eviction(fitted.quantiles, done.dropped), meta=fitted.meta | {"dropped_with_eviction": pairs},
     )
     if out is not None:
         fitted.save(out)
         done.remove(state)
     return fitted
+
+
+def _decisions(
+    done: FitState, text: Sequences, settings: FitSettings, config: ModelConfig, digest: str, meta: dict,
+) -> FittedDecisions:
+    """Heads of all layers, with the quantiles of the full model's scores."""
+    layers = config.num_hidden_layers
+    heads, hidden = config.num_key_value_heads, config.hidden_size
+    weights = torch.stack(done.weights).mT  # [L, H, F]
+    late = weights[..., hidden:-1] if settings.look_ahead else torch.zeros(layers, heads, hidden)
+    about = {
+        "text": text.name, "text_hash": text.text_hash, "tokens": text.tokens.numel(), "length": text.tokens.shape[1],
+        "target": f"log({FLOOR:g} + largest attention from queries more than {settings.window} later)",
+        "look_ahead": settings.look_ahead, "ridge": settings.ridge, "min_queries": settings.min_queries,
+        "r2": [round(value, 4) for value in done.r2], "version": __version__,
+    }
+    return FittedDecisions(
+        weights[..., :hidden].contiguous(), late.contiguous(), weights[..., -1].contiguous(), settings.window, settings.sinks,
+        quantiles(torch.cat([part.flatten() for part in done.scores])), digest, about | meta,
+    )
 
 
 def _fit_layer(
@@ -241,7 +233,7 @@ def _observe(model: Llama, x: Tensor, index: int, settings: FitSettings) -> tupl
     x = x.to(model.device)
     after = model.block(x, index, attend)
     if not after.isfinite().all():
-        raise ValueError(f"layer {index} of the model gives NaN or infinity on the text: check its weights, or use fp32")
+        raise NotFiniteError(f"layer {index} of the model gives NaN or infinity on the text: check its weights, or use fp32")
     return after.cpu(), features_of(model, x, index, settings), found[0]
 
 

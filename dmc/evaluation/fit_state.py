@@ -33,6 +33,7 @@ class FitState:
         weights: of each layer, fp32 ``[F, H]``.
         scores: of each layer, fp32 ``[N n, H]``.
         r2: of each layer.
+        dropped: shares of tokens that eviction dropped, of each threshold measured so far.
     """
 
     key: str
@@ -40,11 +41,17 @@ class FitState:
     weights: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     r2: list[float] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
         """Number of layers that are fitted."""
         return len(self.weights)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Numbers of layers that are fitted and of thresholds that are measured."""
+        return len(self.weights), len(self.dropped)
 
     @classmethod
     def start(cls, path: Path | None, key: str, hidden: Tensor) -> FitState:
@@ -57,8 +64,8 @@ class FitState:
                 if notes.get("format") == _FORMAT and notes.get("key") == key:
                     count = int(notes["layers"])
                     parts = [[file.get_tensor(f"{name}.{i}") for i in range(count)] for name in ("weights", "scores")]
-                    print(f"{path}: continuing after layer {count} of an interrupted run", file=sys.stderr)
-                    return cls(key, file.get_tensor("hidden"), *parts, file.get_tensor("r2").tolist())
+                    print(f"{path}: continuing an interrupted run after layer {count}", file=sys.stderr)
+                    return cls(key, file.get_tensor("hidden"), *parts, *(file.get_tensor(n).tolist() for n in ("r2", "dropped")))
             print(f"{path} is of another model, text or settings: starting from the first layer", file=sys.stderr)
         except (SafetensorError, OSError) as error:
             print(f"{path} is damaged ({error}): starting from the first layer", file=sys.stderr)
@@ -79,7 +86,8 @@ class FitState:
         """
         if path is None:
             return
-        tensors = {"hidden": self.hidden, "r2": torch.tensor(self.r2, dtype=torch.float64)}
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("r2", "dropped")}
+        tensors = {"hidden": self.hidden} | numbers
         for name in ("weights", "scores"):
             tensors |= {f"{name}.{i}": part.contiguous() for i, part in enumerate(getattr(self, name))}
         part = path.with_name(path.name + ".part")

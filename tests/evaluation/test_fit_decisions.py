@@ -10,10 +10,13 @@ from transformers import LlamaForCausalLM
 
 from dmc import cli
 from dmc.evaluation import fit_decisions as module
-from dmc.evaluation.fit_decisions import FLOOR, FitSettings, attend_in_blocks, fit_decisions, mask_near, quantiles
+from dmc.evaluation.blocks import attend_in_blocks, mask_near
+from dmc.evaluation.fit_decisions import FLOOR, FitSettings, fit_decisions, quantiles
+from dmc.evaluation.fit_levels import LEVELS, dropped_share, with_eviction
 from dmc.evaluation.moments import Moments
 from dmc.evaluation.sequences import Sequences
 from dmc.fitted import QUANTILES, FittedDecisions, levels
+from dmc.model import Llama
 from tests.model import tiny
 
 LENGTH = 60
@@ -74,8 +77,14 @@ def dense(directory, tokens, *, window, sinks, queries, ridge, look_ahead):
     return found
 
 
+@pytest.fixture
+def of_the_full_model(monkeypatch):
+    """Leaves the quantiles as they are without eviction."""
+    monkeypatch.setattr(module, "with_eviction", lambda found, measured: found)
+
+
 @pytest.mark.parametrize("look_ahead", [True, False])
-def test_the_fit_is_that_of_dense_matrices(directory, look_ahead):
+def test_the_fit_is_that_of_dense_matrices(directory, of_the_full_model, look_ahead):
     settings = FitSettings(window=6, sinks=3, min_queries=9, block=16, ridge=0.01, look_ahead=look_ahead)
     fitted = fit_decisions(directory, text(), settings)
     expected = dense(directory, text().tokens, window=6, sinks=3, queries=9, ridge=0.01, look_ahead=look_ahead)
@@ -138,7 +147,7 @@ def test_block_size_does_not_change_the_result(model):
 
 
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-6), (torch.bfloat16, 0.15)])
-def test_scores_of_the_fit_are_those_of_its_file(model, dtype, off):
+def test_scores_of_the_fit_are_those_of_its_file(model, of_the_full_model, dtype, off):
     """The quantiles belong to `FittedDecisions.scores`; a model in bf16 gives about the same heads."""
     exact = fit_decisions(model, text(), SETTINGS)
     fitted = fit_decisions(model, text(), SETTINGS, dtype=dtype)
@@ -169,6 +178,48 @@ def test_ridge_keeps_the_constant_free_and_r2_is_the_explained_share():
     assert moments.r2(strong)[0] == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.parametrize("block", [3, 16, 100])
+@pytest.mark.parametrize("window", [0, 6])
+def test_attention_with_evicted_tokens(block, window):
+    query, key, value = torch.randn(2, 3, 50, 8), torch.randn(2, 50, 8), torch.randn(2, 50, 8)
+    gone = torch.rand(2, 50) < 0.7
+    shown = []
+    out = attend_in_blocks(query, key, value, block=block, gone=gone, window=window, see=lambda a, _: shown.append(a))
+    plain = []
+    attend_in_blocks(query, key, value, block=block, see=lambda a, _: plain.append(a))
+    assert all(torch.equal(a, b) for a, b in zip(shown, plain, strict=True))
+    place = torch.arange(50)
+    behind = place[:, None] - place
+    hidden = (behind < 0) | (gone[:, None, None] & (behind > window))
+    scores = (query @ key[:, None].mT / math.sqrt(8)).masked_fill(hidden, -math.inf)
+    torch.testing.assert_close(out, scores.softmax(-1) @ value[:, None])
+
+
+def test_a_threshold_drops_the_share_that_it_promises(model):
+    """On the fit's own sequences, with eviction on; the full model's quantiles are off."""
+    words = text(count=8)
+    fitted = fit_decisions(model, words, SETTINGS)
+    llama, free = Llama.load(model, dtype=torch.float32), LENGTH - 6 - 1 - 3
+    for cr in (1.3, 2.0, 3.0):
+        wanted = LENGTH * (1 - 1 / cr) / free
+        share = dropped_share(llama, fitted, words.tokens, fitted.threshold(cr, LENGTH), block=16)
+        assert share == pytest.approx(wanted, abs=0.02)
+    assert [level for level, _ in fitted.meta["dropped_with_eviction"]] == list(LEVELS)
+    assert max(abs(level - share) for level, share in fitted.meta["dropped_with_eviction"]) > 0.01
+
+
+def test_quantiles_of_measured_shares():
+    scores = torch.linspace(0, 1, 1001)
+    full = torch.quantile(scores.double(), levels(QUANTILES)).float()
+    torch.testing.assert_close(with_eviction(full, list(LEVELS)), full, rtol=0, atol=1e-6)
+    fewer = with_eviction(full, [level / 2 for level in LEVELS])
+    for level in LEVELS:
+        at = int((levels(QUANTILES) - level / 2).abs().argmin())
+        assert fewer[at] == pytest.approx(level, abs=2e-3)
+    none = with_eviction(full, [0.0] * len(LEVELS))
+    assert none.isfinite().all() and (none.diff() >= 0).all() and none[-1] == 1 and none[5] >= LEVELS[-1]
+
+
 def test_quantiles_are_those_of_torch():
     scores = torch.randn(777)
     torch.testing.assert_close(quantiles(scores), torch.quantile(scores.double(), levels(QUANTILES)).float())
@@ -182,35 +233,32 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 5, 11, 15, 22])
+@pytest.mark.parametrize("after", [0, 5, 11, 15, 22, 24, 28])
 def test_a_resumed_fit_is_the_same_bit_for_bit(model, tmp_path, monkeypatch, capsys, after):
-    """Crash after so many of the 22 blocks and sequences (11 of each layer)."""
+    """Crash after so many of the 22 blocks and sequences (11 of each layer), 6 thresholds, and when the file is written."""
     whole = fit_decisions(model, text(), SETTINGS, tmp_path / "whole")
-    observe, calls = module._observe, 0
+    calls, limit = {"block": 0, "threshold": 0}, after
 
-    def crashing(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise Crash
-        return observe(*arguments)
+    def counted(name, function):
+        def call(*arguments, **settings):
+            if sum(calls.values()) == limit:
+                raise Crash
+            calls[name] += 1
+            return function(*arguments, **settings)
+        return call
 
     out = tmp_path / "d.safetensors"
+    monkeypatch.setattr(module, "_observe", counted("block", module._observe))
+    monkeypatch.setattr(module, "dropped_share", counted("threshold", module.dropped_share))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_observe", crashing)
-        if after < 22:
-            with pytest.raises(Crash):
-                fit_decisions(model, text(), SETTINGS, out)
-        else:  # after the last layer, when the file is written
-            patch.setattr(FittedDecisions, "save", lambda *_: crashing())
-            with pytest.raises(Crash):
-                fit_decisions(model, text(), SETTINGS, out)
+        patch.setattr(FittedDecisions, "save", counted("block", None))
+        with pytest.raises(Crash):
+            fit_decisions(model, text(), SETTINGS, out)
     assert not out.exists()
-    seen = []
-    monkeypatch.setattr(module, "_observe", lambda *arguments: seen.append(0) or observe(*arguments))
+    calls, limit = {"block": 0, "threshold": 0}, 100
     resumed = fit_decisions(model, text(), SETTINGS, out)
-    assert len(seen) == 22 - after // 11 * 11
-    assert ("continuing after layer" in capsys.readouterr().err) == (after >= 11)
+    assert calls == {"block": 22 - min(after, 22) // 11 * 11, "threshold": 6 - max(0, after - 22)}
+    assert ("continuing an interrupted run" in capsys.readouterr().err) == (after >= 11)
     assert same(resumed, whole) and same(FittedDecisions.load(out), whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.safetensors", "whole"]
 
