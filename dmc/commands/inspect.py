@@ -103,7 +103,7 @@ def _inspect(options: argparse.Namespace, texts: list[str], vary: dict[str, list
         )
     cache = inspect.report(llm, chosen, max_tokens=options.max_tokens)
     recommendation = _recommend(options, llm, chosen, others, vary) if options.recommend else None
-    pieces = [tokenizer.piece(token) for token in chosen[0]]
+    pieces = tokenizer.pieces(chosen[0])
     return Inspection(_about(options, texts, tokens), measures, merges, pieces, cache, recommendation)
 
 

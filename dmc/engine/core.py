@@ -282,7 +282,7 @@ class Engine:
                 self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
-        sequence.text.finish()
+        sequence.end_text()
         sequence.times["finished"] = time.perf_counter()
         if sequence.slot is not None:
             sequence.stats = measure(

@@ -12,13 +12,14 @@ from dmc.cache import Codec, Policy, codec, policy
 from dmc.cache.codecs.layers import read_layers
 from dmc.engine import memory, parallel
 from dmc.engine.core import KEPT_PROMPTS, Engine
+from dmc.engine.detokenizer import Detokenizer
 from dmc.engine.parallel_team import Team
 from dmc.engine.params import SamplingParams
 from dmc.engine.parts import Parts
 from dmc.engine.scoring import Score, score_batch
 from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total
-from dmc.engine.tokenizer import GrowingText, Tokenizer
+from dmc.engine.tokenizer import Tokenizer
 from dmc.model import ModelConfig, read_config
 from dmc.model.fingerprint import model_hash
 
@@ -138,10 +139,8 @@ class LLM:
         has_text = (self.path / "tokenizer_config.json").is_file()
         if params.stop and not has_text:
             raise ValueError(f"stop texts need a tokenizer, and {self.path} has none")
-        made = [
-            Sequence(tokens, params, self.model.config.eos_token_ids, GrowingText(self.tokenizer if has_text else None), index)
-            for index in range(params.n)
-        ]
+        tokenizer, ends = self.tokenizer if has_text else None, self.model.config.eos_token_ids
+        made = [Sequence(tokens, params, ends, Detokenizer(tokenizer, tokens), index) for index in range(params.n)]
         self.engine.check(made[0])
         return made
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dmc.cache import Prompt, Swapped
+from dmc.engine.detokenizer import Detokenizer
 from dmc.engine.params import SamplingParams
 from dmc.engine.sampler import Sampler, TokenLogprob, logprob
 from dmc.engine.stats import Stats
-from dmc.engine.tokenizer import GrowingText
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Output:
     Attributes:
         prompt_token_ids: as they were fed.
         token_ids: generated, an end token included.
-        text: of them, cut before a stop text.
+        text: what they add to the text of the prompt, cut before a stop text.
+        pieces: what each of them adds to it, not cut; "" for special tokens and for those that only begin a character.
         logprobs: one for each generated token, if asked for.
         finish_reason: "length" (max_tokens reached), "eos" (an end token), "stop" (a stop text), "memory" (the page
             pool cannot hold one more token, though nothing else is in it) or "cancelled".
@@ -32,6 +33,7 @@ class Output:
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
+    pieces: list[str]
     logprobs: list[TokenLogprob] | None
     finish_reason: str
     stats: Stats | None
@@ -59,7 +61,7 @@ class Sequence:
     prompt: list[int]
     params: SamplingParams
     ends: tuple[int, ...]
-    text: GrowingText
+    text: Detokenizer
     index: int = 0
     arrival: int = -1
     partial: Prompt | None = None
@@ -68,6 +70,7 @@ class Sequence:
     away: Swapped | None = None
     preemptions: int = 0
     tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stats: Stats | None = None
@@ -96,19 +99,24 @@ class Sequence:
         self.tokens.append(token)
         if self.params.logprobs is not None:
             self.logprobs.append(logprob(logits, token, self.params.logprobs))
+        before = len(self.text.text)
         if token in self._ends:
             self.finish_reason = "eos"
-            self.text.finish()
+            self.pieces.append(self.text.finish())
             return
-        before = len(self.text.text)
-        self.text.add(token)
+        self.pieces.append(self.text.add(token))
         if len(self.tokens) == self.params.max_tokens:
             self.finish_reason = "length"
-            self.text.finish()
+            self.end_text()
         if self.text.cut(self.params.stop, before):
             self.finish_reason = "stop"
+
+    def end_text(self) -> None:
+        """Adds bytes to the text that did not become a character; there are no more tokens."""
+        if rest := self.text.finish():
+            self.pieces[-1] += rest
 
     def output(self) -> Output:
         """The finished completion."""
         logprobs = None if self.params.logprobs is None else self.logprobs
-        return Output(self.prompt, self.tokens, self.text.text, logprobs, self.finish_reason, self.stats, self.index)
+        return Output(self.prompt, self.tokens, self.text.text, self.pieces, logprobs, self.finish_reason, self.stats, self.index)

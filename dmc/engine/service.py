@@ -37,6 +37,7 @@ class Progress:
         index: of the sequence in its request.
         text: that was added and will not change any more.
         tokens: that were added.
+        pieces: what each of these tokens adds to the text, see `Output`.
         logprobs: of these tokens, if asked for.
         output: the whole, once it has ended.
         merges: of tokens that were fed, prompt included, bool ``[L, H]`` each, if the sequence is traced.
@@ -46,6 +47,7 @@ class Progress:
     index: int
     text: str
     tokens: list[int]
+    pieces: list[str]
     logprobs: list[TokenLogprob]
     output: Output | None
     merges: list[Tensor] = field(default_factory=list)
@@ -103,8 +105,8 @@ class Stream:
         until = max(until, characters)
         self._seen[index] = [until, len(sequence.tokens)]
         return Progress(
-            index, sequence.text.text[characters:until], sequence.tokens[tokens:], sequence.logprobs[tokens:],
-            sequence.output() if done else None, *self._traced(sequence),
+            index, sequence.text.text[characters:until], sequence.tokens[tokens:], sequence.pieces[tokens:],
+            sequence.logprobs[tokens:], sequence.output() if done else None, *self._traced(sequence),
         )
 
     def _traced(self, sequence: Sequence) -> tuple[list[Tensor], int, int]:

@@ -1,12 +1,17 @@
-"""Text ⇄ tokens, and the text of a sequence as it grows."""
+"""Text to tokens and back."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from dmc import pretrained
+from dmc.engine.detokenizer import Detokenizer
 
-_UNFINISHED = "\ufffd"  # what a tokenizer prints for bytes that are no whole character yet
+_INVALID = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of SentencePiece's byte fallback
 
 
 class Tokenizer:
@@ -15,6 +20,10 @@ class Tokenizer:
     Args:
         directory: with tokenizer.json and tokenizer_config.json.
         vocab_size: of the model.
+
+    Attributes:
+        inner: the tokenizer of transformers.
+        special: ids of the tokens that `decode` leaves out.
 
     Raises:
         ValueError: if there is none, it cannot be read, or it has more entries than the model's vocabulary.
@@ -28,6 +37,8 @@ class Tokenizer:
             raise ValueError(
                 f"the tokenizer in {directory} has {len(self.inner)} entries, but the model's vocabulary has {vocab_size}"
             )
+        added = {*self.inner.added_tokens_decoder, *self.inner.all_special_ids}
+        self.special = frozenset(token for token in added if self.name(token) and not self.decode([token]))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the special tokens that this tokenizer adds.
@@ -54,13 +65,59 @@ class Tokenizer:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
         return self.inner.encode(_checked(text), add_special_tokens=False)
 
-    def piece(self, token: int) -> str:
-        """Text of one token by itself."""
+    def name(self, token: int) -> str:
+        """A special token's name, such as ``</s>``."""
         return self.inner.decode([token], clean_up_tokenization_spaces=False)
 
-    def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, special tokens left out."""
+    def piece(self, token: int) -> str:
+        """Text of a token inside a text: with its first space, if it has one. A special token's name."""
+        if token in self.special:
+            return self.name(token)
+        context, text = self._context
+        return self.decode([context, token])[len(text) :]
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token adds to the text of those before it; special tokens give their names.
+
+        A character of several tokens is the text of the last of them.
+        """
+        text = Detokenizer(self)
+        pieces = [self.name(token) if token in self.special else text.add(token) for token in tokens]
+        if rest := text.finish():
+            pieces[-1] += rest
+        return pieces
+
+    def raw_bytes(self, token: int) -> bytes | None:
+        """The bytes of a token that is not text by itself, only a part of a character; None for all others."""
+        if token in self.special or _INVALID not in self.piece(token):
+            return None
+        name = self.inner.convert_ids_to_tokens(token)
+        if match := _BYTE.fullmatch(name):
+            return bytes([int(match[1], 16)])
+        alphabet = _byte_alphabet()
+        return bytes(alphabet[letter] for letter in name) if all(letter in alphabet for letter in name) else None
+
+    @cached_property
+    def _context(self) -> tuple[int, str]:
+        """A token that decodes to the same text whatever follows it, and that text."""
+        vocabulary = range(len(self.inner))
+        for token in (*self.inner.encode("a", add_special_tokens=False), *vocabulary):
+            text = self.decode([token]) if token not in self.special else ""
+            if text and _INVALID not in text and self.decode([token, token]).startswith(text):
+                return token, text
+        raise ValueError("the tokenizer has no token that decodes to a text")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, without special tokens."""
         return self.inner.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@lru_cache
+def _byte_alphabet() -> dict[str, int]:
+    """Bytes by the letters that stand for them in byte-level vocabularies: printable ones are themselves (GPT-2)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _checked(text: str) -> str:
@@ -70,52 +127,3 @@ def _checked(text: str) -> str:
         raise ValueError(f"the text is no valid Unicode at character {error.start}: half a surrogate pair") from error
     return text
 
-
-class GrowingText:
-    """The text of generated tokens, extended token by token at a cost that does not grow with its length.
-
-    Args:
-        tokenizer: None where prompts are token ids and the directory has no tokenizer; the text stays empty.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer, self.text = tokenizer, ""
-        self._tokens: list[int] = []
-        self._context = 0  # tokens from here on are decoded together, so that spaces come out right
-        self._shown = 0  # tokens before this are in `text`
-
-    def add(self, token: int) -> None:
-        """Takes one more token; `text` grows once its characters are complete."""
-        self._tokens.append(token)
-        if self.tokenizer is None:
-            return
-        known = self.tokenizer.decode(self._tokens[self._context : self._shown])
-        now = self.tokenizer.decode(self._tokens[self._context :])
-        if len(now) > len(known) and not now.endswith(_UNFINISHED):
-            self.text += now[len(known) :]
-            self._context, self._shown = self._shown, len(self._tokens)
-
-    def finish(self) -> None:
-        """Adds what never became a whole character, as the tokenizer prints it."""
-        if self.tokenizer is not None:
-            known = self.tokenizer.decode(self._tokens[self._context : self._shown])
-            self.text += self.tokenizer.decode(self._tokens[self._context :])[len(known) :]
-            self._context = self._shown = len(self._tokens)
-
-    def cut(self, stops: tuple[str, ...], since: int) -> bool:
-        """Cuts the text before the first of ``stops`` that ends after ``since`` characters; whether there was one."""
-        found = [self.text.find(stop, max(0, since - len(stop) + 1)) for stop in stops]
-        first = min((place for place in found if place >= 0), default=-1)
-        if first >= 0:
-            self.text = self.text[:first]
-        return first >= 0
-
-    def settled(self, stops: tuple[str, ...]) -> int:
-        """Characters at the beginning that no stop text can still cut off: what may be shown before the end."""
-        held = 0
-        for stop in stops:
-            for length in range(min(len(stop) - 1, len(self.text)), held, -1):
-                if self.text.endswith(stop[:length]):
-                    held = length
-                    break
-        return len(self.text) - held

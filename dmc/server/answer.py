@@ -1,4 +1,4 @@
-"""What is sent back: the objects of OpenAI's two interfaces, whole or in pieces."""
+"""The server's answers: the objects of OpenAI's two interfaces, whole or streamed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,44 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict:
     }
 
 
-def reason(progress: Progress) -> str | None:
-    """OpenAI's finish_reason of a piece."""
-    return progress.output and _REASONS[progress.output.finish_reason]
+@dataclass(frozen=True)
+class Part:
+    """New text of a choice, with its tokens.
+
+    Attributes:
+        index: of the choice.
+        text: that is new.
+        logprobs: of the new tokens; empty if they were not asked for.
+        pieces: what each new token adds to the text.
+        ended: the engine's finish_reason; None while there is more to come.
+    """
+
+    index: int
+    text: str
+    logprobs: list[TokenLogprob]
+    pieces: list[str]
+    ended: str | None
+
+    @classmethod
+    def streamed(cls, progress: Progress) -> Part:
+        """What has become new."""
+        ended = progress.output and progress.output.finish_reason
+        return cls(progress.index, progress.text, progress.logprobs, progress.pieces, ended)
+
+    @classmethod
+    def whole(cls, end: Progress) -> Part:
+        """All of a choice that has ended."""
+        output = end.output
+        return cls(end.index, output.text, output.logprobs or [], output.pieces, output.finish_reason)
 
 
 @dataclass
 class Completion:
-    """Of POST /v1/completions.
+    """The answer to POST /v1/completions.
 
     Attributes:
-        model: as the request names it.
-        tokenizer: for the texts of log-probabilities.
+        model: name in the request.
+        tokenizer: gives the texts of the tokens in log-probabilities.
     """
 
     model: str
@@ -40,89 +66,123 @@ class Completion:
     kind = "text_completion"
 
     def __post_init__(self) -> None:
-        """Names the answer."""
+        """Chooses the answer's id."""
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._offsets: dict[int, int] = {}
 
     def openings(self, count: int) -> list[dict]:
-        """Pieces that come before the first token."""
+        """Events of a stream that come before the first token."""
         return []
 
     def piece(self, progress: Progress) -> dict:
-        """One piece of a stream."""
-        return self._body([self._choice(progress.index, progress.text, progress.logprobs, reason(progress))])
+        """One event of a stream."""
+        return self._body([self._choice(Part.streamed(progress))])
 
     def whole(self, ends: list[Progress], used: dict) -> dict:
-        """The answer in one."""
-        return self._body([
-            self._choice(end.index, end.output.text, end.output.logprobs or [], reason(end)) for end in ends
-        ]) | {"usage": used}
+        """The answer to a request that does not stream."""
+        return self._body([self._choice(Part.whole(end)) for end in ends]) | {"usage": used}
 
     def closing(self, used: dict) -> dict:
-        """The last piece of a stream that was asked for its usage."""
+        """The last event of a stream that was asked for its usage."""
         return self._body([]) | {"usage": used}
 
     def _body(self, choices: list[dict]) -> dict:
         return {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def _choice(self, index: int, text: str, logprobs: list[TokenLogprob], finish: str | None) -> dict:
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": finish}
+    def _choice(self, part: Part) -> dict:
+        return {"index": part.index, "text": part.text, "logprobs": self._logprobs(part), "finish_reason": _reason(part)}
 
-    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict | None:
-        if not logprobs:
+    def _logprobs(self, part: Part) -> dict | None:
+        """OpenAI's object. ``tokens`` are the pieces of the text, and ``text_offset`` counts its characters."""
+        if not part.logprobs:
             return None
-        tokens = [self.tokenizer.piece(one.token_id) for one in logprobs]
-        offsets, at = [], self._offsets.get(index, 0)
-        for token in tokens:
+        tokens, offsets, at = self._texts(part), [], self._offsets.get(part.index, 0)
+        for piece in part.pieces:
             offsets.append(at)
-            at += len(token)
-        self._offsets[index] = at
+            at += len(piece)
+        self._offsets[part.index] = at
         return {
-            "tokens": tokens, "token_logprobs": [one.logprob for one in logprobs], "text_offset": offsets,
-            "top_logprobs": [{self.tokenizer.piece(token): value for token, value in one.top} for one in logprobs],
+            "tokens": tokens, "token_logprobs": [one.logprob for one in part.logprobs], "text_offset": offsets,
+            "top_logprobs": [self._top(one, text) for one, text in zip(part.logprobs, tokens, strict=True)],
         }
+
+    def _top(self, one: TokenLogprob, text: str) -> dict[str, float]:
+        """The chosen token and the most likely ones by their texts; tokens that share a text have their id as the key."""
+        top = {text: one.logprob}
+        for token, value in one.top:
+            if token != one.token_id:
+                label = self._label(token)
+                top[f"token_id:{token}" if label in top else label] = value
+        return dict(sorted(top.items(), key=lambda item: -item[1]))
+
+    def _texts(self, part: Part) -> list[str]:
+        """Texts of the generated tokens: what each adds to the text. Those that the text leaves out give their own text."""
+        texts = [
+            self.tokenizer.name(one.token_id) if one.token_id in self.tokenizer.special and not piece else piece
+            for one, piece in zip(part.logprobs, part.pieces, strict=True)
+        ]
+        if part.ended == "eos" and not texts[-1]:
+            texts[-1] = self.tokenizer.piece(part.logprobs[-1].token_id)  # a token of stop_token_ids
+        return texts
+
+    def _label(self, token: int) -> str:
+        """Text of a token that was not chosen. One that is only a part of a character is written as OpenAI does."""
+        raw = self.tokenizer.raw_bytes(token)
+        return self.tokenizer.piece(token) if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class Chat(Completion):
-    """Of POST /v1/chat/completions."""
+    """The answer to POST /v1/chat/completions."""
 
     kind = "chat.completion"
 
     def __post_init__(self) -> None:
-        """Names the answer."""
+        """Chooses the answer's id."""
         super().__post_init__()
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
 
     def openings(self, count: int) -> list[dict]:
         """The role, for each choice."""
-        return [self._part(index, {"role": "assistant", "content": ""}, [], None) for index in range(count)]
+        return [self._event(index, {"role": "assistant", "content": ""}, None, None) for index in range(count)]
 
     def piece(self, progress: Progress) -> dict:
-        """One piece of a stream."""
-        delta = {"content": progress.text} if progress.text else {}
-        return self._part(progress.index, delta, progress.logprobs, reason(progress))
+        """One event of a stream."""
+        part = Part.streamed(progress)
+        return self._event(part.index, {"content": part.text} if part.text else {}, self._logprobs(part), _reason(part))
 
     def closing(self, used: dict) -> dict:
         """See `Completion.closing`."""
         return super().closing(used) | {"object": "chat.completion.chunk"}
 
-    def _part(self, index: int, delta: dict, logprobs: list[TokenLogprob], finish: str | None) -> dict:
-        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(index, logprobs), "finish_reason": finish}
+    def _event(self, index: int, delta: dict, logprobs: dict | None, finish: str | None) -> dict:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._body([choice]) | {"object": "chat.completion.chunk"}
 
-    def _choice(self, index: int, text: str, logprobs: list[TokenLogprob], finish: str | None) -> dict:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(index, logprobs), "finish_reason": finish}
+    def _choice(self, part: Part) -> dict:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        return {"index": part.index, "message": message, "logprobs": self._logprobs(part), "finish_reason": _reason(part)}
 
-    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict | None:
-        if not logprobs:
+    def _logprobs(self, part: Part) -> dict | None:
+        if not part.logprobs:
             return None
         content = []
-        for one in logprobs:
-            top = [self._token(token, value) for token, value in one.top]
-            content.append(self._token(one.token_id, one.logprob) | {"top_logprobs": top})
+        for one, text, piece in zip(part.logprobs, self._texts(part), part.pieces, strict=True):
+            chosen = self._token(one.token_id, text, piece, one.logprob)
+            top = [
+                chosen if token == one.token_id else self._token(token, self._label(token), self.tokenizer.piece(token), value)
+                for token, value in one.top
+            ]
+            content.append(chosen | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _token(self, token: int, value: float) -> dict:
-        text = self.tokenizer.piece(token)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+    def _token(self, token: int, text: str, piece: str, value: float) -> dict:
+        """OpenAI's object. The bytes of all tokens together are those of the text; None for tokens that it leaves out."""
+        raw = self.tokenizer.raw_bytes(token)
+        if raw is None and piece and token not in self.tokenizer.special:
+            raw = piece.encode()
+        return {"token": text, "logprob": value, "bytes": raw and list(raw)}
+
+
+def _reason(part: Part) -> str | None:
+    """OpenAI's finish_reason."""
+    return part.ended and _REASONS[part.ended]

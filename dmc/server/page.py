@@ -55,12 +55,16 @@ async def _events(service: Service, stream: Stream) -> AsyncIterator[bytes]:
     The digits hold one bit a layer and head, layer by layer, the first in the highest bit.
     """
     sequence = stream.sequences[0]
-    shape, piece = service.llm.cache.shape, service.llm.tokenizer.piece
-    yield _event({"layers": shape.layers, "heads": shape.heads, "pieces": [piece(token) for token in sequence.prompt]})
+    shape, tokenizer = service.llm.cache.shape, service.llm.tokenizer
+    yield _event({"layers": shape.layers, "heads": shape.heads, "pieces": tokenizer.pieces(sequence.prompt)})
     try:
         async for progress in stream:
             yield _event({
-                "pieces": [piece(token) for token in progress.tokens], "merges": [_bits(merges) for merges in progress.merges],
+                "pieces": [
+                    piece or (tokenizer.name(token) if token in tokenizer.special else "")
+                    for token, piece in zip(progress.tokens, progress.pieces, strict=True)
+                ],
+                "merges": [_bits(merges) for merges in progress.merges],
                 "held": progress.held_bytes, "dense": progress.dense_bytes, "finish": _finish(progress),
             })
     except (EngineDead, ShuttingDown) as error:
