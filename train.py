@@ -22,11 +22,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import LlamaConfig
 
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, mixture, tokens
-from dmc.training import backends, dryrun, flops, peers, setup
+from dmc.rope import settings_of
+from dmc.training import backends, dryrun, flops, llama, peers, setup
 from dmc.training import config as configuration
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
@@ -76,7 +78,12 @@ def build(config: Config) -> Trainer:
         ValueError: one sentence, for anything that the user can mend.
     """
     hf = convert.read_config(config.run.model)
-    check_length(config, hf.max_position_embeddings)
+    check_length(config, hf)
+    teacher, teacher_hf = None, None
+    if flops.distils(config):
+        directory = config.distill.teacher or config.run.model
+        teacher, teacher_hf = convert.HfWeights(directory), convert.read_config(directory)
+        check_length(config, teacher_hf)
     output = Path(config.run.output)
     checkpoints = store.CheckpointStore(output / "checkpoints", keep_last=config.run.keep_last)
     tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
@@ -88,10 +95,6 @@ def build(config: Config) -> Trainer:
     resume = find_resume(config, checkpoints)
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
-    teacher, teacher_hf = None, None
-    if flops.distils(config):
-        directory = config.distill.teacher or config.run.model
-        teacher, teacher_hf = convert.HfWeights(directory), convert.read_config(directory)
     meta = {
         "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,
         "held_out_hash": held_out.hash, "model_hash": convert.fingerprint(config.run.model, config.run.init),
@@ -133,19 +136,23 @@ def dry_run(config: Config) -> None:
     else:
         hf = convert.read_config(config.plan.shape)
         source = f"{directory} is not on this machine: the shape is that of {config.plan.shape} (plan.shape)"
-    check_length(config, hf.max_position_embeddings)
+    check_length(config, hf)
     print(f"model      {source}, {convert.count(hf) / 1e6:.2f}M parameters", flush=True)
     for line in dryrun.run(config, hf, batch=batches.Batch):
         print(line, flush=True)
     print(f"not tried  data.text ({config.data.text}) was not read, no weights were loaded, nothing was written", flush=True)
 
 
-def check_length(config: Config, longest: int) -> None:
-    """Refuse sequences that the model's positions do not cover."""
-    if config.data.sequence_length > longest:
-        raise ValueError(
-            f"data.sequence_length {config.data.sequence_length} exceeds the model's max_position_embeddings {longest}"
-        )
+def check_length(config: Config, hf: LlamaConfig) -> None:
+    """Refuse sequences that the model's positions do not cover.
+
+    Raises:
+        ValueError: naming both lengths, and why, where it is not max_position_embeddings that ends them.
+    """
+    length, longest = config.data.sequence_length, hf.max_position_embeddings
+    if length > longest:
+        raise ValueError(f"data.sequence_length {length} exceeds the model's max_position_embeddings {longest}")
+    llama.check_length(settings_of(hf), length)
 
 
 def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | None:

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dmc.training  # noqa: F401 - before anything of megatron
 from checkpoints import store
 from checkpoints.files import HfWeights
 from checkpoints.names import to_hf, to_megatron
 from checkpoints.trained import TrainedWeights
+from dmc.rope import settings_of
 from dmc.training.config import recorded
 
 __all__ = ["HfWeights", "count", "fingerprint", "load_hf_state", "loader", "read_config", "to_hf", "to_megatron"]
@@ -42,10 +42,10 @@ def read_config(directory: str | Path) -> LlamaConfig:
         hf = LlamaConfig(**values)
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a Llama: {' '.join(str(error).split())}") from None
-    rope = (hf.rope_parameters or {}).get("rope_type", "default")
-    if rope != "default" and rope not in ROPE_INIT_FUNCTIONS:
-        known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
-        raise ValueError(f"{path} names the rope_type {rope!r}: known are {known}")
+    try:
+        settings_of(hf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return hf
 
 

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     cells = grid.cells([base, *models], budgets=budgets, **choices)
     windows = _windows(plan)
     config = read_config(base)
-    check_fits(windows, config.vocab_size, config.max_position_embeddings, base)
+    check_fits(windows, config.vocab_size, config.positions, base)
     resolve(plan.device, plan.dtype, config.dtype)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n")

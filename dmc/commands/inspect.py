@@ -85,7 +85,7 @@ def _inspect(options: argparse.Namespace, texts: list[str], vary: dict[str, list
     from dmc.analysis.recommend import choices
     from dmc.engine import inspect
 
-    positions = llm.model.config.max_position_embeddings
+    positions = llm.model.config.positions
     if options.window_tokens + options.max_tokens > positions:
         raise ValueError(
             f"--window-tokens {options.window_tokens} and --max-tokens {options.max_tokens} are more than the model's "

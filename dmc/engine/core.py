@@ -61,10 +61,10 @@ class Engine:
         """
         config, pool = self.runner.model.config, self.cache.rows.pool
         prompt, new = len(sequence.prompt), sequence.params.max_tokens
-        if prompt + new > config.max_position_embeddings:
+        if prompt + new > config.positions:
             raise ValueError(
                 f"{prompt} prompt tokens + max_tokens {new} = {prompt + new} are more than the "
-                f"{config.max_position_embeddings} positions of the model; shorten the prompt or lower max_tokens"
+                f"{config.positions} positions of the model{config.rope.why_limited}; shorten the prompt or lower max_tokens"
             )
         pages = self.predictor.pages(sequence.most_tokens)
         if pool.limit is not None and pages > pool.limit:

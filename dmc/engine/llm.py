@@ -184,10 +184,10 @@ class LLM:
         batch = self.engine.max_batch
         for tokens in sequences:
             self._check_tokens(tokens, least=2)
-            if len(tokens) > self.model.config.max_position_embeddings:
+            if len(tokens) > self.model.config.positions:
                 raise ValueError(
                     f"a sequence of {len(tokens)} tokens is longer than the model's "
-                    f"{self.model.config.max_position_embeddings} positions"
+                    f"{self.model.config.positions} positions{self.model.config.rope.why_limited}"
                 )
             if limit is not None:
                 batch = min(batch, limit // self.cache.worst_pages(len(tokens)))

@@ -78,9 +78,9 @@ def calibrate(
         raise ValueError(f"budget must be above 0 and below 1, got {budget}: 0.02 lets a layer's output change by 2 %")
     model = Llama.load(directory, dtype=dtype, device=device)
     length = windows.tokens.shape[1]
-    if length > model.config.max_position_embeddings:
+    if length > model.config.positions:
         raise ValueError(
-            f"windows of {length} tokens are longer than the model's {model.config.max_position_embeddings} positions"
+            f"windows of {length} tokens are longer than the model's {model.config.positions} positions"
         )
     seen = gather(model, windows.tokens)
     table = model.rope(torch.arange(length, device=model.device))
@@ -93,7 +93,7 @@ def calibrate(
         "budget": str(budget), "text": windows.name, "text_hash": windows.text_hash, "tokens": str(windows.tokens.numel()),
         "errors": json.dumps([found.error for found in results]),
     }
-    write(Path(out), EigenFile(model_hash(directory), model.rope.frequencies, layers, notes))
+    write(Path(out), EigenFile(model_hash(directory), model.rope.frequencies, model.rope.scaling, layers, notes))
     return results
 
 

@@ -186,10 +186,10 @@ def _check(llm: LLM, requests: Sequence[Request]) -> int:
         if wrong is not None:
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of {llm.vocabulary}")
         fed = len(request.context) + request.length - 1
-        if fed > config.max_position_embeddings:
+        if fed > config.positions:
             raise ValueError(
                 f"a context of {len(request.context)} tokens and a continuation of {request.length} need {fed} positions, and "
-                f"the model has {config.max_position_embeddings}"
+                f"the model has {config.positions}"
             )
         if limit is not None:
             batch = min(batch, limit // llm.cache.worst_pages(fed))

@@ -144,8 +144,8 @@ def fit_decisions(
         raise ValueError(f"{directory} holds a retrofitted model, which has its own decisions: give the base model")
     count, length = text.tokens.shape
     settings.fitted(length)
-    if length > config.max_position_embeddings:
-        raise ValueError(f"sequences of {length} tokens are longer than the model's {config.max_position_embeddings} positions")
+    if length > config.positions:
+        raise ValueError(f"sequences of {length} tokens are longer than the model's {config.positions} positions")
     model = Llama.load(directory, dtype=dtype, device=device)
     state = None if out is None else out.with_name(f".{out.name}.state")
     key = fingerprint(digest, text.tokens, settings, dtype, torch.device(device).type)

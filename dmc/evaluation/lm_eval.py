@@ -67,7 +67,7 @@ class CompressedLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that can go into the model."""
-        return self.llm.model.config.max_position_embeddings
+        return self.llm.model.config.positions
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         """Tokens of a text; with None, the special tokens that the tokenizer adds, but no second BOS."""

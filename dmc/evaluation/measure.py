@@ -190,7 +190,7 @@ def _force(
 def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: list[Prompt] | None) -> int:
     """How many windows can run together."""
     config, pool = llm.model.config, llm.cache.rows.pool
-    check_fits(windows, config.vocab_size, config.max_position_embeddings, llm.path)
+    check_fits(windows, config.vocab_size, config.positions, llm.path)
     if llm.engine.busy:
         raise ValueError("measuring needs the cache to itself; wait until the requests that run have ended")
     if reference and reference.windows_hash != windows.hash:

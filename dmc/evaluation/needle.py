@@ -99,7 +99,7 @@ def needle(
     Raises:
         ValueError: if a prompt is too long for the model, or too short for needle and question, or the haystack is.
     """
-    longest, positions = max(settings.lengths), llm.model.config.max_position_embeddings
+    longest, positions = max(settings.lengths), llm.model.config.positions
     if longest >= positions:
         raise ValueError(f"a prompt of {longest} tokens leaves no room for an answer in the model's {positions} positions")
     trials = []

@@ -78,7 +78,7 @@ def reference(
             f"{directory} holds a retrofitted model, which cannot say what the uncompressed one predicts: give the base model "
             "that it was retrofitted from"
         )
-    check_fits(windows, config.vocab_size, config.max_position_embeddings, directory)
+    check_fits(windows, config.vocab_size, config.positions, directory)
     model = Llama.load(directory, dtype=dtype, device=device)
     path = None
     if store is not None:

@@ -2,7 +2,6 @@
 
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.llama import Attend, Llama
-from dmc.model.rope import Rope
 from dmc.model.weights import Weights
 
-__all__ = ["Attend", "Llama", "ModelConfig", "Rope", "Weights", "read_config"]
+__all__ = ["Attend", "Llama", "ModelConfig", "Weights", "read_config"]

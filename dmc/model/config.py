@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmc.rope import RopeSettings, read_settings
+
 MODEL_TYPES = ("llama", "dmc_llama")
 DECISIONS = ("neuron", "head")
 METHODS = ("dmc", "dms")
@@ -19,7 +21,7 @@ class ModelConfig:
     Attributes:
         num_key_value_heads: H.
         head_dim: D.
-        rope: the rope parameters, with "rope_type" and "rope_theta".
+        rope: its rotary embedding, as transformers reads config.json.
         method: that the model was retrofitted with, "dmc" or "dms"; None for a plain Llama.
         decision: where its decisions come from: "neuron", "head", or None for a plain Llama.
         offset: c of the decisions.
@@ -37,7 +39,7 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: dict
+    rope: RopeSettings
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
@@ -48,6 +50,11 @@ class ModelConfig:
     window: int
     measured_cr: float | None
     dtype: str | None
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sequence that can be served; see `dmc.rope.RopeSettings.why_limited`."""
+        return min(self.max_position_embeddings, self.rope.positions)
 
     @property
     def logits_per_head(self) -> int:
@@ -84,7 +91,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         head_dim=raw.get("head_dim") or raw["hidden_size"] // query_heads,
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=_rope(raw),
+        rope=_rope(path, raw),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         attention_bias=raw.get("attention_bias", False),
         mlp_bias=raw.get("mlp_bias", False),
@@ -112,12 +119,11 @@ def _decisions(path: Path, raw: dict) -> dict:
     }
 
 
-def _rope(raw: dict) -> dict:
-    """Rope parameters in one form, whether config.json has transformers 5's field or the older two."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    return rope
+def _rope(path: Path, raw: dict) -> RopeSettings:
+    try:
+        return read_settings(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _end_tokens(directory: Path, raw: dict) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from dmc.kernels.ready import compiles
 from dmc.kernels.rows.rows import gate, norm
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.linear import Linear
-from dmc.model.rope import Rope
 from dmc.model.weights import Weights
+from dmc.rope import Rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(layer, query [N, Hq, D], key and value [N, H, D], alpha and omega [N, H]) → [N, Hq, D], for N tokens of whichever
@@ -46,7 +46,7 @@ class Llama:
         dtype, device: of the weights and of the arithmetic.
 
     Raises:
-        ValueError: if a tensor is missing or has the wrong shape, or the rope type is unknown.
+        ValueError: if a tensor is missing or has the wrong shape.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Llama:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         if runs_on_cpu(torch.empty(0, dtype=dtype, device=device), torch.bfloat16):
             compiles("rows")
-        self.rope = Rope(config.head_dim, config.rope, dtype=_work(dtype), device=device)
+        self.rope = Rope.of(config.rope, dtype=_work(dtype), device=device)
 
         def tensor(name: str, *shape: int) -> Tensor:
             return weights.get(name, shape).to(device=device, dtype=dtype)

@@ -53,7 +53,7 @@ class Api:
         if asked.top_logprobs and not asked.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         tokens = await self._checked(self.llm.tokenizer.chat, [message.turn() for message in asked.messages])
-        room = self.llm.model.config.max_position_embeddings - len(tokens)
+        room = self.llm.model.config.positions - len(tokens)
         most = asked.max_completion_tokens or asked.max_tokens or max(1, min(self.settings.default_max_tokens, room))
         logprobs = asked.top_logprobs if asked.logprobs else None
         sequences = await self._sequences([tokens], asked, max_tokens=most, logprobs=logprobs)
@@ -218,7 +218,7 @@ def _routes(app: FastAPI, api: Api) -> None:
 def _model(api: Api) -> dict:
     return {
         "id": api.settings.name, "object": "model", "created": api.started, "owned_by": "dmc",
-        "max_model_len": api.llm.model.config.max_position_embeddings,
+        "max_model_len": api.llm.model.config.positions,
     }
 
 

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from dmc.rope import Rope, RopeSettings, settings_of
 from dmc.training import cpu
 from dmc.training.attention import DmcSelfAttention
 from dmc.training.backends import Layers
@@ -142,10 +142,27 @@ def transformer_config(hf: LlamaConfig, parallel: ParallelConfig, dtype: torch.d
 
 
 def rope_tables(hf: LlamaConfig, tokens: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each ``[T, D]`` fp32, from transformers' own rotary code (Llama 3 scaling included)."""
-    rotary = LlamaRotaryEmbedding(hf)
-    cos, sin = rotary(torch.zeros(1, 1, 1), torch.arange(tokens)[None])
-    return cos[0].to(cpu.device()), sin[0].to(cpu.device())
+    """(cos, sin), each ``[T, D]`` fp32, times the attention factor where the scaling has one.
+
+    Raises:
+        ValueError: if transformers cannot compute them, or has other frequencies for as many tokens.
+    """
+    settings = settings_of(hf)
+    check_length(settings, tokens)
+    return Rope.of(settings, dtype=torch.float32, device=cpu.device())(torch.arange(tokens, device=cpu.device()))
+
+
+def check_length(settings: RopeSettings, tokens: int) -> None:
+    """Refuse sequences for which the model has other frequencies than for those that it is served with.
+
+    Raises:
+        ValueError: naming the setting and the limit.
+    """
+    if not settings.fixed and tokens > settings.positions:
+        raise ValueError(
+            f"data.sequence_length {tokens} exceeds the {settings.positions} positions of the model"
+            f"{settings.why_limited}: lower data.sequence_length"
+        )
 
 
 def _layer_spec(layers: Layers) -> ModuleSpec:

@@ -89,6 +89,9 @@ def shrunken(config: Config, hf: LlamaConfig, size: int) -> tuple[Config, LlamaC
     shape = copy.deepcopy(hf)
     shape.num_hidden_layers = p.pipeline * p.virtual
     shape.num_key_value_heads, shape.num_attention_heads, shape.head_dim = heads, heads * groups, depth
+    for name in ("short_factor", "long_factor"):  # of longrope: one for each frequency
+        if given := shape.rope_parameters.get(name):
+            shape.rope_parameters[name] = [given[i * len(given) // (depth // 2)] for i in range(depth // 2)]
     shape.hidden_size, shape.intermediate_size, shape.vocab_size = 32 * p.tensor, 64 * p.tensor, 64 * p.tensor
     small.data.sequence_length = 8 * p.tensor * p.context
     data = size // (p.tensor * p.pipeline * p.context)

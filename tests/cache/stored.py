@@ -10,16 +10,20 @@ from dmc.cache import codec
 from dmc.cache.codecs.eigenfile import Bases, EigenFile, write
 
 
-def eigen_file(path, *, layers, heads, size, ranks, theta=100.0, model_hash="none", seed=0):
+def frequencies(size, theta):
+    """Inverse frequencies of RoPE without scaling, fp32 [D / 2]."""
+    return 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
+
+
+def eigen_file(path, *, layers, heads, size, ranks, theta=100.0, scaling=1.0, model_hash="none", seed=0):
     """Random orthonormal bases, ``ranks``: (of keys, of values) for each layer → the path as text."""
     generator = torch.Generator().manual_seed(seed)
 
     def basis(rank):
         return torch.linalg.qr(torch.randn(heads, size, size, generator=generator))[0][:, :, :rank]
 
-    frequencies = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
     made = [Bases(basis(keys), basis(values)) for keys, values in ranks[:layers]]
-    write(Path(path), EigenFile(model_hash, frequencies, made, {}))
+    write(Path(path), EigenFile(model_hash, frequencies(size, theta), scaling, made, {}))
     return str(path)
 
 

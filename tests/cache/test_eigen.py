@@ -16,6 +16,7 @@ from dmc.model.fingerprint import model_hash
 from tests.cache.stored import eigen_file
 from tests.cache.test_rows import HEADS, LAYERS, SIZE, feed, tokens
 from tests.model import tiny
+from tests.model.ropes import SCALED
 
 TEXT = "abcdefghijklmnopqrstuvwxyz0123456789" * 20
 
@@ -28,10 +29,11 @@ def turned(x, place, theta, back=False):
     return torch.cat([z.real, z.imag])
 
 
-@pytest.mark.parametrize("size", [8, 64, 80])
+@pytest.mark.parametrize("size, scaling", [(8, 1.0), (64, 1.0), (80, 1.0), (64, 1.5)])
 @pytest.mark.parametrize("kind, off", [("bf16", 0.006), ("int8", 0.02)])
-def test_keys_are_projected_before_rope_and_rotated_at_their_own_place(tmp_path, size, kind, off):
-    file = eigen_file(tmp_path / "e", layers=2, heads=3, size=size, ranks=[(5, 4), (7, 3)])
+def test_keys_are_projected_before_rope_and_rotated_at_their_own_place(tmp_path, size, scaling, kind, off):
+    """With an attention factor as well, by which a rotated key is longer than it was."""
+    file = eigen_file(tmp_path / "e", layers=2, heads=3, size=size, ranks=[(5, 4), (7, 3)], scaling=scaling)
     made = codec("eigen", file=file, coefficients=kind).of_layer(1, 2, 3, size)
     bases = read(tmp_path / "e").layers[1]
     generator = torch.Generator().manual_seed(0)
@@ -42,6 +44,7 @@ def test_keys_are_projected_before_rope_and_rotated_at_their_own_place(tmp_path,
     for n in range(4):
         basis, other = bases.keys[heads[n]].double(), bases.values[heads[n]].double()
         for i in range(6):
+            # The projection is linear, so the factor that is divided out and comes back changes nothing.
             plain = turned(keys[n, i].double(), int(places[n, i]), 100.0, back=True)
             want = turned(basis @ (basis.T @ plain), int(places[n, i]), 100.0)
             assert (got_keys[n, i] - want).norm() < off * want.norm()
@@ -52,6 +55,17 @@ def test_keys_are_projected_before_rope_and_rotated_at_their_own_place(tmp_path,
     torch.testing.assert_close(made.combine(blocks, weights), weights @ got_values, rtol=1e-4, atol=1e-4)
     scales = 4 if kind == "int8" else 0
     assert made.nbytes(blocks) == 4 * (6 * ((7 + 3) * (1 if scales else 2) + 4 + scales) + 1)
+
+
+def test_coefficients_are_of_keys_without_the_attention_factor(tmp_path):
+    keys, values = torch.randn(2, 3, 16, 8, generator=torch.Generator().manual_seed(1))
+    heads, places, stored = torch.zeros(3).long(), torch.arange(48).view(3, 16), []
+    for scaling in (1.0, 1.5):
+        file = eigen_file(tmp_path / "e", layers=1, heads=1, size=8, ranks=[(5, 5)], scaling=scaling)
+        assert read(tmp_path / "e").scaling == scaling
+        blocks = codec("eigen", file=file).of_layer(0, 1, 1, 8).encode_at(keys * scaling, values, heads, places)
+        stored.append(blocks.tensors["k_coefficients"])
+    torch.testing.assert_close(*stored, rtol=0.01, atol=0.01)
 
 
 def test_error_falls_with_rank(tmp_path):
@@ -130,6 +144,21 @@ def test_a_model_that_evicts_is_calibrated_in_full(tmp_path):
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one.keys, other.keys)
         assert all((alpha == 0).all() and (omega == 1).all() for *_, alpha, omega in other.last)
+
+
+def test_a_model_with_an_attention_factor_is_calibrated_and_served(tmp_path):
+    fields = tiny.config("head", **SCALED["yarn"])
+    directory = tiny.write(tmp_path / "model", fields, tiny.weights(fields))
+    windows = Windows(torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(0)), 38, "random", "0")
+    calibrate(directory, windows, tmp_path / "e", budget=1e-6)
+    assert read(tmp_path / "e").scaling == Llama.load(directory, dtype=torch.float32).rope.scaling > 1.1
+    settings = {"eigen": {"codec_settings": {"file": str(tmp_path / "e")}}, "dense": {}}
+    exact, stored = (
+        LLM(directory, device="cpu", dtype="fp32", codec=name, page_size=4, **own).score(
+            windows.tokens[:1].tolist(), prompt_tokens=20)[0].logprobs
+        for name, own in reversed(settings.items())
+    )
+    assert (exact - stored).abs().max() < 0.1
 
 
 def test_the_command_and_the_refusals(directory, tmp_path, capsys):

@@ -10,7 +10,8 @@ from dmc.cache.reading import onpages
 from dmc.cache.storage.evict import entries
 from dmc.kernels.backend import using
 from dmc.kernels.decode import cpu as decode_cpu
-from dmc.model import Rope
+from dmc.rope import Rope
+from tests.cache.stored import frequencies
 
 NOBODY, HEADS, QUERIES, SIZE, SEQUENCES = torch.empty(0, dtype=torch.int64), 2, 4, 8, 3
 POLICIES = {
@@ -18,7 +19,7 @@ POLICIES = {
     "dms": dict(window=7),
 }
 CODECS = {"dense": {}, "int8": {}, "fp8": {}, "gear": {"bits": 4}, "gear-3bit": {}, "gear-2bit": {}}
-ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.float32, device="cpu")
+ROPE = Rope(frequencies(SIZE, 100.0))
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, policy
 from dmc.cache.reading import gathered
 from dmc.cache.reading import row_attention as attention
 from dmc.functional import accumulate, rotate
-from dmc.model import Rope
-from tests.cache.stored import stored
+from dmc.rope import Rope
+from tests.cache.stored import frequencies, stored
 
 LAYERS, HEADS, QUERY_HEADS, SIZE = 2, 2, 4, 8
 NOBODY = torch.empty(0, dtype=torch.int64)
-ROPE = Rope(SIZE, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.float32, device="cpu")
+ROPE = Rope(frequencies(SIZE, 100.0))
 
 
 def make(codec_name="gear", *, slots=3, memory=None, policy_name="dmc", policy_settings=None, **changes):

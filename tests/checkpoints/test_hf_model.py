@@ -12,6 +12,7 @@ VARIANTS = {
     "neuron-mha-tied-llama3": dict(decision="neuron", heads=4, tied=True, rope="llama3"),
     "head-gqa-tied-linear": dict(decision="head", heads=2, tied=True, rope="linear"),
     "head-mqa-llama3": dict(decision="head", heads=1, rope="llama3"),
+    "neuron-gqa-yarn": dict(decision="neuron", heads=2, rope="yarn"),
 }
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checkpoints.export_hf import export
 from dmc import functional
@@ -15,6 +17,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 OFFSET, GAIN, SIZE, HIDDEN, VOCAB, LAYERS = 5.0, 4.0, 16, 48, 61, 3
 
 
@@ -26,6 +29,7 @@ class Tiny:
     config: dict
     decision: str
     inverse_frequencies: torch.Tensor
+    scaling: float = 1.0  # of cos and sin
 
 
 def tiny(decision, *, heads, tied=False, rope="default", seed=0):
@@ -67,6 +71,10 @@ def tiny(decision, *, heads, tied=False, rope="default", seed=0):
     elif rope == "llama3":
         config["rope_parameters"] = {"rope_theta": 10000.0, **LLAMA3}
         inverse = torch.stack([_llama3(f) for f in inverse])
+    elif rope == "yarn":
+        config["rope_parameters"] = {"rope_theta": 10000.0, **YARN}
+        inverse, scaling = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**config))
+        return Tiny(state, config, decision, inverse.double(), scaling)
     else:
         config["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
     return Tiny(state, config, decision, inverse)
@@ -119,7 +127,8 @@ def reference(model, ids):
             merge, weight = (x @ w["self_attn.decision"].T).transpose(1, 2).split(heads, 1)
         alpha = functional.mask_starts(functional.round_alpha(GAIN * merge, offset=OFFSET), None)
         omega = functional.importance(GAIN * weight, offset=OFFSET)
-        out = functional.attention(query, key, value, alpha, omega, rope=(angles.cos(), angles.sin()))
+        rope = (angles.cos() * model.scaling, angles.sin() * model.scaling)
+        out = functional.attention(query, key, value, alpha, omega, rope=rope)
         hidden = hidden + out.transpose(1, 2).flatten(2) @ w["self_attn.o_proj"].T
         x = _norm(hidden, w["post_attention_layernorm"])
         gated = torch.nn.functional.silu(x @ w["mlp.gate_proj"].T) * (x @ w["mlp.up_proj"].T)

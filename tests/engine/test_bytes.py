@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.model import Rope
+from dmc.rope import Rope
+from tests.cache.stored import frequencies
 
 
 @pytest.mark.parametrize("layers, shares", [(6, (0.02, 0.48)), (4, (0.25, 0.25)), (6, (0.1, 0.4))])
@@ -12,7 +13,7 @@ def test_gear_at_cr_4_holds_a_seventh_of_dense_bf16(layers, shares):
     """1,000 tokens, 2 heads of size 64 that keep the given shares of their tokens, fp32 model: all settings default."""
     tokens, heads, size = 1000, 2, 64
     cache = KVCache(Shape(layers, heads, size, torch.float32), policy("dmc"), codec("gear", bits=4), slots=1)
-    rope = Rope(size, {"rope_type": "default", "rope_theta": 1e4}, dtype=torch.float32, device="cpu")
+    rope = Rope(frequencies(size, 1e4))
     generator = torch.Generator().manual_seed(0)
     prompt, nobody = cache.prompt(), torch.empty(0, dtype=torch.int64)
     attend = cache.step(nobody, nobody, [(prompt, tokens)], rope)

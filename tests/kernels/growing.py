@@ -9,7 +9,8 @@ from dmc.cache.reading.growing import grown
 from dmc.cache.storage.rows import ragged
 from dmc.functional import rotate
 from dmc.kernels.append.append import append_tokens
-from dmc.model import Rope
+from dmc.rope import Rope
+from tests.cache.stored import frequencies
 from tests.kernels.conftest import DEVICE
 
 LAYERS, HEADS = 2, 3
@@ -18,7 +19,7 @@ CLOSE = {torch.bfloat16: {"rtol": 1e-2, "atol": 1e-3}, torch.float16: {"rtol": 2
 
 
 def rope(size):
-    return Rope(size, {"rope_type": "default", "rope_theta": 100.0}, dtype=torch.float32, device=DEVICE)
+    return Rope(frequencies(size, 100.0), device=DEVICE)
 
 
 def cache(name, *, size=8, slots=3, pages=400, columns=16, **settings):

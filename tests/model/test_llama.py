@@ -10,18 +10,14 @@ from dmc import LLM
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.model import Llama
 from tests.model import tiny
+from tests.model.ropes import KINDS
 
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 CASES = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "llama3": {"rope_parameters": LLAMA3},
+    **KINDS,
 }
 
 

@@ -35,7 +35,7 @@ def test_no_directory(tmp_path):
     ({"num_key_value_heads": 3}, "no multiple"),
     ({"hidden_act": "gelu"}, "'gelu'"),
     ({"dmc": {"decision": "oracle"}}, "neuron, head"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "default, linear, llama3"),
+    ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "default, dynamic, linear, llama3, longrope"),
     ({"rope_parameters": {"rope_type": "linear"}}, "'factor'"),
 ])
 def test_config(parts, tmp_path, changes, said):

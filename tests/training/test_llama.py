@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoints import convert
 from checkpoints.export_hf import export
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
-from dmc import functional
+from dmc import LLM, functional
 from dmc.kernels.decisions import noise
 from dmc.training import llama
 from dmc.training.config import ParallelConfig
@@ -17,6 +17,7 @@ from tests.training.models import hf_config, logits, megatron, weights
 
 SHAPES = [
     dict(heads=2), dict(heads=4), dict(heads=1, tied=True), dict(heads=2, rope="llama3"), dict(heads=4, tied=True, rope="linear"),
+    dict(heads=2, rope="yarn"),
 ]
 DECISIONS = ["neuron", "head"]
 BORDERS = [(0, 9, 10, 31), (0, 40)]  # first tokens of the documents of each row
@@ -140,6 +141,19 @@ def test_hard_logits_are_those_of_the_exported_model(tmp_path, shape, decision):
         measured_cr=1.9, tokenizer_dir=TOKENIZER, card="a card", dtype=torch.float32,
     )
     assert_close(logits(built, ids), DmcLlamaForCausalLM.from_pretrained(out)(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("decision", DECISIONS)
+def test_a_yarn_model_is_served_as_it_was_trained(tmp_path, decision):
+    model, ids = tiny(decision, heads=2, rope="yarn"), tokens()
+    built = megatron(model, "hard")
+    out = export(
+        convert.to_hf(hf_config(model), weights(built)), model.config, out=tmp_path / "exported", decision=decision,
+        offset=OFFSET, gain=GAIN, target_cr=2.0, measured_cr=1.9, tokenizer_dir=TOKENIZER, card="a card", dtype=torch.float32,
+    )
+    wanted = logits(built, ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    scores = LLM(out, device="cpu", dtype="fp32").score(ids.tolist(), prompt_tokens=20)
+    assert_close(torch.stack([score.logprobs for score in scores]), wanted)
 
 
 @pytest.mark.parametrize("decision", DECISIONS)

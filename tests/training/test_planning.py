@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoints import convert
-from dmc.training import dryrun, planning, setup
+from dmc.training import dryrun, llama, planning, pretend, setup
 from dmc.training.attention import row_info
 from dmc.training.config import load
 from dmc.training.losses import language_and_distillation
@@ -159,3 +159,15 @@ def test_plans_that_do_not_work_are_one_sentence(world, overrides, words):
     with pytest.raises(ValueError) as caught:
         list(dryrun.run(config, convert.read_config(ROOT / config.plan.shape), batch=None))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_the_shrunken_model_of_a_dry_run_keeps_longrope():
+    """It has heads of another size, for which the lists of factors are cut."""
+    factors = {"short_factor": [1.0 + i / 64 for i in range(64)], "long_factor": [1.0 + i for i in range(64)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    hf = tiny_config(head_dim=128, rope_parameters=rope)
+    small, shape = pretend.shrunken(load(overrides=["data.sequence_length=64"]), hf, 1)
+    cos, _ = llama.rope_tables(shape, small.data.sequence_length)
+    assert cos.shape == (small.data.sequence_length, 16) and float(cos[0, 0]) > 1
+    assert shape.rope_parameters["long_factor"] == [1.0, 9.0, 17.0, 25.0, 33.0, 41.0, 49.0, 57.0]
+    assert len(hf.rope_parameters["long_factor"]) == 64

@@ -4,6 +4,7 @@ import json
 from hashlib import sha256
 
 import pytest
+from transformers import LlamaConfig
 
 import train
 from checkpoints.store import MARKER, CheckpointStore
@@ -57,9 +58,17 @@ def test_bad_arguments_are_one_sentence(arguments, words):
 
 def test_sequences_longer_than_the_models_positions_are_refused():
     config = load(overrides=["data.sequence_length=513"])
-    train.check_length(config, 513)
+    train.check_length(config, LlamaConfig(max_position_embeddings=513))
     with pytest.raises(ValueError, match="data.sequence_length 513 exceeds the model's max_position_embeddings 512"):
-        train.check_length(config, 512)
+        train.check_length(config, LlamaConfig(max_position_embeddings=512))
+
+
+def test_sequences_at_which_longrope_changes_its_frequencies_are_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
+    hf = LlamaConfig(max_position_embeddings=4096, rope_parameters=rope | {"original_max_position_embeddings": 512})
+    train.check_length(load(overrides=["data.sequence_length=512"]), hf)
+    with pytest.raises(ValueError, match="data.sequence_length 513 exceeds the 512 positions of the model .rope_type 'longrope'"):
+        train.check_length(load(overrides=["data.sequence_length=513"]), hf)
 
 
 # ------------------------------------------------------------------------------------------- resuming

@@ -23,6 +23,7 @@ from dmc.cache.codecs.base import PLACE, Blocks, Codec, Field
 from dmc.cache.codecs.eigenfile import Bases, read
 from dmc.cache.codecs.int8 import round_up
 from dmc.functional import rotate
+from dmc.rope import Rope
 
 _COEFFICIENTS = ("bf16", "int8")
 _CODES = 127
@@ -61,7 +62,7 @@ class EigenCodec(Codec):
                 f"{self.file} is for {have[0]} layers, {have[1]} heads of size {have[2]}, and here are {layers} layers, "
                 f"{heads} heads of size {head_size}"
             )
-        return EigenLayer(self, self._read.layers[layer], self._read.frequencies)
+        return EigenLayer(self, self._read.layers[layer], self._read.frequencies, self._read.scaling)
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """Not without a layer: see `of_layer`."""
@@ -79,6 +80,7 @@ class EigenLayer(Codec):
         whole: what it is a part of.
         bases: of the layer.
         frequencies: fp32 ``[D / 2]``, of RoPE.
+        scaling: attention factor of RoPE: a rotated key is longer by it, and is divided by it when it is rotated back.
     """
 
     name = "eigen"
@@ -86,11 +88,10 @@ class EigenLayer(Codec):
     placed = True
     page_size = 16
 
-    def __init__(self, whole: EigenCodec, bases: Bases, frequencies: Tensor) -> None:
+    def __init__(self, whole: EigenCodec, bases: Bases, frequencies: Tensor, scaling: float) -> None:
         self.coefficients = whole.coefficients
         self._bases = {"k": bases.keys, "v": bases.values}  # [H, D, r]
-        self._frequencies = frequencies
-        self._table = self._rope(64)
+        self._rope = Rope(frequencies, scaling)
 
     def layout(self, entries: int, head_size: int, dtype: torch.dtype) -> dict[str, Field]:
         """See `Codec.layout`."""
@@ -104,8 +105,7 @@ class EigenLayer(Codec):
 
     def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, places: Tensor) -> Blocks:
         """See `Codec.encode_at`; arithmetic in fp32."""
-        cos, sin = self._at(places, torch.float32)
-        plain = rotate(keys.float(), (cos, -sin))
+        plain = rotate(keys.float(), self._rope.inverse(_held(places)))
         tensors = {PLACE: places.int(), "head": heads[..., None].to(torch.uint8)}
         for part, x in (("k", plain), ("v", values.float())):
             tensors |= {f"{part}_{name}": field for name, field in self._stored(x @ self._basis(part, heads, x)).items()}
@@ -130,7 +130,7 @@ class EigenLayer(Codec):
         heads = blocks.tensors["head"][..., 0].long()
         coefficients = self._read(blocks, "k", dtype)
         plain = coefficients @ self._basis("k", heads, coefficients).transpose(-1, -2)
-        return rotate(plain, self._at(blocks.tensors[PLACE], dtype))
+        return rotate(plain, self._rope(_held(blocks.tensors[PLACE])))
 
     def _basis(self, part: str, heads: Tensor, like: Tensor) -> Tensor:
         """``[..., D, r]`` of each page's head."""
@@ -149,16 +149,7 @@ class EigenLayer(Codec):
             return coefficients
         return coefficients * blocks.tensors[f"{part}_scale"].to(dtype)[..., None]
 
-    def _at(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin) ``[..., N, D]`` of places; an evicted entry's is that of place 0, which nobody reads."""
-        places = places.long().clamp(min=0)
-        most = int(places.max()) + 1 if places.numel() else 0
-        if most > len(self._table[0]):
-            self._table = self._rope(max(most, 2 * len(self._table[0])))
-        cos, sin = (table.to(places.device)[places].to(dtype) for table in self._table)
-        return cos, sin
 
-    def _rope(self, positions: int) -> tuple[Tensor, Tensor]:
-        angles = torch.outer(torch.arange(positions, dtype=torch.float32), self._frequencies.cpu())
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+def _held(places: Tensor) -> Tensor:
+    """Positions of entries as indices; an evicted entry's place is -1, and 0 is taken instead, which nobody reads."""
+    return places.long().clamp(min=0)

@@ -32,12 +32,14 @@ class EigenFile:
     Attributes:
         model_hash: `dmc.model.fingerprint.model_hash` of the model.
         frequencies: fp32 ``[D / 2]`` of its RoPE.
+        scaling: attention factor of its RoPE, by which cos and sin are multiplied.
         layers: bases of each.
         notes: how it was made: budget, text, tokens, errors of the layers.
     """
 
     model_hash: str
     frequencies: Tensor
+    scaling: float
     layers: list[Bases]
     notes: dict[str, str]
 
@@ -45,12 +47,13 @@ class EigenFile:
 def write(path: Path, made: EigenFile) -> None:
     """Writes a file; under another name first, so that none is left half written."""
     tensors = {"frequencies": made.frequencies.float().contiguous()}
+    known = {"format": FORMAT, "model_hash": made.model_hash, "rope_scaling": repr(made.scaling)}
     for number, bases in enumerate(made.layers):
         tensors[f"layers.{number}.keys"] = bases.keys.float().contiguous()
         tensors[f"layers.{number}.values"] = bases.values.float().contiguous()
     beside = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, str(beside), metadata={**made.notes, "format": FORMAT, "model_hash": made.model_hash})
+        save_file(tensors, str(beside), metadata={**made.notes, **known})
         beside.replace(path)
     except (SafetensorError, OSError) as error:
         beside.unlink(missing_ok=True)
@@ -79,6 +82,8 @@ def read(path: Path) -> EigenFile:
         bases = [part for one in layers for part in (one.keys, one.values)]
         if not bases or any(part.dim() != 3 or 2 * len(tensors["frequencies"]) != part.shape[1] for part in bases):
             raise ValueError(f"eigen codec: {path} holds no bases [H, D, r] for each layer; make it again with `dmc calibrate`")
-        return EigenFile(notes.pop("model_hash"), tensors["frequencies"], layers, notes)
+        # A file without the field is of a model whose RoPE has none: others could not be loaded when it was written.
+        scaling = float(notes.pop("rope_scaling", "1.0"))
+        return EigenFile(notes.pop("model_hash"), tensors["frequencies"], scaling, layers, notes)
     except KeyError as error:
         raise ValueError(f"eigen codec: {path} lacks {error.args[0]}; make it again with `dmc calibrate`") from error
