@@ -25,7 +25,9 @@ from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from checkpoints.model_card import model_card
 
 _CODE = Path(__file__).parent / "hf_model"
-_CODE_FILES = ("configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py", "modeling_dmc_llama.py")
+_CODE_FILES = (
+    "configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py", "step_dmc_llama.py", "modeling_dmc_llama.py",
+)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
     *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",

@@ -53,6 +53,13 @@ class DmcLayerCache:
             self.values = _append(self.values, self.lengths, values, lengths)
             self.lengths = lengths
 
+    def drop(self, counts: Tensor) -> None:
+        """Forget each head's first `counts` [B, H] entries: those of documents that have ended."""
+        self.lengths = self.lengths - counts
+        entry = torch.arange(int(self.lengths.max()), device=counts.device) + counts[..., None]
+        entry = entry.clamp(max=max(self.keys.shape[2] - 1, 0))[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        self.keys, self.values = self.keys.gather(2, entry), self.values.gather(2, entry)
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, batch first, by `function(tensor)`."""
         for name in ("keys", "values", "lengths", "tail"):
@@ -69,10 +76,17 @@ class DmcCache(Cache):
     In a batch `generate` feeds sequences that have ended with padding until the last one ends; those tokens
     are counted here like any other.
 
+    Only the newest document of a row is held: a token whose position restarts begins a new one and drops those before.
+
     Attributes:
-        tokens: real (not padding) tokens seen by each sequence, `[B]` int64; None before the first token.
+        real: False for padding, of every token so far, `[B, columns]`; None before the first token, as the following.
+        tokens: real tokens seen by each sequence, `[B]` int64.
+        document: how many of them came before the document that is held, `[B]` int64.
         positions: rotary position of the newest real token of each sequence, `[B]` int64.
+        rotation: (cos, sin) of it, as its own pass computed them, `[B, 2, D]` fp32.
     """
+
+    _fields = ("real", "tokens", "document", "positions", "rotation")
 
     def __init__(self, layers: int, method: str = "dmc") -> None:
         layer = EvictingLayerCache if method == "dms" else DmcLayerCache
@@ -84,13 +98,16 @@ class DmcCache(Cache):
         """Forget everything."""
         super().reset()
         self.columns = 0
-        self.tokens: Tensor | None = None
-        self.positions: Tensor | None = None
+        for name in self._fields:
+            setattr(self, name, None)
 
-    def advance(self, *, width: int, tokens: Tensor, positions: Tensor) -> None:
-        """Count a forward pass over `width` columns, after its last layer; new `tokens` and `positions` [B]."""
-        self.columns += width
-        self.tokens, self.positions = tokens, positions
+    def advance(self, *, real: Tensor, document: Tensor, positions: Tensor, rotation: Tensor) -> None:
+        """Count a forward pass over the tokens `real` [B, T], after its last layer; the rest as the attributes."""
+        self.columns += real.shape[1]
+        new = real.sum(-1)
+        self.tokens = new if self.tokens is None else self.tokens + new
+        self.real = real if self.real is None else torch.cat([self.real, real], 1)
+        self.document, self.positions, self.rotation = document, positions, rotation
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: the width of the attention mask so far."""
@@ -107,14 +124,18 @@ class DmcCache(Cache):
         self, layer: int | None = None, head: int | None = None, sequence: int | None = None
     ) -> float:
         """Tokens per entry, over everything or over one layer, key/value head, sequence of the batch."""
-        lengths, tokens = self.lengths(), self.tokens.cpu()[None, :, None]
+        lengths, tokens = self.lengths(), self._held()[None, :, None]
         tokens = tokens.expand_as(lengths)
         index = tuple(slice(None) if chosen is None else chosen for chosen in (layer, sequence, head))
         return tokens[index].sum().item() / max(lengths[index].sum().item(), 1)
 
     def compression_ratios(self) -> Tensor:
         """Tokens per entry of each layer and key/value head over the batch: `[L, H]` fp32."""
-        return self.tokens.sum().item() / self.lengths().sum(1).clamp(min=1)
+        return self._held().sum().item() / self.lengths().sum(1).clamp(min=1)
+
+    def _held(self) -> Tensor:
+        """Tokens of the documents that are held, `[B]` int64 on the CPU."""
+        return (self.tokens - self.document).cpu()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the chosen beams, `[B]`."""
@@ -137,8 +158,9 @@ class DmcCache(Cache):
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(function)
-        if self.tokens is not None:
-            self.tokens, self.positions = function(self.tokens), function(self.positions)
+        for name in self._fields:
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
 
 
 def _append(old: Tensor, lengths: Tensor, new: Tensor, total: Tensor) -> Tensor:

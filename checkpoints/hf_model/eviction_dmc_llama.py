@@ -71,8 +71,8 @@ class EvictingLayerCache:
 
 
 def attend_and_evict(
-    query: Tensor, key: Tensor, value: Tensor, marks: Tensor, order: Tensor, real: Tensor, layer: EvictingLayerCache, *,
-    window: int, dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, marks: Tensor, order: Tensor, begins: Tensor, real: Tensor,
+    layer: EvictingLayerCache, *, window: int, dropout: float,
 ) -> Tensor:
     """Attention of new tokens over the cache, which takes them up and drops what no later query sees.
 
@@ -81,19 +81,20 @@ def attend_and_evict(
         key, value: `[B, H, T, D]` in the model's dtype, key rotated.
         marks: bool `[B, H, T]`.
         order: int64 `[B, T]`, how many real tokens came before each.
+        begins: int64 `[B, T]`, `order` of the first token of each token's document: what came before is not seen.
         real: bool `[B, T]`, False for padding, which no query but its own sees.
 
     Returns:
         `[B, H * G, T, D]` fp32.
     """
-    parts = zip(*(x.split(_QUERIES, x.dim() - 2 if x.dim() > 3 else -1) for x in (query, key, value, marks, order, real)),
-                strict=True)
+    inputs = (query, key, value, marks, order, begins, real)
+    parts = zip(*(x.split(_QUERIES, x.dim() - 2 if x.dim() > 3 else -1) for x in inputs), strict=True)
     return torch.cat([_attend(*part, layer, window, dropout) for part in parts], 2)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, marks: Tensor, order: Tensor, real: Tensor, layer: EvictingLayerCache,
-    window: int, dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, marks: Tensor, order: Tensor, begins: Tensor, real: Tensor,
+    layer: EvictingLayerCache, window: int, dropout: float,
 ) -> Tensor:
     heads, tokens = key.shape[1:3]
     old = 0 if layer.keys is None else layer.keys.shape[2]
@@ -104,6 +105,7 @@ def _attend(
     layer.append(key, value, order[:, None].expand_as(marks), marks)
     behind = order[:, None, :, None] - layer.places[:, :, None]  # [B, H, T, N]
     visible = there[:, :, None] & (behind >= 0) & ((behind <= window) | ~layer.marks[:, :, None])
+    visible &= layer.places[:, :, None] >= begins[:, None, :, None]
     visible[..., old:] |= torch.eye(tokens, dtype=torch.bool, device=key.device)  # padding sees itself, so that no row is empty
     query = query.unflatten(1, (heads, -1))  # [B, H, G, T, D]
     scores = (query.flatten(2, 3).to(key.dtype) @ layer.keys.mT).unflatten(2, query.shape[2:4]).float()
@@ -111,5 +113,5 @@ def _attend(
     weights = F.dropout(weights, dropout, dropout > 0)
     out = (weights.flatten(2, 3).to(value.dtype) @ layer.values).unflatten(2, query.shape[2:4]).float().flatten(1, 2)
     following = order[:, -1:, None] + 1  # place of the next real token
-    layer.keep(there & ((following - layer.places <= window) | ~layer.marks))
+    layer.keep(there & ((following - layer.places <= window) | ~layer.marks) & (layer.places >= begins[:, -1:, None]))
     return out

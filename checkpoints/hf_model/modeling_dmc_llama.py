@@ -11,12 +11,10 @@ N closed entries of the longest head, F = 2 D + 1 (key, value and weight of an e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
@@ -25,31 +23,11 @@ from transformers.utils import can_return_tuple
 from .cache_dmc_llama import DmcCache, DmcLayerCache
 from .configuration_dmc_llama import DmcLlamaConfig
 from .eviction_dmc_llama import EvictingLayerCache, attend_and_evict
+from .step_dmc_llama import Step, plan
 
 _CHUNK = 32  # tokens that one small matrix product of the running sums covers
 _QUERIES = 1024  # queries that attend at once: bounds the memory of the scores in a long prompt
-
-
-@dataclass
-class _Step:
-    """What all layers of one forward pass share.
-
-    Attributes:
-        real: False for padding, `[B, T]`.
-        first: no real token comes before, `[B, T]`.
-        order: int64 `[B, T]`, how many real tokens come before (for padding: before the newest real one).
-        cos, sin: rotary tables fp32 `[B, T + 1, D]`: entry t is of the newest real token before token t, the
-            last of the newest of all.
-        tokens_after, positions_after: the cache's counts after this pass, `[B]`.
-    """
-
-    real: Tensor
-    first: Tensor
-    order: Tensor
-    cos: Tensor
-    sin: Tensor
-    tokens_after: Tensor
-    positions_after: Tensor
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # other ways to mark documents than position_ids
 
 
 class DmcLlamaAttention(nn.Module):
@@ -69,7 +47,7 @@ class DmcLlamaAttention(nn.Module):
         if config.dmc["decision"] == "head":
             self.decision = nn.Linear(hidden, self.heads if self.window else 2 * self.heads, bias=False)
 
-    def forward(self, hidden: Tensor, step: _Step, cache: DmcCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, step: Step, cache: DmcCache | None) -> Tensor:
         """`[B, T, hidden]` to the same; fills the cache, where there is one."""
         split = (*hidden.shape[:2], -1, self.head_dim)
         query, key, value = (
@@ -85,14 +63,14 @@ class DmcLlamaAttention(nn.Module):
         else:
             logits = F.linear(hidden.float(), self.decision.weight.float())
             merge, weight = logits.transpose(1, 2).split(self.heads, 1)
-        opens = (~(merge > self.offset) | step.first[:, None]) & step.real[:, None]
+        opens = (~(merge > self.offset) | step.starts[:, None]) & step.real[:, None]
         omega = torch.sigmoid(weight + self.offset) * step.real[:, None]
         layer = cache.layers[self.layer_idx] if cache is not None else DmcLayerCache()
         out = self._attend(query, key, value, opens, omega, step, layer)
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
 
     def _mark_and_attend(
-        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, step: _Step, cache: DmcCache | None,
+        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, step: Step, cache: DmcCache | None,
     ) -> Tensor:
         """Dynamic Memory Sparsification. → `[B, H * G, T, D]`."""
         if self.decision is None:
@@ -107,30 +85,37 @@ class DmcLlamaAttention(nn.Module):
         cos, sin = step.cos[:, None, 1:], step.sin[:, None, 1:]
         return attend_and_evict(
             _rotate(query.float(), cos, sin) * self.head_dim**-0.5, _rotate(key.float(), cos, sin).to(key.dtype), value,
-            logits > self.offset, step.order, step.real, layer, window=self.window,
+            logits > self.offset, step.order, step.begins, step.real, layer, window=self.window,
             dropout=self.dropout if self.training else 0.0,
         )
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, opens: Tensor, omega: Tensor, step: _Step,
+        self, query: Tensor, key: Tensor, value: Tensor, opens: Tensor, omega: Tensor, step: Step,
         layer: DmcLayerCache,
     ) -> Tensor:
-        """Query i sees the entries closed by then and its own state. → `[B, H * G, T, D]`."""
+        """Query i sees the entries of its document closed by then and its own state. → `[B, H * G, T, D]`."""
         size, dtype = self.head_dim, query.dtype
         states = _states(torch.cat([key, value], -1), opens, omega, layer.tail)  # [B, H, T + 1, F]
-        closes = opens & ~step.first[:, None]
+        closes = opens & ~step.starts[:, None]  # nobody sees the last entry of a document that ended
         counts = closes.cumsum(-1)  # [B, H, T]: entries closed in this pass, up to each token
         index = _positions_of(closes, counts)  # [B, H, M]
         closed = _mean(states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1])))
         cos, sin = (_take(table[:, :-1], index) for table in (step.cos, step.sin))
         visible = counts if layer.lengths is None else counts + layer.lengths[..., None]
+        hidden = None
+        if step.restarts:  # entries before each token's document
+            new = step.starts & (step.order > 0)
+            hidden = torch.where(new[:, None], visible, 0).cummax(-1).values
         keys, values = _rotate(closed[..., :size], cos, sin).to(dtype), closed[..., size:].to(dtype)
         layer.append(keys, values, counts[..., -1], states[:, :, -1])
         own, cos, sin = _mean(states[:, :, 1:]), step.cos[:, None, 1:], step.sin[:, None, 1:]
-        return _attention(
+        out = _attention(
             _rotate(query.float(), cos, sin) * size**-0.5, layer.keys, layer.values,
-            _rotate(own[..., :size], cos, sin), own[..., size:], visible, self.dropout if self.training else 0.0,
+            _rotate(own[..., :size], cos, sin), own[..., size:], visible, hidden, self.dropout if self.training else 0.0,
         )
+        if hidden is not None:
+            layer.drop(hidden[..., -1])
+        return out
 
 
 class DmcLlamaDecoderLayer(nn.Module):
@@ -143,7 +128,7 @@ class DmcLlamaDecoderLayer(nn.Module):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, step: _Step, cache: DmcCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, step: Step, cache: DmcCache | None) -> Tensor:
         """`[B, T, hidden]` to the same."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), step, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -176,26 +161,33 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
         output_hidden_states: bool | None = None, **kwargs,
     ) -> BaseModelOutputWithPast:
-        """As Llama's; `attention_mask` has to be `[B, tokens so far]`, and `output_attentions` is refused."""
+        """As Llama's; `attention_mask` has to be `[B, tokens so far]`, and `output_attentions` is refused.
+
+        A position that is not above the one before starts a new document, whose tokens see nothing of those before.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions is not available: attention runs over entries, not over tokens")
+        packed = [name for name in _PACKED if kwargs.get(name) is not None]
+        if packed and position_ids is None:
+            raise ValueError(f"{packed[0]} is not read here: pass position_ids that restart at each document of a packed batch")
         if past_key_values is not None and not isinstance(past_key_values, DmcCache):
             raise ValueError(f"past_key_values must be a DmcCache or None, got {type(past_key_values).__name__}")
         cache, method = past_key_values, self.config.dmc["method"]
         if cache is not None and cache.method != method:
             raise ValueError(f"past_key_values is a cache for {cache.method}, and this model is a {method} one: leave it out")
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = DmcCache(len(self.layers), method)
+            cache = self.new_cache()
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        step = self._plan(hidden, attention_mask, position_ids, cache)
+        step = plan(hidden, attention_mask, position_ids, cache, self.rotary_emb)
         steps = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, step=step, cache=cache)
             steps.append(hidden)
         if cache is not None:
-            cache.advance(width=step.real.shape[1], tokens=step.tokens_after, positions=step.positions_after)
+            rotation = torch.stack([step.cos[:, -1], step.sin[:, -1]], 1)
+            cache.advance(real=step.real, document=step.begins[:, -1], positions=step.newest, rotation=rotation)
         hidden = self.norm(hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
@@ -203,31 +195,9 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
             hidden_states=(*steps[:-1], hidden) if wanted else None,
         )
 
-    def _plan(
-        self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DmcCache | None
-    ) -> _Step:
-        batch, width = hidden.shape[:2]
-        past = 0 if cache is None else cache.columns
-        if mask is None:
-            real = torch.ones(batch, width, dtype=torch.bool, device=hidden.device)
-        elif mask.shape == (batch, past + width):
-            real = mask[:, past:].to(hidden.device).bool()
-        else:
-            raise ValueError(
-                f"attention_mask must be [batch, tokens so far] = {(batch, past + width)}, got {tuple(mask.shape)}"
-            )
-        fresh = cache is None or cache.tokens is None
-        none = torch.zeros(batch, dtype=torch.long, device=hidden.device)
-        tokens, newest = (none, none - 1) if fresh else (cache.tokens, cache.positions)
-        if position_ids is None:
-            position_ids = newest[:, None] + real.cumsum(-1)
-        # Padding takes the position of the real token before it, since the open entry passes through it.
-        place = torch.arange(1, width + 1, device=hidden.device)
-        last = F.pad((real * place).cummax(-1).values, (1, 0))
-        positions = torch.cat([newest[:, None], position_ids.to(newest).expand(batch, -1)], 1).gather(1, last)
-        cos, sin = self.rotary_emb(hidden.new_empty(0, dtype=torch.float32), positions)
-        seen = tokens[:, None] + real.cumsum(-1)
-        return _Step(real, seen - real.long() == 0, (seen - 1).clamp(min=0), cos, sin, seen[:, -1], positions[:, -1])
+    def new_cache(self) -> DmcCache:
+        """An empty cache for this model."""
+        return DmcCache(len(self.layers), self.config.dmc["method"])
 
 
 class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
@@ -244,7 +214,19 @@ class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate then leaves it to forward to make a DmcCache
+        return False
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs) -> None:
+        """A DmcCache where `generate` was given none: to prefill in chunks it needs the cache before the first pass."""
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation {asked!r} cannot hold merged entries or evict tokens: leave it out")
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("prefill_chunk_size cuts input_ids into chunks, not inputs_embeds: leave one of the two out")
+        generation_config.cache_implementation = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.model.new_cache()
 
     @can_return_tuple
     def forward(
@@ -320,22 +302,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _attention(
     query: Tensor, keys: Tensor, values: Tensor, own_key: Tensor, own_value: Tensor, visible: Tensor,
-    dropout: float,
+    hidden: Tensor | None, dropout: float,
 ) -> Tensor:
     """Softmax attention of each query over a head's first entries and over its own state.
 
     query `[B, H * G, T, D]` fp32, scaled; keys, values `[B, H, N, D]`; own_key, own_value `[B, H, T, D]` fp32;
-    visible `[B, H, T]`: how many entries each query sees. → `[B, H * G, T, D]` fp32.
+    visible `[B, H, T]`: how many entries each query sees, but for the first hidden `[B, H, T]` of them, which are of other
+    documents. → `[B, H * G, T, D]` fp32.
     """
     query = query.unflatten(1, (keys.shape[1], -1))  # [B, H, G, T, D]
     entry = torch.arange(keys.shape[2], device=keys.device)
     blocks = []
-    for q, k, v, seen in zip(
+    for q, k, v, seen, unseen in zip(
         query.split(_QUERIES, 3), own_key.split(_QUERIES, 2), own_value.split(_QUERIES, 2),
-        visible.split(_QUERIES, 2), strict=True,
+        visible.split(_QUERIES, 2), (torch.zeros_like(visible) if hidden is None else hidden).split(_QUERIES, 2), strict=True,
     ):
         scores = (q.flatten(2, 3).to(keys.dtype) @ keys.mT).unflatten(2, q.shape[2:4]).float()
-        scores = scores.masked_fill(entry >= seen[:, :, None, :, None], float("-inf"))
+        masked = entry >= seen[:, :, None, :, None]
+        if hidden is not None:
+            masked = masked | (entry < unseen[:, :, None, :, None])
+        scores = scores.masked_fill(masked, float("-inf"))
         own = (q * k[:, :, None]).sum(-1, keepdim=True)
         weights = F.dropout(torch.cat([scores, own], -1).softmax(-1), dropout, dropout > 0)
         past = (weights[..., :-1].flatten(2, 3).to(values.dtype) @ values).unflatten(2, q.shape[2:4])

@@ -118,7 +118,7 @@ def _lead(
         team = Team(Rank(own, group), links, children, begin.timeout)
         if parts.automatic:  # one size for all ranks, since rank 0 schedules by its own: what the scarcest has
             least = min(reply.value for reply in team.call("automatic", ranks if children else None))
-            team.call("bound", least, own.model.config.max_position_embeddings)
+            team.call("bound", least, own.model.config.positions)
     except BaseException as error:
         words = None if isinstance(error, ValueError) else last_words(links, children)
         for child in children:

@@ -58,5 +58,5 @@ class Parts:
             return Runner(ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device), cache)
         model = Llama(config, weights, dtype=self.dtype, device=device)
         if self.automatic:
-            cache.bound(automatic(device), tokens=config.max_position_embeddings)
+            cache.bound(automatic(device), tokens=config.positions)
         return Runner(model, cache)

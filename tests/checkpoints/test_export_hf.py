@@ -54,7 +54,7 @@ def exported(tmp_path):
 def test_directory_is_complete(exported):
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
-        "tokenizer_config.json", "configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py",
+        "tokenizer_config.json", "configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py", "step_dmc_llama.py",
         "modeling_dmc_llama.py",
     }
     config = json.loads((exported / "config.json").read_text())
