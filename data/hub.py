@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import TYPE_CHECKING
 
 import datasets
 from datasets.utils.file_utils import cached_path, xopen
@@ -17,9 +16,7 @@ from datasets.utils.file_utils import cached_path, xopen
 from data import packed, readers
 from data.column import Column, Unreadable
 from data.readers import File
-
-if TYPE_CHECKING:
-    from data.sources import Request
+from data.request import Request
 
 _KINDS = {"text": {"text"}, "json": {"json"}, "csv": {"csv", "tsv"}, "parquet": {"parquet"}, "arrow": {"arrow"}}
 _NAMING = {"name", "version", "data_dir", "data_files", "description", "features", "columns"}  # settings that change no text
