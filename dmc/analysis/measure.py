@@ -91,6 +91,10 @@ def measure(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if leading < 2:
         raise ValueError(f"attention's rank needs at least 2 tokens, got {leading}")
+    if policy.ring is not None and policy.merges:
+        raise ValueError(
+            f"the model keeps {policy.ring} tokens as they are and merges behind them: this measures models that merge at once"
+        )
     merges, measured = None, []
     for window in windows:
         layers = _window(model, policy, window, leading, PRECISIONS[precision])
@@ -112,8 +116,11 @@ def _window(model: Llama, policy: Policy, window: Sequence[int], leading: int, p
     rope = model.rope(torch.arange(len(tokens), device=model.device))
     layers: list[dict] = []
 
-    def through(_: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
-        layer = states(query, key, value, *policy.decide(alpha, omega), rope)
+    def through(
+        _: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
+    ) -> Tensor:
+        decided = policy.decide(alpha, omega) if policy.ring is None else (torch.zeros_like(omega), torch.ones_like(omega))
+        layer = states(query, key, value, *decided, rope)
         attended = attend(layer, leading)
         visible = layer.visible.repeat_interleave(layer.query.shape[1], 0)
         share = torch.where(visible > 1, attended.entropy / visible.log2(), torch.nan)

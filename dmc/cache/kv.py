@@ -15,6 +15,7 @@ from torch import Tensor
 from dmc.cache.codecs import Codec
 from dmc.cache.policies import Policy
 from dmc.cache.reading import growing, onpages
+from dmc.cache.reading.late_prompt import LatePrompt
 from dmc.cache.reading.prompt import Layer, Prompt
 from dmc.cache.reading.step import Rope, Step
 from dmc.cache.storage import evict, swap
@@ -66,7 +67,9 @@ class KVCache:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         exact = _exact_dtype(exact_dtype, codecs, shape.dtype)
         placed = policy.evicts or any(one.placed for one in codecs)
-        storage = Storage(sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts)
+        storage = Storage(
+            sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts, policy.ring,
+        )
         self.shape, self.policy, self.codec = shape, policy, codec
         self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)
         if self.rows.pool.capacity < 1:
@@ -111,18 +114,18 @@ class KVCache:
         """Sequences that can still be opened."""
         return len(self._slots)
 
-    def prompt(self) -> Prompt:
+    def prompt(self) -> Prompt | LatePrompt:
         """A new prompt, to go through `step` in chunks and then into the pool by `load`."""
-        return Prompt(self.shape.layers, self.policy)
+        return (Prompt if self.policy.ring is None else LatePrompt)(self.shape.layers, self.policy)
 
     def step(
-        self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope, *, merges: bool = True,
-        trace: bool = False,
+        self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *,
+        merges: bool = True, trace: bool = False,
     ) -> Step:
         """What the model attends through for new tokens of sequences and chunks of prompts; see `Step`."""
         return Step(self.rows, self.policy, slots, positions, chunks, rope, merges=merges, trace=trace)
 
-    def load(self, prompt: Prompt, *, donor: int | None = None, common: int = 0) -> int:
+    def load(self, prompt: Prompt | LatePrompt, *, donor: int | None = None, common: int = 0) -> int:
         """A new sequence out of a prompt that is done, its pages encoded → its slot; one must be free.
 
         Args:
@@ -150,6 +153,8 @@ class KVCache:
             self.rows.numerators[index], self.rows.z[index] = layer.numerators, layer.z
             if self.rows.storage.scored:
                 self.rows.tail_score[index] = layer.tail_score
+            if self.policy.ring is not None:
+                self._load_ring(index, prompt, number, layer)
         return self._slots.pop()
 
     def close(self, slot: int) -> None:
@@ -188,13 +193,15 @@ class KVCache:
 
     def worst_pages(self, tokens: int) -> int:
         """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged."""
-        closed = max(0, self.policy.most_entries(tokens) - 1)
+        closed = self.policy.most_entries(tokens)
+        if self.policy.ring is None:
+            closed = max(0, closed - 1)
         return self.rows.worst_pages(closed, evicting=self.policy.evicts) * self.shape.heads
 
     def likely_pages(self, entries: Tensor) -> int:
         """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
         holes = self.policy.evicts * entries.numel()  # a page more in each row
-        closed = (entries.ceil().long() - 1).clamp(min=0)
+        closed = (entries.ceil().long() - int(self.policy.ring is None)).clamp(min=0)
         return int(self.rows.pages_of(closed, self.rows.page_sizes.to(closed.device)[:, None]).sum()) + holes
 
     def can_append(self, slots: Tensor) -> bool:
@@ -219,7 +226,9 @@ class KVCache:
         if self.policy.evicts:
             there = [evict.entries(rows, some, torch.zeros_like(some)) for some in index.split(self.shape.heads)]
             count = torch.cat([(layer.places >= 0).sum(-1) for layer in there])
-        return (count + (rows.z[index] > 0)).view(self.shape.layers, self.shape.heads)
+        if self.policy.ring is None:  # with a ring the accumulating entry is one of the exact ones
+            count = count + (rows.z[index] > 0)
+        return count.view(self.shape.layers, self.shape.heads)
 
     def held(self, slot: int) -> dict[str, int]:
         """Bytes that a sequence holds now, by kind, taken from the tensors themselves.
@@ -260,6 +269,12 @@ class KVCache:
     def _index(self, layer: int, slot: int) -> Tensor:
         return self.rows.index(layer, torch.tensor([slot], device=self.rows.z.device))
 
+    def _load_ring(self, index: Tensor, prompt: LatePrompt, number: int, layer: Layer) -> None:
+        notes = prompt.notes(number)
+        self.rows.notes[index, : notes.shape[1]] = notes
+        if self.rows.newest.numel() and layer.places.shape[1] > self.policy.ring:
+            self.rows.newest[index] = layer.places[:, self.policy.ring]
+
     def _check_free(self, pages: int) -> None:
         pool = self.rows.pool
         if pool.limit is not None and pages > pool.free:
@@ -272,9 +287,10 @@ class KVCache:
         size = self.rows.packings[number].page_size
         full, _ = self.rows.split(counts, size)
         column = torch.arange(int(full.max()), device=counts.device)
-        last = (self.rows.storage.sink_tokens + (column + 1) * size - 1).clamp(max=layer.places.shape[1] - 1)
+        last = (self.rows.storage.first + (column + 1) * size - 1).clamp(max=layer.places.shape[1] - 1)
         # An entry is final once the token after its newest has opened another.
-        settled = (layer.places[:, last] < common - 1) & (column < full[:, None])
+        # With a window that token must have left it as well.
+        settled = (layer.places[:, last] < common - 1 - (self.policy.ring or 0)) & (column < full[:, None])
         return settled.sum(-1).minimum(self.rows.closed[self._index(number, donor)].long())
 
 

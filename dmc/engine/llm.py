@@ -220,7 +220,7 @@ def total_stats(results: List[Output] | List[Score], seconds: float) -> Stats:
 def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:
     """The policy to serve a model with; refuses one that would take its decisions for what they are not."""
     chosen = (config.method or "full") if chosen is None else chosen
-    if chosen == "dms" and config.method == "dms":
+    if chosen == config.method and config.window is not None:
         settings = {"window": config.window} | (settings or {})
     made = _made("policy", chosen, settings)
     if made.name == "dms" and config.method != "dms":
@@ -231,6 +231,9 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
             f"{path} was retrofitted with dms, whose decisions mark tokens for eviction: policy dmc would merge them; use "
             "policy dms, or one that takes no decisions, such as full"
         )
+    if made.name == "dmc" and config.method == "dmc" and made.ring != config.window:
+        now, then = ("merges at once" if w is None else f"has a window of {w}" for w in (made.ring, config.window))
+        raise ValueError(f"{path} was retrofitted to what {then}, and the policy {now}: leave out its setting window")
     return made
 
 

@@ -20,6 +20,9 @@ class Predictor:
     Args:
         cache: whose pages are predicted.
         cr: compression ratio to begin with: what the checkpoint reports of itself, 1 where nothing merges.
+
+    Where the newest tokens stay as they are, they are entries of any sequence; the ratio measured is that of the tokens
+    behind them.
     """
 
     def __init__(self, cache: KVCache, cr: float) -> None:
@@ -28,6 +31,10 @@ class Predictor:
         self._tokens = _PRIOR_TOKENS
         self._entries = torch.full(shape, _PRIOR_TOKENS / cr, dtype=torch.float64)
         self._ends, self._used = _PRIOR_ENDS, _PRIOR_ENDS  # requests that ended, and the sum of what they used
+
+    @property
+    def _recent(self) -> int:
+        return self.cache.policy.ring or 0
 
     @property
     def cr(self) -> float:
@@ -41,8 +48,9 @@ class Predictor:
 
     def learn(self, slot: int, tokens: int) -> None:
         """Takes the entries of a sequence that has cached so many tokens."""
-        self._tokens += tokens
-        self._entries += self.cache.entries(slot).cpu().double()
+        recent = min(tokens, self._recent)
+        self._tokens += tokens - recent
+        self._entries += self.cache.entries(slot).cpu().double() - recent
         if self._tokens > _MOST_TOKENS:
             self._entries *= _MOST_TOKENS / self._tokens
             self._tokens = _MOST_TOKENS
@@ -53,8 +61,9 @@ class Predictor:
 
     def pages(self, tokens: int) -> int:
         """Pages of a sequence of so many cached tokens."""
-        most = max(1, self.cache.policy.most_entries(tokens))
-        return self.cache.likely_pages((self._entries / self._tokens * tokens).clamp(min=1, max=most))
+        most, recent = max(1, self.cache.policy.most_entries(tokens)), min(tokens, self._recent)
+        likely = recent + self._entries / self._tokens * (tokens - recent)
+        return self.cache.likely_pages(likely.clamp(min=1, max=most))
 
     def final_pages(self, sequence: Sequence) -> int:
         """Pages that a sequence will hold when it ends, where others so far have ended."""

@@ -40,7 +40,8 @@ class Progress:
         pieces: what each of these tokens adds to the text, see `Output`.
         logprobs: of these tokens, if asked for.
         output: the whole, once it has ended.
-        merges: of tokens that were fed, prompt included, bool ``[L, H]`` each, if the sequence is traced.
+        merges: of tokens that were fed, prompt included, bool ``[L, H]`` each, if the sequence is traced; with a window, of
+            those that have left it.
         held_bytes, dense_bytes: of a traced sequence, now.
     """
 
@@ -112,7 +113,9 @@ class Stream:
     def _traced(self, sequence: Sequence) -> tuple[list[Tensor], int, int]:
         if sequence.trace is None:
             return [], 0, 0
-        new, self._shown = sequence.trace[self._shown :], len(sequence.trace)
+        # With a window each entry is about the token that left it: the first ones are about none.
+        first = max(self._shown, self._service.llm.cache.policy.ring or 0)
+        new, self._shown = sequence.trace[first:], len(sequence.trace)
         cache, stats = self._service.llm.cache, sequence.stats
         if stats is not None:
             return new, stats.held_bytes, stats.dense_bytes

@@ -101,10 +101,11 @@ def calibrate(
 def gather(model: Llama, windows: Tensor) -> list[_Seen]:
     """Runs the model over windows ``[W, T]``, each from an empty cache, with its own decisions to merge if it makes any.
 
-    One that marks tokens for eviction is run in full: each entry is that of one token, and those that stay are as they were.
+    One that evicts, or merges what leaves a window, is run in full: entries are then tokens as they were, or means of them,
+    which lie in the same space.
     """
     config = model.config
-    merges = config.method != "dms"
+    merges = config.method == "dmc" and config.window is None
     shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.dtype)
     cache = KVCache(shape, policy("dmc" if merges else "full"), codec("dense"), slots=1, device=model.device)
     seen = [_Seen(0.0, 0.0, []) for _ in range(config.num_hidden_layers)]
@@ -113,7 +114,7 @@ def gather(model: Llama, windows: Tensor) -> list[_Seen]:
         attend = cache.step(nobody, nobody, [(cache.prompt(), len(tokens))], model.rope)
 
         def record(layer: int, *parts: Tensor, attend=attend, number=number) -> Tensor:
-            own = parts if merges else (*parts[:3], torch.zeros_like(parts[3]), torch.ones_like(parts[4]))
+            own = parts if merges else (*parts[:3], torch.zeros_like(parts[4]), torch.ones_like(parts[4]))
             _add(seen[layer], [part.transpose(0, 1) for part in own], keep=number >= len(windows) - _MEASURED)
             return attend(layer, *parts)
 

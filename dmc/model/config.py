@@ -25,7 +25,8 @@ class ModelConfig:
         method: that the model was retrofitted with, "dmc" or "dms"; None for a plain Llama.
         decision: where its decisions come from: "neuron", "head", or None for a plain Llama.
         offset: c of the decisions.
-        window: of dms: tokens after which a marked one is evicted; else 0.
+        window: newest tokens that stay as they are, before they are merged (dmc) or evicted (dms); None: merged at once.
+        looks_ahead: whether decisions also read the hidden state ``window`` tokens later.
         measured_cr: compression ratio that the checkpoint reports of itself, or None.
         dtype: of the weights as saved, such as "bfloat16", or None if config.json does not say.
     """
@@ -47,7 +48,8 @@ class ModelConfig:
     method: str | None
     decision: str | None
     offset: float
-    window: int
+    window: int | None
+    looks_ahead: bool
     measured_cr: float | None
     dtype: str | None
 
@@ -58,8 +60,8 @@ class ModelConfig:
 
     @property
     def logits_per_head(self) -> int:
-        """Rows of the decision head for each key/value head: merge or mark, and with dmc weight."""
-        return 1 if self.method == "dms" else 2
+        """Rows of the decision head for each key/value head: the decision; with dmc the weight; the decision's late part."""
+        return 1 + (self.method == "dmc") + self.looks_ahead
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -104,18 +106,22 @@ def read_config(directory: str | Path) -> ModelConfig:
 def _decisions(path: Path, raw: dict) -> dict:
     """The fields of `ModelConfig` that a retrofit sets; exports of before DMS name no method."""
     if raw["model_type"] == "llama":
-        return {"method": None, "decision": None, "offset": 0.0, "window": 0, "measured_cr": None}
+        return {"method": None, "decision": None, "offset": 0.0, "window": None, "looks_ahead": False, "measured_cr": None}
     settings = raw.get("dmc")
     if not isinstance(settings, dict) or settings.get("decision") not in DECISIONS:
         raise ValueError(f"{path}: a dmc_llama needs a field dmc with decision one of {', '.join(DECISIONS)}")
-    method, window = settings.get("method", "dmc"), settings.get("window", 0)
+    method, window, decide = settings.get("method", "dmc"), settings.get("window"), settings.get("decide", "arrival")
     if method not in METHODS:
         raise ValueError(f"{path}: dmc.method {method!r} cannot be served; known: {', '.join(METHODS)}")
-    if not isinstance(window, int) or isinstance(window, bool) or window < (method == "dms"):
+    if (window is not None or method == "dms") and (type(window) is not int or window < (method == "dms")):
         raise ValueError(f"{path}: dmc.window {window!r} must be a whole number, with method dms at least 1")
+    if decide not in ("arrival", "late"):
+        raise ValueError(f"{path}: dmc.decide {decide!r} cannot be served; known: arrival, late")
+    if decide == "late" and (not window or settings["decision"] != "head"):
+        raise ValueError(f"{path}: dmc.decide late needs dmc.window of at least 1 and dmc.decision head")
     return {
         "method": method, "decision": settings["decision"], "offset": float(settings.get("offset", 5.0)), "window": window,
-        "measured_cr": settings.get("measured_cr"),
+        "looks_ahead": decide == "late", "measured_cr": settings.get("measured_cr"),
     }
 
 

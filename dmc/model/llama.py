@@ -19,9 +19,12 @@ from dmc.model.linear import Linear
 from dmc.model.weights import Weights
 from dmc.rope import Rope
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
 """(layer, query [N, Hq, D], key and value [N, H, D], alpha and omega [N, H]) → [N, Hq, D], for N tokens of whichever
-sequences. Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model)."""
+sequences. Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model).
+
+Of a model with a window alpha is a logit, above 0 to merge or evict the token once it leaves the window; if the model looks
+ahead, ``late`` [N, H] follows: what each token adds to the logit of the one ``window`` before it."""
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Layer:
     input_norm: Tensor
     qkv: Linear
     decision: Tensor | None
+    decision_bias: Tensor | None
     output: Linear
     post_norm: Tensor
     gate_up: Linear
@@ -117,20 +121,23 @@ class Llama:
         query_heads, heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         states = layer.qkv(x).unflatten(-1, (-1, size))  # [N, Hq + 2H, D]
         query, key, value = states.split([query_heads, heads, heads], dim=1)
-        alpha, omega = self._decide(layer, x, query, key)
-        out = attend(index, query, key, value, alpha, omega)
+        out = attend(index, query, key, value, *self._decide(layer, x, query, key))
         return layer.output(out.flatten(1))
 
-    def _decide(self, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Hard (alpha, omega) ``[N, H]``, with DMS omega 1; in the neuron variant also zeroes what it read, in place."""
+    def _decide(self, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """What `Attend` takes after the value, ``[N, H]`` each, with DMS omega 1; in the neuron variant also zeroes what it
+        read, in place."""
         config = self.config
         heads, offset, work = config.num_key_value_heads, config.offset, _work(self.dtype)
-        if config.method == "dms":
-            marks = round_alpha(self._marks(layer, x, query), offset=offset)
-            return marks, torch.ones_like(marks)
+        late, weight = (), None
         if config.decision == "head":
-            logits = F.linear(x.to(layer.decision.dtype), layer.decision)
-            merge, weight = logits.split(heads, dim=1)
+            logits = F.linear(x.to(layer.decision.dtype), layer.decision, layer.decision_bias).split(heads, dim=1)
+            merge, weight = logits[0], logits[1] if config.method == "dmc" else None
+            late = (logits[-1],) if config.looks_ahead else ()
+        elif config.decision == "neuron" and config.method == "dms":
+            read = query.unflatten(1, (heads, -1))[:, :, 0, 0]  # the first query head of each group
+            merge = read.to(work, copy=True)
+            read.zero_()
         elif config.decision == "neuron":
             merge = key[..., 0].to(work, copy=True)
             weight = query[..., 0].to(work).unflatten(1, (heads, -1)).mean(2)
@@ -139,16 +146,8 @@ class Llama:
         else:
             shape = key.shape[:2]
             return self._plain[0].expand(shape), self._plain[1].expand(shape)
-        return round_alpha(merge, offset=offset), importance(weight, offset=offset)
-
-    def _marks(self, layer: Layer, x: Tensor, query: Tensor) -> Tensor:
-        """DMS's logits ``[N, H]``: of the head, or neuron 0 of the first query head of each group, which is set to 0."""
-        if self.config.decision == "head":
-            return F.linear(x.to(layer.decision.dtype), layer.decision)
-        read = query.unflatten(1, (self.config.num_key_value_heads, -1))[:, :, 0, 0]
-        logits = read.to(_work(self.dtype), copy=True)
-        read.zero_()
-        return logits
+        omega = torch.ones_like(merge) if weight is None else importance(weight, offset=offset)
+        return (merge - offset if config.window is not None else round_alpha(merge, offset=offset)), omega, *late
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
@@ -167,16 +166,19 @@ def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Lay
         return Linear(weight, torch.cat([tensor(f"{name}.{part}.bias", rows) for part, rows in outputs.items()]))
 
     attention, mlp = config.attention_bias, config.mlp_bias
-    decision = None
+    decision = decision_bias = None
     if config.decision == "head":
         decision = tensor(f"{name}.self_attn.decision.weight", config.logits_per_head * config.num_key_value_heads, hidden)
         decision = decision.to(_work(decision.dtype))  # decisions are made in fp32 whatever the model's dtype
+        if config.looks_ahead:
+            decision_bias = tensor(f"{name}.self_attn.decision.bias", decision.shape[0]).to(decision.dtype)
     return Layer(
         input_norm=tensor(f"{name}.input_layernorm.weight", hidden),
         qkv=linear(attention, hidden, **{
             "self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys,
         }),
         decision=decision,
+        decision_bias=decision_bias,
         output=linear(attention, queries, **{"self_attn.o_proj": hidden}),
         post_norm=tensor(f"{name}.post_attention_layernorm.weight", hidden),
         gate_up=linear(mlp, hidden, **{"mlp.gate_proj": inner, "mlp.up_proj": inner}),

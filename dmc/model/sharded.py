@@ -120,8 +120,8 @@ class ShardWeights:
             return self._weights.part(name, (shape[0] * ranks, *shape[1:]), 0, _nth(rank, shape[0]))
         if name.endswith(_COLUMNS):
             return self._weights.part(name, (shape[0], shape[1] * ranks), 1, _nth(rank, shape[1]))
-        if name.endswith("decision.weight"):  # merge rows of all heads, then weight rows of all heads
-            heads, whole = shape[0] // self._logits, (shape[0] * ranks, shape[1])
+        if name.endswith(("decision.weight", "decision.bias")):  # rows of one kind for all heads, then of the next kind
+            heads, whole = shape[0] // self._logits, (shape[0] * ranks, *shape[1:])
             return torch.cat([
                 self._weights.part(name, whole, 0, _nth(kind * ranks + rank, heads)) for kind in range(self._logits)
             ])

@@ -13,9 +13,8 @@ COUNT, PROMPT = 60, 25
 
 
 def test_a_policy_that_does_not_do_what_it_says_is_refused_when_it_is_defined():
-    for flag, method in (("evicts", "keep"), ("marks", "mark")):
-        with pytest.raises(TypeError, match=f"policy Empty sets {flag} and does not define {method}"):
-            type("Empty", (Policy,), {flag: True})
+    with pytest.raises(TypeError, match="policy Empty sets evicts and does not define keep"):
+        type("Empty", (Policy,), {"evicts": True})
 
 
 class Unmerged(Policy):
@@ -49,21 +48,9 @@ class Latest(Heavy):
         return super().keep(type(entries)(entries.places, scores, entries.heads, entries.next))
 
 
-class Marked(Unmerged):
-    """Entries that the model marks go once they are 8 tokens old."""
-
-    name, marks, evicts = "marked", True, True
-
-    def mark(self, alpha, omega):
-        return alpha
-
-    def keep(self, entries):
-        return (entries.scores == 0) | (entries.places > entries.next[:, None] - 8)
-
-
 def dense(parts, kind, budget=14):
     """Outputs [T, Hq, D] of one layer and the places held at the end, by a mask over full attention, in fp64."""
-    query, key, value, alpha, _ = (part.double() for part in parts)
+    query, key, value, _, _ = (part.double() for part in parts)
     at = ROPE(torch.arange(COUNT))
     query, key = (rotate(x.transpose(0, 1), at) for x in (query, key))
     value, group = value.transpose(0, 1), QUERY_HEADS // HEADS
@@ -81,8 +68,6 @@ def dense(parts, kind, budget=14):
             held &= (torch.arange(COUNT) < 3) | (torch.arange(COUNT) > i + 1 - 12)
         elif i < PROMPT - 1:
             continue
-        elif kind == "marked":
-            held &= (alpha.T == 0) | (torch.arange(COUNT) > i + 1 - 8)
         else:
             ranked = score.mean(0, keepdim=True).expand(HEADS, -1) if kind == "latest" else score
             ranked = ranked.clone().masked_fill(~held, -torch.inf)
@@ -103,7 +88,7 @@ def evicting(made, codec_name="dense", **changes):
 
 
 POLICIES = {
-    "streaming": lambda: policy("streaming", sinks=3, recent=12), "heavy": Heavy, "latest": Latest, "marked": Marked,
+    "streaming": lambda: policy("streaming", sinks=3, recent=12), "heavy": Heavy, "latest": Latest,
 }
 
 
@@ -130,7 +115,7 @@ def test_pages_are_freed(kind, name):
     slot, _ = feed(cache, tokens(COUNT, seed=12), PROMPT)  # the integrity check after each step looks at the pages
     pages = cache.rows.closed[cache.rows.all_layers(slot)].view(LAYERS, HEADS).long()
     live = cache.entries(slot) - 1 - cache.rows.exact[cache.rows.all_layers(slot)].view(LAYERS, HEADS)
-    assert torch.equal(pages, -(-live // 4)) and (kind == "marked" or cache.entries(slot).max() <= 15)
+    assert torch.equal(pages, -(-live // 4)) and cache.entries(slot).max() <= 15
     full = evicting(policy("full"), name)
     other, _ = feed(full, tokens(COUNT, seed=12), PROMPT)
     assert pages.sum() < full.rows.closed[full.rows.all_layers(other)].sum() * 0.7
@@ -162,6 +147,8 @@ def test_settings_that_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         policy("streaming", **settings)
     with pytest.raises(ValueError, match="none at all"):
+        policy("full", budget=3)
+    with pytest.raises(ValueError, match="no setting budget; it has: window, max_entries"):
         policy("dmc", budget=3)
     with pytest.raises(ValueError, match="known: full, dmc, streaming, h2o, tova"):
         policy("lru")

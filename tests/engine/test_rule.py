@@ -17,6 +17,7 @@ PAIRS = [  # scores are gathered from exact and from encoded pages alike: two co
     ))
     for policy in POLICIES for codec in CODECS
 ]
+PAIRS += [pytest.param("late", codec, marks=[pytest.mark.slow] * (codec not in ("dense", "gear"))) for codec in CODECS]
 SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recent": 17}, "tova": {"budget": 33}}
 
 
@@ -31,6 +32,14 @@ def marking(tmp_path_factory):
     """A model that marks tokens for eviction, which policy dms asks for."""
     fields = tiny.config("head", dmc={"method": "dms", "window": 20, "decision": "head", "offset": 0.0})
     return tiny.write(tmp_path_factory.mktemp("marking"), fields, tiny.weights(fields))
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory):
+    """A model that merges what leaves a window, decided with a look ahead."""
+    dmc = {"method": "dmc", "window": 11, "decide": "late", "decision": "head", "offset": tiny.OFFSET}
+    fields = tiny.config("head", dmc=dmc)
+    return tiny.write(tmp_path_factory.mktemp("late"), fields, tiny.weights(fields))
 
 
 def params(new=24):
@@ -60,8 +69,9 @@ def assert_same(outputs, expected):
 
 
 @pytest.mark.parametrize("policy, codec", PAIRS)
-def test_alone_is_batched_is_chunked_is_preempted(directory, marking, policy, codec, monkeypatch):
-    directory = marking if policy == "dms" else directory
+def test_alone_is_batched_is_chunked_is_preempted(directory, marking, late, policy, codec, monkeypatch):
+    directory = {"dms": marking, "late": late}.get(policy, directory)
+    policy = "dmc" if policy == "late" else policy
     common = {"policy": policy, "policy_settings": SETTINGS.get(policy), "codec": codec, "page_size": 8, "device": "cpu"}
     fixed = needed(codec, layers=tiny.LAYERS, heads=2, size=tiny.SIZE, theta=1e4, model_hash=model_hash(directory))
     common |= {"codec_settings": fixed, "window": 0}

@@ -59,8 +59,11 @@ def weights(fields, seed=0):
             layer["self_attn.k_proj"][::size] = normal(heads, hidden, std=spread)
             layer["self_attn.q_proj"][::size] = normal(query_heads, hidden, std=spread)
         elif decision == "head":
-            logits = 1 if fields["dmc"].get("method") == "dms" else 2
+            ahead = fields["dmc"].get("decide") == "late"
+            logits = (1 if fields["dmc"].get("method") == "dms" else 2) + ahead
             layer["self_attn.decision"] = normal(logits * heads, hidden, std=spread)
+            if ahead:
+                tensors[f"model.layers.{i}.self_attn.decision.bias"] = normal(logits * heads)
         tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
     return tensors
 

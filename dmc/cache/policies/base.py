@@ -19,7 +19,7 @@ class Entries:
 
     Attributes:
         places: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1: no entry.
-        scores: fp32 ``[R, N]``, what `Policy.watches` gathered and `Policy.mark` began with; None if neither is used.
+        scores: fp32 ``[R, N]``, what `Policy.watches` gathered; None if nothing is.
         heads: H.
         next: int64 ``[R]``, position of the next query of the row's sequence.
     """
@@ -43,7 +43,10 @@ class Policy(ABC):
         evicts: whether entries can go before their sequence ends. Their places are then stored, 4 bytes an entry.
         watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
             from all queries so far, those of a head's group added up; "last", those of the newest query alone.
-        marks: whether `mark` gives entries a score to begin with.
+        ring: newest tokens of a row that stay as they are; one that leaves them is merged, or dropped by a policy that does
+            not merge, where the model's logit says so (`dmc.cache.reading.late`). None: tokens are merged at once.
+        max_entries: with a ring, entries of a row behind it at most: once there are so many, what leaves the ring is
+            merged whatever the model says. None: no bound.
         by_head: whether what happens to a head's entries follows from that head alone, so that heads can be on
             different ranks (tensor parallelism).
     """
@@ -52,15 +55,15 @@ class Policy(ABC):
     merges: ClassVar[bool] = True
     evicts: ClassVar[bool] = False
     watches: ClassVar[str | None] = None
-    marks: ClassVar[bool] = False
+    ring: int | None = None
+    max_entries: int | None = None
     by_head: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """A policy that says it evicts or marks must do so: known when it is defined, not at the first step."""
+        """A policy that says it evicts must do so: known when it is defined, not at the first step."""
         super().__init_subclass__(**kwargs)
-        for flag, method in (("evicts", "keep"), ("marks", "mark")):
-            if getattr(cls, flag) and getattr(cls, method) is getattr(Policy, method):
-                raise TypeError(f"policy {cls.__name__} sets {flag} and does not define {method}")
+        if cls.evicts and cls.keep is Policy.keep:
+            raise TypeError(f"policy {cls.__name__} sets evicts and does not define keep")
 
     @classmethod
     def settings(cls) -> list[str]:
@@ -71,23 +74,20 @@ class Policy(ABC):
     @property
     def scored(self) -> bool:
         """Whether entries carry a score."""
-        return self.watches is not None or self.marks
+        return self.watches is not None
 
     @abstractmethod
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """The merging decisions that are carried out.
 
         Args:
-            alpha: fp32 of any shape, 1 where the model would merge the token into the open entry, else 0.
+            alpha: fp32 of any shape, 1 where the model would merge the token into the open entry, else 0. With a model that
+                decides when tokens leave a window: its logit, which a policy with a `ring` passes on.
             omega: the same shape, weight of the token in its entry.
 
         Returns:
             (alpha, omega) of the same shapes; alpha exactly 0 or 1, omega positive.
         """
-
-    def mark(self, alpha: Tensor, omega: Tensor) -> Tensor:
-        """Score that the entry of each token begins with, if `marks`; from the model's own alpha and omega."""
-        raise NotImplementedError
 
     def visible(self, places: Tensor, queries: Tensor) -> Tensor | None:
         """Which earlier entries the queries of a prompt see, by position alone.
@@ -101,10 +101,6 @@ class Policy(ABC):
             cache forgets it during the prompt.
         """
         return None
-
-    def sees(self, places: Tensor, marks: Tensor | None, queries: Tensor) -> Tensor | None:
-        """`visible` of a policy that goes by what `mark` said too: ``marks`` fp32 ``[..., N]``, None without `marks`."""
-        return self.visible(places, queries)
 
     def keep(self, entries: Entries) -> Tensor:
         """Which entries stay, if `evicts`: bool ``[R, N]``; asked after each step, before the next query."""

@@ -1,18 +1,44 @@
-"""Dynamic Memory Compression: tokens are merged as the model decides."""
+"""Dynamic Memory Compression: tokens are merged as the model decides, at once or when they leave a window."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from dmc.cache.policies import budget
 from dmc.cache.policies.base import Policy
 
 
 class DmcPolicy(Policy):
-    """Takes the model's decisions as they are; a plain Llama makes none, and is then cached in full."""
+    """Takes the model's decisions as they are; a plain Llama makes none, and is then cached in full.
+
+    Args:
+        window: newest tokens that stay as they are (late merging); None merges at once. What the model was trained with, if
+            `dmc.LLM` is given the policy by name alone.
+        max_entries: entries of each head behind the window at most, at least 1: once there are so many, every token that
+            leaves the window is merged. Needs a window; None sets no bound.
+
+    Raises:
+        ValueError: if a number is out of range, or ``max_entries`` comes without a window.
+    """
 
     name = "dmc"
     by_head = True
 
+    def __init__(self, *, window: int | None = None, max_entries: int | None = None) -> None:
+        self.ring = self.window = None if window is None else budget.check_count(self.name, "window", window, 0)
+        if max_entries is not None:
+            budget.check_count(self.name, "max_entries", max_entries, 1)
+            if window is None:
+                raise ValueError(
+                    f"dmc policy: max_entries={max_entries} bounds what late merging holds, and merging at once has no window: "
+                    "use a model retrofitted with dmc.window, or leave max_entries out"
+                )
+        self.max_entries = max_entries
+
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`."""
         return alpha, omega
+
+    def most_entries(self, tokens: int) -> int:
+        """See `Policy.most_entries`."""
+        return tokens if self.max_entries is None else min(tokens, self.ring + self.max_entries)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget
-from dmc.cache.policies.base import Entries, Policy
+from dmc.cache.policies.base import Policy
 
 
 class DmsPolicy(Policy):
-    """Takes the model's decisions as marks: a marked token is last seen by the query ``window`` tokens after it.
+    """A token that the model decides to evict is last seen by the query ``window`` tokens after it.
 
-    An entry's score is its mark, 1 or 0. Nothing is merged.
+    The newest ``window`` tokens stay in a ring (`dmc.cache.reading.late`), and only those to be kept leave it for a page, so
+    pages have no evicted slots. Nothing is merged.
 
     Args:
-        window: tokens between a mark and the eviction, at least 0. What the model was trained with, if `dmc.LLM` is
-            given the policy by name alone.
+        window: tokens between a token and its eviction, at least 0. What the model was trained with, if `dmc.LLM` is given
+            the policy by name alone.
 
     Raises:
         ValueError: if the window is negative.
@@ -25,24 +25,10 @@ class DmsPolicy(Policy):
     name = "dms"
     merges = False
     by_head = True
-    evicts = True
-    marks = True
 
     def __init__(self, *, window: int = 64) -> None:
-        self.window = budget.check_count(self.name, "window", window, 0)
+        self.ring = self.window = budget.check_count(self.name, "window", window, 0)
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is merged; see `Policy.decide`."""
-        return torch.zeros_like(alpha), torch.ones_like(omega)
-
-    def mark(self, alpha: Tensor, omega: Tensor) -> Tensor:
-        """The model's decision; see `Policy.mark`."""
-        return alpha
-
-    def sees(self, places: Tensor, marks: Tensor | None, queries: Tensor) -> Tensor:
-        """See `Policy.sees`."""
-        return (marks == 0)[..., None, :] | (places[..., None, :] >= queries[..., None] - self.window)
-
-    def keep(self, entries: Entries) -> Tensor:
-        """What the next query will see; see `Policy.keep`."""
-        return self.sees(entries.places, entries.scores, entries.next[:, None])[:, 0]
+        """See `Policy.decide`: the model's logits, which `dmc.cache.reading.late` reads when a token leaves the ring."""
+        return alpha, omega

@@ -88,7 +88,7 @@ def _grown(rows: Rows, packing: Packing, paged: Paged) -> Grown:
     pool, store = rows.pool, rows.storage
     stack, free, failed = pool.lend()
     state = Growing(
-        store.sink_tokens, store.window, packing.page_size, rows.numerators, rows.z, rows.exact, rows.closed, rows.open_table,
+        store.first, store.window, packing.page_size, rows.numerators, rows.z, rows.exact, rows.closed, rows.open_table,
         rows.closed_table, pool.memory, {part: paged.opened[part] for part in "kv"}, stack, free, pool.owners, failed,
     )
     trellis = paged.gear if paged.kind == "trellis" else None
@@ -105,7 +105,7 @@ def needs(rows: Rows, index: Tensor) -> tuple[int, int]:
     if not index.numel():
         return 0, 0
     exact, closed = rows.exact[index], rows.closed[index]
-    most = rows.page_sizes[:, None] + (rows.storage.sink_tokens + rows.storage.window)
+    most = rows.page_sizes[:, None] + (rows.storage.first + rows.storage.window)
     opens, fills = exact % rows.per_open_page == 0, exact + 1 == most
     # A page that fills is encoded into a new one, and its exact pages may be given back only then.
     counts = torch.stack([opens.sum() + fills.sum(), (closed + fills.int()).max()])

@@ -16,7 +16,7 @@ from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
 from dmc.functional import accumulate_numerators
 from dmc.kernels.rows.rows import turn
 
-_NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
+NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Layer:
 
     Attributes:
         keys, values: ``[H, N, D]`` in the model's dtype, rotated.
-        places: int32 ``[H, N]``; `_NONE` where a head has fewer than N entries.
+        places: int32 ``[H, N]``, positions of the newest tokens; `NONE` where a head has fewer than N entries.
         scores: fp32 ``[H, N]``, or None.
         numerators, z: ``[H, 2 D]`` and ``[H]`` of the open entry.
-        tail_score: fp32 ``[H]``.
+        tail_score: fp32 ``[H]``, or None.
     """
 
     keys: Tensor
@@ -37,7 +37,7 @@ class Layer:
     scores: Tensor | None
     numerators: Tensor
     z: Tensor
-    tail_score: Tensor
+    tail_score: Tensor | None = None
 
 
 class Prompt:
@@ -67,7 +67,7 @@ class Prompt:
         return torch.arange(self.done - (self.done > 0), self.done + tokens, device=device)
 
     def attend(
-        self, number: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None,
         positions: Tensor, table: tuple[Tensor, Tensor],
     ) -> Tensor:
         """The next chunk in one layer; the caller adds its length to `done` after the last layer.
@@ -76,7 +76,7 @@ class Prompt:
             number: of the layer.
             query: ``[T, Hq, D]``; key, value ``[T, H, D]``; not rotated.
             alpha, omega: ``[T, H]``, as the policy decided.
-            mark: ``[T, H]``, scores that entries begin with, or None.
+            late: None: decisions are not made late here (`dmc.cache.reading.late_prompt`).
             positions: of `positions`.
             table: (cos, sin) of them.
 
@@ -84,7 +84,7 @@ class Prompt:
             ``[T, Hq, D]``.
         """
         past, first, tokens = self.layers[number], self.done, len(query)
-        states = _states(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
+        states = states_of(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
         lead = states.alpha.shape[1] - tokens  # 1 if the open entry of the last chunk comes before this one's tokens
         size, dtype = query.shape[-1], query.dtype
         keys, values = turn(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
@@ -92,7 +92,7 @@ class Prompt:
         closes = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
         chosen, counts = compact(closes)
         there = torch.arange(chosen.shape[1], device=query.device) < counts[:, None]
-        places = torch.where(there, chosen + first - lead, _NONE).int()
+        places = torch.where(there, chosen + first - lead, NONE).int()
         if states.merged:
             final = chosen.clamp(max=lead + tokens - 1)[..., None].expand(-1, -1, size)
             entries = [keys.gather(1, final), values.gather(1, final), places]
@@ -100,12 +100,11 @@ class Prompt:
             entries = [keys[:, :-1], values[:, :-1], places]
         if past is not None:
             entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
-        marks = self._scores(past, mark, None, closes, counts)[0] if self.policy.marks else None
         rising = past is None or not self.policy.merges
-        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising, marks)
+        seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising)
         turned = turn(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy)
-        scores, tail_score = self._scores(past, mark, gathered, closes, counts)
+        scores, tail_score = self._scores(past, gathered, closes, counts)
         tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
         self.layers[number] = self._forget(Layer(*entries, scores, *tail, tail_score), first + tokens)
         return out.transpose(0, 1)
@@ -114,14 +113,14 @@ class Prompt:
         """What of a layer becomes pages when the prompt is done: left-aligned entries, and how many each head has."""
         layer = self.layers[number]
         if not self.policy.evicts:
-            return _select(layer, layer.places != _NONE)
-        places = layer.places.masked_fill(layer.places == _NONE, -1)
+            return select(layer, layer.places != NONE)
+        places = layer.places.masked_fill(layer.places == NONE, -1)
         following = torch.full((len(places),), self.done, device=places.device)
         keep = self.policy.keep(Entries(places, layer.scores, len(places), following))
-        return _select(layer, keep & (places >= 0))
+        return select(layer, keep & (places >= 0))
 
     def _scores(
-        self, past: Layer | None, mark: Tensor | None, gathered: tuple[Tensor, Tensor] | None, closes: Tensor, counts: Tensor,
+        self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, closes: Tensor, counts: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
         """Scores of all entries, and of the open one: each token's goes to the entry that it is in."""
         heads, states = closes.shape
@@ -134,8 +133,6 @@ class Prompt:
         before = 0 if past is None else past.places.shape[1]
         old = torch.zeros(heads, before, device=closes.device) if afresh else past.scores
         tokens = states - (past is not None)
-        if mark is not None:
-            own[:, -tokens:] += mark.T.float()
         new = torch.zeros(heads, int(counts.max()) + 1, device=closes.device)
         if gathered is not None:
             own[:, -tokens:] += gathered[1]
@@ -150,8 +147,8 @@ class Prompt:
         if not self.policy.evicts or not layer.places.numel():
             return layer
         query = torch.full((len(layer.places), 1), following, device=layer.places.device)
-        sight = self.policy.sees(layer.places, layer.scores, query)
-        return layer if sight is None else _select(layer, sight[:, 0] & (layer.places != _NONE))[0]
+        sight = self.policy.visible(layer.places, query)
+        return layer if sight is None else select(layer, sight[:, 0] & (layer.places != NONE))[0]
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class _States:
     merged: bool
 
 
-def _states(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
+def states_of(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
     """``merges``: whether the policy can; without, a mean is a token, which the model's dtype holds as it is."""
     x = torch.cat([key, value], dim=-1).transpose(0, 1)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -183,7 +180,7 @@ def _states(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega
     return _States(alpha, x[:, -1:].to(work) * omega[:, -1:, None], omega, x, merged)
 
 
-def _select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
+def select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
     """The entries that ``kept [H, N]`` names, left-aligned, and their counts ``[H]``."""
     counts = kept.sum(-1)
     most = int(counts.max())
@@ -192,7 +189,7 @@ def _select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
     order = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
     wide = order[..., None].expand(-1, -1, layer.keys.shape[-1])
     there = torch.arange(most, device=kept.device) < counts[:, None]
-    places = torch.where(there, layer.places.gather(1, order), _NONE)
+    places = torch.where(there, layer.places.gather(1, order), NONE)
     scores = None if layer.scores is None else layer.scores.gather(1, order)
     return Layer(
         layer.keys.gather(1, wide), layer.values.gather(1, wide), places, scores, layer.numerators, layer.z, layer.tail_score

@@ -47,7 +47,6 @@ class Seen:
         queries: int64 ``[T]``, positions.
         merged: whether an own state can be anything else than the entry that it becomes.
         rising: whether the places of a head's entries rise; heads of unequal length are filled up after each chunk.
-        marks: fp32 ``[H, N]``, what `Policy.mark` said of each entry; None without.
     """
 
     keys: Tensor
@@ -58,7 +57,6 @@ class Seen:
     queries: Tensor
     merged: bool
     rising: bool = True
-    marks: Tensor | None = None
 
 
 def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -86,7 +84,7 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
         part, at = query[:, :, start : start + step], seen.queries[start : start + step]
         keys, values = seen.own_keys[:, None, start : start + step], seen.own_values[:, None, start : start + step]
         shown = seen.places[:, None] < at[:, None]  # [H, t, N]
-        if (sight := policy.sees(seen.places, seen.marks, at.expand(heads, -1))) is not None:
+        if (sight := policy.visible(seen.places, at.expand(heads, -1))) is not None:
             shown &= sight
         scores = (part @ seen.keys[:, None].transpose(-1, -2)).masked_fill_(~shown[:, None], -torch.inf)
         weights = torch.cat([scores, (part * keys).sum(-1, keepdim=True)], dim=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
-from dmc.cache.reading import growing, onpages
+from dmc.cache.reading import growing, late, onpages
 from dmc.cache.reading.gathered import Plan, plans
 from dmc.cache.reading.prompt import Prompt
 from dmc.cache.reading.row_attention import row_attention
@@ -36,7 +36,8 @@ class Step:
         trace: whether to keep the decisions.
 
     Attributes:
-        merges: bool ``[N, H]`` of each layer so far, True where a token was merged; None without ``trace``.
+        merges: bool ``[N, H]`` of each layer so far, True where a token was merged; None without ``trace``. With a window,
+            of the token that left it as each came.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Step:
             places = prompt.positions(tokens, slots.device)
             self.chunks.append((prompt, tokens, places, rope(places)))
         self.settled = not (merges and policy.merges)
-        if len(slots):
+        if len(slots) and policy.ring is not None:
+            self._prepare_late(slots, positions, rope)
+        elif len(slots):
             self.index = rows.indices(slots)  # [L, S * H]
             self.grows = all(growing.grows(rows, rows.packings[numbers[0]]) for numbers in rows.layers_alike())
             if self.grows:
@@ -69,31 +72,47 @@ class Step:
                 self._close_all(numbers)
 
     def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
     ) -> Tensor:
-        """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega ``[N, H]`` → as query."""
-        mark = self.policy.mark(alpha, omega) if self.policy.marks else None
-        parts = [query, key, value, *self.policy.decide(alpha, omega), mark]
-        if self.merges is not None:
+        """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega, late ``[N, H]`` → as query.
+
+        Where the model decides when tokens leave a window, alpha is the logit at arrival, and late what a token adds to the
+        logit of the one that leaves as it comes (`dmc.cache.reading.late`).
+        """
+        if self.policy.ring is None:
+            late = None
+        parts = [query, key, value, *self.policy.decide(alpha, omega), late]
+        if self.merges is not None and self.policy.ring is None:
             self.merges.append(parts[3] != 0)
         decode = self._settled if self.settled else self._merging
-        if len(self.slots) and self.grows:
+        if self.policy.ring is not None:
+            decode = self._late
+        elif len(self.slots) and self.grows:
             decode = self._grown
         if not self.chunks:
-            return decode(layer, *parts)
+            out = decode(layer, *parts)
+            self._note([])
+            return out
         sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
         split = [_cut(part, sizes) for part in parts]
-        outs = [decode(layer, *(part[0] for part in split))] if sizes[0] else []
+        outs, left = [decode(layer, *(part[0] for part in split))] if sizes[0] else [], []
         for number, (prompt, tokens, places, table) in enumerate(self.chunks, 1):
             outs.append(prompt.attend(layer, *(part[number] for part in split), places, table))
+            left.append(getattr(prompt, "merged", None))
             if layer == self.rows.shape.layers - 1:
                 prompt.done += tokens
+        self._note(left)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _note(self, left: list[Tensor]) -> None:
+        """Keeps, with a window, what became of the tokens that left it: of running sequences, then of prompts."""
+        if self.merges is not None and self.policy.ring is not None:
+            self.merges.append(torch.cat([*([self.gone_merged] if len(self.slots) else []), *left]))
 
     # ------------------------------------------------------------------------------------ by kernels
 
     def _grown(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
     ) -> Tensor:
         index, size, packing = self.index[layer], query.shape[-1], self.rows.packings[layer]
         alpha, omega = self.settle or (alpha.flatten(), omega.flatten())
@@ -102,6 +121,35 @@ class Step:
         kernels.encode(self.rows, packing, index)
         query = _turn(query.to(own[0].dtype), self.now).to(self.rows.shape.dtype)
         return kernels.attend(index, query.view(len(index), -1, size), *own).view(query.shape)
+
+    # ------------------------------------------------------------------------------------ behind a window
+
+    def _prepare_late(self, slots: Tensor, positions: Tensor, rope: Rope) -> None:
+        rows = self.rows
+        self.index = rows.indices(slots)
+        self.grows = all(growing.grows(rows, rows.packings[numbers[0]]) for numbers in rows.layers_alike())
+        if self.grows:
+            growing.make_room(rows, self.index)
+        self.now = _signed(rope(positions))
+        self.gone = late.leaving(self.policy.ring, positions, rope, merges=self.policy.merges)
+
+    def _late(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, omega: Tensor, ahead: Tensor | None,
+    ) -> Tensor:
+        rows, index, size, work = self.rows, self.index[layer], query.shape[-1], self.rows.z.dtype
+        turned, values = _turn(key.to(work), self.now).reshape(-1, size), value.to(work).reshape(-1, size)
+        queries = _turn(query.to(work), self.now)
+        kernels = growing.grown(rows, rows.packings[layer]) if self.grows else None
+        if kernels is None:
+            out, _ = row_attention(rows, index, queries.view(len(index), -1, size), turned, values)
+        else:
+            out = kernels.attend(index, queries.to(rows.shape.dtype).view(len(index), -1, size), turned, values)
+        merged = late.leave(
+            rows, self.policy, index, self.gone, key.reshape(-1, size).to(work), turned, values, logits.flatten().to(work),
+            omega.flatten().to(work), None if ahead is None else ahead.flatten().to(work), kernels,
+        )
+        self.gone_merged = merged.view(omega.shape) & self.policy.merges
+        return out.view(query.shape).to(query.dtype)
 
     # ------------------------------------------------------------------------------------ nothing merges
 
@@ -123,7 +171,7 @@ class Step:
                 self.plans[number] = plan
 
     def _settled(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
     ) -> Tensor:
         rows, dtype = self.rows, self.rows.z.dtype
         key, value = key.to(dtype), value.to(dtype)
@@ -132,12 +180,12 @@ class Step:
             index = self.index.flatten()
             rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
             rows.z[index] = 1.0
-        return self._attend(layer, query, _turn(key, self.now), value, alpha, mark)
+        return self._attend(layer, query, _turn(key, self.now), value, alpha)
 
     # ------------------------------------------------------------------------------------ merging
 
     def _merging(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, mark: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
     ) -> Tensor:
         rows, index = self.rows, self.index[layer]
         alpha, omega = alpha.flatten().to(rows.z.dtype), omega.flatten().to(rows.z.dtype)
@@ -152,7 +200,7 @@ class Step:
         z = alpha * z + omega
         rows.numerators[index], rows.z[index] = numerators, z
         own = (numerators / z[:, None]).view(*key.shape[:2], -1)
-        return self._attend(layer, query, _turn(own[..., :size], self.now), own[..., size:], alpha, mark)
+        return self._attend(layer, query, _turn(own[..., :size], self.now), own[..., size:], alpha)
 
     def _close(self, index: Tensor, closing: Tensor, numerators: Tensor, z: Tensor) -> None:
         """The open entries of some rows become final ones."""
@@ -170,7 +218,7 @@ class Step:
     # ------------------------------------------------------------------------------------ both
 
     def _attend(
-        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, mark: Tensor | None,
+        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor,
     ) -> Tensor:
         """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction."""
         rows, index, size = self.rows, self.index[layer], query.shape[-1]
@@ -180,14 +228,14 @@ class Step:
             plan=self.plans[layer],
         )
         if rows.storage.scored:
-            self._score(index, alpha.flatten(), mark, weight)
+            self._score(index, alpha.flatten(), weight)
         if self.policy.evicts:
             there = entries(rows, index, self.following)
             evict(rows, index, there, self.policy.keep(there))
         return out.view(query.shape).to(query.dtype)
 
-    def _score(self, index: Tensor, alpha: Tensor, mark: Tensor | None, weight: Tensor | None) -> None:
-        score = torch.zeros(len(index), device=index.device) if mark is None else mark.flatten().float()
+    def _score(self, index: Tensor, alpha: Tensor, weight: Tensor | None) -> None:
+        score = torch.zeros(len(index), device=index.device)
         if self.policy.watches != "last":
             score = score + alpha.float() * self.rows.tail_score[index]
         self.rows.tail_score[index] = score if weight is None else score + weight

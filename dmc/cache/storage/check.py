@@ -14,28 +14,32 @@ def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
     Raises:
         RuntimeError: naming what is wrong; the cache cannot be trusted after that.
     """
-    _tables(rows)
+    _tables(rows, free_slots)
     _pool(rows)
     store = rows.storage
-    waiting = rows.exact - store.sink_tokens - store.window
+    waiting = rows.exact - store.first - store.window
     page_sizes = rows.row_page_sizes(torch.arange(len(waiting), device=waiting.device))
     if (waiting >= page_sizes).any() or (not evicting and ((rows.closed > 0) & (waiting < 0)).any()):
         raise RuntimeError("a row has a page to encode, or encoded one too early")
-    if ((rows.z == 0) & ((rows.exact > 0) | (rows.closed > 0))).any():
+    if ((rows.z == 0) & ((rows.exact > (store.ring or 0)) | (rows.closed > 0))).any():
         raise RuntimeError("a row has entries but no tail")
     free = torch.tensor(free_slots, dtype=torch.int64, device=rows.z.device)
     if len(set(free_slots)) != len(free_slots) or any(slot not in range(rows.slots) for slot in free_slots):
         raise RuntimeError("a slot is free twice, or does not exist")
     for layer in range(rows.shape.layers):
-        if rows.z[rows.index(layer, free)].any():
+        index = rows.index(layer, free)
+        if rows.z[index].any() or rows.exact[index].any():
             raise RuntimeError("a free slot holds a sequence")
     if evicting:
         for layer in range(rows.shape.layers):
             _places(rows, rows.index(layer, torch.arange(rows.slots, device=rows.z.device)))
 
 
-def _tables(rows: Rows) -> None:
-    for table, pages in ((rows.closed_table, rows.closed), (rows.open_table, rows.open_pages(rows.exact))):
+def _tables(rows: Rows, free_slots: list[int]) -> None:
+    least = torch.full_like(rows.exact, rows.ring_pages).view(rows.shape.layers, rows.slots, -1)
+    least[:, [slot for slot in free_slots if slot in range(rows.slots)]] = 0
+    opened = torch.maximum(rows.open_pages(rows.exact), least.flatten())
+    for table, pages in ((rows.closed_table, rows.closed), (rows.open_table, opened)):
         named = torch.arange(table.shape[1], device=table.device) < pages[:, None]
         if ((table != NULL_PAGE) != named).any():
             raise RuntimeError("a block table names more or fewer pages than its row has")

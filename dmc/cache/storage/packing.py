@@ -27,6 +27,7 @@ class Storage:
         placed: whether entries carry their place, an int32.
         scored: whether entries carry a score, an fp32.
         holes: whether entries can be evicted from encoded pages, which leaves place -1.
+        ring: newest tokens that stay as they are (`dmc.cache.reading.late`); None: a token enters the accumulating entry at once.
     """
 
     sink_tokens: int
@@ -35,6 +36,12 @@ class Storage:
     placed: bool = False
     scored: bool = False
     holes: bool = False
+    ring: int | None = None
+
+    @property
+    def first(self) -> int:
+        """Exact entries of a row that are never encoded: ring, accumulating entry behind it, and sinks."""
+        return self.sink_tokens + (0 if self.ring is None else self.ring + 1)
 
     @property
     def marks(self) -> dict[str, torch.dtype]:

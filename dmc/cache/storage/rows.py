@@ -7,6 +7,9 @@ The entries of a row, oldest first:
     window       entries that wait for a full page, exact
     tail         the open entry, the only one that can still change: unrotated fp32 numerators and z
 
+Where tokens stay as they are for a while (`Storage.ring`), the ring and the accumulating entry go before the sinks
+(`dmc.cache.reading.late`), and count as sinks below.
+
 With c closed entries (all but the tail), s sinks, a window of at least w and pages of P entries, a row holds
 ``max(0, c - s - w) // P`` encoded pages, which cover entries s, s + 1, ...; everything else is exact. So what is
 encoded follows from c alone, whatever batch, chunk or schedule brought the entries here.
@@ -93,12 +96,16 @@ class Rows:
         self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
         self.z = torch.zeros(rows, dtype=work, device=device)  # of the tail; 0: no tail, the row is empty
         self.tail_score = torch.zeros(rows if storage.scored else 0, device=device)
+        self.notes = torch.zeros(rows, storage.ring or 0, 2, dtype=work, device=device)  # of the ring: logit and weight
+        # Position of the newest token in the tail; only read where entries carry theirs and tokens can be dropped.
+        placed = storage.placed and storage.ring is not None
+        self.newest = torch.zeros(rows if placed else 0, dtype=torch.int32, device=device)
 
     @property
     def state(self) -> tuple[str, ...]:
         """Names of the tensors that say everything of a row but its pages' content; the first two are tables."""
-        scored = ("tail_score",) if self.storage.scored else ()
-        return ("closed_table", "open_table", "closed", "exact", "numerators", "z", *scored)
+        more = [name for name in ("tail_score", "notes", "newest") if getattr(self, name).numel()]
+        return ("closed_table", "open_table", "closed", "exact", "numerators", "z", *more)
 
     def index(self, layer: int, slots: Tensor) -> Tensor:
         """Rows of a layer's heads for each slot: int64 ``[S] → [S * H]``."""
@@ -130,7 +137,7 @@ class Rows:
 
     def joined(self, packing: Packing) -> bool:
         """Whether exact entries lie as encoded ones do, so that a row can be read as one run of pages."""
-        return not self.storage.sink_tokens and self.open_layout.fields == packing.layout.fields
+        return not self.storage.first and self.open_layout.fields == packing.layout.fields
 
     def row_page_sizes(self, rows: Tensor) -> Tensor:
         """Entries of an encoded page of any rows: int64 ``[R] → [R]``."""
@@ -138,24 +145,30 @@ class Rows:
 
     def most_exact(self, packing: Packing) -> int:
         """Exact entries of a row just before a page is closed; the tail not counted."""
-        return self.storage.sink_tokens + self.storage.window + packing.page_size
+        return self.storage.first + self.storage.window + packing.page_size
 
     def split(self, entries: Tensor, page_size: int | Tensor) -> tuple[Tensor, Tensor]:
         """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
-        full = (entries - self.storage.sink_tokens - self.storage.window).clamp(min=0) // page_size
+        full = (entries - self.storage.first - self.storage.window).clamp(min=0) // page_size
         return full, entries - full * page_size
 
     def pages_of(self, entries: Tensor, page_size: int | Tensor) -> Tensor:
         """Pages that rows of so many closed entries hold, if none was evicted; int64, any shape."""
         full, exact = self.split(entries, page_size)
-        return full + self.open_pages(exact)
+        return full + self.open_pages(exact).clamp(min=self.ring_pages)
+
+    @property
+    def ring_pages(self) -> int:
+        """Pages of ring and accumulating entry, which a row has from its first token on."""
+        return 0 if self.storage.ring is None else self.open_pages(self.storage.ring + 1)
 
     def worst_pages(self, entries: int, *, evicting: bool) -> int:
         """Pages that one row of each layer, together, can come to need on its way to so many closed entries."""
         store, pages = self.storage, 0
         for packing in self.packings:
-            full = max(0, entries - store.sink_tokens - store.window) // packing.page_size
-            pages += full + 2 * evicting + self.open_pages(min(entries + evicting, self.most_exact(packing)))
+            full = max(0, entries - store.first - store.window) // packing.page_size
+            exact = self.open_pages(min(entries + evicting, self.most_exact(packing)))
+            pages += full + 2 * evicting + max(exact, self.ring_pages)
         return pages
 
     def open_pages(self, entries: int | Tensor) -> int | Tensor:
@@ -241,16 +254,16 @@ class Rows:
             self.closed_table[rows[owner[taken]], column[taken]] = pages
             owner, column = owner[~taken], column[~taken]
         for owners, columns in zip(owner.split(_ENCODE_PAGES), column.split(_ENCODE_PAGES), strict=True):
-            start = store.sink_tokens + columns * size
+            start = store.first + columns * size
             which = owners[:, None], start[:, None] + torch.arange(size, device=rows.device)
             own = {name: mark[which] for name, mark in marks.items()}
             self._store(rows[owners], columns, keys[which], values[which], own)
         self.closed[rows] = full.int()
 
-        owner, column = ragged(self.open_pages(exact))
+        owner, column = ragged(self.open_pages(exact).clamp(min=self.ring_pages))
         self._open(rows[owner], column)
         owner, place = ragged(exact)
-        which = owner, torch.where(place < store.sink_tokens, place, place + full[owner] * size)
+        which = owner, torch.where(place < store.first, place, place + full[owner] * size)
         own = {name: mark[which] for name, mark in marks.items()}
         self.write_exact(rows[owner], place, keys[which], values[which], own)
         self.exact[rows] = exact.int()
@@ -295,7 +308,7 @@ class Rows:
     def _close_page(self, rows: Tensor) -> None:
         """Encodes the oldest page of the window of each row, whose exact part is full."""
         store, packing = self.storage, self.packing(rows)
-        first, end = store.sink_tokens, store.sink_tokens + packing.page_size
+        first, end = store.first, store.first + packing.page_size
         places = torch.arange(first, self.most_exact(packing), device=rows.device).expand(len(rows), -1)
         read = self.read_exact(rows[:, None].expand_as(places), places)
         kept = self.open_pages(first + store.window)

@@ -1,0 +1,172 @@
+"""Tokens that stay as they are while they are recent, and what becomes of one that leaves: merged, appended or dropped.
+
+Under a policy with a window w a row keeps its newest w tokens in a ring: exact entries 0 .. w - 1, keys rotated, the token
+at position p in slot ``p % w``. Slot w holds the accumulating entry as attention sees it (its numerators and z are those of
+any row), and after it come sinks, encoded pages and window as in `dmc.cache.storage.rows`. So every reader of pages reads
+the ring as well, and nothing is ever evicted from a page.
+
+The query at position p sees the ring (p - w .. p - 1), its own token and the entries. Then token p - w leaves. The model's
+logit decides: above 0 the token is merged into the accumulating entry, or dropped by a policy that does not merge; else the
+accumulating entry becomes final and the token opens the next one. A model that looks ahead adds to the logit of token p - w
+what it reads at position p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies import Policy
+from dmc.cache.reading.growing import Grown
+from dmc.cache.storage.rows import Rows
+from dmc.functional import rotate
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """The tokens that leave the rings of S sequences in one step; the same for every layer.
+
+    Attributes:
+        there: bool ``[S]``, False for a sequence whose ring is not full yet.
+        positions: int64 ``[S]``, 0 where no token leaves.
+        slots: int64 ``[S]``, where in the ring the newest token takes its place.
+        before, at: (cos, sin) each ``[S, D]``, of the positions before it and of its own; of angle 0 if nothing merges, since
+            keys then stay rotated as they are.
+        table, places: the same as one table ``[2 S, D]``, and int64 ``[S]`` where in it positions are.
+    """
+
+    there: Tensor
+    positions: Tensor
+    slots: Tensor
+    before: tuple[Tensor, Tensor]
+    at: tuple[Tensor, Tensor]
+    table: tuple[Tensor, Tensor]
+    places: Tensor
+
+
+def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  # noqa: ANN001 - dmc.cache.reading.step.Rope
+    """Of sequences whose newest tokens are at ``positions`` [S]."""
+    left = positions - window
+    there, left = left >= 0, left.clamp(min=0)
+    table = rope(torch.stack([(left - 1).clamp(min=0), left], dim=1).flatten())
+    if not merges:
+        table = torch.ones_like(table[0]), torch.zeros_like(table[1])
+    before, at = (tuple(x[start::2] for x in table) for start in (0, 1))
+    places = torch.arange(1, 2 * len(positions), 2, device=positions.device)
+    return Leaving(there, left, positions % max(1, window), before, at, table, places)
+
+
+def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """The inverse of `dmc.functional.rotate`, also of tables that carry a factor; ``[..., D]`` in the dtype of x."""
+    cos, sin = table
+    return rotate(x, (cos, -sin)) / (cos * cos + sin * sin).to(x.dtype)
+
+
+def leave(
+    rows: Rows, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor, logits: Tensor,
+    omega: Tensor, late: Tensor | None, kernels: Grown | None,
+) -> Tensor:
+    """After attention, in one layer: the oldest tokens leave their rings and the newest ones enter.
+
+    Args:
+        rows: of the cache.
+        policy: with a window; its `merges` says whether tokens merge or are dropped.
+        index: int64 ``[R]``, rows of the S sequences, R = S * H.
+        gone: of this step.
+        key, turned, value: ``[R, D]`` of the newest tokens, the key before and after its rotation.
+        logits, omega: ``[R]`` of them, in the dtype of `Rows.z`; a logit above 0 merges or drops.
+        late: ``[R]``, what they add to the logits of the tokens that leave; None without a look ahead.
+        kernels: that append and encode; None: PyTorch does.
+
+    Returns:
+        bool ``[R]``, True where a token that left was merged or dropped.
+    """
+    window, heads = policy.ring, rows.shape.heads
+    there, slots = (x.repeat_interleave(heads) for x in (gone.there, gone.slots))
+    if window:
+        old_key, old_value, _ = rows.read_exact(index, slots)
+        noted = rows.notes[index, slots]
+        _write(rows, index, slots, turned, value, gone.positions.repeat_interleave(heads) + window)
+        rows.notes[index, slots] = torch.stack([logits, omega], dim=-1)
+        old_key, old_value = old_key.to(rows.z.dtype), old_value.to(rows.z.dtype)
+        logits, omega = noted.unbind(-1)
+        if policy.merges:
+            old_key = unrotate(old_key.unflatten(0, (-1, heads)), _each(gone.at)).flatten(0, 1)
+    else:
+        old_key, old_value = (key if policy.merges else turned).to(rows.z.dtype), value.to(rows.z.dtype)
+    yes = (logits if late is None else logits + late) > 0
+    if policy.max_entries is not None:
+        held = rows.closed[index] * rows.packing(index).page_size + rows.exact[index] - window
+        yes = yes | (held >= policy.max_entries)
+    yes = yes & there
+    alpha = (yes & policy.merges).to(rows.z.dtype)
+    entering = there if policy.merges else there & ~yes
+    omega = omega if policy.merges else torch.ones_like(omega)
+    if kernels is not None:
+        _by_kernels(rows, index, gone, kernels, entering, old_key, old_value, alpha, omega)
+    else:
+        _by_torch(rows, index, gone, policy, entering, old_key, old_value, alpha, omega)
+    return yes
+
+
+def _by_torch(
+    rows: Rows, index: Tensor, gone: Leaving, policy: Policy, entering: Tensor, key: Tensor, value: Tensor, alpha: Tensor,
+    omega: Tensor,
+) -> None:
+    heads, size = rows.shape.heads, key.shape[-1]
+    numerators, z = rows.numerators[index], rows.z[index]
+    positions = gone.positions.repeat_interleave(heads)
+    closing = (entering & (alpha == 0) & (z > 0)).nonzero().flatten()
+    if len(closing):
+        mean = numerators[closing] / z[closing, None]
+        table = tuple(x.repeat_interleave(heads, 0)[closing] for x in gone.before)
+        marks = {"place": rows.newest[index[closing]]} if rows.storage.placed else {}
+        rows.append(index[closing], rotate(mean[:, :size], table), mean[:, size:], marks)
+    some = entering.nonzero().flatten()
+    if len(some):
+        token = torch.cat([key, value], dim=-1)[some]
+        numerators = alpha[some, None] * numerators[some] + omega[some, None] * token
+        z = alpha[some] * z[some] + omega[some]
+        rows.numerators[index[some]], rows.z[index[some]] = numerators, z
+        if rows.storage.placed:
+            rows.newest[index[some]] = positions[some].int()
+        mean = numerators / z[:, None]
+        table = tuple(x.repeat_interleave(heads, 0)[some] for x in gone.at)
+        slot = torch.full_like(some, policy.ring)
+        _write(rows, index[some], slot, rotate(mean[:, :size], table), mean[:, size:], positions[some])
+    _count(rows, index, gone, policy.ring)
+
+
+def _by_kernels(
+    rows: Rows, index: Tensor, gone: Leaving, kernels: Grown, entering: Tensor, key: Tensor, value: Tensor, alpha: Tensor,
+    omega: Tensor,
+) -> None:
+    """`_by_torch` through the kernels of `dmc.cache.reading.growing`: nothing waits for the device."""
+    window = rows.storage.ring
+    mean = kernels.append(torch.where(entering, index, -1), key, value, alpha, omega, gone.places, gone.table)
+    slot = torch.full_like(index, window)
+    old = rows.read_exact(index, slot)[:2]
+    mean = [torch.where(entering[:, None], new.to(held.dtype), held) for new, held in zip(mean, old, strict=True)]
+    _write(rows, index, slot, *mean, slot)
+    _count(rows, index, gone, window)
+    kernels.encode(rows, rows.packing(index), index)
+
+
+def _write(rows: Rows, index: Tensor, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    rows.write_exact(index, slots, keys, values, {"place": positions} if rows.storage.placed else {})
+
+
+def _count(rows: Rows, index: Tensor, gone: Leaving, window: int) -> None:
+    """Exact entries after the step: the ring as far as it is filled, and its accumulating entry where there is one."""
+    filled = (torch.where(gone.there, window, gone.slots + 1)).clamp(max=window).repeat_interleave(rows.shape.heads)
+    exact = torch.maximum(rows.exact[index], filled.int())
+    rows.exact[index] = torch.where(rows.z[index] > 0, exact.clamp(min=window + 1), exact)
+
+
+def _each(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``[S, D]`` → ``[S, 1, D]``, for all heads."""
+    return table[0][:, None], table[1][:, None]
+
+
