@@ -75,6 +75,14 @@ def _check(options: argparse.Namespace) -> None:
         from dmc.evaluation.tasks import check_tasks, task_names
 
         check_tasks(task_names(options.tasks, options.suite), options.task_dir)
+        if options.apply_chat_template:
+            from dmc.evaluation.chat import choose_template
+            from dmc.pretrained import load_tokenizer
+
+            choose_template(load_tokenizer(options.directory), options.apply_chat_template)
+    for flag in ("apply_chat_template", "system_instruction"):
+        if getattr(options, flag) and not (options.tasks or options.suite):
+            raise ValueError(f"--{flag.replace('_', '-')} is for tasks: add --tasks or --suite")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +189,9 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--task-dir", metavar="DIR", help="task files of your own (YAML; data paths relative to DIR)")
     tasks.add_argument("--limit", type=int, metavar="N", help="first examples of each task only")
     tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (as the task says)")
+    tasks.add_argument("--apply-chat-template", "--apply_chat_template", nargs="?", const=True, default=False, metavar="NAME",
+                       help="prompts in the tokenizer's chat template, or in that of several which has this NAME")
+    tasks.add_argument("--system-instruction", "--system_instruction", metavar="TEXT", help="before each prompt")
     tasks.add_argument("--allow-code", action="store_true", help="let tasks run code that the model wrote, on this machine")
 
 
@@ -189,7 +200,8 @@ def _tasks(options: argparse.Namespace, llm: LLM) -> dict:
 
     figures = run_tasks(
         llm, task_names(options.tasks, options.suite), task_dir=options.task_dir, limit=options.limit, fewshot=options.fewshot,
-        seed=options.seed, allow_code=options.allow_code, progress=not options.no_progress,
+        chat_template=options.apply_chat_template, system=options.system_instruction, seed=options.seed,
+        allow_code=options.allow_code, progress=not options.no_progress,
     )
     print(as_text(figures))
     return figures

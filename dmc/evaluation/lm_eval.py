@@ -6,7 +6,9 @@ is predicted by a query that reads encoded pages (`dmc.evaluation.continuations`
 first token follows from the prefill, which is exact; every later one from encoded pages. Rolling log-likelihoods have
 one token of context a window, so that whole texts go through the decode step: honest, and slow.
 
-What is cut, and where, is as in the harness's own class for Hugging Face models.
+What is cut, and where, is as in the harness's own class for Hugging Face models. Two things differ for tokenizers such as
+Llama 2's: rolling log-likelihoods do not score BOS (see `CompressedLM.loglikelihood_rolling`), and generated texts keep
+their first space.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from dmc.engine import LLM, SamplingParams
+from dmc.evaluation.chat import choose_template
 from dmc.evaluation.continuations import Request, follow
 from dmc.evaluation.usage import Usage
 
@@ -49,6 +52,7 @@ class CompressedLM(TemplateLM):
         self.llm, self.seed, self.progress, self.usage = llm, seed, progress, Usage()
         self.tokenizer = llm.tokenizer.inner
         ends = [self.tokenizer.eos_token_id, *llm.model.config.eos_token_ids]
+        self._template: str | None = None
         self._end = next((token for token in ends if token is not None), None)
         if self._end is None:
             raise ValueError(f"{llm.path} names no end token, which lm-eval needs: add eos_token to its tokenizer_config.json")
@@ -69,19 +73,65 @@ class CompressedLM(TemplateLM):
         """Tokens that can go into the model."""
         return self.llm.model.config.positions
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, by which the harness tells its cached requests apart."""
+        return str(self.llm.path.resolve()).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Chooses the template that `apply_chat_template` uses, and returns it.
+
+        Args:
+            chat_template: True for the tokenizer's own or its default one, the name of one of several, or False for none.
+
+        Raises:
+            ValueError: if the tokenizer has no template, or none of this name.
+        """
+        self._template = choose_template(self.tokenizer, chat_template) if chat_template else None
+        return self._template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Text of a conversation, by the template that `chat_template` chose, else the tokenizer's own.
+
+        Args:
+            chat_history: messages with "role" and "content".
+            add_generation_prompt: True if an answer follows; False if the last message is the beginning of the answer.
+
+        Raises:
+            ValueError: if there is no template, or it rejects the messages, such as those of a system.
+        """
+        template = self._template or choose_template(self.tokenizer, True)
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:  # templates raise what they like
+            roles = ", ".join(message["role"] for message in chat_history)
+            raise ValueError(f"the model's chat template rejects a task's messages ({roles}): {error}") from error
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Tokens of a text; with None, the special tokens that the tokenizer adds, but no second BOS."""
+        """Tokens of a text. With None the tokenizer adds its special tokens, unless the text begins with BOS already, as that
+        of a chat template may.
+        """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as long as the model allows, each after one token of context."""
+        """Log-likelihood of whole texts, in windows as long as the model allows, each after one token of context.
+
+        The context of the first window is BOS, or the end token if the tokenizer has no BOS, whether or not the tokenizer adds
+        BOS to texts. BOS itself is never scored. Later windows begin with the last token of the window before, without BOS.
+        The harness's own class for Hugging Face models differs for tokenizers that add BOS: it scores that BOS after another
+        one, as the first token of the text.
+        """
         windows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
             rolling = get_rolling_token_windows(
-                self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+                self.tok_encode(text, add_special_tokens=False), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
             )
             own = [(None, *make_disjoint_window(window)) for window in rolling]
             windows += own

@@ -34,7 +34,7 @@ def task_names(names: Sequence[str], suite: str | None) -> list[str]:
 
 def run_tasks(
     llm: LLM, names: Sequence[str], *, task_dir: str | Path | None = None, limit: int | None = None, fewshot: int | None = None,
-    seed: int = 0, allow_code: bool = False, progress: bool = True,
+    chat_template: bool | str = False, system: str | None = None, seed: int = 0, allow_code: bool = False, progress: bool = True,
 ) -> dict:
     """Runs tasks through the compressed cache.
 
@@ -45,6 +45,9 @@ def run_tasks(
             them are relative to it. They may name Python functions, which run: use only those that you trust.
         limit: examples of each task, the first ones; None: all.
         fewshot: solved examples before each question; None: as the task says.
+        chat_template: True to give prompts as conversations in the tokenizer's chat template, or the name of one of several;
+            solved examples are then earlier turns.
+        system: instruction before each prompt; the system's message if there is a chat template.
         seed: of few-shot examples and of tasks that sample.
         allow_code: whether tasks may execute code that the model has written.
         progress: see `CompressedLM`.
@@ -69,6 +72,7 @@ def run_tasks(
 
         from dmc.evaluation.lm_eval import CompressedLM
     model = CompressedLM(llm, seed=seed, progress=progress)
+    model.chat_template(chat_template)
     with _quiet():
         known = _known(names, folder)
         _check_code(known, names, allow_code)
@@ -76,6 +80,7 @@ def run_tasks(
             loaded = [thing for name in names for thing in _loaded(known, name)]
         results = lm_eval.simple_evaluate(
             model=model, tasks=loaded, task_manager=known, limit=limit, num_fewshot=fewshot, confirm_run_unsafe_code=allow_code,
+            apply_chat_template=chat_template, system_instruction=system,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, log_samples=True,
         )
     groups = {thing.name for thing in loaded if isinstance(thing, Group)}

@@ -1,11 +1,14 @@
 """`dmc eval`: what it writes, and one sentence for wrong use."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from dmc import cli
 from tests.model import tiny
+
+TASKS = Path(__file__).parent / "tasks"
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,36 @@ def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
     (("--text", "TEXT", "--json", "/no/such/out.json"), "there is no folder /no/such"),
     (("--text", "TEXT", "--plot", "x.png"), "--plot draws needle retrieval"),
     (("--suite", "all"), "unknown suite 'all'"),
+    (("--text", "TEXT", "--apply-chat-template"), "--apply-chat-template is for tasks: add --tasks or --suite"),
+    (("--text", "TEXT", "--system-instruction", "x"), "--system-instruction is for tasks: add --tasks or --suite"),
     (("--tasks", "x", "--task-dir", "/no/such"), "/no/such is no folder"),
 ])
 def test_wrong_use(capsys, directory, text, arguments, said):
     named = {"TEXT": text, "DIR": directory}
     code, out, err = run(capsys, directory, "--device", "cpu", *(named.get(argument, argument) for argument in arguments))
     assert code == 2 and out == "" and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--apply-chat-template", "--apply_chat_template"])
+def test_chat_template_of_tasks(capsys, tmp_path, monkeypatch, flag):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    fields = tiny.config("head")
+    directory = tiny.write(tmp_path / "model", fields, tiny.weights(fields))
+    asked = (directory, "--device", "cpu", "--tasks", "local_choice", "--task-dir", TASKS, "--limit", 1, flag)
+    code, out, err = run(capsys, *asked, "--json", tmp_path / "out.json")
+    assert code == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "out.json").exists()
+    assert "has no chat template: leave --apply-chat-template out, or add chat_template to its tokenizer_config.json" in err
+    config = directory / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": [
+        {"name": name, "template": f"{{{{ messages[0]['content'] }}}}{name}"} for name in ("default", "long")]}))
+    counts = {}
+    for name in ((), ("default",), ("long",)):
+        code, out, err = run(capsys, *asked, *name, "--json", tmp_path / "out.json")
+        assert code == 0 and "local_choice: acc" in out
+        figures = json.loads((tmp_path / "out.json").read_text())
+        assert figures["arguments"]["apply_chat_template"] == (name[0] if name else True)
+        counts[name] = figures["tasks"]["cache"]["tokens"]
+    assert counts[()] == counts["default",] == pytest.approx(counts["long",] + len("default") - len("long"))

@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from dmc.engine import LLM  # noqa: E402
+from dmc.evaluation import tasks  # noqa: E402
 from dmc.evaluation.lm_eval import CompressedLM  # noqa: E402
 from dmc.evaluation.tasks import manager, run_tasks  # noqa: E402
 from tests.model import tiny  # noqa: E402
@@ -93,6 +94,66 @@ def test_local_tasks_give_the_numbers_of_the_harness(tmp_path, monkeypatch):
     assert figures["cache"]["requests"] == 15 + 4 and json.dumps(figures)
     some = run_tasks(LLM(BASE, policy="full", device="cpu"), ["local_choice"], task_dir=TASKS, limit=2, progress=False)
     assert some["tasks"]["local_choice"]["examples"] == 2 and some["cache"]["requests"] == 6
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_chat_templates_give_the_numbers_of_the_harness(tmp_path, monkeypatch):
+    """Prompts as conversations, with solved examples as earlier turns and an instruction before them."""
+    import datasets
+    import lm_eval
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    names = ["local_choice", "local_generate"]
+    llm, hf = LLM(BASE, policy="full", device="cpu"), _theirs(BASE)
+    llm.tokenizer.inner.chat_template = hf.tokenizer.chat_template = TEMPLATE
+    own = {"chat_template": True, "system": "Answer.", "fewshot": 1}
+    figures = run_tasks(llm, names, task_dir=TASKS, progress=False, **own)["tasks"]
+    monkeypatch.chdir(TASKS)
+    theirs = lm_eval.simple_evaluate(
+        model=hf, tasks=names, task_manager=manager(TASKS, defaults=False), bootstrap_iters=0, apply_chat_template=True,
+        system_instruction="Answer.", num_fewshot=1, random_seed=0, numpy_random_seed=0, torch_random_seed=0,
+        fewshot_random_seed=0,
+    )
+    for name in names:
+        assert figures[name]["metrics"] == {
+            key.removesuffix(",none"): pytest.approx(value) for key, value in theirs["results"][name].items()
+            if key.endswith(",none") and "stderr" not in key
+        }
+        asked = theirs["samples"][name][0]["arguments"][0][0]
+        assert asked.startswith("[system] Answer.") and asked.count("[user]") == 2 and asked.endswith("[assistant] ")
+        assert figures[name]["hash"] == tasks._hash(theirs["samples"][name])  # the same prompts
+
+
+def test_one_of_several_templates(small):
+    model = CompressedLM(LLM(small, device="cpu"), progress=False)
+    history = [{"role": "user", "content": "x"}]
+    with pytest.raises(ValueError, match="the model's tokenizer has no chat template: leave --apply-chat-template out"):
+        model.apply_chat_template(history)
+    model.tokenizer.chat_template = {"default": "D{{ messages[0]['content'] }}", "rag": "R{{ messages[0]['content'] }}"}
+    assert model.apply_chat_template(history) == "Dx" and model.chat_template(True) == "D{{ messages[0]['content'] }}"
+    assert model.chat_template("rag")[0] == "R" and model.apply_chat_template(history) == "Rx"
+    with pytest.raises(ValueError, match="no chat template called 'tools': give --apply-chat-template one of default, rag"):
+        model.chat_template("tools")
+    model.tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    assert model.chat_template(False) is None
+    with pytest.raises(ValueError, match=r"chat template rejects a task's messages \(system, user\): no system"):
+        model.apply_chat_template([{"role": "system", "content": "s"}, *history])
+    with pytest.raises(ValueError, match="has one chat template, without a name"):
+        model.chat_template("rag")
+
+
+def test_the_beginning_of_an_answer(small):
+    """The harness asks for it where a task has a gen_prefix: the last turn stays open."""
+    model = CompressedLM(LLM(small, device="cpu"), progress=False)
+    model.tokenizer.chat_template = TEMPLATE
+    history = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is"}]
+    assert model.apply_chat_template(history, add_generation_prompt=False) == "[user] x\n[assistant] It is"
+    assert model.apply_chat_template(history[:1]) == "[user] x\n[assistant] "
 
 
 def test_code_is_run_only_if_allowed(small, monkeypatch):
