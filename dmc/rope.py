@@ -9,9 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import LlamaConfig
 
 _FIELDS = (  # of a config.json: all that the rotary settings of a Llama depend on
     "hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "rope_parameters", "rope_scaling",
@@ -58,7 +62,7 @@ def read_settings(fields: Mapping) -> RopeSettings:
     Raises:
         ValueError: if transformers' Llama cannot compute with them; one sentence.
     """
-    from transformers import LlamaConfig  # takes seconds to import
+    from transformers import LlamaConfig
 
     given = {name: copy.deepcopy(fields[name]) for name in _FIELDS if name in fields}
     try:
@@ -68,7 +72,7 @@ def read_settings(fields: Mapping) -> RopeSettings:
     return settings_of(config)
 
 
-def settings_of(config: LlamaConfig) -> RopeSettings:  # noqa: F821 - imported where it is used
+def settings_of(config: LlamaConfig) -> RopeSettings:
     """The rotary settings of a LlamaConfig.
 
     Raises:

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TREES = ("dmc", "checkpoints", "data", "scripts", "train.py")
 
-MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted"}  # plain PyTorch; torch and safetensors alone
+MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope"}  # plain PyTorch, below everything else
 ENGINE = MATHS | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.pretrained"}  # and below
 DMC = ENGINE | {"dmc.server", "dmc.evaluation", "dmc.analysis", "dmc.training"}
 CHECKOUT = {"data", "checkpoints"}
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "dmc.functional": set(),
     "dmc.functional_dms": {"dmc.functional"},
     "dmc.fitted": set(),
+    "dmc.rope": set(),  # frequencies from transformers, imported where a config is read
     "dmc.pretrained": set(),
     "dmc.families": MATHS,
     "dmc.kernels": MATHS,
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "dmc.analysis": ENGINE,
     "dmc.training": MATHS | {"dmc.families", "dmc.kernels"},
     "data": {"dmc.training", "dmc.families", "dmc.pretrained"},
-    "checkpoints": {"dmc.training", "dmc.families", "dmc.pretrained"},
+    "checkpoints": {"dmc.training", "dmc.families", "dmc.pretrained", "dmc.rope"},
     "dmc.integrations": DMC,
     "dmc.commands": DMC | CHECKOUT,
     "dmc.cli": DMC | CHECKOUT | {"dmc.commands"},
@@ -51,8 +52,8 @@ KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",
 CACHE_FLOORS = (("policies", "codecs"), ("storage",), ("reading",), ("kv",))
 TRAINING_ONLY = ("megatron", "datasets", "matplotlib")
 SERVING = (
-    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.pretrained", "dmc.families", "dmc.kernels", "dmc.cache",
-    "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
+    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.families", "dmc.kernels",
+    "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
 )
 
 
