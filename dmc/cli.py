@@ -1,9 +1,9 @@
 """The console command `dmc`.
 
-    dmc generate DIR --prompt "def read(" --codec gear --bits 4 --max-tokens 64
-    dmc serve DIR --codec gear --kv-memory 2GiB
-    dmc eval DIR --text text.txt --needle --codec gear --json figures.json
-    dmc inspect DIR --prompt-file text.txt --codec gear
+    dmc generate DIR --prompt "def read(" --codec tcq --bits 4 --max-tokens 64
+    dmc serve DIR --codec tcq --kv-memory 2GiB
+    dmc eval DIR --text text.txt --needle --codec gear-4bit --json figures.json
+    dmc inspect DIR --prompt-file text.txt --codec tcq
     dmc calibrate DIR --text text.txt --out eigen.safetensors
     dmc frontier --out runs/frontier
 

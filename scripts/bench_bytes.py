@@ -1,6 +1,6 @@
 """Bytes that the engine holds at a forced compression ratio, everything counted, beside a dense bf16 cache.
 
-    python scripts/bench_bytes.py --tokens 2000 8000 --codec gear-4bit --cr 4
+    python scripts/bench_bytes.py --tokens 2000 8000 --codec tcq-4bit --cr 4
 
 A small random model of multi-head attention with head size 128 generates through `dmc.LLM`; whether a token is merged is
 drawn at random, so that each head reaches the ratio. Bytes are those of `Output.stats`: encoded pages, exact entries with
@@ -80,7 +80,7 @@ def _write(directory: Path, size: int, positions: int) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000], help="of a text, generated ones included")
-    parser.add_argument("--codec", default="gear-4bit", help="of pages")
+    parser.add_argument("--codec", default="tcq-4bit", help="of pages")
     parser.add_argument("--cr", type=float, default=4.0, help="tokens an entry")
     parser.add_argument("--head-size", type=int, default=128, help="D")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after the prompt")

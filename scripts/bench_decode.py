@@ -6,8 +6,8 @@
 
 kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run (on CUDA
 replayed as a graph: launches from Python take longer than the kernels);
-CR 1 dense, then CR 4 with dense, int8, fp8 and GEAR pages whose rows differ in length as those of a retrofit do. "gear" is
-the paper's recipe (4 bit, keys by channel, values by token, 2 % outliers, rank 1), "gear-4bit" the preset of that name.
+CR 1 dense, then CR 4 with dense, int8, fp8, TCQ and GEAR pages whose rows differ in length as those of a retrofit do. "gear"
+is its published recipe in 4 bits (keys by channel, values by token, 2 % outliers, rank 4), "tcq-4bit" the preset of that name.
 grow: what a step does to one layer's cache before it attends, at CR 4: a token appended to every row (a quarter of them close
 their open entry) and full pages encoded (one row of PAGE closes an entry that fills one); beside the attention of the same
 cache, as tokens/s of both together.
@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from dmc.cache import KVCache, Shape, codec, policy  # noqa: E402
 from dmc.cache.codecs import Codec  # noqa: E402
+from dmc.cache.codecs.gear import GearCodec  # noqa: E402
 from dmc.cache.reading import growing  # noqa: E402
 from dmc.cache.reading.onpages import page_layout  # noqa: E402
 from dmc.cache.storage.pages import Layout  # noqa: E402
@@ -42,9 +43,10 @@ from dmc.kernels.encode.encode import encode_pages  # noqa: E402
 from dmc.kernels.pages.paged import Gear, Paged  # noqa: E402
 
 COLUMNS = ["section", "what", "batch", "ms", "put back ms", "append ms", "encode ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
-CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("gear-4bit", 4), ("gear", 4))
-GROWING = (("dense", 4), ("int8", 4), ("fp8", 4), ("gear-4bit", 4), ("gear-2bit", 4))
+CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("gear", 4))
+GROWING = (("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("tcq-2bit", 4))
 PER_OPEN = 16  # exact entries a page
+RANK = 4  # of GEAR's low rank
 
 
 def main() -> None:
@@ -197,8 +199,9 @@ def pages(
     At CR 1 every row holds the context; else rows hold between a fifth and twice the mean, as heads of retrofits do.
     """
     work, size, page = _dtype(device), args.hidden // args.heads, args.page_size
-    preset = codec(kind) if kind == "gear-4bit" else None
-    page = page if preset is None else max(preset.page_size, page) if device.type == "cuda" else page
+    preset = codec(kind) if kind == "tcq-4bit" else None
+    own = GearCodec.page_size if kind == "gear" else preset.page_size if preset else page
+    page = max(own, page) if device.type == "cuda" else page
     rows, mean = layers * batch * args.kv_heads, args.context / cr
     g = torch.Generator().manual_seed(0)
     entries = torch.full((rows,), mean)
@@ -262,7 +265,7 @@ def gear_fields(count: int, gear: Gear, device: torch.device) -> dict[str, Tenso
     for part, vectors, length in (("k", gear.head_size, gear.page), ("v", gear.page, gear.head_size)):
         groups, outliers = gear.groups(part)[0], max(1, round(0.02 * length))
         shapes = {"scale": (vectors * groups,), "zero": (vectors * groups,), "outliers": (vectors, outliers),
-                  "left": (gear.page, 1), "right": (gear.head_size, 1)}
+                  "left": (gear.page, RANK), "right": (gear.head_size, RANK)}
         wanted |= {f"{part}_{name}": (torch.bfloat16, shape) for name, shape in shapes.items()}
         wanted |= {f"{part}_codes": (torch.uint8, (gear.page * gear.head_size * gear.bits // 8,)),
                    f"{part}_places": (torch.uint8, (vectors, outliers))}

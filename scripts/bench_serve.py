@@ -140,7 +140,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="tokens of a prompt")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"], help="of prompts")
-    parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
+    parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "tcq"], help="of ours")
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"],
                         help="of the arithmetic, of all engines; ours are held against the faster of theirs")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after each prompt")

@@ -1,6 +1,6 @@
 """CPU time of one decode step: the engine's model and cache beside `transformers`, over caches of a given length.
 
-    python scripts/bench_step.py DIR --contexts 512 2048 --batches 1 8 --codecs dense gear
+    python scripts/bench_step.py DIR --contexts 512 2048 --batches 1 8 --codecs dense tcq
 
 The caches are filled with random entries, so no prompt is read and a case costs seconds; what a step does depends on
 lengths alone. Steps of all engines take turns in one process and the least CPU time of each counts, so that a busy machine
@@ -126,7 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="cached tokens of the longest sequence")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"])
-    parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "gear"], help="of ours")
+    parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "tcq"], help="of ours")
     parser.add_argument("--policies", nargs="+", default=["full"], metavar="NAME[:SETTING=VALUE,...]", help="of ours")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all engines' arithmetic")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each; the least counts")

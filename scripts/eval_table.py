@@ -26,15 +26,18 @@ from dmc.evaluation.grid import runnable
 
 CACHES = {
     "full, dense bf16": ["--policy", "full", "--exact-dtype", "bf16"],
-    "full, GEAR 4 bit": ["--policy", "full", "--codec", "gear", "--bits", "4"],
-    "full, GEAR 2 bit": ["--policy", "full", "--codec", "gear", "--bits", "2"],
+    "full, GEAR 4 bit": ["--policy", "full", "--codec", "gear-4bit"],
+    "full, GEAR 2 bit": ["--policy", "full", "--codec", "gear-2bit"],
+    "full, TCQ 4 bit": ["--policy", "full", "--codec", "tcq", "--bits", "4"],
+    "full, TCQ 2 bit": ["--policy", "full", "--codec", "tcq", "--bits", "2"],
     "StreamingLLM 1/4, dense bf16": ["--policy", "streaming:share=0.25", "--exact-dtype", "bf16"],
     "H2O 1/4, dense bf16": ["--policy", "h2o:share=0.25", "--exact-dtype", "bf16"],
     "TOVA 1/4, dense bf16": ["--policy", "tova:share=0.25", "--exact-dtype", "bf16"],
 }
 OF_OTHERS = {
     "dense bf16": ["--exact-dtype", "bf16"],
-    "GEAR 4 bit": ["--codec", "gear", "--bits", "4"],
+    "GEAR 4 bit": ["--codec", "gear-4bit"],
+    "TCQ 4 bit": ["--codec", "tcq", "--bits", "4"],
 }
 """What each of --models gets, under the policy that it was trained for, or full."""
 TASK = {

@@ -28,12 +28,15 @@ trained=$SECONDS
 echo "== export, evaluation, pictures"
 python scripts/quickstart_report.py $OUT
 
-echo "== generation from the GEAR-compressed cache"
-dmc generate $OUT/cr4-hf --policy dmc --codec gear --bits 4 --max-tokens 80 --temperature 0 --prompt 'class Queue:
+PROMPT='class Queue:
     """A first-in, first-out queue."""
 
     def __init__(self, maxsize=0):
 '
+echo "== generation from DMC + TCQ (rotated, trellis-coded), 4 bit"
+dmc generate $OUT/cr4-hf --policy dmc --codec tcq --bits 4 --max-tokens 80 --temperature 0 --prompt "$PROMPT"
+echo "== generation from DMC + GEAR (published recipe), 4 bit"
+dmc generate $OUT/cr4-hf --policy dmc --codec gear --bits 4 --max-tokens 80 --temperature 0 --prompt "$PROMPT"
 echo
 echo "install $((installed - started)) s, training $((trained - installed)) s, the rest $((SECONDS - trained)) s"
 echo "written: $OUT/results.json, table.md, loss.png, heads.png, segments.html, cr4-hf (the exported model)"

@@ -62,10 +62,10 @@ step() {
     report) "$PYTHON" scripts/quickstart_report.py "$OUT" ;;
     needle)
       model=$(of_retrofit export)
-      "$PYTHON" -m dmc.cli eval "$model" --needle --codec gear --json "$OUT/needle.json" ;;
+      "$PYTHON" -m dmc.cli eval "$model" --needle --codec tcq --json "$OUT/needle.json" ;;
     generate)
       model=$(of_retrofit export)
-      "$PYTHON" -m dmc.cli generate "$model" --codec gear --bits 4 --temperature 0 --max-tokens 80 \
+      "$PYTHON" -m dmc.cli generate "$model" --codec tcq --bits 4 --temperature 0 --max-tokens 80 \
         --prompt "The history of the lighthouse begins" ;;
   esac
 }

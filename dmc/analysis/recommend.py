@@ -15,10 +15,12 @@ import torch
 
 from dmc.analysis.allocate import allocate
 from dmc.analysis.sensitivity import Probe
-from dmc.cache import Codec, KVCache, codec
+from dmc.cache import Codec, KVCache
+from dmc.cache.codecs import make
+from dmc.cache.codecs.former import renamed
+from dmc.cache.codecs.layers import FORMAT
 from dmc.model import Llama
 
-FORMAT = "dmc-layers-1"
 SCORED_SHARE = 4  # of a window's tokens one in so many is scored
 _STEP, _AROUND = 0.25, 1.0  # bits between choices, and from the setting for all to the least and most
 _LEAST_KL = 1e-9  # nats a token; below it is rounding
@@ -47,6 +49,7 @@ def recommend(
     Raises:
         ValueError: if the codec loses nothing, has no such setting, or a value is not allowed.
     """
+    name, settings = renamed(name, settings)
     vary = choices(name, settings, vary)
     probe = _probe(model, cache, windows)
     if not isinstance(cache.page_size, int):
@@ -85,6 +88,7 @@ def choices(
     Raises:
         ValueError: if the codec loses nothing, or a setting or value is not one of its own.
     """
+    name, settings = renamed(name, settings)
     pages = _Pages(name, dict(settings), 1, 1)
     uniform = pages.made({})
     if not uniform.lossy:
@@ -126,7 +130,7 @@ class _Pages:
     head_size: int
 
     def made(self, own: Mapping[str, object]) -> Codec:
-        return codec(self.name, **self.settings | own)
+        return make(self.name, self.settings | own)
 
     def allows(self, own: Mapping[str, object]) -> bool:
         try:

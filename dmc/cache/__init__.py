@@ -1,7 +1,7 @@
 """The KV cache: which entries exist (policies), how they are stored (codecs), and the pages under both.
 
 What it holds, everything counted, for a model of head size 64 at CR 4 after 1,000 tokens, with all settings at
-their defaults and ``codec("gear", bits=4)``. A head has 250 entries on average, where dense bf16 has 1,000 of 256
+their defaults and ``codec("tcq", bits=4)``. A head has 250 entries on average, where dense bf16 has 1,000 of 256
 bytes, that is 256,000 bytes:
 
     encoded pages   32 entries of 68 bytes = 2,184 bytes each, 7.2 on average          15,700 bytes
@@ -11,7 +11,7 @@ bytes, that is 256,000 bytes:
     tables          a page number or count takes 4 bytes                                   60
                                                                                        22,500: 11.4 x less
 
-The same sum gives 12.9 x at 2,000 tokens; with pages of 64 entries, as the preset ``gear-4bit`` has them, 9.7 and 11.8 x:
+The same sum gives 12.9 x at 2,000 tokens; with pages of 64 entries, as the preset ``tcq-4bit`` has them, 9.7 and 11.8 x:
 they share the keys' mean among more entries, but twice as many wait for a full page.
 """
 

@@ -25,13 +25,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                             "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens instead")
     cache.add_argument("--codec", default="dense", metavar="NAME[:SETTING=VALUE,...]",
                        help="how full pages are stored: dense (default), int8, fp8, kivi (:bits=2), rotated (:bits=4), svd "
-                            "(:rank=16), eigen (:file=FILE of dmc calibrate), gear, gear-4bit, gear-3bit or gear-2bit")
+                            "(:rank=16), eigen (:file=FILE of dmc calibrate), gear, gear-4bit or gear-2bit (the published "
+                            "recipe of GEAR), tcq, tcq-4bit, tcq-3bit or tcq-2bit (rotated, trellis-coded)")
     cache.add_argument("--codec-layers", metavar="FILE", help="the codec and its settings for each layer, as JSON")
-    cache.add_argument("--bits", type=int, help="gear, kivi: 2, 3, 4 or 8; rotated: 1 to 6 (4; kivi 2)")
-    cache.add_argument("--backbone", help="gear: rotated (default), kivi, kcvt or token")
-    cache.add_argument("--group", type=int, help="gear, kivi: values that share a scale (gear 64, but not rotated; kivi 32)")
-    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (0 for rotated, else 1); svd: of the factors (16)")
-    cache.add_argument("--outliers", type=float, help="gear: share of each vector kept apart (0 for rotated, else 0.02)")
+    cache.add_argument("--bits", type=int, help="gear, tcq, kivi: 2, 3, 4 or 8; rotated: 1 to 6 (4; kivi 2)")
+    cache.add_argument("--backbone", help="gear: kcvt (default from 4 bits up), kivi (below), token, trellis or lloyd")
+    cache.add_argument("--group", type=int, help="kivi, gear over kivi or token: values that share a scale (gear 64, kivi 32)")
+    cache.add_argument("--rank", type=int, help="gear: of the low-rank part (4); svd: of the factors (16)")
+    cache.add_argument("--outliers", type=float, help="gear: share of each vector kept in 16 bits (0.02)")
     cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
     cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
     cache.add_argument("--window", type=int, help="newest entries that always stay exact (the codec's own: 0; kivi 96)")

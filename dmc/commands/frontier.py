@@ -58,7 +58,8 @@ _HELP = {
     "scored": "tokens of a window that are fed one by one and scored (64)",
     "windows": "of the text (8)",
     "policies": "such as full h2o streaming:sinks=4,recent=252 (all that are registered)",
-    "codecs": "such as int8 gear:bits=2,page_size=32; also takes page_size, sink_tokens, window, exact_dtype (all registered)",
+    "codecs": "such as int8 gear-4bit tcq:bits=2,page_size=32; also takes page_size, sink_tokens, window, exact_dtype (all that "
+              "are registered)",
     "budgets": "shares of the tokens that evicting policies keep (1/2 1/4 1/8 1/16)",
     "device": "cpu, cuda:0, ... (a GPU if there is one)",
     "dtype": "fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)",

@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dmc.engine import LLM
+from dmc.evaluation import former
 from dmc.evaluation.grid import Cell, codec_settings
 from dmc.evaluation.measure import measure, prefill
 from dmc.evaluation.provenance import hardware, model_hash
@@ -47,7 +48,7 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     with _opened(out / RESULTS) as file:
-        known = _rows(file)
+        known = _rows(file, device, dtype)
         keys = [_key(cell, windows, base, device, dtype) for cell in cells]
         if all(_done(known.get(key)) for key in keys):
             return [known[key] for key in keys]
@@ -104,7 +105,7 @@ def _key(cell: Cell, windows: Windows, base: Path, device: str, dtype: str) -> s
     """Of everything that a row depends on but the code; see the row's commit for that."""
     parts = [model_hash(cell.model), str(cell.policy), str(cell.codec), windows.hash, model_hash(base), device, dtype]
     parts += [_digest(value) for name, value in cell.codec.settings if name == "file"]  # what it says, not where it lies
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return former.key(parts)
 
 
 def _digest(path: str) -> str | None:
@@ -138,13 +139,13 @@ def _opened(path: Path) -> Iterator:
         yield file
 
 
-def _rows(file: object) -> dict[str, dict]:
-    """By key; of several with one key the last."""
+def _rows(file: object, device: str, dtype: str) -> dict[str, dict]:
+    """By key; of several with one key the last. Codecs have the names of today."""
     file.seek(0)
     rows = {}
     for number, line in enumerate(file, 1):
         try:
-            row = json.loads(line)
+            row = former.renamed(json.loads(line), device, dtype)
             rows[row["key"]] = row
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"line {number} of {file.name} is no result of a frontier: mend or remove it") from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmc.cache import CODECS, POLICIES, codec, policy
+from dmc.cache.codecs.former import current
 from dmc.model import read_config
 
 Value = float | int | str | None
@@ -51,18 +52,16 @@ RECIPES: dict[str, tuple[Choice, ...]] = {
     "kivi": (choose("kivi", bits=2), choose("kivi", bits=4)),
     "rotated": (choose("rotated", bits=2), choose("rotated", bits=3), choose("rotated", bits=4)),
     "svd": (choose("svd", rank=16), choose("svd", rank=8)),
-    "gear": (
-        choose("gear", bits=4, backbone="kcvt", rank=4, outliers=0.02, page_size=64),
-        choose("gear", bits=2, backbone="kivi", rank=4, outliers=0.02, page_size=64),
-    ),
-    "gear-4bit": (choose("gear-4bit", page_size=32), choose("gear-4bit")),
-    "gear-3bit": (choose("gear-3bit", page_size=32), choose("gear-3bit")),
-    "gear-2bit": (choose("gear-2bit", page_size=32), choose("gear-2bit")),
+    "gear": (),  # the presets gear-4bit and gear-2bit are what it means
+    "tcq": (),  # likewise
+    "tcq-4bit": (choose("tcq-4bit", page_size=32), choose("tcq-4bit")),
+    "tcq-3bit": (choose("tcq-3bit", page_size=32), choose("tcq-3bit")),
+    "tcq-2bit": (choose("tcq-2bit", page_size=32), choose("tcq-2bit")),
     "eigen": (),  # needs the file that dmc calibrate makes of a model: asked for with --codecs
 }
-"""By the name of the codec: the published settings of each method, and the presets with short and long pages. The first
+"""By the name of the codec: the published settings of each method, and TCQ's presets with short and long pages. The first
 of each is the one that goes with retrofitted models."""
-WITH_EVICTION = ("dense", "gear-2bit")
+WITH_EVICTION = ("dense", "tcq-2bit")
 """Codecs that the default grid crosses with policies that evict, at every budget: none, and the one of fewest bytes."""
 
 
@@ -96,6 +95,7 @@ def cells(
         policy(choice.name, **dict(choice.settings))
     for choice in codecs or ():
         codec(choice.name, **codec_settings(choice)[0])
+    codecs = codecs and [_of_today(choice) for choice in codecs]
     made = []
     for model in models:
         for chosen in _policies(model, policies, budgets):
@@ -111,6 +111,15 @@ def codec_settings(choice: Choice) -> tuple[dict[str, Value], dict[str, Value]]:
     """(settings of the codec, settings of the cache) of a choice of codec."""
     own = {name: value for name, value in choice.settings if name not in CACHE_SETTINGS}
     return own, {name: value for name, value in choice.settings if name in CACHE_SETTINGS}
+
+
+def _of_today(choice: Choice) -> Choice:
+    """The choice of codec under the name that its row is to have."""
+    own, cache = codec_settings(choice)
+    name, now, page, _ = current(choice.name, own)
+    if (name, now) == (choice.name, own):
+        return choice
+    return choose(name, **now | ({} if page in (None, CODECS[name].page_size) else {"page_size": page}) | cache)
 
 
 def runnable(model: Path) -> list[str]:

@@ -11,6 +11,7 @@ from dmc.evaluation.pareto import between, front, leader
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 LEARNT = ("dmc", "dms")
+PRESETS = ("gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit")
 _BETWEEN = (
     "KL at exactly that size, on straight lines (in logarithms) between the neighbours on each policy's own front: most budgets "
     "between two measured ones can be had."
@@ -195,13 +196,13 @@ def _where(won: Sequence[float]) -> str:
 
 
 def _presets(rows: Sequence[dict], base: str) -> list[str]:
-    """Whether GEAR's presets are on the frontier of the codecs alone: base model, every token kept."""
+    """Whether the presets of GEAR and TCQ are on the frontier of the codecs alone: base model, every token kept."""
     alone = [row for row in rows if row["result"]["model_hash"] == base and row["result"]["policy"] == "full"]
     best = [alone[index] for index in front([point(row) for row in alone])]
     lines = []
     for name in dict.fromkeys(row["result"]["codec"] for row in alone):
         own = [row for row in alone if row["result"]["codec"] == name]
-        if not name.startswith("gear-"):
+        if name not in PRESETS:
             continue
         there = [row for row in own if row in best]
         if there:

@@ -1,6 +1,6 @@
 """Replicas behind Ray Serve: each is one engine with the application over it. Needs ``pip install -e '.[ray]'`` in the checkout.
 
-    serve run dmc.server.ray:build directory=DIR replicas=2 codec=gear
+    serve run dmc.server.ray:build directory=DIR replicas=2 codec=tcq
     serve deploy deploy/ray-serve.yaml
 
 Ray's proxy spreads requests over the replicas, streams answers through, and replaces a replica whose process has ended

@@ -50,7 +50,7 @@ def test_division_passes_over_what_is_off_the_hull_and_too_dear():
 def test_entries_come_back_as_from_pages():
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 3, 40, 8, generator=generator)
-    made, counts = codec("gear", bits=2), torch.tensor([40, 3, 21])
+    made, counts = codec("tcq", bits=2), torch.tensor([40, 3, 21])
     new = through(made, keys, values, counts, 8, 4)
     for part, (exact, got) in enumerate(zip((keys, values), new, strict=True)):
         def page(head, start, end, exact=exact, part=part):
@@ -73,7 +73,7 @@ def llms(tmp_path_factory):
     for decision in (None, "head"):
         fields = tiny.config(decision)
         directory = tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
-        made[decision] = LLM(directory, codec="gear", page_size=8, device="cpu")
+        made[decision] = LLM(directory, codec="tcq", page_size=8, device="cpu")
     return made
 
 
@@ -85,7 +85,7 @@ def windows():
 def test_kl_is_that_of_transformers(llms, windows):
     from transformers import DynamicCache, LlamaForCausalLM
 
-    llm, made = llms[None], codec("gear", bits=2)
+    llm, made = llms[None], codec("tcq", bits=2)
     model = LlamaForCausalLM.from_pretrained(llm.path, dtype=torch.float32)
     probe = Probe(llm.model, llm.cache, windows[:2], scored=15, sinks=4)
     assert probe.entries == [2 * 2 * (44 - 4)] * tiny.LAYERS  # the newest entry of the prompt is open
@@ -114,20 +114,20 @@ def test_exact_entries_lose_nothing(llms, windows):
     probe = Probe(llm.model, llm.cache, windows[:2], scored=15, sinks=4)
     unchanged = probe.kl({layer: probe.encoded(layer, codec("dense", dtype="fp32"), 8) for layer in range(tiny.LAYERS)})
     assert unchanged.max() < 1e-6
-    again = probe.kl({0: probe.encoded(0, codec("gear", bits=2), 8)})
-    assert torch.equal(again, probe.kl({0: probe.encoded(0, codec("gear", bits=2), 8)})) and again.min() > 1e-5
+    again = probe.kl({0: probe.encoded(0, codec("tcq", bits=2), 8)})
+    assert torch.equal(again, probe.kl({0: probe.encoded(0, codec("tcq", bits=2), 8)})) and again.min() > 1e-5
 
 
 @pytest.mark.parametrize("decision", [None, "head"], ids=["plain", "dmc"])
 def test_recommendation(llms, windows, decision, tmp_path):
     llm, told = llms[decision], []
-    found = recommend(llm.model, llm.cache, "gear", {"bits": 3}, windows[:2], windows[2:], progress=told.append)
-    assert sum(told) == passes(tiny.LAYERS, choices("gear", {"bits": 3}, None), True)
+    found = recommend(llm.model, llm.cache, "tcq", {"bits": 3}, windows[:2], windows[2:], progress=told.append)
+    assert sum(told) == passes(tiny.LAYERS, choices("tcq", {"bits": 3}, None), True)
     file = json.loads(json.dumps(found["layers"]))
-    assert file["format"] == "dmc-layers-1" and file["codec"] == "gear" and len(file["layers"]) == tiny.LAYERS
+    assert file["format"] == "dmc-layers-2" and file["codec"] == "tcq" and len(file["layers"]) == tiny.LAYERS
     for own in file["layers"]:
         assert 2.25 <= own["key_bits"] <= 4.25 and 1.5 <= own["value_bits"] <= 3.5
-        codec("gear", **own)
+        codec("tcq", **own)
     (tmp_path / "layers.json").write_text(json.dumps(file))
     read = read_layers(tmp_path / "layers.json")
     assert [(one.key_bits, one.value_bits) for one in read] == [(own["key_bits"], own["value_bits"]) for own in file["layers"]]
@@ -149,7 +149,7 @@ def test_layers_that_matter_get_the_bits(llms, windows):
     output = llm.model.layers[1].output
     kept, llm.model.layers[1].output = output, lambda x: 0 * output(x)
     try:
-        found = recommend(llm.model, llm.cache, "gear", {"bits": 3}, windows[:2], [])
+        found = recommend(llm.model, llm.cache, "tcq", {"bits": 3}, windows[:2], [])
     finally:
         llm.model.layers[1].output = kept
     first, second = found["layers"]["layers"]
@@ -158,12 +158,12 @@ def test_layers_that_matter_get_the_bits(llms, windows):
 
 
 def test_what_is_varied():
-    assert choices("gear", {"bits": 4}, None) == {"key_bits": [3.5, 5.5], "value_bits": [2.5, 4.5]}
+    assert choices("tcq", {"bits": 4}, None) == {"key_bits": [3.5, 5.5], "value_bits": [2.5, 4.5]}
     assert choices("gear", {"bits": 2, "backbone": "kivi"}, None) == {"key_bits": [1, 3], "value_bits": [1, 3]}
     assert choices("gear", {"backbone": "kivi"}, {"rank": [4, 1]}) == {"rank": [1, 4]}
     for name, own, vary, said in (
         ("dense", {}, None, "loses nothing"), ("int8", {}, None, "choose another --codec"),
-        ("gear", {}, {"colour": [1]}, "no setting colour"), ("gear", {}, {"key_bits": [2.1]}, "quarters of a bit"),
+        ("tcq", {}, {"colour": [1]}, "no setting colour"), ("tcq", {}, {"key_bits": [2.1]}, "quarters of a bit"),
     ):
         with pytest.raises(ValueError, match=said):
             choices(name, own, vary)
@@ -180,7 +180,7 @@ def run(capsys, *arguments):
 
 def test_command(capsys, llms, tmp_path):
     common = ("inspect", llms["head"].path, "--prompt", "Pack-my-box-with-five-dozen-liquor-jugs." * 5, "--device", "cpu",
-              "--codec", "gear", "--bits", 2, "--page-size", 8, "--windows", 1, "--window-tokens", 60, "--attention-tokens", 20)
+              "--codec", "tcq", "--bits", 2, "--page-size", 8, "--windows", 1, "--window-tokens", 60, "--attention-tokens", 20)
     out = tmp_path / "report"
     code, printed, err = run(capsys, *common, "--out", out, "--recommend", "--vary", "key_bits=2,3.5")
     assert (code, err) == (0, "") and "On 1 other windows they are" in printed

@@ -70,7 +70,7 @@ def common(directory, tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT)
     return (
-        "inspect", directory, "--prompt-file", file, "--device", "cpu", "--codec", "gear", "--page-size", 8, "--windows", 2,
+        "inspect", directory, "--prompt-file", file, "--device", "cpu", "--codec", "tcq", "--page-size", 8, "--windows", 2,
         "--window-tokens", 80, "--attention-tokens", 40,
     )
 

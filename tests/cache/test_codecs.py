@@ -6,11 +6,9 @@ import torch
 from hypothesis import given, settings
 
 from dmc.cache import codec
+from dmc.cache.codecs.backbones import BACKBONES, BITS, MIN_MAX
 from dmc.cache.codecs.bits import PLANES, pack, packed_bytes, unpack
-from dmc.cache.codecs.gear import BACKBONES as ALL_BACKBONES
-from dmc.cache.codecs.gear import BITS
-
-BACKBONES = tuple(name for name in ALL_BACKBONES if name != "rotated")  # that one: test_codecs_gear.py
+from dmc.cache.codecs.outliers import find, outlier_count
 
 
 def page(*shape, seed=0, outliers=True):
@@ -39,11 +37,11 @@ def test_codes_pack_and_unpack_exactly(bits, count, rows, seed):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", MIN_MAX)
 def test_backbone_error_is_half_a_step(bits, backbone):
     """Against an independent min/max over each group; the rounding of scales to bf16 may add 2 %."""
     keys, values = page(3, 32, 16)
-    made = codec("gear", bits=bits, backbone=backbone, group=8, rank=0, outliers=0)
+    made = codec("gear", bits=bits, backbone=backbone, **({} if backbone == "kcvt" else {"group": 8}), rank=0, outliers=0)
     decoded = made.decode(made.encode(keys, values))
     by_token = {"token": (True, True), "kcvt": (False, True), "kivi": (False, True)}[backbone]
     for x, y, token in zip((keys, values), decoded, by_token, strict=True):
@@ -85,12 +83,30 @@ def test_low_rank_is_the_best_of_its_rank():
     assert torch.equal(low_rank(residual[:1], 3, rounds=12, seed=0)[0], left[:1])  # a page alone, as in a batch
 
 
+@pytest.mark.parametrize("share, length, count", [(0.02, 64, 1), (0.02, 100, 2), (0.06, 50, 3), (0.3, 20, 6)])
+def test_outliers_are_the_highest_and_the_lowest(share, length, count):
+    """Half of them each, the odd one on the side that is farther from the mean."""
+    x = torch.randn(40, length, generator=torch.Generator().manual_seed(2)).exp()  # most of what is far from the mean is high
+    assert outlier_count(share, length) == count
+    where, rest = find(x, count)
+    half = count // 2
+    for row, places, others in zip(x, where, rest, strict=True):
+        order = row.argsort().tolist()
+        wanted = set(order[:half]) | set(order[length - half :])
+        if count % 2:
+            ends = order[half], order[length - half - 1]
+            wanted.add(max(ends, key=lambda place, row=row: (row[place] - row.mean()).abs()))
+        assert set(places.tolist()) == wanted and len(wanted) == count
+        kept = row[[place for place in range(length) if place not in wanted]]
+        assert others.amax() == kept.amax() and others.amin() == kept.amin()
+
+
 @pytest.mark.parametrize("entries, size", [(64, 64), (33, 60), (17, 80), (5, 8), (1, 4), (20, 2), (300, 16)])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("bits", BITS)
 def test_attention_over_blocks_is_attention_over_decode(entries, size, backbone, bits):
     keys, values = page(2, entries, size)
-    made = codec("gear", bits=bits, backbone=backbone)
+    made = codec("gear", bits=min(bits, 4) if backbone == "lloyd" else bits, backbone=backbone)
     blocks = made.encode(keys, values)
     k, v = made.decode(blocks)
     assert k.shape == keys.shape and v.shape == values.shape
@@ -122,7 +138,7 @@ def test_constant_pages(bits, value):
         torch.testing.assert_close(y, x, rtol=0.01, atol=1e-33)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", MIN_MAX)
 def test_values_beyond_fp16(backbone):
     keys, values = (1e8 * x for x in page(2, 32, 24))
     made = codec("gear", bits=8, backbone=backbone)
@@ -134,7 +150,7 @@ def test_bytes_are_what_the_formula_says():
     """bits + 32 / group + 16 rank (1/D + 1/N) + 24 c / n, as documented; and GEAR-L and the bare backbone."""
     keys, values = page(7, 64, 64)
     cases = (
-        ({}, 5.375), ({"rank": 2}, 5.875), ({"rank": 2, "outliers": 0}, 5.5), ({"outliers": 0, "rank": 0, "bits": 3}, 3.5),
+        ({}, 6.875), ({"rank": 1}, 5.375), ({"rank": 2, "outliers": 0}, 5.5), ({"outliers": 0, "rank": 0, "bits": 3}, 3.5),
     )
     for settings_, bits in cases:
         made = codec("gear", backbone="kivi", **settings_)
@@ -191,7 +207,7 @@ def test_dense_is_lossless():
 
 
 @pytest.mark.parametrize("settings_, said", [
-    ({"bits": 5}, "2, 3, 4, 8"), ({"backbone": "kv"}, "token, kcvt, kivi, rotated"), ({"rank": -1}, "rank=-1"),
+    ({"bits": 5}, "2, 3, 4, 8"), ({"backbone": "kv"}, "kcvt, kivi, token, trellis, lloyd, got"), ({"rank": -1}, "rank=-1"),
     ({"outliers": 0.5}, "outliers=0.5"), ({"scale_dtype": "fp16"}, "bf16, fp32"), ({"levels": 3}, "no setting levels"),
     ({"bits": True}, "bits must be a whole number, got True"), ({"group": 2.5}, "group must be a whole number, got 2.5"),
 ])
@@ -202,8 +218,8 @@ def test_settings_that_are_refused(settings_, said):
 
 def test_a_whole_number_is_one_however_it_is_written():
     assert type(codec("gear", bits=2.0).key_bits) is int and type(codec("kivi", bits=4.0, group=32.0).group) is int
-    assert codec("gear", key_bits=2.25).key_bits == 2.25
-    assert type(codec("gear-4bit", rounds=4.0, key_bits=4.25).rounds) is int
+    assert codec("tcq", key_bits=2.25).key_bits == 2.25 and type(codec("gear", backbone="kivi", group=32.0).group) is int
+    assert type(codec("gear-4bit", rounds=4.0, rank=2.0).rounds) is int
     with pytest.raises(ValueError, match="rounds must be a whole number"):
         codec("gear-2bit", rounds=True)
 

@@ -191,12 +191,12 @@ def test_settings_for_each_layer_from_a_file(directory, tmp_path, capsys):
     file = tmp_path / "layers.json"
 
     def write(**fields):
-        file.write_text(json.dumps({"format": "dmc-layers-1", "codec": "gear", "layers": [{"bits": 4}, {"bits": 2}]} | fields))
+        file.write_text(json.dumps({"format": "dmc-layers-2", "codec": "tcq", "layers": [{"bits": 4}, {"bits": 2}]} | fields))
 
     write(_note="why")
     llm = LLM(directory, codec_layers=file, device="cpu", page_size=8)
     first, second = llm.cache.page_size
-    assert first < second and llm.cache.codec_name == "gear"
+    assert first < second and llm.cache.codec_name == "tcq"
     outputs = llm.generate([TEXT[:50], "abc"], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
     llm.cache.check_integrity()
     assert all(len(output.token_ids) == 8 for output in outputs)
@@ -204,7 +204,7 @@ def test_settings_for_each_layer_from_a_file(directory, tmp_path, capsys):
     assert len({id(one) for one in read_layers(file)}) == 1
     for change, said in (
         ({"format": "x"}, "no file of layers"), ({"codec": 3}, "lacks a codec's name"), ({"layers": []}, "list of layers"),
-        ({"more": 1}, "unknown key 'more'"), ({"layers": [{}, {"bits": 9}]}, "layer 1: gear codec: bits must be"),
+        ({"more": 1}, "unknown key 'more'"), ({"layers": [{}, {"bits": 9}]}, "layer 1: tcq codec: bits must be"),
         ({"layers": [3]}, "layer 0: settings must be an object"), ({"layers": [{}]}, "1 codecs were given"),
     ):
         write(**change)
@@ -212,4 +212,4 @@ def test_settings_for_each_layer_from_a_file(directory, tmp_path, capsys):
         assert said in capsys.readouterr().err
     write()
     with pytest.raises(ValueError, match="leave codec and codec_settings out"):
-        LLM(directory, codec="gear", codec_layers=file)
+        LLM(directory, codec="tcq", codec_layers=file)

@@ -23,7 +23,7 @@ from tests.model import tiny
 
 pytest.importorskip("triton")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="tests/engine/test_gpu.py is for GPUs")
-GROWN = ("dense", "int8", "fp8", "gear", "gear-4bit", "gear-2bit")
+GROWN = ("dense", "int8", "fp8", "tcq", "tcq-4bit", "tcq-2bit")
 SETTINGS = {"page_size": 16, "sink_tokens": 2, "window": 1}
 
 
@@ -71,10 +71,10 @@ def state(cache, slot):
     return found
 
 
-SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in GROWN[2:] if name != "gear-4bit"]
+SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in GROWN[2:] if name != "tcq-4bit"]
 
 
-NAMES = [("dense", True), ("int8", False), ("gear-4bit", True), ("layered", True)]
+NAMES = [("dense", True), ("int8", False), ("tcq-4bit", True), ("layered", True)]
 
 
 @needs_interpreter
@@ -141,7 +141,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("merges", [True, False])
 def test_no_layer_waits_for_the_device(merges, monkeypatch):
     """The kernels apart, which the interpreter runs with PyTorch's operations: they cannot wait, having no host."""
-    cache, text = make("gear-4bit", **SETTINGS), tokens(40, seed=1)
+    cache, text = make("tcq-4bit", **SETTINGS), tokens(40, seed=1)
     slot = cache.load(prefill(cache, text, 30))
     launched = []
     assert cache.rows.error.due()  # the first and every 97th layer waits, to compare a page
@@ -172,7 +172,7 @@ def test_no_layer_waits_for_the_device(merges, monkeypatch):
     assert launched == LAYERS * ["_append", "_take", "_trellis", "_settle", "_trellis_pieces", "_together"]
     assert waits.seen == []
     with using("sdpa"), Waits() as waits:  # that the count sees anything: PyTorch's way waits several times a layer
-        other = make("gear-4bit", **SETTINGS)
+        other = make("tcq-4bit", **SETTINGS)
         slot = other.load(prefill(other, text, 30))
         waits.seen.clear()
         attend = other.step(torch.tensor([slot]), torch.tensor([30]), [], ROPE)

@@ -10,7 +10,8 @@ from tests.cache.test_rows import feed, make, tokens
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; tests/engine/test_gpu.py is for GPUs")
-READ = ("dense", "int8", "fp8", "kivi", "gear", "gear-4bit", "gear-2bit")  # gear-3bit: of these heads of 8, stretches of 2
+READ = ("dense", "int8", "fp8", "kivi", "gear", "gear-4bit", "gear-2bit", "tcq", "tcq-4bit", "tcq-2bit")
+# Not tcq-3bit: on these heads of 8 it has stretches of 2.
 
 
 def outs(name, layers, prompt, chunk, backend, **settings):
@@ -23,7 +24,9 @@ def outs(name, layers, prompt, chunk, backend, **settings):
 SLOW = [pytest.param(name, policy, marks=pytest.mark.slow) for name in READ for policy in ("dmc", "full")]
 
 
-@pytest.mark.parametrize(("name", "policy_name"), [("dense", "dmc"), ("gear-4bit", "dmc"), ("int8", "full"), *SLOW])
+@pytest.mark.parametrize(("name", "policy_name"), [
+    ("dense", "dmc"), ("gear-4bit", "dmc"), ("tcq-4bit", "dmc"), ("int8", "full"), *SLOW,
+])
 def test_prompts_and_generated_tokens_come_out_the_same(name, policy_name):
     """Chunks of a prompt (some of whose queries see merged entries) and tokens after it, pages closed on the way."""
     layers = tokens(40, seed=5)

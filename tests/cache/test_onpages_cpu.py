@@ -18,7 +18,7 @@ POLICIES = {
     "dmc": {}, "full": {}, "streaming": dict(sinks=1, recent=11), "h2o": dict(heavy=7, recent=6), "tova": dict(budget=13),
     "dms": dict(window=7),
 }
-CODECS = {"dense": {}, "int8": {}, "fp8": {}, "gear": {"bits": 4}, "gear-3bit": {}, "gear-2bit": {}}
+CODECS = {"dense": {}, "int8": {}, "fp8": {}, "tcq": {"bits": 4}, "tcq-3bit": {}, "tcq-2bit": {}}
 ROPE = Rope(frequencies(SIZE, 100.0))
 
 
@@ -74,11 +74,11 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
     st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3), st.sampled_from(list(POLICIES)),
     st.sampled_from([None, 1, 4, 12, 16]), st.sampled_from([None, "fp32", "bf16"]), st.booleans(),
 )
-@example(["gear"], "dmc", 4, None, False)
-@example(["dense", "gear-2bit", "int8"], "full", 12, "fp32", True)
-@example(["gear-3bit", "dense"], "h2o", 4, None, False)
+@example(["tcq"], "dmc", 4, None, False)
+@example(["dense", "tcq-2bit", "int8"], "full", 12, "fp32", True)
+@example(["tcq-3bit", "dense"], "h2o", 4, None, False)
 @example(["int8"], "tova", 4, None, False)
-@example(["gear"], "dms", 4, "bf16", False)
+@example(["tcq"], "dms", 4, "bf16", False)
 @example(["fp8"], "streaming", 4, None, False)
 def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
     arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
@@ -87,7 +87,7 @@ def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, f
 
 @pytest.mark.parametrize("policy_name", ["h2o", "tova"])
 def test_threads_write_the_scores_of_their_own_rows(policy_name, threads):
-    arguments = ["gear", "dense"], policy_name, 4, None, None
+    arguments = ["tcq", "dense"], policy_name, 4, None, None
     torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
 
 

@@ -9,7 +9,7 @@ from tests.cache.test_rows import HEADS, LAYERS, SIZE, decode, feed, prefill, to
 
 SHAPE = Shape(LAYERS, HEADS, SIZE, torch.float32)
 PAIRS = {
-    "gear": (lambda: codec("gear", bits=8), lambda: codec("gear", bits=2)),
+    "tcq": (lambda: codec("tcq", bits=8), lambda: codec("tcq", bits=2)),
     "other": (lambda: codec("int8"), lambda: codec("gear", bits=2, backbone="token", group=8, rank=0, outliers=0)),
     "dense": (lambda: codec("dense", dtype="fp32"), lambda: codec("fp8")),
 }
@@ -41,7 +41,7 @@ def test_a_layer_is_as_it_is_alone(kind, evicting):
 
 def test_pages_are_as_full_as_they_can_be():
     """Every layer's page fits, one more entry would not; the average layer has about the entries asked for."""
-    codecs = [codec("gear", bits=bits) for bits in (4, 2)]
+    codecs = [codec("tcq", bits=bits) for bits in (4, 2)]
     cache = made(codecs, None)
     rows = cache.rows
     for packing in rows.packings:
@@ -60,7 +60,7 @@ def test_pages_are_as_full_as_they_can_be():
 
 
 def test_pages_that_are_predicted_are_pages_that_are_taken():
-    cache = made([codec("gear", bits=4), codec("gear", bits=2)], 6, policy("full"))
+    cache = made([codec("tcq", bits=4), codec("tcq", bits=2)], 6, policy("full"))
     for count in (1, 9, 23, 60):
         slot = cache.load(prefill(cache, tokens(count, seed=count), count))
         entries = cache.entries(slot)

@@ -78,7 +78,7 @@ def test_bytes_are_those_of_the_formula(name, chosen, marks):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.data(), st.integers(2, 45), st.integers(1, 5), st.integers(0, 3), st.sampled_from(["dense", "gear"]), SHARES,
+    st.data(), st.integers(2, 45), st.integers(1, 5), st.integers(0, 3), st.sampled_from(["dense", "tcq"]), SHARES,
 )
 @pytest.mark.parametrize("name", ["h2o", "tova", "streaming"])
 def test_promises(name, data, length, page_size, sinks, codec_name, share):

@@ -18,7 +18,7 @@ NOBODY = torch.empty(0, dtype=torch.int64)
 ROPE = Rope(frequencies(SIZE, 100.0))
 
 
-def make(codec_name="gear", *, slots=3, memory=None, policy_name="dmc", policy_settings=None, **changes):
+def make(codec_name="tcq", *, slots=3, memory=None, policy_name="dmc", policy_settings=None, **changes):
     sizes = {"page_size": 4, "sink_tokens": 2, "window": 1} | changes
     return KVCache(
         Shape(LAYERS, HEADS, SIZE, torch.float32), policy(policy_name, **(policy_settings or {})),
@@ -144,7 +144,7 @@ def test_decode_attends_to_what_is_held():
                 torch.testing.assert_close(outs[i][-1, g], want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gear", "dense"])
+@pytest.mark.parametrize("name", ["tcq", "dense"])
 def test_held_bytes_are_those_of_the_tensors(name):
     """An independent count: pages of each row from its entries, tail and tables from their shapes."""
     cache = make(name, exact_dtype="bf16")

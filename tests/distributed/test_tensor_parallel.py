@@ -28,7 +28,7 @@ EACH = [
     SamplingParams(max_tokens=16, seed=3, top_p=0.9, repetition_penalty=1.2, ignore_eos=True),
 ]
 CASES = {  # decision, key/value heads, fields of config.json, settings
-    "gqa-neuron-gear": ("neuron", 2, {"tie_word_embeddings": True}, {"codec": "gear"}),
+    "gqa-neuron-tcq": ("neuron", 2, {"tie_word_embeddings": True}, {"codec": "tcq"}),
     "mha-head-biases": ("head", 4, {"attention_bias": True, "mlp_bias": True}, {"codec": "dense"}),
     "gqa-head-dms": ("head", 2, {"dmc": {"method": "dms", "window": 9, "decision": "head", "offset": 0.0}}, {}),
     "plain-h2o-int8": (None, 2, {}, {"policy": "h2o", "policy_settings": {"heavy": 10, "recent": 12}, "codec": "int8"}),
@@ -130,8 +130,8 @@ def test_ranks_share_the_memory_of_a_machine_and_have_pools_of_one_size(director
 def test_the_embedded_model(tmp_path, ranks):
     directory = ROOT / "checkpoints/base" if ranks == 2 else write(tmp_path / "model", "neuron", 4, {})
     prompts = ["def read(path):\n    ", "0123"] if ranks == 2 else PROMPTS[:2]
-    expected = run(LLM(directory, device="cpu", codec="gear"), prompts, EACH[:2], check=False)
-    llm = LLM(directory, device="cpu", codec="gear", tensor_parallel=ranks)
+    expected = run(LLM(directory, device="cpu", codec="tcq"), prompts, EACH[:2], check=False)
+    llm = LLM(directory, device="cpu", codec="tcq", tensor_parallel=ranks)
     assert_same(run(llm, prompts, EACH[:2], check=False), expected)
     llm.close()
 
@@ -208,7 +208,7 @@ def test_a_rank_that_dies_or_hangs(directory, number, said):
 
 @pytest.mark.slow
 def test_under_torchrun(directory):
-    arguments = ["generate", str(directory), "--prompt", "abcabc", "--device", "cpu", "--temperature", "0", "--codec", "gear"]
+    arguments = ["generate", str(directory), "--prompt", "abcabc", "--device", "cpu", "--temperature", "0", "--codec", "tcq"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def said(*start, more=()):

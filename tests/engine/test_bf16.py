@@ -38,7 +38,7 @@ def test_no_further_from_fp64_than_transformers_in_bf16(directory, prompt_tokens
     assert 1e-4 < error < 1.5 * allowed
 
 
-@pytest.mark.parametrize("codec", ["dense", "int8", "fp8", "gear"])
+@pytest.mark.parametrize("codec", ["dense", "int8", "fp8", "tcq"])
 def test_the_loops_are_pytorchs_form(directory, codec):
     settings = dict(dtype="bf16", device="cpu", page_size=8, codec=codec)
     llm = LLM(directory, **settings)
@@ -52,7 +52,7 @@ def test_the_loops_are_pytorchs_form(directory, codec):
 
 
 def test_it_generates(directory):
-    llm = LLM(directory, dtype="bf16", device="cpu", codec="gear", page_size=8)
+    llm = LLM(directory, dtype="bf16", device="cpu", codec="tcq", page_size=8)
     outputs = llm.generate(SEQUENCES, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
     assert [len(output.token_ids) for output in outputs] == [40] * 3
     llm.cache.check_integrity()

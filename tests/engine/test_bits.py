@@ -16,7 +16,7 @@ def directory(tmp_path_factory):
     return tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
 
 
-@pytest.mark.parametrize("codec", ["dense", "int8", "gear"])
+@pytest.mark.parametrize("codec", ["dense", "int8", "tcq"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_same_bits(directory, dtype, codec):
     if not takes(torch.float32 if dtype == "fp32" else torch.bfloat16):

@@ -9,10 +9,10 @@ from tests.cache.stored import frequencies
 
 
 @pytest.mark.parametrize("layers, shares", [(6, (0.02, 0.48)), (4, (0.25, 0.25)), (6, (0.1, 0.4))])
-def test_gear_at_cr_4_holds_a_seventh_of_dense_bf16(layers, shares):
+def test_tcq_at_cr_4_holds_a_seventh_of_dense_bf16(layers, shares):
     """1,000 tokens, 2 heads of size 64 that keep the given shares of their tokens, fp32 model: all settings default."""
     tokens, heads, size = 1000, 2, 64
-    cache = KVCache(Shape(layers, heads, size, torch.float32), policy("dmc"), codec("gear", bits=4), slots=1)
+    cache = KVCache(Shape(layers, heads, size, torch.float32), policy("dmc"), codec("tcq", bits=4), slots=1)
     rope = Rope(frequencies(size, 1e4))
     generator = torch.Generator().manual_seed(0)
     prompt, nobody = cache.prompt(), torch.empty(0, dtype=torch.int64)

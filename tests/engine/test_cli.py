@@ -29,7 +29,7 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("some-text-of-a-file")
     common = (
-        "--policy", "dmc", "--codec", "gear", "--bits", "4", "--page-size", "8", "--max-tokens", 25, "--temperature", 0.9,
+        "--policy", "dmc", "--codec", "tcq", "--bits", "4", "--page-size", "8", "--max-tokens", 25, "--temperature", 0.9,
         "--top-p", 0.9, "--top-k", 40, "--seed", 3, "--device", "cpu", "--dtype", "fp32",
     )
     code, out, err = run(capsys, "generate", directory, "--prompt", "hello", *common)
@@ -64,8 +64,8 @@ def test_evicting_policies_by_name(capsys, directory, policy, entries):
     ((), "COMMAND"), (("serv",), "invalid choice: 'serv'"), (("generate",), "DIR"),
     (("generate", "DIR"), "--prompt TEXT or --prompt-file FILE"),
     (("generate", "DIR", "--prompt", "x", "--bites", "4"), "unknown argument --bites for generate; its flags: --help, --policy"),
-    (("generate", "DIR", "--prompt", "x", "--codec", "gear", "--bits", "5"), "2, 3, 4, 8"),
-    (("generate", "DIR", "--prompt", "x", "--codec", "gear", "--bits", "four"), "invalid int value: 'four'"),
+    (("generate", "DIR", "--prompt", "x", "--codec", "tcq", "--bits", "5"), "2, 3, 4, 8"),
+    (("generate", "DIR", "--prompt", "x", "--codec", "tcq", "--bits", "four"), "invalid int value: 'four'"),
     (("generate", "DIR", "--prompt", "x", "--bits", "4"), "the dense codec has no setting bits"),
     (("generate", "DIR", "--prompt", "x", "--policy", "lru"), "known: full, dmc"),
     (("generate", "DIR", "--prompt", "x", "--policy", "h2o:heavy=none"), "heavy=none must be a whole number"),
@@ -106,10 +106,10 @@ def test_memory_sizes(text, size):
 def test_inspect(capsys, directory, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("some-text-of-a-file" * 5)
-    common = ("inspect", directory, "--prompt-file", file, "--codec", "gear", "--page-size", "8", "--device", "cpu")
+    common = ("inspect", directory, "--prompt-file", file, "--codec", "tcq", "--page-size", "8", "--device", "cpu")
     code, out, err = run(capsys, *common)
     assert code == 0 and err == ""
-    assert "dmc x gear: pages of 8 entries" in out and "codec error" in out and out.count("\n") == 8 + tiny.LAYERS
+    assert "dmc x tcq: pages of 8 entries" in out and "codec error" in out and out.count("\n") == 8 + tiny.LAYERS
     code, out, _ = run(capsys, *common, "--json")
     figures = json.loads(out)
     assert figures["tokens"] == 95 and figures["held_bytes"] == sum(figures["held"].values())

@@ -22,7 +22,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(directory):
-    return LLM(directory, codec="gear", page_size=8, device="cpu")
+    return LLM(directory, codec="tcq", page_size=8, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,13 @@ def test_one_prompt_alone_is_the_same_in_a_batch(directory):
         GREEDY, SamplingParams(max_tokens=12, seed=1), SamplingParams(max_tokens=20, seed=2, top_p=0.8, temperature=0.7),
         SamplingParams(max_tokens=5, seed=3, top_k=5),
     ]
-    narrow = LLM(directory, codec="gear", page_size=8, max_batch=2, device="cpu")
+    narrow = LLM(directory, codec="tcq", page_size=8, max_batch=2, device="cpu")
     worst = max(narrow.cache.worst_pages(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
     tight = LLM(
-        directory, codec="gear", page_size=8, device="cpu", kv_memory=worst * narrow.cache.rows.pool.page_bytes,
+        directory, codec="tcq", page_size=8, device="cpu", kv_memory=worst * narrow.cache.rows.pool.page_bytes,
         prefill_tokens=30,
     )
-    for engine in (LLM(directory, codec="gear", page_size=8, device="cpu"), narrow, tight):
+    for engine in (LLM(directory, codec="tcq", page_size=8, device="cpu"), narrow, tight):
         together = engine.generate(prompts, params)
         for prompt, own, output in zip(prompts, params, together, strict=True):
             alone = engine.generate(prompt, own)[0]
@@ -78,7 +78,7 @@ def test_text_stop_and_end(llm):
 def test_end_token(directory, llm):
     token = llm.generate("hello", GREEDY)[0].token_ids[4]
     (directory / "generation_config.json").write_text(f'{{"eos_token_id": [{token}, 3]}}')
-    ending = LLM(directory, codec="gear", page_size=8, device="cpu")
+    ending = LLM(directory, codec="tcq", page_size=8, device="cpu")
     (directory / "generation_config.json").unlink()
     output = ending.generate("hello", SamplingParams(max_tokens=30, temperature=0))[0]
     assert output.finish_reason == "eos" and output.token_ids[-1] == token and len(output.token_ids) <= 5

@@ -17,7 +17,7 @@ def directory(tmp_path_factory, request):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("codec", ["dense", "int8", "gear", "kivi"])
+@pytest.mark.parametrize("codec", ["dense", "int8", "gear", "tcq", "kivi"])
 def test_scores_and_tokens_are_those_of_the_cpu(directory, codec):
     """fp32: log-probabilities fed one by one, and greedy tokens as far as the CPU's are clearly ahead."""
     both = [LLM(directory, codec=codec, page_size=16, device=device, dtype="fp32") for device in ("cuda", "cpu")]
@@ -34,7 +34,7 @@ def test_scores_and_tokens_are_those_of_the_cpu(directory, codec):
 
 @pytest.mark.gpu
 def test_bf16_runs_at_every_batch(directory):
-    llm = LLM(directory, codec="gear", codec_settings={"bits": 4}, page_size=32, device="cuda", dtype="bf16")
+    llm = LLM(directory, codec="tcq", codec_settings={"bits": 4}, page_size=32, device="cuda", dtype="bf16")
     params = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
     together = llm.generate(PROMPTS, params)
     assert all(len(x.token_ids) == 80 for x in together)

@@ -10,10 +10,10 @@ from tests.cache.stored import needed
 from tests.model import tiny
 
 PROMPTS = ["abcdefghijklm" * 4, "tuv", "abcdefghijklm" * 4 + "xyz", "0123456789" * 3, "abcdefghijklm" * 4]
-PARTS = ("kivi", "rotated", "svd", "gear-4bit", "gear-3bit", "gear-2bit")  # of the paths of others
+PARTS = ("kivi", "rotated", "svd", "gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit")  # of the paths of others
 PAIRS = [  # scores are gathered from exact and from encoded pages alike: two codecs show it, the others are slow
     pytest.param(policy, codec, marks=[pytest.mark.slow] * (
-        (policy in ("h2o", "tova", "dms") and codec not in ("dense", "gear")) or (codec in PARTS and policy != "dmc")
+        (policy in ("h2o", "tova", "dms") and codec not in ("dense", "tcq")) or (codec in PARTS and policy != "dmc")
     ))
     for policy in POLICIES for codec in CODECS
 ]
@@ -95,7 +95,7 @@ def test_alone_is_batched_is_chunked_is_preempted(directory, marking, late, poli
 
 
 def test_n_completions_share_their_prompt(directory):
-    llm = LLM(directory, codec="gear", page_size=8, device="cpu")
+    llm = LLM(directory, codec="tcq", page_size=8, device="cpu")
     own = SamplingParams(max_tokens=20, n=5, seed=7, ignore_eos=True)
     used = []
     step = llm.engine.step
@@ -115,7 +115,7 @@ def test_n_completions_share_their_prompt(directory):
 def test_a_common_beginning_shares_its_pages(directory):
     """Two prompts that part near the end, together: what each generates alone, on fewer pages."""
     prompts, each = [PROMPTS[0], PROMPTS[0] + "xyz"], params()[:2]
-    for codec in ("dense", "gear"):
+    for codec in ("dense", "tcq"):
         llm = LLM(directory, codec=codec, page_size=4, sink_tokens=0, device="cpu")
         expected = [llm.generate(prompt, own)[0] for prompt, own in zip(prompts, each, strict=True)]
         outputs = run(llm, prompts, each)
@@ -137,7 +137,7 @@ def test_order_is_that_of_arrival(directory):
 
 
 def test_cancel_in_every_state(directory):
-    llm = LLM(directory, codec="gear", page_size=8, device="cpu", max_batch=3, prefill_tokens=10)
+    llm = LLM(directory, codec="tcq", page_size=8, device="cpu", max_batch=3, prefill_tokens=10)
     sequences = [llm.sequences(prompt, SamplingParams(max_tokens=30, ignore_eos=True))[0] for prompt in PROMPTS]
     for sequence in sequences:
         llm.engine.add(sequence)

@@ -231,7 +231,7 @@ def test_a_prompt_forgets_while_it_is_read(exported):
 
 
 def test_a_lossy_codec_on_top(exported, alone):
-    _, outputs = generated(exported[1], codec="gear", codec_settings={"bits": 4})
+    _, outputs = generated(exported[1], codec="tcq", codec_settings={"bits": 4})
     assert all(out.stats.cr > 1.3 for out in outputs)
 
 

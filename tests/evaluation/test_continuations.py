@@ -63,7 +63,7 @@ def test_equals_the_model_written_out(plain, retrofitted, decision, batch):
 def test_reads_encoded_pages_as_generation_does(retrofitted, policy):
     settings = {"streaming": {"sinks": 2, "recent": 12}, "h2o": {"heavy": 8, "recent": 8}}.get(policy, {})
     common = dict(policy=policy, policy_settings=settings, page_size=4, sink_tokens=1, device="cpu")
-    lossy = LLM(retrofitted[0], codec="gear", codec_settings={"bits": 2}, **common)
+    lossy = LLM(retrofitted[0], codec="tcq", codec_settings={"bits": 2}, **common)
     dense = follow(LLM(retrofitted[0], **common), _requests())
     context, continuation = _requests()[0].context, _requests()[0].continuation
     for each, exact, request in zip(follow(lossy, _requests()), dense, _requests(), strict=True):

@@ -35,7 +35,7 @@ def run(capsys, *arguments):
 
 def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
     code, out, err = run(
-        capsys, directory, "--codec", "gear", "--bits", 4, "--page-size", 8, "--device", "cpu", "--text", text,
+        capsys, directory, "--codec", "tcq", "--bits", 4, "--page-size", 8, "--device", "cpu", "--text", text,
         "--prompt-tokens", 40, "--scored-tokens", 10, "--windows", 2, "--needle", "--haystack", text, "--kinds", "constant",
         "--lengths", "120,160", "--depths", "0,50", "--trials", 1, "--choices", 3, "--plot", tmp_path / "map.png",
         "--json", tmp_path / "out.json", "--seed", 5,
@@ -43,7 +43,7 @@ def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
     assert code == 0 and err == ""
     assert "2 windows of 40 + 10 tokens, perplexity" in out and "no --base: no KL" in out and "constant: exact" in out
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["policy"] == "dmc" and figures["codec"] == "gear" and figures["arguments"]["bits"] == 4
+    assert figures["policy"] == "dmc" and figures["codec"] == "tcq" and figures["arguments"]["bits"] == 4
     assert len(figures["model_hash"]) == 16 and figures["commit"] and figures["versions"]["torch"]
     assert figures["arguments"]["seed"] == 5 and figures["arguments"]["lengths"] == [120, 160]
     (measured,) = figures["text"]

@@ -10,8 +10,8 @@ import torch
 
 from dmc.cache import CODECS, POLICIES
 from dmc.cli import main
-from dmc.evaluation import frontier, grid
-from dmc.evaluation.grid import Cell, choose
+from dmc.evaluation import former, frontier, grid
+from dmc.evaluation.grid import Cell, cells, choose
 from dmc.evaluation.plot import plot_frontier
 from dmc.evaluation.report import leaders, report, sizes, words
 from dmc.evaluation.windows import Windows
@@ -55,7 +55,7 @@ def test_default_grid_has_every_policy_and_codec(base, retrofit):
     assert {cell.policy.name for cell in cells if cell.model == base} == set(POLICIES) - set(grid.LEARNT)
     assert {cell.policy.name for cell in cells if cell.model == retrofit} == {"dmc"}
     for model in (base, retrofit):
-        assert {cell.codec.name for cell in cells if cell.model == model} == set(CODECS) - {"eigen"}
+        assert {cell.codec.name for cell in cells if cell.model == model} == set(CODECS) - {"eigen", "gear", "tcq"}
     budgets = [dict(cell.policy.settings)["share"] for cell in cells if cell.policy.name == "h2o"]
     assert set(budgets) == set(grid.BUDGETS)
     assert len(set(cells)) == len(cells)
@@ -66,6 +66,79 @@ def test_recipes_are_valid(base):
         own, cache = grid.codec_settings(choice)
         frontier.LLM(base, codec=choice.name, codec_settings=own, device="cpu", **cache)
     assert str(choose("gear", bits=2, outliers=0.02)) == "gear:bits=2,outliers=0.02"
+
+
+def test_the_default_grid_has_gear_and_tcq(base, retrofit):
+    """Each under its own name, for the base and for what was retrofitted; neither twice."""
+    chosen = cells([base, retrofit], budgets=[0.5])
+    names = ["gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit"]
+    for model, policy in ((base, "full"), (retrofit, "dmc")):
+        found = [cell.codec.name for cell in chosen if cell.model == model and cell.policy.name == policy]
+        assert [name for name in dict.fromkeys(found) if name.startswith(("gear", "tcq"))] == names
+    assert not any(cell.codec.name in ("gear", "tcq") for cell in chosen)
+
+
+# ------------------------------------------------------------------------------------------------ names of version 0.1
+
+
+def old(codec, made, *, device="auto"):
+    """A row as version 0.1 wrote it."""
+    result = row("m", "full", codec.partition(":")[0], 0.3, 0.1)["result"]
+    result |= {"windows_hash": "w", "settings": {"policy": {}, "codec": made, "cache": {}}}
+    key = former.key(["m", "full", codec, "w", "base", device, "auto"])
+    return {"key": key, "model": "m", "policy": "full", "codec": codec, "result": result, "seconds": 1.0}
+
+
+TRELLIS, MIN_MAX = {"key_bits": 4.5, "value_bits": 3.5, "rank": 0}, {"key_bits": 4, "value_bits": 4, "rank": 4}
+
+
+@pytest.mark.parametrize("codec, made, now", [
+    ("gear-4bit", TRELLIS, "tcq-4bit"), ("gear-3bit:page_size=32", TRELLIS, "tcq-3bit:page_size=32"),
+    ("gear:bits=4", TRELLIS, "tcq:bits=4"),
+    ("gear:key_bits=4,value_bits=3,page_size=32", TRELLIS, "tcq:key_bits=4,value_bits=3,page_size=32"),
+    ("gear:bits=4,backbone=kcvt,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-4bit"),
+    ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-2bit"),
+    ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32", MIN_MAX,
+     "gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32,page_size=32"),
+    ("gear:backbone=token", MIN_MAX, "gear:backbone=token,rank=1,outliers=0.02,page_size=32"),
+])
+def test_rows_of_version_0_1_are_read_under_the_names_of_today(codec, made, now):
+    """With the key that the same measurement has today, so that it is not measured again."""
+    before = old(codec, made)
+    after = former.renamed(before, "auto", "auto")
+    assert after["codec"] == now and after["result"]["codec"] == now.partition(":")[0]
+    assert after["key"] == former.key(["m", "full", now, "w", "base", "auto", "auto"]) != before["key"]
+    assert {name: after["result"][name] for name in ("kl", "share")} == {"kl": 0.1, "share": 0.3}
+    assert former.renamed(before, "cuda", "auto")["key"] == f"{before['key']}-0.1"  # of another device: of nothing today
+
+
+def test_rows_of_today_are_left_alone():
+    for one in (old("gear-4bit", {"backbone": "kcvt"}), old("tcq-4bit", {}), old("kivi", {"bits": 2}),
+                {"key": "k", "codec": "gear-4bit", "error": "failed"}):
+        assert former.renamed(one, "auto", "auto") is one
+
+
+def test_a_run_does_not_take_the_trellis_for_gear(base, text, tmp_path):
+    """A results file of version 0.1 has both names' rows measured under the name gear-4bit: TCQ's is kept, GEAR's is new."""
+    assert main(command(base, text, tmp_path, "--policies", "full", "--codecs", "tcq-4bit:page_size=4")) == 0
+    (mine,) = rows(tmp_path)
+    result = mine["result"]
+    result |= {"codec": "gear-4bit", "kl": 0.125}
+    parts = [result["model_hash"], "full", "gear-4bit:page_size=4", result["windows_hash"], result["base_hash"], "cpu", "auto"]
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps(mine | {"codec": "gear-4bit:page_size=4", "key": former.key(parts), "result": result}) + "\n"
+    )
+    both = "tcq-4bit:page_size=4", "gear-4bit:page_size=4"
+    assert main(command(base, text, tmp_path, "--policies", "full", "--codecs", *both)) == 0
+    before, new = rows(tmp_path)
+    assert before["codec"] == "gear-4bit:page_size=4" == new["codec"] and new["result"]["settings"]["codec"]["rank"] == 4
+    report = (tmp_path / "report.md").read_text()
+    assert "`tcq-4bit:page_size=4`" in report and "0.1250" in report and "`gear-4bit:page_size=4`" in report
+
+
+def test_a_name_that_is_gone_is_measured_under_its_new_one(base, text, tmp_path):
+    assert main(command(base, text, tmp_path, "--policies", "full", "--codecs", "gear-3bit:page_size=4")) == 0
+    assert [one["codec"] for one in rows(tmp_path)] == ["tcq-3bit:page_size=4"]
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -147,9 +220,10 @@ def row(model, policy, codec, share, kl, windows=(0.0, 0.0)):
 
 
 ROWS = [
-    row("base", "full", "dense", 1.0, 0.0), row("base", "full", "int8", 0.5, 0.001), row("base", "full", "gear-4bit", 0.3, 0.01),
-    row("base", "full", "gear-2bit", 0.2, 0.5), row("base", "full", "rotated", 0.15, 0.3), row("base", "h2o", "dense", 0.25, 0.4),
-    row("cr4", "dmc", "dense", 0.25, 0.2, (-0.3, 0.3)), row("cr4", "dmc", "gear-4bit", 0.06, 0.25),
+    row("base", "full", "dense", 1.0, 0.0), row("base", "full", "int8", 0.5, 0.001), row("base", "full", "tcq-4bit", 0.3, 0.01),
+    row("base", "full", "tcq-2bit", 0.2, 0.5), row("base", "full", "rotated", 0.15, 0.3), row("base", "h2o", "dense", 0.25, 0.4),
+    row("base", "full", "gear-2bit", 0.35, 0.09),
+    row("cr4", "dmc", "dense", 0.25, 0.2, (-0.3, 0.3)), row("cr4", "dmc", "tcq-4bit", 0.06, 0.25),
 ]
 
 
@@ -158,11 +232,12 @@ def test_words_follow_from_the_rows():
     assert "At 1/2 of dense bf16: base, full x int8 leads with a KL of 0.001; the best other is cr4, dmc x dense" in said
     assert "At 1/4 of dense bf16: cr4, dmc x dense leads with a KL of 0.2000; the best other is base, full x rotated" in said
     assert "1.5 times as much" in said and "so not settled" in said
-    assert "At 1/16 of dense bf16: cr4, dmc x gear-4bit leads with a KL of 0.2500; no other family is that small" in said
+    assert "At 1/16 of dense bf16: cr4, dmc x tcq-4bit leads with a KL of 0.2500; no other family is that small" in said
     assert "DMC x its best codec has the lowest KL of all rows at 1/4, 1/8 and 1/16, not at 1/2; interpolated" in said
     assert "equal bytes, at 1/8 and 1/16, not at 1/2 and 1/4." in said  # full has .3 at .15 and .01 at .3: .05 at 1/4
-    assert "gear-4bit is on the frontier" in said
-    assert "gear-2bit is not on the frontier: it holds 0.2000 of dense at a KL of 0.5000, and base, full x rotated" in said
+    assert "tcq-4bit is on the frontier" in said
+    assert "tcq-2bit is not on the frontier: it holds 0.2000 of dense at a KL of 0.5000, and base, full x rotated" in said
+    assert "gear-2bit is not on the frontier: it holds 0.3500 of dense at a KL of 0.0900, and base, full x tcq-4bit" in said
     assert "no row is that small" in words(ROWS[:4])
 
 
@@ -170,7 +245,7 @@ def test_table_of_leaders_marks_one_a_line():
     lines = leaders(ROWS).splitlines()
     assert lines[0] == "| held, at most | full | h2o | dmc |"
     assert all(line.count("**") == 2 for line in lines[2:])
-    assert lines[5] == "| 1/16 | – | – | **0.2500: cr4, dmc x gear-4bit** |"
+    assert lines[5] == "| 1/16 | – | – | **0.2500: cr4, dmc x tcq-4bit** |"
 
 
 def test_table_of_sizes_interpolates():
@@ -187,7 +262,7 @@ def test_another_plain_model_competes_under_its_own_name():
     gqa = [row("gqa", "full", "dense", 0.5, 0.1), row("gqa", "h2o", "dense", 0.12, 0.2)]
     lines = leaders([*ROWS, *gqa]).splitlines()
     assert lines[0] == "| held, at most | full | h2o | dmc | gqa |"
-    assert lines[4] == "| 1/8 | – | – | 0.2500: cr4, dmc x gear-4bit | **0.2000: gqa, h2o x dense** |"
+    assert lines[4] == "| 1/8 | – | – | 0.2500: cr4, dmc x tcq-4bit | **0.2000: gqa, h2o x dense** |"
 
 
 def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):

@@ -66,7 +66,7 @@ def test_kl_between_two_models_is_that_of_transformers(base, other, windows):
 
 
 @pytest.mark.parametrize("policy, codec", [
-    ("full", "dense"), ("full", "int8"), ("dmc", "dense"), ("dmc", "gear"), ("streaming", "dense"),
+    ("full", "dense"), ("full", "int8"), ("dmc", "dense"), ("dmc", "tcq"), ("streaming", "dense"),
 ])
 def test_numbers_are_those_of_the_engine_at_every_length(tmp_path, windows, policy, codec):
     """`LLM.score` on windows cut after 1, 2, ... scored tokens: what is predicted last, and what is held then."""
@@ -108,7 +108,7 @@ def test_bytes_of_a_full_cache_follow_the_formula(base, windows):
 def test_batches_and_shared_prompts_change_nothing(base, windows):
     kept = reference(base, windows, store=None)
 
-    def make(batch, codec="gear"):
+    def make(batch, codec="tcq"):
         return LLM(base, policy="full", codec=codec, page_size=4, max_batch=batch)
     together, done = make(3), []
     prompts = prefill(make(1, "dense"), windows)

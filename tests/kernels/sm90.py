@@ -176,11 +176,11 @@ def decoding_gear(size, dtype, *, bits=4, groups=4, page=32, rows=64, rank=1):
 def decoding_trellis(size, dtype, *, bits=4, groups=4, page=64, rows=64):
     """The launches of one decode step over trellis pages, as the project's codec lays them out."""
     from dmc.cache.codecs import trellis
-    from dmc.cache.codecs.gear import GearCodec
+    from dmc.cache.codecs.tcq import TcqCodec
     from dmc.kernels.decode.gpu import decode
     from dmc.kernels.pages.paged import Paged, Trellis
 
-    codec, pool, fields, start = GearCodec(bits), torch.zeros(2, 1 << 15, dtype=torch.uint8), {}, 0
+    codec, pool, fields, start = TcqCodec(bits), torch.zeros(2, 1 << 15, dtype=torch.uint8), {}, 0
     for name, (kind, shape) in codec.layout(page, size, dtype).items():
         start, nbytes = -(-start // 16) * 16, torch.Size(shape).numel() * kind.itemsize
         fields[name] = pool[:, start : start + nbytes].view(kind).unflatten(-1, shape)
@@ -230,14 +230,14 @@ def appending(size, dtype, *, rows=64):
 def encoding(size, dtype, codec, *, page=64, rows=64):
     """The launches that encode the pages of full rows."""
     from dmc.cache.codecs import trellis
-    from dmc.cache.codecs.gear import GearCodec
+    from dmc.cache.codecs.tcq import TcqCodec
     from dmc.cache.storage.pages import Layout
     from dmc.kernels.encode.gpu import encode
     from dmc.kernels.pages.encoding import Encoding
     from dmc.kernels.pages.paged import Trellis
 
     state, kind, layout = growing(size, dtype, page=page, rows=rows), codec.name, None
-    if isinstance(codec, GearCodec):
+    if isinstance(codec, TcqCodec):
         sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
         levels = {bits: trellis.levels(bits) for side in sides for _, bits in side}
         kind, layout = "trellis", Trellis(page, size, *sides, levels, torch.zeros(size, size))
@@ -258,7 +258,7 @@ def main():
                 training(size, torch.bfloat16)
             if not parts or "grow" in parts:
                 appending(size, torch.bfloat16)
-                for name, settings in (("dense", {}), ("int8", {}), ("fp8", {}), ("gear", {"bits": 4}), ("gear", {"bits": 3})):
+                for name, settings in (("dense", {}), ("int8", {}), ("fp8", {}), ("tcq", {"bits": 4}), ("tcq", {"bits": 3})):
                     encoding(size, torch.bfloat16, codec(name, **settings))
             serving = not parts or "serve" in parts
             for kind, groups in (("dense", 1), ("dense", 4), ("int8", 1), ("fp8", 4)) if serving else ():

@@ -10,7 +10,7 @@ import pytest
 from tests.training.helpers import ROOT
 
 EXPECTED = {
-    "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8", "CR 4 gear"},
+    "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8", "CR 4 tcq-4bit", "CR 4 gear"},
     "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: sdpa", "plain: all keys"},
     "layer": {"plain", "DMC: sdpa"},
 }
@@ -38,7 +38,8 @@ def test_a_small_run_on_a_cpu(tmp_path, name):
         grown = [row for row in results["rows"] if row["section"] == "grow"]
         assert len(grown) == 5 and all(row["put back ms"] > 0 and row["tokens/s"] > 0 for row in grown)
         assert 3 < kernel["CR 1 dense"]["bytes"] / kernel["CR 4 dense"]["bytes"] < 5
-        assert kernel["CR 4 gear"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
+        assert kernel["CR 4 tcq-4bit"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
+        assert kernel["CR 4 tcq-4bit"]["bytes"] < kernel["CR 4 gear"]["bytes"] < 0.7 * kernel["CR 4 dense"]["bytes"]
         assert kernel["CR 4 int8"]["bytes"] < 0.6 * kernel["CR 4 dense"]["bytes"]
 
 

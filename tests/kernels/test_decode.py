@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dmc.cache.codecs import trellis
-from dmc.cache.codecs.gear import BACKBONES, GearCodec
+from dmc.cache.codecs.backbones import MIN_MAX
+from dmc.cache.codecs.gear import GearCodec
 from dmc.cache.codecs.rotated import rotation
+from dmc.cache.codecs.tcq import TcqCodec
 from dmc.cache.storage.pages import Layout
 from dmc.kernels.decode.decode import decode_attention
 from dmc.kernels.decode.reference import decode_reference
@@ -120,7 +122,7 @@ def test_unknown_pages_are_refused():
 def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     """Rows over pages that the project's codec encoded, in one byte pool; and the keys and values that it decodes."""
     g = torch.Generator().manual_seed(0)
-    codec = GearCodec(**settings)
+    codec = GearCodec(**settings) if "backbone" in settings else TcqCodec(**settings)
     keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3) * scaled_by
     blocks = codec.encode(keys, values)
     where = Layout({name: (x.dtype, tuple(x.shape[1:])) for name, x in blocks.tensors.items()})
@@ -133,16 +135,16 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
         view[1:7] = blocks.tensors[name]
     memory = memory.to(DEVICE)
     fields = where.views(memory)
-    layout = trellis_layout(codec, page, size) if settings["backbone"] == "rotated" else min_max_layout(page, size, settings)
+    layout = trellis_layout(codec, page, size) if "backbone" not in settings else min_max_layout(page, size, settings)
     tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[8, 9], [10, 0], [11, 0]])
     counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
     small = [x.int().to(DEVICE) for x in (*tables, *counts)]
-    kind = "trellis" if settings["backbone"] == "rotated" else "gear"
+    kind = "gear" if "backbone" in settings else "trellis"
     return Paged(kind, fields, opened.views(memory), *small, layout), codec.decode(blocks)
 
 
 def min_max_layout(page, size, settings):
-    (k_axis, k_grouped), (v_axis, _) = BACKBONES[settings["backbone"]]
+    (k_axis, k_grouped), (v_axis, _) = MIN_MAX[settings["backbone"]]
     grouped = settings.get("group", 64) if k_grouped else None
     return Gear(settings["bits"], page, size, k_axis == "channel", v_axis == "channel", grouped)
 
@@ -179,7 +181,7 @@ TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bi
 @pytest.mark.parametrize("groups", [1, 2])
 def test_trellis_pages(settings, groups):
     """Every width of codes, one stretch and two; against the twin, and the twin against the codec that wrote the pages."""
-    cache, (keys, values) = gear_pages(16, 16, backbone="rotated", **settings)
+    cache, (keys, values) = gear_pages(16, 16, **settings)
     inputs = queries(3, groups, 16)
     check(cache, inputs, [2, 0, 1], floor=3e-6)
     entries = [torch.cat([x[5], own[2][None]]) for x, own in zip((keys.to(DEVICE), values.to(DEVICE)), inputs[1:], strict=True)]
@@ -197,7 +199,7 @@ def test_trellis_pages(settings, groups):
                                             pytest.param(96, 256, marks=pytest.mark.slow)])
 def test_trellis_pages_of_one_query_a_head(settings, size, page):
     """The kernel without matrix products: every width and every pair of stretches that it takes, blocks of 4 to 32 entries."""
-    cache, _ = gear_pages(size, page, backbone="rotated", **settings)
+    cache, _ = gear_pages(size, page, **settings)
     assert trellis_single_triton.takes(1, cache.gear.key + cache.gear.value)
     check(cache, queries(3, 1, size), [2, 0, 1], floor=3e-6)
 
@@ -206,7 +208,7 @@ def test_trellis_pages_of_one_query_a_head(settings, size, page):
 def test_several_pages_a_piece(groups, monkeypatch):
     """Pieces as long as on a GPU: a program goes from page to page."""
     monkeypatch.setattr(decode_triton, "interpreted", lambda: False)
-    cache, _ = gear_pages(128, 64, backbone="rotated", bits=4)
+    cache, _ = gear_pages(128, 64, bits=4)
     assert cache.encoded_count.max() > 1
     check(cache, queries(3, groups, 128), [2, 0, 1], floor=3e-6)
 
@@ -218,7 +220,7 @@ def test_several_pages_a_piece(groups, monkeypatch):
 @pytest.mark.parametrize(("page", "groups"), [(16, 2), (64, 4), pytest.param(32, 16, marks=pytest.mark.slow)])
 def test_trellis_pages_of_grouped_queries(settings, page, groups):
     """The kernel with tiles of blocks on top of each other, 8 of 2 entries to 2 of 8."""
-    cache, _ = gear_pages(128, page, backbone="rotated", **settings)
+    cache, _ = gear_pages(128, page, **settings)
     assert trellis_grouped_triton.takes(groups, page, cache.gear.key, cache.gear.value)
     check(cache, queries(3, groups, 128), [2, 0, 1], floor=3e-6)
 
@@ -229,7 +231,7 @@ def test_which_kernel_reads_trellis_pages(monkeypatch):
         monkeypatch.setattr(module, "launch", lambda grid, shared, constants, name=name: launched.append((name, constants["G"])))
     shapes = (1, 128, 16, 4), (2, 128, 16, 4), (17, 128, 16, 4), (3, 80, 16, 4), (1, 128, 16, 8), (2, 128, 16, 8), (2, 64, 64, 2)
     for groups, size, page, bits in (*shapes, (4, 128, 128, 4)):
-        cache, _ = gear_pages(size, page, backbone="rotated", bits=bits)
+        cache, _ = gear_pages(size, page, bits=bits)
         decode_attention(*queries(3, groups, size), torch.tensor([2, 0, 1], device=DEVICE), cache, backend="triton")
     assert launched == [("single", 1), ("grouped", 2), ("grouped", 2)]
 
@@ -241,7 +243,7 @@ def test_levels_are_the_same_on_both_sides_of_0():
 
 def test_trellis_pages_with_constant_entries():
     """Entries of zeros (scale code 255) and equal entries."""
-    cache, _ = gear_pages(16, 16, backbone="rotated", bits=4, scaled_by=torch.tensor([0.0, 1.0]).repeat(8)[:, None])
+    cache, _ = gear_pages(16, 16, bits=4, scaled_by=torch.tensor([0.0, 1.0]).repeat(8)[:, None])
     check(cache, queries(3, 2, 16), [2, 0, 1], floor=3e-6)
 
 
@@ -249,7 +251,7 @@ def test_trellis_pages_with_constant_entries():
 @pytest.mark.parametrize("size", [64, 80, 96])
 @pytest.mark.parametrize("page", [16, 32])
 def test_trellis_matrix_in_the_interpreter(size, page):
-    cache, _ = gear_pages(size, page, backbone="rotated", bits=3)
+    cache, _ = gear_pages(size, page, bits=3)
     check(cache, queries(3, 4, size), [2, 0, 1], floor=3e-6)
 
 
@@ -259,7 +261,7 @@ def test_trellis_matrix_in_the_interpreter(size, page):
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trellis_pages_on_a_gpu(settings, size, groups, dtype):
-    cache, _ = gear_pages(size, 32, dtype=dtype, backbone="rotated", **settings)
+    cache, _ = gear_pages(size, 32, dtype=dtype, **settings)
     check(cache, queries(3, groups, size, dtype), [2, 0, 1], floor=5e-3)
 
 

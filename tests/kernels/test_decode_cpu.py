@@ -52,7 +52,7 @@ def test_equals_the_twin_whatever_the_lengths(kind, size, groups, dtype):
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (40, 1, 12, torch.float32)])
 def test_trellis_pages(settings, size, groups, page, dtype):
-    check(gear_pages(size, page, dtype=dtype, backbone="rotated", **settings)[0], queries(3, groups, size), [2, 0, 1])
+    check(gear_pages(size, page, dtype=dtype, **settings)[0], queries(3, groups, size), [2, 0, 1])
 
 
 @pytest.mark.skipif(not levels_numba.WIDE, reason="this CPU looks up no vectors")
@@ -88,7 +88,7 @@ def trellis_page(rates, page, size):
 
 
 def test_trellis_pages_with_constant_entries():
-    cache, _ = gear_pages(16, 16, backbone="rotated", bits=4, scaled_by=torch.tensor([0.0, 1.0]).repeat(8)[:, None])
+    cache, _ = gear_pages(16, 16, bits=4, scaled_by=torch.tensor([0.0, 1.0]).repeat(8)[:, None])
     check(cache, queries(3, 2, 16), [2, 0, 1])
 
 

@@ -80,7 +80,7 @@ def check_bits(kind, exact, size, page=7):
 SHAPES = [
     ("dense", "fp16", dict(page_size=4, sink_tokens=2, window=1)), ("int8", "fp32", dict(page_size=1, sink_tokens=0, window=0)),
     ("fp8", "bf16", dict(page_size=3, sink_tokens=0, window=2)), ("dense", "bf16", dict(page_size=4, sink_tokens=0, window=0)),
-    ("gear", "bf16", dict(page_size=3, sink_tokens=1, window=1)),
+    ("tcq", "bf16", dict(page_size=3, sink_tokens=1, window=1)),
 ]
 NAMED = pytest.mark.parametrize(("kind", "exact", "shape"), SHAPES, ids=["-".join(shape[:2]) for shape in SHAPES])
 
@@ -172,7 +172,7 @@ def test_trellis_pages_of_usual_sizes(size, page):
 def check_errors(settings, size, page, exact):
     """Of each page of keys and values, the squared error of what the kernel wrote beside that of the codec's own."""
     counts = [3 + page, 2 + page, 3 + page, 3 + page, 0, 3 + page]
-    held = cache("gear", size=size, page_size=page, sink_tokens=3, window=0, exact_dtype=exact, codec=settings)
+    held = cache("tcq", size=size, page_size=page, sink_tokens=3, window=0, exact_dtype=exact, codec=settings)
     g = torch.Generator().manual_seed(0)
     scale = torch.rand(size, generator=g) * 4
     keys, values = torch.randn(2, len(counts), 3 + page, size, generator=g)
@@ -240,7 +240,7 @@ def test_trellis_pages_on_a_gpu(number, size, page):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [*PLAIN, "gear"])
+@pytest.mark.parametrize("kind", [*PLAIN, "tcq"])
 def test_capture_in_a_cuda_graph(kind):
     """Append and encode captured once, replayed token after token: the same pages and counts as the cache's own."""
     shape = dict(size=64, exact_dtype="bf16", page_size=8, sink_tokens=2, window=3, columns=64)

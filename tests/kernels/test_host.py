@@ -33,7 +33,7 @@ if "decode" in sys.argv:
     from tests.kernels.test_decode_cpu import check
     for kind in ("dense", "int8", "fp8"):
         check(paged(kind, [(2, 5), (0, 1), (1, 0)], 20, 16), queries(3, 3, 20), [2, 0, 1])
-    check(gear_pages(64, 32, backbone="rotated", bits=4)[0], queries(3, 2, 64), [2, 0, 1])
+    check(gear_pages(64, 32, bits=4)[0], queries(3, 2, 64), [2, 0, 1])
 if "linear" in sys.argv:
     from dmc.functional import rotate
     from dmc.kernels import rows_cpu
@@ -95,7 +95,7 @@ def test_a_process_without_compilation_is_pytorch_s():
         from dmc.model.linear import Linear
         assert not runs_on_cpu(torch.ones(1)) and Linear(torch.ones(4, 4)).held != "panels"
         rows.norm(torch.ones(2, 4), torch.ones(4), 1e-5)
-        codec("gear").encode(*torch.randn(2, 1, 32, 64))
+        codec("tcq").encode(*torch.randn(2, 1, 32, 64))
     """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
 

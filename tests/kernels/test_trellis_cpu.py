@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmc.cache.codecs import GearCodec, trellis
+from dmc.cache.codecs import trellis
+from dmc.cache.codecs.tcq import TcqCodec
 from dmc.kernels.backend import using
 from dmc.kernels.formats.trellis import cpu as rotated_cpu
 from dmc.kernels.formats.trellis import viterbi_cpu as trellis_cpu
@@ -69,8 +70,8 @@ def test_the_codec_uses_them(monkeypatch):
     real = rotated_cpu.encode
     monkeypatch.setattr(rotated_cpu, "encode", lambda *given, **named: (calls.append(1), real(*given, **named))[1])
     keys, values = torch.randn(2, 3, 32, 64)
-    fields = GearCodec().encode(keys, values).tensors
+    fields = TcqCodec().encode(keys, values).tensors
     assert len(calls) == 2
     with using("sdpa"):
-        plain = GearCodec().encode(keys, values).tensors
+        plain = TcqCodec().encode(keys, values).tensors
     assert len(calls) == 2 and all(torch.equal(fields[name], plain[name]) for name in plain)

@@ -112,7 +112,7 @@ def test_no_tokenizer(parts, tmp_path):
 
 @pytest.mark.parametrize("settings, said", [
     ({"policy": "lru"}, "known: full, dmc"),
-    ({"codec": "zip"}, "known: dense, int8, fp8, kivi, rotated, svd, eigen, gear"),
+    ({"codec": "zip"}, "known: dense, int8, fp8, kivi, rotated, svd, eigen, gear, gear-4bit, gear-2bit, tcq, tcq-4bit"),
     ({"codec": "gear", "codec_settings": {"bit": 4}}, "no setting bit"),
     ({"dtype": "int8"}, "fp32, bf16"),
     ({"device": "abacus"}, "'abacus'"),

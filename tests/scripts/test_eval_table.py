@@ -25,7 +25,9 @@ def test_other_models_run_under_what_they_were_trained_for(tmp_path, monkeypatch
     monkeypatch.setattr(eval_table, "runnable", lambda path: ["dms"] if path.name == "dms4" else ["full", "h2o"])
     rows = eval_table.runs(BASE, [tmp_path / "dms4", tmp_path / "gqa1"])
     assert list(rows)[: len(eval_table.CACHES)] == list(eval_table.CACHES)
-    assert rows["dms4, dms, GEAR 4 bit"][:3] == [str(tmp_path / "dms4"), "--policy", "dms"]
+    for name, codec in (("GEAR 4 bit", ["gear-4bit"]), ("TCQ 4 bit", ["tcq", "--bits", "4"])):
+        assert rows[f"dms4, dms, {name}"] == [str(tmp_path / "dms4"), "--policy", "dms", "--codec", *codec]
+        assert rows[f"full, {name}"] == [BASE, "--policy", "full", "--codec", *codec]
     assert rows["gqa1, full, dense bf16"][:3] == [str(tmp_path / "gqa1"), "--policy", "full"]
 
 

@@ -56,7 +56,15 @@ def test_report_of_two_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
-    assert {"base", "DMC CR 2", "DMC CR 3", "DMC CR 3 + GEAR-4bit"} < rows.keys()
+    both = tcq, gear = "DMC CR 3 + TCQ, 4 bit", "DMC CR 3 + GEAR, 4 bit (published recipe)"
+    assert {"base", "DMC CR 2", "DMC CR 3", *both} < rows.keys()
+    plain = rows["DMC CR 3"]
+    for name in both:  # each through a cache of its own, close to what the same model says without a codec
+        assert rows[name]["perplexity"] == pytest.approx(plain["perplexity"], rel=0.02)
+        assert rows[name]["perplexity"] != plain["perplexity"]
+        assert rows[name]["measured_cr"] == pytest.approx(plain["measured_cr"], rel=0.02)
+        assert f"| {name} | " in (tmp_path / "table.md").read_text()
+    assert rows[tcq]["perplexity"] != rows[gear]["perplexity"] and rows[tcq]["bytes_per_token"] != rows[gear]["bytes_per_token"]
     assert sum("control" in name for name in rows) == 1
     evicting = [row for name, row in rows.items() if name.startswith("base + ")]
     assert len(evicting) == 6 and all(row["heads"] and row["measured_cr"] > 1.5 for row in evicting)  # held, not supposed

@@ -52,7 +52,7 @@ class Running:
 @contextlib.contextmanager
 def serving(directory, *, settings=None, **llm_settings):
     """A server on a free port."""
-    llm = LLM(directory, device="cpu", **({"codec": "gear", "page_size": 8} | llm_settings))
+    llm = LLM(directory, device="cpu", **({"codec": "tcq", "page_size": 8} | llm_settings))
     chosen = Settings(name="tiny", port=0, **(settings or {}))
     service = Service(llm, max_waiting=chosen.max_waiting)
     app = create_app(llm, chosen, service)

@@ -48,7 +48,7 @@ def test_completion_is_what_the_engine_generates(client, directory):
     text = answer.choices[0].text
     again = client.completions.create(model="tiny", prompt="hello", max_tokens=12, temperature=0.7, seed=4)
     assert text and again.choices[0].text == text
-    llm = LLM(directory, codec="gear", page_size=8, device="cpu")
+    llm = LLM(directory, codec="tcq", page_size=8, device="cpu")
     own = llm.generate("hello", SamplingParams(max_tokens=12, temperature=0.7, seed=4))[0]
     assert own.text == text
     assert answer.usage.prompt_tokens == 5 and answer.usage.completion_tokens == len(own.token_ids)

@@ -53,9 +53,8 @@ class KiviCodec(Codec):
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`."""
-        keys = self._keys.decode(blocks.part("k"), blocks.entries, blocks.head_size)
-        return query @ keys.to(query.dtype).transpose(-1, -2)
+        return self._keys.scores(blocks.part("k"), blocks.entries, query)
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
         """See `Codec.combine`."""
-        return weights @ self._values.decode(blocks.part("v"), blocks.entries, blocks.head_size).to(weights.dtype)
+        return self._values.combine(blocks.part("v"), blocks.head_size, weights)

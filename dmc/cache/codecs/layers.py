@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dmc.cache.codecs import codec
+from dmc.cache.codecs import codec, make
 from dmc.cache.codecs.base import Codec
+from dmc.cache.codecs.former import former, say
 
-FORMAT = "dmc-layers-1"
+FORMAT = "dmc-layers-2"
+FORMER = "dmc-layers-1"
+"""As version 0.1 wrote it: with what the codecs' names meant then."""
 _KEYS = {"format", "codec", "layers"}
 
 
 def read_layers(path: str | Path) -> list[Codec]:
     """One codec a layer; layers with equal settings share an object.
 
-    The file is JSON: ``{"format": "dmc-layers-1", "codec": "gear", "layers": [{"bits": 4}, {"bits": 2}, ...]}``, an
+    The file is JSON: ``{"format": "dmc-layers-2", "codec": "tcq", "layers": [{"bits": 4}, {"bits": 2}, ...]}``, an
     element of "layers" for each layer of the model, with settings of the codec. A key beside these three that begins
     with "_" is a note and is passed over.
 
@@ -32,7 +35,7 @@ def read_layers(path: str | Path) -> list[Codec]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(read, dict) or read.get("format") != FORMAT:
+    if not isinstance(read, dict) or read.get("format") not in (FORMAT, FORMER):
         raise ValueError(f'{path} is no file of layers: it needs "format": "{FORMAT}"')
     unknown = [key for key in read if key not in _KEYS and not key.startswith("_")]
     if unknown or not isinstance(read.get("codec"), str) or not isinstance(read.get("layers"), list) or not read["layers"]:
@@ -46,8 +49,20 @@ def read_layers(path: str | Path) -> list[Codec]:
         key = json.dumps(settings, sort_keys=True)
         if key not in made:
             try:
-                made[key] = codec(read["codec"], **settings)
+                made[key] = _made(path, read, settings)
             except (ValueError, TypeError) as error:  # of another JSON type than the setting's
                 raise ValueError(f"{path}, layer {number}: {error}") from error
         out.append(made[key])
     return out
+
+
+def _made(path: str | Path, read: dict, settings: dict) -> Codec:
+    """A codec of the file; in one of the former format names mean what they meant then."""
+    name = read["codec"]
+    if read["format"] == FORMAT:
+        return codec(name, **settings)
+    now = former(name, settings)
+    if now[0] != name:
+        say(f'{path} was written by version 0.1, whose codec {name} is now called {now[0]}; write "format": "{FORMAT}" and that '
+            "name, as the next version reads no other")
+    return make(*now)

@@ -12,7 +12,9 @@ def outlier_count(share: float, length: int) -> int:
 
 
 def find(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` values of each vector that lie farthest from its mean.
+    """The highest and the lowest values of each vector: half of ``count`` each.
+
+    Where ``count`` is odd, the last one is whichever of the next highest and the next lowest is farther from the mean.
 
     Args:
         vectors: ``[..., n]``.
@@ -22,8 +24,13 @@ def find(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ``(where [..., count] int64, rest [..., n])``: rest has the outliers clamped into the range of the other
         values, so that they widen no quantisation group.
     """
-    distance = (vectors - vectors.mean(-1, keepdim=True)).abs()
-    where = distance.topk(count, dim=-1).indices
+    order, half = vectors.argsort(dim=-1), count // 2
+    length = vectors.shape[-1]
+    where = torch.cat([order[..., :half], order[..., length - half :]], dim=-1)
+    if count % 2:
+        ends = order[..., [half, length - half - 1]]
+        low, high = (vectors.gather(-1, ends) - vectors.mean(-1, keepdim=True)).abs().unbind(-1)
+        where = torch.cat([where, torch.where(high > low, ends[..., 1], ends[..., 0])[..., None]], dim=-1)
     outlying = torch.zeros_like(vectors, dtype=torch.bool).scatter_(-1, where, True)
     low = vectors.masked_fill(outlying, torch.inf).amin(-1, keepdim=True)
     high = vectors.masked_fill(outlying, -torch.inf).amax(-1, keepdim=True)

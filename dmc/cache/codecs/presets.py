@@ -1,19 +1,19 @@
-"""The recipes that lose least for their bytes on a real model (docs/results/gear.md), by name."""
+"""Codecs with settings of their own, by name: GEAR's published recipe, and TCQ with the bits that lose least."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from dmc.cache.codecs.base import Codec
 from dmc.cache.codecs.gear import GearCodec
+from dmc.cache.codecs.tcq import TcqCodec
 
 
-class _Preset(GearCodec):
-    """`GearCodec` with defaults of its own; every setting can still be changed.
+class _Preset(Codec):
+    """A codec with defaults of its own; every setting can still be changed."""
 
-    Pages are longer than its own, which costs the fewest bits a stored entry; below some thousand tokens a head
-    ``page_size=32`` holds less in all, since fewer entries wait for a full page.
-    """
-
-    page_size = 64
-    defaults: dict[str, object]
+    defaults: ClassVar[dict[str, object]]
+    of: ClassVar[type[Codec]]
 
     def __init__(self, **changes: object) -> None:
         super().__init__(**(self.defaults | changes))
@@ -21,28 +21,57 @@ class _Preset(GearCodec):
     @classmethod
     def settings(cls) -> list[str]:
         """See `Codec.settings`."""
-        return GearCodec.settings()
+        return cls.of.settings()
 
 
-class Gear4Bit(_Preset):
-    """For a KL to the uncompressed model of about 0.002 a token."""
+class _Gear(_Preset, GearCodec):
+    """GEAR as its paper has it: rank 4, 2 % outliers, and the backbone that the paper takes for these bits."""
+
+    of = GearCodec
+
+
+class Gear4Bit(_Gear):
+    """KCVT backbone."""
 
     name = "gear-4bit"
     defaults = {"bits": 4}
 
 
-class Gear3Bit(_Preset):
-    """For a KL of about 0.01 a token."""
-
-    name = "gear-3bit"
-    defaults = {"bits": 3}
-
-
-class Gear2Bit(_Preset):
-    """For a KL of about 0.05 a token."""
+class Gear2Bit(_Gear):
+    """KIVI backbone."""
 
     name = "gear-2bit"
     defaults = {"bits": 2}
 
 
-PRESETS = (Gear4Bit, Gear3Bit, Gear2Bit)
+class _Tcq(_Preset, TcqCodec):
+    """TCQ in pages that are longer than its own, which costs the fewest bits per stored entry.
+
+    Below some thousand tokens per head ``page_size=32`` holds less in all, since fewer entries wait for a full page.
+    """
+
+    of = TcqCodec
+    page_size = 64
+
+
+class Tcq4Bit(_Tcq):
+    """For a KL to the uncompressed model of about 0.002 nats/token."""
+
+    name = "tcq-4bit"
+    defaults = {"bits": 4}
+
+
+class Tcq3Bit(_Tcq):
+    """For a KL of about 0.01 nats/token."""
+
+    name = "tcq-3bit"
+    defaults = {"bits": 3}
+
+
+class Tcq2Bit(_Tcq):
+    """For a KL of about 0.05 nats/token."""
+
+    name = "tcq-2bit"
+    defaults = {"bits": 2}
+
+

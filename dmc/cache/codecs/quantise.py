@@ -54,6 +54,14 @@ class Quantiser:
         vectors = torch.addcmul(zero, grouped, scale).flatten(-2)[..., :length]
         return vectors if self.axis == "token" else vectors.transpose(-1, -2)
 
+    def scores(self, fields: dict[str, Tensor], entries: int, query: Tensor) -> Tensor:
+        """Query ``[..., G, D]`` times what `decode` gives → ``[..., G, N]``, in the query's dtype."""
+        return query @ self.decode(fields, entries, query.shape[-1]).to(query.dtype).transpose(-1, -2)
+
+    def combine(self, fields: dict[str, Tensor], head_size: int, weights: Tensor) -> Tensor:
+        """Weights ``[..., G, N]`` times what `decode` gives → ``[..., G, D]``, in the weights' dtype."""
+        return weights @ self.decode(fields, weights.shape[-1], head_size).to(weights.dtype)
+
 
 def _in_groups(vectors: Tensor, group: int | None) -> Tensor:
     """``[..., n] → [..., groups, size]``; where n does not divide, the last value fills the last group."""

@@ -12,6 +12,7 @@ Bits per element of a page of N entries and heads of size D: ``rate + 8/D + 16/(
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.codecs import trellis
+from dmc.cache.codecs.base import Blocks, Codec
 from dmc.cache.codecs.bits import pack, packed_bytes, unpack
 from dmc.kernels.cpu.runs import runs_on_cpu
 from dmc.kernels.pages.layout import NO_SCALE, SCALE_STEPS
@@ -148,6 +150,39 @@ class Rotated:
             parts.append(codes.unflatten(-1, (entries, count)))
             start += size
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class RotatedPages(Codec):
+    """A codec whose pages are coded by `Rotated` quantisers and hold nothing else."""
+
+    lossy = True
+
+    @abstractmethod
+    def part(self, part: str, head_size: int) -> Rotated:
+        """The quantiser of keys ("k") or of values ("v") of heads of size D."""
+
+    def encode(self, keys: Tensor, values: Tensor) -> Blocks:
+        """See `Codec.encode`."""
+        tensors = {}
+        for part, x in (("k", keys), ("v", values)):
+            coded = self.part(part, x.shape[-1]).encode(x.float())
+            tensors |= {f"{part}_{name}": field for name, field in coded.items()}
+        return Blocks(tensors, *keys.shape[-2:])
+
+    def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """See `Codec.decode`."""
+        keys, values = (
+            self.part(part, blocks.head_size).decode(blocks.part(part), blocks.entries, blocks.head_size) for part in "kv"
+        )
+        return keys, values
+
+    def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
+        """See `Codec.scores`; the query is rotated, the keys are not rotated back."""
+        return self.part("k", blocks.head_size).scores(blocks.part("k"), blocks.entries, query)
+
+    def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
+        """See `Codec.combine`; the sum is rotated back, the values are not."""
+        return self.part("v", blocks.head_size).combine(blocks.part("v"), blocks.head_size, weights)
 
 
 def rotation(size: int, like: Tensor, *, kind: str = "hadamard", seed: int = 0) -> Tensor:

@@ -7,13 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs import Codec, GearCodec
+from dmc.cache.codecs import Codec
 from dmc.cache.codecs.dense import DenseCodec
 from dmc.cache.codecs.fp8 import Fp8Codec
-from dmc.cache.codecs.gear import codes_trellises, min_max_layout, trellis_layout
+from dmc.cache.codecs.gear import GearCodec
 from dmc.cache.codecs.int8 import Int8Codec
 from dmc.cache.codecs.kivi import KiviCodec
-from dmc.cache.codecs.rotated import Rotated
+from dmc.cache.codecs.tcq import TcqCodec
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
 from dmc.kernels.backend import choose, chosen_name
@@ -88,7 +88,7 @@ def prepare(rows: Rows) -> None:
         needed.append("decode")
     if runs_on_cpu(rows.z) and not rows.storage.holes:  # what evicting policies read of a prompt is PyTorch's
         needed.append("prefill")
-    if any(codes_trellises(packing.codec) for packing in rows.packings):
+    if any(_codes_trellises(packing.codec) for packing in rows.packings):
         needed.append("trellis")
     compiles(*needed)
 
@@ -100,12 +100,17 @@ def page_layout(codec: Codec, page: int, size: int, device: torch.device) -> tup
         return _PLAIN[type(codec)], None
     if isinstance(codec, KiviCodec):
         return "gear", Gear(codec.bits, page, size, True, False, codec.group)
-    if not isinstance(codec, GearCodec):
-        return None
-    key, value = codec.parts
-    if isinstance(key, Rotated):
-        return trellis_layout(codec, page, size, device)
-    return min_max_layout(key, value, page, size)
+    if isinstance(codec, TcqCodec):
+        return codec.parts.layout(page, size, device)
+    if isinstance(codec, GearCodec):
+        extra = codec.rank or codec.outliers
+        return None if extra and _codes_trellises(codec) else codec.parts.layout(page, size, device)
+    return None
+
+
+def _codes_trellises(codec: Codec) -> bool:
+    """True if the codec chooses codes of a trellis."""
+    return isinstance(codec, TcqCodec) or (isinstance(codec, GearCodec) and codec.backbone == "trellis")
 
 
 def _triton_reads(page: int, layout: Gear | Trellis | None) -> bool:

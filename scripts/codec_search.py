@@ -1,7 +1,7 @@
-"""KL per byte of cache codecs on a real model: which recipe of GEAR loses least for what it holds.
+"""KL per byte of cache codecs on a real model: which codec and which of its settings loses least for what it holds.
 
-    python scripts/gear_search.py SmolLM2-135M --text wiki.txt --text novel.txt --results gear.jsonl
-    python scripts/gear_search.py SmolLM2-135M --text wiki.txt --recipe gear:bits=4,backbone=kivi --recipe gear-2bit
+    python scripts/codec_search.py SmolLM2-135M --text wiki.txt --text novel.txt --results codecs.jsonl
+    python scripts/codec_search.py SmolLM2-135M --text wiki.txt --recipe gear:bits=4,backbone=kivi,rank=4 --recipe tcq-2bit
 
 Of each text, 768 + 256 tokens from its middle. The prompt of 768 goes through the model in fp32; its keys and values
 (as the cache holds them, rotated) are replaced by decode(encode(.)); then the next 256 tokens are scored in one pass,
@@ -33,18 +33,19 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dmc import pretrained
 from dmc.cache import Codec, codec
+from dmc.cache.codecs.former import CHANGED
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 TEXTS = [LIBRARY / "argparse.py", LIBRARY / "pydoc_data/topics.py"]
 SETS = {
-    "presets": ["gear-4bit", "gear-3bit", "gear-2bit"],
+    "presets": ["gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit"],
     "published": [
         f"gear:bits={bits},backbone={backbone},rank={rank},outliers={outliers}"
         for bits in (4, 3, 2)
         for backbone, rank, outliers in (("kivi", 0, 0), ("kivi", 2, 0), ("kivi", 2, 0.02), ("kcvt", 2, 0.02), ("token", 0, 0))
     ],
     "split": [
-        f"gear:key_bits={keys},value_bits={values}"
+        f"tcq:key_bits={keys},value_bits={values}"
         for keys, values in (
             (4, 4), (4.25, 3.75), (4.5, 3.5), (4.75, 3.25), (5, 3), (3, 3), (3.25, 2.5), (3.5, 2.25), (3, 2.75), (3.75, 2),
             (2, 2), (2.25, 1.75), (2.5, 1.5), (2.75, 1.25),
@@ -57,12 +58,12 @@ SETS = {
         *(f"gear:bits={bits},backbone=kivi,group=32,rank=2,outliers=0.02" for bits in (4, 2)),
         *(f"rotated:bits={bits}" for bits in (4, 3, 2)),
         *(f"rotated:bits={bits},mean=1" for bits in (4, 3, 2)),
-        "gear-4bit", "gear-3bit", "gear-2bit",
+        "gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit",
     ],
     "additions": [
-        f"gear:bits={bits},{addition}"
+        f"gear:bits={bits},backbone=trellis,rank={rank},outliers={outliers}"
         for bits in (4, 2)
-        for addition in ("rank=1", "rank=2", "outliers=0.02")
+        for rank, outliers in ((1, 0), (2, 0), (0, 0.02))
     ],
 }
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=256, help="tokens scored after them (256)")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens left exact (4)")
     parser.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
-    parser.add_argument("--results", type=Path, default=Path("gear_search.jsonl"), help="one line a measurement; resumed")
+    parser.add_argument("--results", type=Path, default=Path("codec_search.jsonl"), help="one line a measurement; resumed")
     options = parser.parse_args()
     try:
         print(search(options))
@@ -120,10 +121,12 @@ def measure(options: argparse.Namespace, codecs: dict[str, Codec]) -> Iterator[d
         todo = {}
         for recipe, made in codecs.items():
             page = options.page_size or made.page_size
-            words = [Path(options.model).name, recipe, page, options.sinks, options.prompt, *tokens.flatten().tolist()]
-            key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+            rest = [page, options.sinks, options.prompt, *tokens.flatten().tolist()]
+            key, before = (_key(Path(options.model).name, words, rest) for words in _written(recipe))
             if key in known:
                 yield known[key]
+            elif before in known:
+                yield known[before] | {"key": key, "recipe": recipe}
             else:
                 todo[recipe] = (key, made, page)
         if not todo:
@@ -136,6 +139,20 @@ def measure(options: argparse.Namespace, codecs: dict[str, Codec]) -> Iterator[d
             with options.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             yield row
+
+
+def _written(recipe: str) -> tuple[str, str | None]:
+    """What stands for a recipe in its key, and what version 0.1 had there for the same codec (None: it had no such name)."""
+    name, _, settings = recipe.partition(":")
+    if name.startswith("tcq"):
+        return recipe, f"gear{recipe[3:]}"
+    given = {setting.partition("=")[0] for setting in settings.split(",")}
+    changed = name in CHANGED and not {"backbone", "rank"} <= given
+    return f"{recipe} (published)" if changed else recipe, None
+
+
+def _key(model: str, recipe: str | None, rest: list[int]) -> str | None:
+    return recipe and hashlib.sha256(json.dumps([model, recipe, *rest]).encode()).hexdigest()[:16]
 
 
 def window(tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> Tensor:
