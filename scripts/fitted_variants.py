@@ -45,10 +45,11 @@ class Targets:
         output: ``[H, G, D, hidden]``, the part of the output projection that reads each query head.
         residual: ``[T, hidden]``, the block's input.
         window: w.
+        asking: attention of queries before this one does not count.
     """
 
-    def __init__(self, query: Tensor, value: Tensor, output: Tensor, residual: Tensor, window: int) -> None:
-        self._window, self._value = window, value
+    def __init__(self, query: Tensor, value: Tensor, output: Tensor, residual: Tensor, window: int, asking: int = 0) -> None:
+        self._window, self._value, self._asking = window, value, asking
         heads, tokens = value.shape[:2]
         self._gram = output @ output.mT  # [H, G, D, D]
         self._length = residual.norm(dim=-1)
@@ -60,7 +61,7 @@ class Targets:
         """Takes attention ``[H, G, b, K]`` of queries from ``first`` on."""
         far = mask_near(attention, first, self._window)
         tokens = far.shape[-1]
-        if not tokens:
+        if not tokens or first < self._asking:
             return
         seen = {name: part[:, :tokens] for name, part in self._seen.items()}
         _raise(seen["largest"], far.amax((1, 2)))
@@ -91,10 +92,24 @@ def _raise(seen: Tensor, new: Tensor) -> None:
 
 
 @torch.no_grad()
-def collect(directory: str, text: str, settings: FitSettings, length: int, count: int) -> dict:
-    """Sums after 6, 12, 25, ... sequences, per layer, and features ``[S, n, F]`` of the last sequences."""
-    found = read_sequences(text, directory, length=length, count=count)
+def collect(
+    directory: str, text: str, settings: FitSettings, length: int, count: int, *, under: FittedDecisions | None = None,
+    cr: float = 4.0, repeat: bool = False,
+) -> dict:
+    """Sums after 6, 12, 25, ... sequences, per layer, and features ``[S, n, F]`` of the last sequences.
+
+    Args:
+        under: the model evicts by these decisions at ``cr``; the targets are those of the attention to all tokens.
+        repeat: a sequence is half as much text, twice; targets are the attention that the first copy gets from the second.
+    """
+    found = read_sequences(text, directory, length=length // 2 if repeat else length, count=count)
+    if repeat:
+        found = replace(found, tokens=found.tokens.repeat(1, 2))
     model, tokens = Llama.load(directory, dtype=torch.float32), settings.fitted(length)
+    asking = length // 2 if repeat else 0
+    if repeat:
+        tokens = slice(tokens.start, asking - settings.window)
+        settings = replace(settings, block=asking)
     rope = model.rope(torch.arange(length))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))  # so that fewer are of the whole text as well
     states, steps = list(model.embedding[found.tokens[order]]), sorted({min(step, count) for step in _STEPS})
@@ -104,13 +119,16 @@ def collect(directory: str, text: str, settings: FitSettings, length: int, count
         total, kept, features = None, [], []
         for number, x in enumerate(states):
             result = []
+            gone = None if under is None else under.scores(index, model.normed(x, index)).T < under.threshold(cr, length)
 
-            def attend(_: int, query: Tensor, key: Tensor, value: Tensor, *__: Tensor, x=x, layer=layer, result=result) -> Tensor:
+            def attend(_: int, query: Tensor, key: Tensor, value: Tensor, *__: Tensor,
+                       x=x, layer=layer, result=result, gone=gone) -> Tensor:
                 query, key, value = (part.transpose(0, 1) for part in (query, key, value))
                 query = rotate(query, rope).unflatten(0, (len(key), -1))
                 output = layer.output.dense().T.unflatten(0, (*query.shape[:2], -1))
-                target = Targets(query, value, output, x, settings.window)
-                out = attend_in_blocks(query, rotate(key, rope), value, block=settings.block, see=target.add)
+                target = Targets(query, value, output, x, settings.window, asking)
+                out = attend_in_blocks(query, rotate(key, rope), value, block=settings.block, see=target.add, gone=gone,
+                                       window=settings.window)
                 result.append(target.result())
                 return out.flatten(0, 1).transpose(0, 1)
 
@@ -220,6 +238,9 @@ def main() -> None:
     first.add_argument("--length", type=int, default=1024)
     first.add_argument("--sequences", type=int, default=100)
     first.add_argument("--window", type=int, default=64)
+    first.add_argument("--under", type=Path, help="decisions by which the model evicts meanwhile")
+    first.add_argument("--cr", type=float, default=4.0, help="CR of --under (4)")
+    first.add_argument("--repeat", action="store_true", help="targets from a second copy of the text")
     second = commands.add_parser("make")
     second.add_argument("file", type=Path)
     for one in (first, second):
@@ -230,7 +251,10 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.command == "collect":
         settings = FitSettings(window=options.window)
-        torch.save(collect(options.directory, options.text, settings, options.length, options.sequences), options.out)
+        under = None if options.under is None else FittedDecisions.load(options.under)
+        data = collect(options.directory, options.text, settings, options.length, options.sequences, under=under, cr=options.cr,
+                       repeat=options.repeat)
+        torch.save(data, options.out)
         return
     options.out.mkdir(exist_ok=True)
     for name, fitted in variants(torch.load(options.file, weights_only=False)):
