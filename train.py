@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
-from data import batches, mixture, tokens
+from data import batches, mixture, opening, tokens
 from dmc.rope import settings_of
 from dmc.training import backends, dryrun, flops, llama, peers, setup
 from dmc.training import config as configuration
@@ -88,7 +88,10 @@ def build(config: Config) -> Trainer:
     checkpoints = store.CheckpointStore(output / "checkpoints", keep_last=config.run.keep_last)
     tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
     weights = None if config.run.init == "random" else convert.HfWeights(config.run.model)
-    training, held_out = tokens.corpora(config.data.text, config.data.held_out, tokenizer, config.data.cache)
+    begin = opening.opening(tokenizer, config.data.bos)
+    training, held_out = tokens.corpora(
+        config.data.text, config.data.held_out, tokenizer, config.data.cache, config.data.bos
+    )
     source = batches.Source(training, held_out, config.data.sequence_length, config.optim, config.log, config.run.seed)
     setup.init_distributed(config)
     peers.watch(config.run.peer_timeout)
@@ -100,6 +103,7 @@ def build(config: Config) -> Trainer:
         "held_out_hash": held_out.hash, "model_hash": convert.fingerprint(config.run.model, config.run.init),
         "tokenizer_dir": str(Path(config.run.model).resolve()),
         "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
+        "begin": begin,
     }
     reporter = Reporter(config.log, output, meta["config"], rank=rank, steps=Schedule(config).steps)
     trainer = Trainer(
@@ -113,6 +117,7 @@ def build(config: Config) -> Trainer:
         f"({training.tokens} tokens, held out {held_out.hash} {held_out.tokens}, {characters:.2f} characters each)"
         f"  {trainer.schedule.steps} steps  output {output}"
     )
+    reporter.say(f"  {opening.described(begin)} (data.bos={str(config.data.bos).lower()})")
     reporter.say(backends.describe(config.run.transformer_engine))
     for about, epochs in zip(meta["corpora"], source.epochs(trainer.schedule.steps), strict=True):
         reporter.say(f"  {about['share']} of the sequences from {about['name']} ({about['hash']}): {epochs:.2f} epochs")

@@ -2,7 +2,7 @@
 
 A directory holds one pair a part (``train``, ``held_out``; ``tokens`` in the cache) and, written last, ``meta.json``:
 
-    {"format": 1, "tokenizer": {"hash", "vocabulary", "end"}, "source": {...},
+    {"format": 1, "tokenizer": {"hash", "vocabulary", "end"}, "begin": [tokens before each document], "source": {...},
      "parts": {PART: {"hash", "text_hash", "documents", "tokens", "characters", "files": {NAME: {"bytes", "sha256"}}}}}
 
 Opening checks the sizes of all files against the index and ``meta.json``; `verify` reads every byte.
@@ -159,7 +159,13 @@ def verify(directory: str | Path) -> dict:
                 )
         if (hashed := combined_hash(found, part)) != about["hash"]:
             raise ValueError(f"{directory / 'meta.json'} gives {part} the hash {about['hash']}, its files have {hashed}")
-        for _, stops in corpus.document_spans():
+        for starts, stops in corpus.document_spans():
+            for place, token in enumerate(meta.get("begin", [])):
+                unopened = int((corpus.tokens[starts + place] != token).sum())
+                if unopened:
+                    raise ValueError(
+                        f"{unopened} documents of {directory / part} do not begin with tokens {meta['begin']}: prepare it again"
+                    )
             unmarked = int((corpus.tokens[stops - 1] != end).sum())
             if unmarked:
                 raise ValueError(f"{unmarked} documents of {directory / part} do not end with token {end}: prepare it again")

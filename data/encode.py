@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -42,26 +42,28 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes chunks of texts; every document ends with the token ``end``.
+    """Encodes chunks of texts; every document begins with the tokens ``begin`` and ends with the token ``end``.
 
     Args:
         tokenizer: the JSON of a `tokenizers.Tokenizer`.
         end: the end-of-text token.
         dtype: name of numpy's dtype of the ids.
+        begin: tokens that every document begins with (`data.opening`). A text that begins with them already, as a chat
+            template may write it, gets no second ones.
         parse_special: whether the names of special tokens in a text stand for the tokens (text written by a chat
             template) or are text like any other (web pages: the ``</s>`` of struck-out HTML ends no document).
     """
 
-    def __init__(self, tokenizer: str, end: int, dtype: str, *, parse_special: bool) -> None:
+    def __init__(self, tokenizer: str, end: int, dtype: str, *, parse_special: bool, begin: Sequence[int] = ()) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not parse_special
-        self._end, self._dtype = end, np.dtype(dtype)
+        self._begin, self._end, self._dtype = list(begin), end, np.dtype(dtype)
 
     def __call__(self, texts: list[str]) -> Encoded:
         """The tokens of some texts."""
-        parts = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        parts = [self._begun(e.ids) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = [len(ids) + 1 for ids in parts]
         ids = np.empty(sum(lengths), self._dtype)
         stop = 0
@@ -69,6 +71,9 @@ class Encoder:
             start, stop = stop, stop + length
             ids[start : stop - 1], ids[stop - 1] = part, self._end
         return Encoded(ids, lengths, [len(t) for t in texts], [hashlib.sha256(t.encode()).digest() for t in texts])
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
 
 
 def encode_all(chunks: Iterable[list[str]], settings: dict, workers: int) -> Iterator[Encoded]:

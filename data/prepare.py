@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import sources, tokens
 from data.encode import chunked, encode_all
+from data.opening import opening
 from data.skipped import Skipped
 from data.writer import PartWriter, sync_directory, write_meta
 
@@ -71,7 +72,7 @@ class HeldOut:
 
 def prepare(
     request: sources.Request, tokenizer: PreTrainedTokenizerBase, output: Path, *, held_out: HeldOut,
-    workers: int = 1, parse_special: bool = False, limit: int | None = None,
+    workers: int = 1, parse_special: bool = False, limit: int | None = None, bos: str | bool = "auto",
 ) -> dict:
     """Make a prepared corpus; returns its ``meta.json``.
 
@@ -83,14 +84,16 @@ def prepare(
         workers: tokenising processes.
         parse_special: see `data.encode.Encoder`.
         limit: documents to stop after.
+        bos: whether documents begin with a BOS token (`data.opening.opening`).
 
     Raises:
         ValueError: one sentence, for sources that cannot be read, a split that comes out empty, or a disk that
             cannot be written. Nothing is left at ``output`` then.
     """
+    begin = opening(tokenizer, bos)
     try:
         with staged(output) as staging:
-            run = _Run(staging, tokenizer, held_out, workers, parse_special)
+            run = _Run(staging, tokenizer, held_out, workers, parse_special, begin)
             try:
                 meta = run.write(request, limit)
             except BaseException:
@@ -143,12 +146,13 @@ class _Run:
 
     def __init__(
         self, staging: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, workers: int, parse_special: bool,
+        begin: list[int],
     ) -> None:
         dtype = DType.optimal_dtype(len(tokenizer))
         self._about = tokens.about(tokenizer)
         self._settings = {
             "tokenizer": tokenizer.backend_tokenizer.to_str(), "end": tokenizer.eos_token_id,
-            "dtype": dtype.__name__, "parse_special": parse_special,
+            "dtype": dtype.__name__, "parse_special": parse_special, "begin": begin,
         }
         self._held_out, self._workers, self._parse_special = held_out, workers, parse_special
         self._parts = {p: PartWriter(staging, p, dtype) for p in ("train", *(["held_out"] if held_out else []))}
@@ -172,7 +176,8 @@ class _Run:
                 )
         source = {k: v for k, v in asdict(request).items() if k != "streaming"}
         return {
-            "tokenizer": self._about, "special_tokens": "parsed" if self._parse_special else "text",
+            "tokenizer": self._about, "begin": self._settings["begin"],
+            "special_tokens": "parsed" if self._parse_special else "text",
             "source": source | {"limit": limit, "held_out": asdict(self._held_out)},
             "blank_documents": self._skipped.blank, "null_documents": self._skipped.null, "empty_files": self._skipped.files,
             "copies_of_held_out": self._copies,

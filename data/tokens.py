@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType
@@ -23,6 +23,7 @@ from data.corpus import Corpus
 from data.encode import Encoder, chunked
 from data.files import read_files
 from data.mixture import Mixture
+from data.opening import described, opening, setting
 from data.skipped import Skipped
 from data.stdlib import Document
 from data.writer import FORMAT, PartWriter, write_meta
@@ -65,7 +66,7 @@ def about(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 
 def corpora(
-    text: str | list, held_out: str | list, tokenizer: PreTrainedTokenizerBase, cache: str | Path
+    text: str | list, held_out: str | list, tokenizer: PreTrainedTokenizerBase, cache: str | Path, bos: str | bool = "auto",
 ) -> tuple[Mixture, Mixture]:
     """``(training, held-out)`` texts of the configuration.
 
@@ -79,13 +80,15 @@ def corpora(
             the shares of ``text``.
         tokenizer: of the model.
         cache: directory that keeps tokenised corpora.
+        bos: whether documents begin with a BOS token (`data.opening.opening`).
 
     Raises:
-        ValueError: if a text is missing, unreadable or of another tokenizer, or a split comes out empty.
+        ValueError: if a text is missing, unreadable, of another tokenizer or prepared with another ``bos``, or a split
+            comes out empty.
     """
     parts = blend.parse(text, "data.text")
     tested = blend.parse(held_out, "data.held_out") if held_out else parts
-    make = _Maker(tokenizer, cache)
+    make = _Maker(tokenizer, cache, opening(tokenizer, bos))
     if held_out:
         first, second = [make.training(p.text) for p in parts], [make.tested(p.text) for p in tested]
     else:
@@ -95,18 +98,20 @@ def corpora(
     return _mixture(first, parts), _mixture(second, tested)
 
 
-def tokenize(docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: str | Path, name: str = "") -> Corpus:
-    """The documents as a corpus called ``name``, from the cache if they were tokenised before.
+def tokenize(
+    docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: str | Path, name: str = "", begin: Sequence[int] = (),
+) -> Corpus:
+    """The documents, each after the tokens ``begin``, as a corpus called ``name``; from the cache if it has them.
 
     Raises:
         ValueError: if the cache cannot be written or what it holds was damaged.
     """
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(f"{FORMAT} {tokenizer.eos_token_id} {stdlib.corpus_hash(docs)}".encode())
+    digest.update(f"{FORMAT} {tokenizer.eos_token_id} {_hash(docs, begin)}".encode())
     directory = Path(cache) / digest.hexdigest()[:16]
     if not (directory / "meta.json").is_file():
         try:
-            _write(docs, tokenizer, directory)
+            _write(docs, tokenizer, directory, begin)
         except OSError as error:
             raise ValueError(
                 f"data.cache {cache} could not be written: {error.strerror or error}; free some space or name another"
@@ -121,8 +126,8 @@ def tokenize(docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: st
 class _Maker:
     """Finds and reads texts; what it returns makes (or opens) the corpus when called."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cache: str | Path) -> None:
-        self._tokenizer, self._cache = tokenizer, cache
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cache: str | Path, begin: list[int]) -> None:
+        self._tokenizer, self._cache, self._begin = tokenizer, cache, begin
 
     def both(self, text: str) -> tuple[Callable[[], Corpus], Callable[[], Corpus]]:
         """The training and held-out part of one text."""
@@ -159,15 +164,24 @@ class _Maker:
             raise ValueError(
                 f"the {name} text of data.text={text} is empty{left_out}: give data.held_out a file, or more documents"
             )
-        return lambda: dataclasses.replace(tokenize(docs, self._tokenizer, self._cache, text), skipped=skipped)
+        return lambda: dataclasses.replace(
+            tokenize(docs, self._tokenizer, self._cache, text, self._begin), skipped=skipped
+        )
 
     def _prepared(self, directory: Path, part: str) -> Callable[[], Corpus]:
-        made, here = corpus.read_meta(directory)["tokenizer"], about(self._tokenizer)
+        meta = corpus.read_meta(directory)
+        made, here = meta["tokenizer"], about(self._tokenizer)
         if made != here:
             differing = ", ".join(f"{k} {made.get(k)}, the model's {here[k]}" for k in here if made.get(k) != here[k])
             raise ValueError(
                 f"{directory} was made with another tokenizer ({differing}): "
                 "prepare it again with scripts/prepare_data.py --tokenizer and the model's directory"
+            )
+        begin = meta.get("begin", [])  # corpora of before the setting have none
+        if begin != self._begin:
+            raise ValueError(
+                f"{directory} holds {described(begin)}, data.bos asks for {described(self._begin)}: set "
+                f"data.bos={setting(begin)}, or prepare it again with --bos {setting(self._begin)}"
             )
         opened = corpus.open_part(directory, part)
         return lambda: opened
@@ -191,22 +205,27 @@ def _located(text: str, part: str) -> tuple[Path, str]:
     return (path, part) if path.is_dir() else (path.parent, path.name)
 
 
-def _write(docs: list[Document], tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _hash(docs: list[Document], begin: Sequence[int]) -> str:
+    """Of names and texts, which results and checkpoints name; and of the tokens that documents begin with, if any."""
+    found = stdlib.corpus_hash(docs)
+    return hashlib.sha256(f"{found} {list(begin)}".encode()).hexdigest()[:16] if begin else found
+
+
+def _write(docs: list[Document], tokenizer: PreTrainedTokenizerBase, directory: Path, begin: Sequence[int]) -> None:
     """Build beside the final directory and rename: several processes may do so at once."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
     dtype = DType.optimal_dtype(len(tokenizer))
     encode = Encoder(
-        tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, dtype.__name__, parse_special=False
+        tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, dtype.__name__, parse_special=False, begin=begin
     )
     writer = PartWriter(staging, "tokens", dtype)
     try:
         for chunk in chunked(d.text for d in docs):
             for ids, characters, digest in encode(chunk).documents():
                 writer.add(ids, characters=characters, digest=digest)
-        # The hash of names and texts is what results and checkpoints of such a text are known by.
-        part = writer.finish() | {"hash": stdlib.corpus_hash(docs)}
-        write_meta(staging, {"tokenizer": about(tokenizer), "parts": {"tokens": part}})
+        part = writer.finish() | {"hash": _hash(docs, begin)}
+        write_meta(staging, {"tokenizer": about(tokenizer), "begin": list(begin), "parts": {"tokens": part}})
     except BaseException:
         writer.abandon()
         shutil.rmtree(staging, ignore_errors=True)

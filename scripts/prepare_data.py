@@ -21,6 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+_BOS = {"auto": "auto", "true": True, "false": False}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, prepare or verify, say what came out; one sentence and 2 for what the user can mend."""
     args = _parser().parse_args(argv)
@@ -53,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--txt-documents", default="file", choices=("file", "paragraph", "line"), help="what one document of a .txt is (file)")
     add("--parse-special-tokens", action="store_true",
         help="names of special tokens in the text are the tokens (chat templates), not text")
+    add("--bos", default="auto", choices=list(_BOS),
+        help="whether documents begin with a BOS token: auto follows the tokenizer, as served prompts do (auto)")
     add("--limit", type=int, help="stop after so many documents")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a prepared corpus and compare it with its hashes")
     return parser
@@ -79,7 +84,7 @@ def _prepare(args: argparse.Namespace) -> None:
     )
     meta = prepare(
         request, load_tokenizer(args.tokenizer), args.output, held_out=held_out, workers=args.workers,
-        parse_special=args.parse_special_tokens, limit=args.limit,
+        parse_special=args.parse_special_tokens, limit=args.limit, bos=_BOS[args.bos],
     )
     _show(args.output, meta)
 

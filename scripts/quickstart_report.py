@@ -169,7 +169,7 @@ def _table(rows: list[dict], context: int) -> str:
 def _held_out(settings: dict, context: int, sequences: int) -> list[list[int]]:
     data, model = settings["data"], settings["run"]["model"]
     tokenizer = token_files.load_tokenizer(model, read_config(model).vocab_size)
-    _, corpus = token_files.corpora(data["text"], data["held_out"], tokenizer, data["cache"])
+    _, corpus = token_files.corpora(data["text"], data["held_out"], tokenizer, data["cache"], data.get("bos", "auto"))
     batch = Sequences(corpus, context).within_documents(sequences)
     return torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1).tolist()
 

@@ -29,6 +29,7 @@ class DataConfig:
 
     text: str | list = "stdlib"  # "stdlib", "stdlib-plain", prepared corpus, files, or blend "0.7:A,0.3:B" (docs/data.md)
     held_out: str | list = ""  # the same for evaluation; "" holds out a share of `text` (docs/data.md)
+    bos: bool | str = "auto"  # documents begin with a BOS token: true, false, or auto (follows the tokenizer, as prompts do)
     sequence_length: int = 1024  # tokens a sequence
     cache: str = "runs/data"  # where tokenised corpora are kept
 
@@ -239,6 +240,8 @@ def check(config: Config) -> None:
 
 def _check_fields(config: Config) -> None:
     d, o, p, r = config.dmc, config.optim, config.parallel, config.run
+    if config.data.bos not in ("auto", True, False):
+        raise ValueError(f"data.bos is {config.data.bos!r}: it must be auto, true or false")
     _one_of("dmc.method", d.method, ("dmc", "dms", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head"))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
@@ -408,6 +411,9 @@ def _cast(name: str, value: object, kind: type) -> object:
             value = float(value)  # YAML reads 1e-3 as a string
         except ValueError:
             raise ValueError(f"{name} is {value!r}: it must be a number") from None
+    if kind == bool | str:
+        value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+        kind = bool if isinstance(value, bool) else str
     if kind == str | list:
         kind = list if isinstance(value, list) else str
     if kind == int | None:

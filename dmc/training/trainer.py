@@ -211,7 +211,13 @@ class Trainer:
 
     def _check_same_run(self, path: str, meta: dict) -> None:
         """Refuse another run's checkpoint by its own words, before its tensors are found not to fit."""
-        for key, what in (("model_hash", "model"), ("corpus_hash", "text"), ("tokenizer_hash", "tokenizer")):
+        for key, what in (("model_hash", "model"), ("tokenizer_hash", "tokenizer"), ("corpus_hash", "text")):
+            then, here = (of.get("begin", []) for of in (meta, self.meta))  # checkpoints of before data.bos have none
+            if what == "text" and then != here:  # which makes it another text
+                raise ValueError(
+                    f"checkpoint {path} was trained on documents that begin with the tokens {then}, here with {here}: set "
+                    f"data.bos={'true' if then else 'false'}, which a resumed run keeps"
+                )
             if meta.get(key) != self.meta[key]:
                 raise ValueError(
                     f"checkpoint {path} was trained from another {what} ({meta.get(key)}, here {self.meta[key]}): "

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data import sources
+from data import sources, tokens
 from data.files import read_files
+from tests.data.prepared import bos_tokenizer
 
 
 def read(*paths, **settings):
@@ -76,6 +77,16 @@ def test_the_word_null_in_a_table(tmp_path):
 def test_a_byte_order_mark(tmp_path, name, data):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.encode())
     assert read(tmp_path / name) == ["one"]
+
+
+# https://github.com/epfLLM/Megatron-LLM/issues/54: a served prompt began with a BOS token, the documents of pretraining did not.
+def test_documents_begin_as_prompts_do(tmp_path):
+    tokenizer = tokens.load_tokenizer(bos_tokenizer(tmp_path / "model"))
+    path = write(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(40)))
+    for mixture in tokens.corpora(str(path), "", tokenizer, tmp_path / "cache"):
+        (found,) = mixture.corpora
+        ((starts, _),) = found.document_spans()
+        assert {int(found.tokens[start]) for start in starts} == {tokenizer.encode("document 0")[0]} == {1}
 
 
 # ------------------------------------------------------------------------------------------- files without a text

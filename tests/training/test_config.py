@@ -92,7 +92,9 @@ def test_an_empty_file_is_the_defaults(tmp_path, text):
     ("run.steps=1e3", 1000), ("run.steps=20.0", 20), ("run.steps='20'", 20), ("run.seed=7", 7),
     ("run.overwrite=true", True), ("run.overwrite=no", False), ("parallel.tensor=1", 1),
     ("run.output=a b", "a b"), ("run.output=7", "7"), ("run.output=a=b", "a=b"), ("run.output=2020-01-02", "2020-01-02"),
-    ("run.output='true'", "true"), ("data.held_out=", ""), ("dmc.target_cr=2.5", 2.5),
+    ("run.output='true'", "true"), ("data.held_out=", ""),
+    ("data.bos=true", True), ("data.bos=no", False), ("data.bos='false'", False), ("data.bos=auto", "auto"),
+    ("dmc.target_cr=2.5", 2.5),
 ])
 def test_values_take_the_type_of_their_field(override, value):
     section, key = override.split("=")[0].split(".")
@@ -129,6 +131,8 @@ def test_every_recipe_loads(path):
     ("run.steps=true", ["run.steps is True", "type int"]),
     ("run.steps=.inf", ["run.steps is inf", "type int"]),
     ("run.overwrite=1", ["run.overwrite is 1", "type bool"]),
+    ("data.bos=1", ["data.bos is '1': it must be auto, true or false"]),
+    ("data.bos=always", ["data.bos is 'always': it must be auto, true or false"]),
     ("run.overwrite=maybe", ["run.overwrite is 'maybe'", "type bool"]),
     ("run.output=true", ["run.output is True", "type str"]),
     ("run.output={a: b}", ["run.output is {'a': 'b'}", "type str"]),
@@ -265,6 +269,31 @@ def test_a_checkpoint_of_before_a_setting_has_its_default():
         else:
             with pytest.raises(ValueError, match=f"trained with dmc.window={None if method == 'dmc' else 64}, here it is 7"):
                 Trainer._check_same_run(trainer, "P", hashes | {"config": then})
+
+
+@pytest.mark.parametrize(("then", "here", "words"), [
+    ({}, {"begin": []}, None), ({"begin": [1]}, {"begin": [1]}, None),
+    ({}, {"begin": [1]}, r"begin with the tokens \[\], here with \[1\]: set data.bos=false"),
+    ({"begin": [1]}, {"begin": []}, r"begin with the tokens \[1\], here with \[\]: set data.bos=true"),
+    ({"begin": [2], "tokenizer_hash": "other"}, {"begin": [1]}, "trained from another tokenizer"),
+])
+def test_a_resumed_run_keeps_what_documents_begin_with(then, here, words):
+    """Checkpoints of before data.bos have none."""
+    import types
+    from dataclasses import asdict
+
+    from dmc.training.trainer import Trainer
+
+    config = load()
+    hashes = {key: "h" for key in ("model_hash", "corpus_hash", "tokenizer_hash")}
+    meta = hashes | {"config": asdict(config), "corpus_hash": "another" if words else "h"} | here
+    trainer = types.SimpleNamespace(config=config, meta=meta)
+    made = hashes | {"config": asdict(config)} | then
+    if words is None:
+        Trainer._check_same_run(trainer, "P", made)
+    else:
+        with pytest.raises(ValueError, match=words):
+            Trainer._check_same_run(trainer, "P", made)
 
 
 @pytest.mark.parametrize(("method", "steps", "allowed"), [("dmc", 0, True), ("dmc", 40, False), ("none", 40, True)])
