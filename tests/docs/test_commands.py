@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs import checks
 from tests.docs.blocks import PAGES, ROOT, all_blocks, blocks, commands
 from tests.docs.checks import check_page, check_span, flags_of_text, outputs
 
@@ -60,6 +62,11 @@ def test_some_blocks_run():
     assert {block.page for block in RUN if block.mark == "run"} >= {
         "docs/cluster.md", "docs/serving.md", "docs/kernels.md", "docs/methods/gqa.md",
     }
+
+
+def test_messages_name_extras_of_the_checkout():
+    """An index may hold anything under this project's name."""
+    assert re.findall(r"install '?dmc\b.*", checks._sources()) == []
 
 
 # ------------------------------------------------------------------------------------------ the checks themselves
