@@ -32,7 +32,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"tasks need lm_eval: pip install 'dmc\[eval\]'"):
+    with pytest.raises(ValueError, match=r"tasks need lm_eval: pip install -e '\.\[eval\]' in the checkout"):
         run_tasks(None, ["x"])
 
 
