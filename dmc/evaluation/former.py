@@ -41,7 +41,12 @@ def renamed(row: dict, device: str, dtype: str) -> dict:
     parts = [result["model_hash"], row["policy"], row["codec"], result["windows_hash"], result["base_hash"], device, dtype]
     same = key(parts) == row["key"]
     made = row | {"key": key([*parts[:2], label, *parts[3:]]) if same else f"{row['key']}-0.1", "codec": label}
-    return made | {"result": result | {"codec": name}}
+    settings = result["settings"]
+    if name.startswith("gear"):  # by the backbone a row of today is known
+        settings = settings | {"codec": {"bits": own.get("bits", 4), "backbone": own["backbone"]} | settings["codec"]}
+    if name == "gear" and not own["rank"] and not own["outliers"]:
+        name = f"bare {own['backbone']}"
+    return made | {"result": result | {"codec": name, "settings": settings}}
 
 
 def key(parts: Sequence[str | None]) -> str:

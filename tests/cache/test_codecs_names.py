@@ -79,6 +79,14 @@ def test_gear_takes_any_backbone(backbone):
         assert (before - ours).norm() < 0.95 * (before - alone).norm()
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("name", GEAR)
+def test_a_codec_without_low_rank_and_outliers_is_not_named_gear(name, backbone):
+    """GEAR-L, which has the low rank alone, is."""
+    assert codec(name, backbone=backbone, rank=0, outliers=0).name == f"bare {backbone}"
+    assert codec(name, backbone=backbone, outliers=0).name == codec(name, backbone=backbone).name == name
+
+
 @pytest.mark.parametrize("entries, size", [(100, 50), (64, 64), (64, 128)])
 @pytest.mark.parametrize("name, bits", [("gear-4bit", 4), ("gear-2bit", 2)])
 def test_bytes_of_the_published_recipe(name, bits, entries, size):

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,15 +101,18 @@ TRELLIS, MIN_MAX = {"key_bits": 4.5, "value_bits": 3.5, "rank": 0}, {"key_bits":
     ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-2bit"),
     ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32", MIN_MAX,
      "gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32,page_size=32"),
+    ("gear:backbone=token,rank=0,outliers=0", MIN_MAX, "gear:backbone=token,rank=0,outliers=0,page_size=32"),
     ("gear:backbone=token", MIN_MAX, "gear:backbone=token,rank=1,outliers=0.02,page_size=32"),
 ])
 def test_rows_of_version_0_1_are_read_under_the_names_of_today(codec, made, now):
     """With the key that the same measurement has today, so that it is not measured again."""
     before = old(codec, made)
     after = former.renamed(before, "auto", "auto")
-    assert after["codec"] == now and after["result"]["codec"] == now.partition(":")[0]
+    assert after["codec"] == now
+    assert after["result"]["codec"] == ("bare token" if "rank=0" in now else now.partition(":")[0])
     assert after["key"] == former.key(["m", "full", now, "w", "base", "auto", "auto"]) != before["key"]
     assert {name: after["result"][name] for name in ("kl", "share")} == {"kl": 0.1, "share": 0.3}
+    assert former.renamed(after, "auto", "auto") is after
     assert former.renamed(before, "cuda", "auto")["key"] == f"{before['key']}-0.1"  # of another device: of nothing today
 
 
@@ -116,6 +120,18 @@ def test_rows_of_today_are_left_alone():
     for one in (old("gear-4bit", {"backbone": "kcvt"}), old("tcq-4bit", {}), old("kivi", {"bits": 2}),
                 {"key": "k", "codec": "gear-4bit", "error": "failed"}):
         assert former.renamed(one, "auto", "auto") is one
+
+
+@pytest.mark.parametrize("name", ["base", "smollm2-135m"])
+def test_published_rows_call_nothing_gear_that_is_not(name):
+    """GEAR has a low rank or outliers, TCQ neither; all rows have the names of today."""
+    path = Path(__file__).parents[2] / "docs" / "results" / "frontier" / f"{name}.jsonl"
+    published = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(former.renamed(one, "auto", "auto") is one for one in published)
+    named = {kind: [one["result"] for one in published if one["result"]["codec"].startswith(kind)] for kind in ("gear", "tcq")}
+    assert named["gear"] and all(one["settings"]["codec"]["rank"] == 4 for one in named["gear"])
+    assert named["tcq"] and not any(one["settings"]["codec"]["rank"] for one in named["tcq"])
+    assert {one["codec"] for one in named["gear"]} >= {"gear-4bit", "gear-2bit"}
 
 
 def test_a_run_does_not_take_the_trellis_for_gear(base, text, tmp_path):

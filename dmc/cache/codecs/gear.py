@@ -25,7 +25,7 @@ _GROUPED = tuple(name for name, parts in MIN_MAX.items() if any(grouped for _, g
 
 
 class GearCodec(Codec):
-    """GEAR, and its parts: ``outliers=0`` is GEAR-L; ``rank=0`` and ``outliers=0`` the bare backbone.
+    """GEAR, and its parts: ``outliers=0`` is GEAR-L; ``rank=0`` and ``outliers=0`` the bare backbone, and named so.
 
     Args:
         bits: 2, 3, 4 or 8, of keys and values on average.
@@ -76,6 +76,8 @@ class GearCodec(Codec):
         self.bits, self.backbone, self.rank, self.outliers, self.rounds, self.seed = bits, backbone, rank, outliers, rounds, seed
         self.group, self.scale_dtype = group if backbone in _GROUPED else None, scale_dtype if backbone in MIN_MAX else None
         self.key_bits, self.value_bits = widths("gear", backbone, bits, key_bits, value_bits)
+        if not rank and not outliers:
+            self.name = f"bare {backbone}"  # reports must not show it as GEAR
         self.parts = Backbone(backbone, self.key_bits, self.value_bits, group, SCALE_DTYPES[scale_dtype])
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:

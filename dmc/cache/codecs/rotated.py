@@ -1,4 +1,4 @@
-"""The rotated backbone: channels are mixed by an orthogonal matrix, then coded with one scale a token.
+"""Rotated quantisation: channels are mixed by an orthogonal matrix, then coded with one scale a token.
 
 After the rotation every channel of a token looks normal with the same variance, whatever channels were large before,
 so one scale a token is enough and nothing is an outlier. Keys keep a mean of their own over the page in each channel,

@@ -50,7 +50,7 @@ class Gear:
 
 @dataclass(frozen=True)
 class Trellis:
-    """How GEAR pages with the rotated backbone are laid out: ``x = (levels * scale + mean) Rᵀ`` (docs/kernels.md).
+    """How TCQ's pages are laid out: ``x = (levels * scale + mean) Rᵀ`` (docs/kernels.md).
 
     Attributes:
         page: entries of a page, P.
@@ -87,7 +87,7 @@ class Paged:
         encoded_table, open_table: ``[rows, columns]``, pages of each row in order.
         encoded_count: ``[rows]``, encoded pages of each row.
         exact_count: ``[rows]``, exact entries of each row.
-        gear: layout of the pages of kind "gear" or "trellis", whose fields are those of `dmc.cache.codecs.gear`.
+        gear: layout of the pages of kind "gear" or "trellis", whose fields are those of `dmc.cache.codecs.gear` and `tcq`.
     """
 
     kind: str

@@ -1,1 +1,1 @@
-"""Trellis-coded pages: GEAR with the rotated backbone."""
+"""Trellis-coded pages: the codec TCQ."""

@@ -1,4 +1,4 @@
-"""Decode over GEAR pages with the rotated backbone: trellis-coded, read in registers, never rotated back by entry.
+"""Decode over the pages of TCQ: trellis-coded, read in registers, never rotated back by entry.
 
 The level of a code depends on its own bits and on the lowest bits of the two codes before it (docs/kernels.md). Queries are
 rotated beforehand (``q·k = qR·kR``), sums of values come out rotated, and `dmc.kernels.decode.gpu.decode` rotates them back at
