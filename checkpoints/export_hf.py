@@ -26,7 +26,8 @@ from checkpoints.model_card import model_card
 
 _CODE = Path(__file__).parent / "hf_model"
 _CODE_FILES = (
-    "configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py", "step_dmc_llama.py", "modeling_dmc_llama.py",
+    "configuration_dmc_llama.py", "cache_dmc_llama.py", "entries_dmc_llama.py", "eviction_dmc_llama.py", "late_dmc_llama.py",
+    "step_dmc_llama.py", "modeling_dmc_llama.py",
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
@@ -74,6 +75,8 @@ def export(
     dmc = {"method": method, "decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
     if method == "dms" or window is not None:
         dmc |= {"window": window, "decide": "late" if looks_ahead else "arrival"}
+    if looks_ahead and method == "dms":
+        raise ValueError("dms decided late (dmc.decide=late) cannot be exported: it is a baseline of training alone")
     config = _config(hf_config, dmc, dtype)
     plan = _plan(state_dict, config, DmcLlamaForCausalLM, dtype)
     fold = folding(config, gain)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .entries_dmc_llama import append
 from .eviction_dmc_llama import EvictingLayerCache
+from .late_dmc_llama import LateLayerCache
 
 
 class DmcLayerCache:
@@ -49,8 +50,8 @@ class DmcLayerCache:
             self.keys, self.values, self.lengths = keys, values, counts
         elif keys.shape[2]:
             lengths = self.lengths + counts
-            self.keys = _append(self.keys, self.lengths, keys, lengths)
-            self.values = _append(self.values, self.lengths, values, lengths)
+            self.keys = append(self.keys, self.lengths, keys, lengths)
+            self.values = append(self.values, self.lengths, values, lengths)
             self.lengths = lengths
 
     def drop(self, counts: Tensor) -> None:
@@ -68,7 +69,9 @@ class DmcLayerCache:
 
 
 class DmcCache(Cache):
-    """The compressed cache of all layers, and how far it compressed; `method` is "dmc" or "dms".
+    """The compressed cache of all layers, and how far it compressed.
+
+    `method` is "dmc" or "dms"; `window` how many of the newest tokens before a query stay as they are, None for none.
 
     Closed entries are padded to the longest head of a layer, so this form shows what is kept and does not yet
     save all of the memory; ratios count entries.
@@ -88,10 +91,10 @@ class DmcCache(Cache):
 
     _fields = ("real", "tokens", "document", "positions", "rotation")
 
-    def __init__(self, layers: int, method: str = "dmc") -> None:
-        layer = EvictingLayerCache if method == "dms" else DmcLayerCache
+    def __init__(self, layers: int, method: str = "dmc", window: int | None = None) -> None:
+        layer = EvictingLayerCache if method == "dms" else DmcLayerCache if window is None else LateLayerCache
         super().__init__(layers=[layer() for _ in range(layers)])
-        self.method = method
+        self.method, self.window = method, window
         self.reset()
 
     def reset(self) -> None:
@@ -161,11 +164,3 @@ class DmcCache(Cache):
         for name in self._fields:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
-
-
-def _append(old: Tensor, lengths: Tensor, new: Tensor, total: Tensor) -> Tensor:
-    """Entries old `[B, H, N, D]`, of which `lengths` [B, H] count, followed by new; `total` of them count."""
-    most = int(total.max())
-    slot = torch.arange(most, device=old.device) - lengths[..., None]  # [B, H, N'], negative: an old entry
-    fresh = new.gather(2, slot.clamp(0, new.shape[2] - 1)[..., None].expand(-1, -1, -1, new.shape[-1]))
-    return torch.where(slot[..., None] < 0, F.pad(old, (0, 0, 0, most - old.shape[2])), fresh)

@@ -15,7 +15,9 @@ class DmcLlamaConfig(LlamaConfig):
         dmc: a dict with
             `method`: "dmc": tokens that the model chooses are merged into the newest entry; "dms": they are evicted
                 after a while (default "dmc");
-            `window`: of "dms": how many tokens later, at least 1;
+            `window`: of "dms": how many tokens later, at least 1; of "dmc": how many of the newest tokens before a query
+                stay as they are before they are merged, at least 0 (None: tokens are merged at once);
+            `decide`: "arrival", or "late": decisions also read the hidden state `window` tokens later (default "arrival");
             `decision`: "neuron" reads the decision from neuron 0 of the keys and the importance from neuron 0
                 of the queries, both before RoPE (of "dms": from neuron 0 of the first query head of each group);
                 "head" reads them from a small linear layer beside k_proj;
@@ -36,9 +38,15 @@ class DmcLlamaConfig(LlamaConfig):
         method, decision, offset = self.dmc["method"], self.dmc["decision"], self.dmc["offset"]
         if method not in METHODS:
             raise ValueError(f"dmc.method must be one of {', '.join(METHODS)}, got {method!r}")
-        window = self.dmc.get("window", 0)
-        if method == "dms" and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise ValueError(f"dmc.window must be a whole number of at least 1 with dmc.method dms, got {window!r}")
+        window, decide = self.dmc.get("window"), self.dmc.get("decide", "arrival")
+        least = int(method == "dms")
+        if (window is not None or least) and (isinstance(window, bool) or not isinstance(window, int) or window < least):
+            raise ValueError(f"dmc.window must be a whole number of at least {least} with dmc.method {method}, got {window!r}")
+        if decide not in ("arrival", "late") or (decide == "late" and not (window and decision == "head" and method == "dmc")):
+            raise ValueError(
+                f"dmc.decide must be arrival, or late with dmc.method dmc, dmc.decision head and a dmc.window of at least 1, got "
+                f"{decide!r}"
+            )
         if decision not in DECISIONS:
             raise ValueError(f"dmc.decision must be one of {', '.join(DECISIONS)}, got {decision!r}")
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from .cache_dmc_llama import DmcCache, DmcLayerCache
 from .configuration_dmc_llama import DmcLlamaConfig
+from .entries_dmc_llama import mean, positions_of, rotate, states, take
 from .eviction_dmc_llama import EvictingLayerCache, attend_and_evict
+from .late_dmc_llama import LateLayerCache, attend_late
 from .step_dmc_llama import Step, plan
 
-_CHUNK = 32  # tokens that one small matrix product of the running sums covers
 _QUERIES = 1024  # queries that attend at once: bounds the memory of the scores in a long prompt
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # other ways to mark documents than position_ids
 
@@ -38,14 +39,16 @@ class DmcLlamaAttention(nn.Module):
         hidden, size, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.layer_idx, self.head_dim, self.heads = layer_idx, size, config.num_key_value_heads
         self.offset, self.dropout = float(config.dmc["offset"]), config.attention_dropout
-        self.window = config.dmc["window"] if config.dmc["method"] == "dms" else None
+        self.window, self.evicts = config.dmc.get("window"), config.dmc["method"] == "dms"
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
         self.k_proj = nn.Linear(hidden, self.heads * size, bias=bias)
         self.v_proj = nn.Linear(hidden, self.heads * size, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=bias)
         self.decision = None
         if config.dmc["decision"] == "head":
-            self.decision = nn.Linear(hidden, self.heads if self.window else 2 * self.heads, bias=False)
+            ahead = config.dmc.get("decide") == "late"
+            rows = 1 if self.evicts else 2 + ahead  # decision; weight; what a token adds to the decision `window` before it
+            self.decision = nn.Linear(hidden, rows * self.heads, bias=ahead)
 
     def forward(self, hidden: Tensor, step: Step, cache: DmcCache | None) -> Tensor:
         """`[B, T, hidden]` to the same; fills the cache, where there is one."""
@@ -53,16 +56,24 @@ class DmcLlamaAttention(nn.Module):
         query, key, value = (
             project(hidden).view(split).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.window:
+        if self.evicts:
             out = self._mark_and_attend(hidden, query, key, value, step, cache)
             return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
         if self.decision is None:
-            merge = key[..., 0].float()  # [B, H, T]
+            ahead, merge = (), key[..., 0].float()  # [B, H, T]
             weight = query[..., 0].float().unflatten(1, (self.heads, -1)).mean(2)
             query, key = (F.pad(x[..., 1:], (1, 0)) for x in (query, key))
         else:
-            logits = F.linear(hidden.float(), self.decision.weight.float())
-            merge, weight = logits.transpose(1, 2).split(self.heads, 1)
+            bias = None if self.decision.bias is None else self.decision.bias.float()
+            logits = F.linear(hidden.float(), self.decision.weight.float(), bias)
+            merge, weight, *ahead = logits.transpose(1, 2).split(self.heads, 1)
+        if self.window is not None:
+            layer = cache.layers[self.layer_idx] if cache is not None else LateLayerCache()
+            out = attend_late(
+                query, key, value, merge - self.offset, ahead[0] if ahead else None, torch.sigmoid(weight + self.offset), step,
+                layer, window=self.window, dropout=self.dropout if self.training else 0.0,
+            )
+            return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
         opens = (~(merge > self.offset) | step.starts[:, None]) & step.real[:, None]
         omega = torch.sigmoid(weight + self.offset) * step.real[:, None]
         layer = cache.layers[self.layer_idx] if cache is not None else DmcLayerCache()
@@ -84,7 +95,7 @@ class DmcLlamaAttention(nn.Module):
         layer = cache.layers[self.layer_idx] if cache is not None else EvictingLayerCache()
         cos, sin = step.cos[:, None, 1:], step.sin[:, None, 1:]
         return attend_and_evict(
-            _rotate(query.float(), cos, sin) * self.head_dim**-0.5, _rotate(key.float(), cos, sin).to(key.dtype), value,
+            rotate(query.float(), cos, sin) * self.head_dim**-0.5, rotate(key.float(), cos, sin).to(key.dtype), value,
             logits > self.offset, step.order, step.begins, step.real, layer, window=self.window,
             dropout=self.dropout if self.training else 0.0,
         )
@@ -95,23 +106,23 @@ class DmcLlamaAttention(nn.Module):
     ) -> Tensor:
         """Query i sees the entries of its document closed by then and its own state. → `[B, H * G, T, D]`."""
         size, dtype = self.head_dim, query.dtype
-        states = _states(torch.cat([key, value], -1), opens, omega, layer.tail)  # [B, H, T + 1, F]
+        merged = states(torch.cat([key, value], -1), opens, omega, layer.tail)  # [B, H, T + 1, F]
         closes = opens & ~step.starts[:, None]  # nobody sees the last entry of a document that ended
         counts = closes.cumsum(-1)  # [B, H, T]: entries closed in this pass, up to each token
-        index = _positions_of(closes, counts)  # [B, H, M]
-        closed = _mean(states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1])))
-        cos, sin = (_take(table[:, :-1], index) for table in (step.cos, step.sin))
+        index = positions_of(closes, counts)  # [B, H, M]
+        closed = mean(merged.gather(2, index[..., None].expand(-1, -1, -1, merged.shape[-1])))
+        cos, sin = (take(table[:, :-1], index) for table in (step.cos, step.sin))
         visible = counts if layer.lengths is None else counts + layer.lengths[..., None]
         hidden = None
         if step.restarts:  # entries before each token's document
             new = step.starts & (step.order > 0)
             hidden = torch.where(new[:, None], visible, 0).cummax(-1).values
-        keys, values = _rotate(closed[..., :size], cos, sin).to(dtype), closed[..., size:].to(dtype)
-        layer.append(keys, values, counts[..., -1], states[:, :, -1])
-        own, cos, sin = _mean(states[:, :, 1:]), step.cos[:, None, 1:], step.sin[:, None, 1:]
+        keys, values = rotate(closed[..., :size], cos, sin).to(dtype), closed[..., size:].to(dtype)
+        layer.append(keys, values, counts[..., -1], merged[:, :, -1])
+        own, cos, sin = mean(merged[:, :, 1:]), step.cos[:, None, 1:], step.sin[:, None, 1:]
         out = _attention(
-            _rotate(query.float(), cos, sin) * size**-0.5, layer.keys, layer.values,
-            _rotate(own[..., :size], cos, sin), own[..., size:], visible, hidden, self.dropout if self.training else 0.0,
+            rotate(query.float(), cos, sin) * size**-0.5, layer.keys, layer.values,
+            rotate(own[..., :size], cos, sin), own[..., size:], visible, hidden, self.dropout if self.training else 0.0,
         )
         if hidden is not None:
             layer.drop(hidden[..., -1])
@@ -177,6 +188,11 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
         cache, method = past_key_values, self.config.dmc["method"]
         if cache is not None and cache.method != method:
             raise ValueError(f"past_key_values is a cache for {cache.method}, and this model is a {method} one: leave it out")
+        if cache is not None and cache.window != self.config.dmc.get("window"):
+            raise ValueError(
+                f"past_key_values is a cache of window {cache.window}, and this model has {self.config.dmc.get('window')}: leave "
+                "it out"
+            )
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = self.new_cache()
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -197,7 +213,7 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
 
     def new_cache(self) -> DmcCache:
         """An empty cache for this model."""
-        return DmcCache(len(self.layers), self.config.dmc["method"])
+        return DmcCache(len(self.layers), self.config.dmc["method"], self.config.dmc.get("window"))
 
 
 class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
@@ -248,56 +264,6 @@ class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
-
-
-def _states(kv: Tensor, opens: Tensor, omega: Tensor, tail: Tensor | None) -> Tensor:
-    """The open entry before the first token and after every token, as sums: `[B, H, T + 1, F]` fp32.
-
-    kv `[B, H, T, 2 D]` unrotated; opens `[B, H, T]` bool; omega `[B, H, T]` fp32, 0 for padding.
-    """
-    with torch.autocast(kv.device.type, enabled=False):
-        weighted = torch.cat([kv.float() * omega[..., None], omega[..., None]], -1)
-        tail = torch.zeros_like(weighted[:, :, 0]) if tail is None else tail
-        return _running_sums(torch.cat([tail[:, :, None], weighted], 2), F.pad(opens, (1, 0)))
-
-
-def _running_sums(x: Tensor, opens: Tensor) -> Tensor:
-    """Sum of x `[..., S, F]` since the last True of opens `[..., S]`, inclusive; no difference of long sums."""
-    size = x.shape[-2]
-    if size <= _CHUNK:
-        entry = opens.cumsum(-1)
-        return (entry[..., :, None] == entry[..., None, :]).tril().to(x.dtype) @ x
-    pad = -size % _CHUNK
-    opens = F.pad(opens, (0, pad)).unflatten(-1, (-1, _CHUNK))
-    x = F.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, _CHUNK))
-    within = _running_sums(x, opens)  # [..., chunks, _CHUNK, F]: each chunk on its own
-    carried = opens.cumsum(-1) == 0  # tokens that the entry open before the chunk still reaches
-    ends = _running_sums(within[..., -1, :], ~carried[..., -1])
-    before = F.pad(ends[..., :-1, :], (0, 0, 1, 0))
-    return (within + carried[..., None] * before[..., None, :]).flatten(-3, -2)[..., :size, :]
-
-
-def _positions_of(closes: Tensor, counts: Tensor) -> Tensor:
-    """Where each head closes its 1st, 2nd, ... entry: `[B, H, T]` → `[B, H, M]`, M the most of any head."""
-    most = int(counts[..., -1].max())
-    slot = torch.where(closes, counts - 1, most)
-    token = torch.arange(closes.shape[-1], device=closes.device).expand_as(slot)
-    return token.new_zeros(*slot.shape[:2], most + 1).scatter_(2, slot, token)[..., :most]
-
-
-def _take(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table `[B, T, D]` by index `[B, H, M]` → `[B, H, M, D]`."""
-    size = table.shape[-1]
-    return table[:, None].expand(-1, index.shape[1], -1, -1).gather(2, index[..., None].expand(-1, -1, -1, size))
-
-
-def _mean(sums: Tensor) -> Tensor:
-    """Keys and values of entries from their sums `[..., F]` → `[..., 2 D]`; 0 where nothing was summed."""
-    return sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(sums.dtype).tiny)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x * cos + rotate_half(x) * sin
 
 
 def _attention(
