@@ -54,8 +54,8 @@ def exported(tmp_path):
 def test_directory_is_complete(exported):
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
-        "tokenizer_config.json", "configuration_dmc_llama.py", "cache_dmc_llama.py", "eviction_dmc_llama.py", "step_dmc_llama.py",
-        "modeling_dmc_llama.py",
+        "tokenizer_config.json", "configuration_dmc_llama.py", "cache_dmc_llama.py", "entries_dmc_llama.py",
+        "eviction_dmc_llama.py", "late_dmc_llama.py", "step_dmc_llama.py", "modeling_dmc_llama.py",
     }
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "dmc_llama" and config["architectures"] == ["DmcLlamaForCausalLM"]
@@ -216,8 +216,9 @@ def cli(monkeypatch):
 def _meta(model, tokenizer, **changes):
     """What the checkpoint store tells of a checkpoint."""
     return dict(
-        hf_config=model.config, tokenizer_dir=tokenizer, method="dmc", window=0, decision=model.decision, offset=OFFSET,
-        gain=GAIN, target_cr=2.0, measured_cr=1.9, step=7, results={"rows": [{"name": "base", "perplexity": 3.0}]},
+        hf_config=model.config, tokenizer_dir=tokenizer, method="dmc", window=None, looks_ahead=False,
+        decision=model.decision, offset=OFFSET, gain=GAIN, target_cr=2.0, measured_cr=1.9, step=7,
+        results={"rows": [{"name": "base", "perplexity": 3.0}]},
         compressed=True, config={"run": {"precision": "fp32"}}, perplexity=12.3, corpus_hash="c0", held_out_hash="4e",
     ) | changes
 
