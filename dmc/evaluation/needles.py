@@ -90,10 +90,7 @@ def draw_needle(kind: str, tokenizer: Tokenizer, draw: random.Random, choices: i
     if kind not in KINDS:
         raise ValueError(f"unknown kind of needle {kind!r}; known: {', '.join(KINDS)}")
     made = KINDS[kind]
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.inner.encode(text, add_special_tokens=False)
-
+    encode = tokenizer.encode_inside
     subject, value = made.subject(draw), made.value(draw)
     wanted = {value: encode(f" {value}")}
     for _ in range(_DRAWS):

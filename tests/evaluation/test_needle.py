@@ -11,6 +11,7 @@ from dmc.evaluation.haystack import Haystack, read_haystack, standard_prose
 from dmc.evaluation.needle import NeedleSettings, as_text, cells, count, needle, report
 from dmc.evaluation.needle_plot import plot_needle
 from dmc.evaluation.needles import KINDS, draw_needle
+from tests.engine import tokenizers
 
 BASE = Path(__file__).parents[2] / "checkpoints" / "base"
 
@@ -110,3 +111,17 @@ def test_haystack_of_files(full, tmp_path):
 def test_bad_settings_are_refused(full, settings, words):
     with pytest.raises(ValueError, match=words):
         needle(full, Haystack("x", "hay\n" * 999, ""), NeedleSettings(**settings))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama-2", "llama-2-legacy", "llama-2-fast", "no-strip", "unigram-bytes"])
+@pytest.mark.parametrize("needle", KINDS)
+def test_needles_of_other_tokenizers(tmp_path, kind, needle):
+    """Parts that are encoded one by one read as one text: Llama 2's tokenizer would put a space before each."""
+    tokenizer = tokenizers.load(tmp_path, kind)
+    made = draw_needle(needle, tokenizer, random.Random(1), choices=3)
+    hay = tokenizer.encode("the text\n")
+    text = tokenizer.decode([*hay, *made.needle, *made.question, *made.choices[0]])
+    first, line, _, *question = text.split("\n")
+    assert first.strip() == "the text" and line[:1] != " " and made.answer in line
+    assert question[0][:1] != " " and question[0].endswith(f" {made.answer}") and f"  {made.answer}" not in question[0]
+    assert all(tokenizer.decode([*hay, *tokens]).startswith(tokenizer.decode(hay) + " ") for tokens in made.choices)
