@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from dmc.server.schema import ChatRequest, CompletionRequest
+from tests.server.test_requests import explained
 
 USER = {"role": "user", "content": "hi"}
 
@@ -39,3 +40,16 @@ def test_no_tools():
     assert ChatRequest.model_validate(asked | {"tools": []}) == ChatRequest.model_validate(asked)
     with pytest.raises(ValidationError):
         ChatRequest.model_validate(asked | {"tools": [{"type": "function", "function": {"name": "f"}}]})
+
+
+# https://github.com/vllm-project/vllm/issues/5797: a client that sends "functions": null could not be used.
+def test_functions_null():
+    asked = {"model": "m", "messages": [{"role": "system", "content": "s"}, USER], "stream": True, "temperature": 0.0}
+    assert ChatRequest.model_validate(asked | {"functions": None}) == ChatRequest.model_validate(asked)
+
+
+# https://github.com/vllm-project/vllm/pull/10463: errors named fields by the validator's labels, such as messages, 0, typed-dict.
+def test_names_of_fields():
+    message = USER | {"opts": {"visible": False}}
+    said, param = explained(ChatRequest, {"model": "m", "messages": [message]})
+    assert said.startswith("unknown parameter 'messages[0].opts'") and param == "messages[0].opts"
