@@ -27,6 +27,7 @@ from transformers import LlamaConfig
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, mixture, opening, tokens
+from dmc.fitted import FittedDecisions
 from dmc.rope import settings_of
 from dmc.training import backends, dryrun, flops, llama, peers, setup
 from dmc.training import config as configuration
@@ -84,6 +85,9 @@ def build(config: Config) -> Trainer:
         directory = config.distill.teacher or config.run.model
         teacher, teacher_hf = convert.HfWeights(directory), convert.read_config(directory)
         check_length(config, teacher_hf)
+    fitted = FittedDecisions.load(config.dmc.init) if config.dmc.init else None
+    if fitted is not None:
+        fitted.threshold(config.dmc.target_cr, config.data.sequence_length)  # the window must allow the target
     output = Path(config.run.output)
     checkpoints = store.CheckpointStore(output / "checkpoints", keep_last=config.run.keep_last)
     tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
@@ -105,6 +109,8 @@ def build(config: Config) -> Trainer:
         "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
         "begin": begin,
     }
+    if fitted is not None:
+        fitted.check(meta["model_hash"], hf.num_hidden_layers, hf.num_key_value_heads, hf.hidden_size, config.dmc.recent)
     reporter = Reporter(config.log, output, meta["config"], rank=rank, steps=Schedule(config).steps)
     trainer = Trainer(
         config, hf, batches=source, store=checkpoints, reporter=reporter, meta=meta,
@@ -126,6 +132,8 @@ def build(config: Config) -> Trainer:
             reporter.say(f"  left out of {text.name}: {text.skipped}")
     if resume is not None:
         trainer.resume(str(resume))
+    elif fitted is not None:
+        setup.start_from(config, trainer.student, fitted)
     return trainer
 
 

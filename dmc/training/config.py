@@ -52,6 +52,8 @@ class DmcConfig:
     hold_steps: int = 160  # steps at the final target
     integer_hold_steps: int = 40  # steps at each integer CR below it, with a decay of their own, before crN is saved; 0: none
     window: int | None = None  # newest tokens kept as they are; null: dmc merges at once (the paper's), dms evicts after 64
+    init: str = ""  # file of fitted decisions (dmc calibrate --decisions) that the added head starts from; "": from zero
+    init_scale: float = 3.0  # how steeply a fitted score away from the threshold of target_cr becomes a logit
     decide: str = "auto"  # "arrival": from a token's own state; "late": also from that `window` tokens later (decision=head)
 
     @property
@@ -276,7 +278,10 @@ def _check_fields(config: Config) -> None:
         "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
         "guard.window": config.guard.window, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
     })
-    for name, value in {"optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature}.items():
+    for name, value in {
+        "optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature,
+        "dmc.init_scale": d.init_scale,
+    }.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: it must be a positive number")
     if 0 < config.guard.max_norm_ratio <= 1:
@@ -319,6 +324,12 @@ def _check_together(config: Config) -> None:
             f"dmc.decide=late reads the hidden state dmc.window tokens later with an added head, and dmc.method={d.method}, "
             f"dmc.window={'null' if d.recent is None else d.recent}, dmc.decision={d.decision} has none to read: set dmc.window "
             "to at least 1 and dmc.decision=head, or dmc.decide=arrival"
+        )
+    if d.init and not d.looks_ahead:
+        raise ValueError(
+            f"dmc.init={d.init} starts the head of decisions that are made late, and dmc.method={d.method}, dmc.window="
+            f"{'null' if d.recent is None else d.recent}, dmc.decision={d.decision}, dmc.decide={d.decide} have none: set "
+            "dmc.window to that of the file, dmc.decision=head and dmc.decide=late, or leave dmc.init out"
         )
     _check_reach(config)
 

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from transformers import LlamaConfig
 
+from dmc.fitted import FittedDecisions
 from dmc.kernels import backend
 from dmc.training import backends, cpu, llama
 from dmc.training import optimizer as optimizer_module
@@ -221,6 +222,41 @@ def load_weights(model: Stage, loader: WeightLoader) -> None:
                 "they do not belong together"
             )
         own[name].data.copy_(tensor)
+
+
+def start_from(config: Config, student: Student, fitted: FittedDecisions) -> None:
+    """Let the added heads decide as fitted ones do: the logit is ``init_scale * (threshold - score) + offset``.
+
+    The threshold is that of ``dmc.target_cr`` at ``data.sequence_length``. Logits of omega stay 0.
+
+    Args:
+        fitted: checked against the model.
+
+    Raises:
+        ValueError: if its window makes the target CR impossible at that length.
+    """
+    dmc, settings = config.dmc, student.state.settings
+    threshold, steep = fitted.threshold(dmc.target_cr, config.data.sequence_length), dmc.init_scale / dmc.gain
+    if not math.isfinite(threshold):
+        raise ValueError(
+            f"dmc.init: at dmc.target_cr {dmc.target_cr:g} and data.sequence_length {config.data.sequence_length} all or none of "
+            "the tokens that leave the window stay: set another target, or leave dmc.init out"
+        )
+    for chunk in student.chunks:
+        offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        for name, weight in chunk.named_parameters():
+            if ".decision." not in name:
+                continue
+            layer = int(name.split(".")[2]) + offset
+            rows = weight.data.unflatten(0, (-1, settings.logits_per_head))  # [heads of this rank, logits, ...]
+            first = len(rows) * mpu.get_tensor_model_parallel_rank()
+            heads = slice(first, first + len(rows))
+            if name.endswith("weight"):
+                rows[:, 0] = -steep * fitted.arrival[layer, heads].to(rows)
+                rows[:, -1] = -steep * fitted.late[layer, heads].to(rows)
+            else:
+                rows[:, 0] = steep * (threshold - fitted.bias[layer, heads]).to(rows) + dmc.offset / dmc.gain
+    student.optimizer.reload_model_params()  # the optimizer's own fp32 copies, where it keeps some
 
 
 def gather_weights(config: Config, student: Student) -> None:

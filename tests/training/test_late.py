@@ -3,12 +3,16 @@
 import pytest
 import torch
 
+from dmc.fitted import FittedDecisions
+from dmc.training import setup
+from dmc.training.config import load
 from tests.training.helpers import (
     arguments,
     assert_same_run,
     evaluations,
     metrics,
     small_run,
+    tiny_config,
     tiny_model,
     tiny_text,
     train,
@@ -107,3 +111,54 @@ def test_recomputation(reference, recompute):
 ], ids=lambda settings: settings[0])
 def test_other_settings_compress(reference, settings):
     assert metrics(run(reference[0], "-".join(settings).replace("/", "-"), *settings))[-1]["measured_cr"] > 1.2
+
+
+def fitted_for(config, hf, window=WINDOW):
+    g = torch.Generator().manual_seed(4)
+    layers, heads, hidden = hf.num_hidden_layers, hf.num_key_value_heads, hf.hidden_size
+    weights = [torch.randn(layers, heads, hidden, generator=g) for _ in range(2)]
+    return FittedDecisions(
+        *weights, torch.randn(layers, heads, generator=g), window=window, sinks=1, quantiles=torch.linspace(-9, 3, 101),
+        model="m", meta={},
+    )
+
+
+def test_a_start_from_fitted_decisions_decides_as_they_do(process_group):
+    """The logit of every layer and head is above the offset where the fitted score is below the threshold, by its scale."""
+    overrides = [f"dmc.window={WINDOW}", "data.sequence_length=64", "dmc.target_cr=2", "dmc.init=F", "run.threads=1"]
+    config, hf = load(overrides=overrides), tiny_config(num_hidden_layers=3)
+    student, fitted = setup.build_student(config, hf, None), fitted_for(config, hf)
+    setup.start_from(config, student, fitted)
+    hidden = torch.randn(20, 1, hf.hidden_size, generator=torch.Generator().manual_seed(1))
+    threshold = fitted.threshold(2, 64)
+    for layer in range(3):
+        rows, _ = student.chunks[0].decoder.layers[layer].self_attention.decision(hidden)
+        rows = config.dmc.gain * rows[:, 0].unflatten(-1, (hf.num_key_value_heads, 3))
+        logits = rows[: 20 - WINDOW, :, 0] + rows[WINDOW:, :, 2]
+        inside = fitted.scores(layer, hidden[:, 0])[1 : 19 - WINDOW]
+        expected = config.dmc.init_scale * (threshold - inside) + config.dmc.offset
+        torch.testing.assert_close(logits[1 : 19 - WINDOW], expected, rtol=1e-4, atol=1e-3)
+        assert not rows[..., 1].any()  # omega as from zero
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["dmc.init=F"], "dmc.window=null"),
+    (["dmc.init=F", "dmc.window=4", "dmc.decide=arrival"], "set dmc.window to that of the file"),
+    (["dmc.init=F", "dmc.window=4", "dmc.init_scale=0"], "dmc.init_scale is 0.0: it must be a positive number"),
+])
+def test_starts_that_cannot_work_are_one_sentence(overrides, words):
+    with pytest.raises(ValueError) as caught:
+        load(overrides=overrides)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_model_or_window_ends_before_anything_is_written(reference, tmp_path):
+    tmp, _ = reference
+    made = fitted_for(None, tiny_config(num_hidden_layers=4))
+    made.save(tmp_path / "other.safetensors")
+    held = f"data.held_out={tmp / 'held.jsonl'}"
+    done = train(*arguments(tmp, tmp / "started"), *STEPS, held, f"dmc.init={tmp_path / 'other.safetensors'}", check=False)
+    assert done.returncode == 2 and "fitted for another model or window (model fingerprint m, not" in done.stderr
+    assert not (tmp / "started" / "checkpoints").exists()
+    done = train(*arguments(tmp, tmp / "none"), *STEPS, held, f"dmc.init={tmp_path / 'none'}", check=False)
+    assert done.returncode == 2 and "is missing" in done.stderr and not (tmp / "none").exists()
