@@ -147,7 +147,7 @@ def collect(
     return {
         "steps": steps, "moments": moments, "sampled": sampled, "heads": config.num_key_value_heads, "length": length,
         "hidden": config.hidden_size, "settings": settings, "model": model_hash(directory), "text": found.name,
-        "text_hash": found.text_hash,
+        "text_hash": found.text_hash, "targets": TARGETS,
     }
 
 
@@ -162,7 +162,7 @@ def solved(data: dict, *, target: str = "max-floor-1e-05", step: int = -1, ridge
         use: "both", "arrival" or "late".
         scaled: the penalty of each feature is relative to its own second moment, not to their mean.
     """
-    first, hidden, heads = TARGETS.index(target) * data["heads"], data["hidden"], data["heads"]
+    first, hidden, heads = data["targets"].index(target) * data["heads"], data["hidden"], data["heads"]
     places = torch.arange(2 * hidden + 1)
     rows, found = {"both": places, "arrival": torch.cat([places[:hidden], places[-1:]]), "late": places[hidden:]}[use], []
     for layer in data["moments"]:
@@ -210,10 +210,13 @@ def variants(data: dict) -> Iterator[tuple[str, FittedDecisions]]:
     def made(tokens: int = data["steps"][-1], **how: object) -> FittedDecisions:
         return decisions(data, solved(data, **how), tokens=tokens * data["length"], variant={k: str(v) for k, v in how.items()})
 
-    yield "default", made()
-    for target in TARGETS:
+    if TARGETS[1] in data["targets"]:
+        yield "default", made()
+    for target in data["targets"]:
         if target != "max-floor-1e-05":
             yield f"target-{target}", made(target=target)
+    if TARGETS[1] not in data["targets"]:
+        return
     for ridge in (1e-5, 1e-4, 1e-2, 1e-1):
         yield f"ridge-{ridge:g}", made(ridge=ridge)
     for ridge in (1e-3, 1e-2, 1e-1):

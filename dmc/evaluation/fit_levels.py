@@ -17,7 +17,7 @@ from dmc.fitted import FittedDecisions, interpolate, levels
 from dmc.functional import rotate
 from dmc.model import Llama
 
-LEVELS = (0.3, 0.5, 0.65, 0.75, 0.85, 0.93)  # dropped shares of the full model's scores at which the real ones are measured
+LEVELS = (0.3, 0.5, 0.65, 0.75, 0.85, 0.92, 0.97)  # dropped shares of the full model's scores at which the real ones are measured
 
 
 class NotFiniteError(ValueError):
