@@ -22,7 +22,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--policy", metavar="NAME[:SETTING=VALUE,...]",
                        help="which entries exist: dmc or dms (default: what the model was retrofitted with; full for a "
                             "plain Llama), full, streaming (:sinks=4,recent=252), h2o "
-                            "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens instead")
+                            "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens "
+                            "instead; gate: fitted decisions (:decisions=FILE,target_cr=3,length=1024, and merge=true,power=1 "
+                            "to merge)")
+    cache.add_argument("--decisions", metavar="FILE", help="of dmc calibrate --decisions, for --policy gate")
+    cache.add_argument("--target-cr", type=float, metavar="CR",
+                       help="tokens / entries, for --policy gate, at its setting length: by default that of the sequences "
+                            "which the decisions were fitted on; longer texts reach a higher CR")
     cache.add_argument("--codec", default="dense", metavar="NAME[:SETTING=VALUE,...]",
                        help="how full pages are stored: dense (default), int8, fp8, kivi (:bits=2), rotated (:bits=4), svd "
                             "(:rank=16), eigen (:file=FILE of dmc calibrate), gear, gear-4bit or gear-2bit (the published "
@@ -57,7 +63,8 @@ def load(options: argparse.Namespace) -> LLM:
     policy, settings = named(options.policy) if options.policy else (None, None)
     codec, own = codec_choice(options)
     return LLM(
-        options.directory, policy=policy, policy_settings=settings, codec=codec, codec_settings=own,
+        options.directory, policy=policy, policy_settings=settings, decisions=options.decisions, target_cr=options.target_cr,
+        codec=codec, codec_settings=own,
         codec_layers=options.codec_layers,
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,

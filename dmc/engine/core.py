@@ -34,7 +34,8 @@ class Engine:
         self.runner, self.max_batch, self.prefill_tokens = runner, max_batch, prefill_tokens
         config = runner.model.config
         own = config.method == runner.cache.policy.name
-        self.predictor = Predictor(runner.cache, (config.measured_cr or 1.0) if own else 1.0)
+        cr = runner.cache.policy.likely_cr or (config.measured_cr if own else None) or 1.0
+        self.predictor = Predictor(runner.cache, cr)
         self.waiting: deque[Sequence] = deque()
         self.reading: list[Sequence] = []
         self.running: list[Sequence] = []

@@ -10,6 +10,7 @@ import torch
 
 from dmc.cache import Codec, Policy, codec, policy
 from dmc.cache.codecs.layers import read_layers
+from dmc.cache.policies.gate import GatePolicy
 from dmc.engine import memory, parallel
 from dmc.engine.core import KEPT_PROMPTS, Engine
 from dmc.engine.detokenizer import Detokenizer
@@ -20,6 +21,7 @@ from dmc.engine.scoring import Score, score_batch
 from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total
 from dmc.engine.tokenizer import Tokenizer
+from dmc.fitted import FittedDecisions
 from dmc.model import ModelConfig, read_config
 from dmc.model.fingerprint import model_hash
 
@@ -34,6 +36,10 @@ class LLM:
         policy: which entries the cache keeps: a name of `dmc.cache.POLICIES`, or a policy that is ready made. None: that
             of the method which the model was retrofitted with ("dmc" or "dms"), "full" for a plain Llama.
         policy_settings: for a policy given by name, such as ``{"recent": 508}``. The window of "dms" is else the model's.
+        decisions: file of `dmc calibrate --decisions`, or its content, for policy "gate": late eviction by fitted
+            decisions, for a model that was not retrofitted (`dmc.cache.policies.gate`).
+        target_cr: for policy "gate": tokens / entries at its setting ``length``, by default the length of the sequences
+            that the decisions were fitted on.
         codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
         codec_layers: a file with settings for each layer, and the codec's name, in place of ``codec``: see
@@ -58,6 +64,7 @@ class LLM:
 
     def __init__(
         self, path: str | Path, *, policy: str | Policy | None = None, policy_settings: dict | None = None,
+        decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None,
         codec: str | Codec = "dense", codec_settings: dict | None = None, codec_layers: str | Path | None = None,
         kv_memory: int | str | None = None, max_batch: int = 16, page_size: int | None = None, sink_tokens: int | None = None,
         window: int | None = None, exact_dtype: str | None = None,
@@ -70,7 +77,8 @@ class LLM:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         memory.check(kv_memory)
         store, config = _stored(codec, codec_settings, codec_layers, self.path), read_config(path)
-        chosen = _policy(config, path, policy, policy_settings)
+        given = {name: value for name, value in (("decisions", decisions), ("target_cr", target_cr)) if value is not None}
+        chosen = _policy(config, path, policy, _with_decisions(policy, policy_settings, given))
         place, precision = resolve(device, dtype, config.dtype)
         parts = Parts(self.path, precision, chosen, store, {
             "slots": max_batch + KEPT_PROMPTS, "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens,
@@ -222,7 +230,14 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
     chosen = (config.method or "full") if chosen is None else chosen
     if chosen == config.method and config.window is not None:
         settings = {"window": config.window} | (settings or {})
+    if (chosen == GatePolicy.name or isinstance(chosen, GatePolicy)) and config.decision is not None:
+        raise ValueError(
+            f"{path} was retrofitted with {config.method} and makes decisions of its own: policy gate is for models that were "
+            "not, so leave it and its decisions out"
+        )
     made = _made("policy", chosen, settings)
+    if isinstance(made, GatePolicy):
+        _check_fitted(made, config, path)
     if made.name == "dms" and config.method != "dms":
         what = "is a plain Llama" if config.method is None else f"was retrofitted with {config.method}"
         raise ValueError(f"{path} {what} and marks no tokens for eviction: policy dms needs a model retrofitted with dms")
@@ -235,6 +250,29 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
         now, then = ("merges at once" if w is None else f"has a window of {w}" for w in (made.ring, config.window))
         raise ValueError(f"{path} was retrofitted to what {then}, and the policy {now}: leave out its setting window")
     return made
+
+
+def _check_fitted(made: GatePolicy, config: ModelConfig, path: str | Path) -> None:
+    """Raises ValueError if the policy's decisions were fitted for another model."""
+    heads, hidden = config.num_key_value_heads, config.hidden_size
+    try:
+        made.fitted.check(model_hash(path), config.num_hidden_layers, heads, hidden, made.ring)
+    except ValueError as error:
+        raise ValueError(f"{made.decisions or 'decisions'}: {error}") from None
+
+
+def _with_decisions(chosen: str | Policy | None, settings: dict | None, given: dict) -> dict | None:
+    """Settings of the policy with ``decisions`` and ``target_cr``, which policy gate alone takes."""
+    if not given:
+        return settings
+    names = " and ".join(given)
+    if chosen != GatePolicy.name:
+        what = f"policy {chosen}" if isinstance(chosen, str) else "no policy" if chosen is None else "a policy that is ready made"
+        raise ValueError(f"{names} {'are' if len(given) > 1 else 'is'} for policy gate, and {what} was given: give policy gate")
+    twice = [name for name in given if name in (settings or {})]
+    if twice:
+        raise ValueError(f"{' and '.join(twice)} is given twice, as a setting of policy gate and next to it: give it once")
+    return (settings or {}) | given
 
 
 def resolve(device: str, dtype: str, saved: str | None) -> tuple[torch.device, torch.dtype]:

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from dmc.cache import Codec, KVCache, Policy, Shape
+from dmc.cache.policies.gate import GatePolicy
 from dmc.engine.memory import AUTO, automatic
 from dmc.engine.runner import Runner
 from dmc.model import Llama, Weights, read_config
+from dmc.model.fitted_heads import FittedHeads
 from dmc.model.group import Group
 from dmc.model.sharded import ShardedLlama
 
@@ -55,8 +57,18 @@ class Parts:
         cache = KVCache(shape, self.policy, self.codec, device=device, **settings)
         weights = Weights(self.path)
         if group:
-            return Runner(ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device), cache)
-        model = Llama(config, weights, dtype=self.dtype, device=device)
+            sharded = ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device)
+            return Runner(self._decided(sharded, group.rank, group.ranks), cache)
+        model = self._decided(Llama(config, weights, dtype=self.dtype, device=device))
         if self.automatic:
             cache.bound(automatic(device), tokens=config.positions)
         return Runner(model, cache)
+
+    def _decided(self, model: Llama, rank: int = 0, ranks: int = 1) -> Llama:
+        """The model, with the heads of fitted decisions if the policy has some."""
+        if isinstance(self.policy, GatePolicy):
+            work = torch.float64 if self.dtype == torch.float64 else torch.float32
+            model.fitted = FittedHeads.of(
+                self.policy.fitted, self.policy.threshold, dtype=work, device=model.device, rank=rank, ranks=ranks,
+            )
+        return model

@@ -104,7 +104,8 @@ def _load(cell: Cell, device: str, dtype: str, batch: int) -> LLM:
 def _key(cell: Cell, windows: Windows, base: Path, device: str, dtype: str) -> str:
     """Of everything that a row depends on but the code; see the row's commit for that."""
     parts = [model_hash(cell.model), str(cell.policy), str(cell.codec), windows.hash, model_hash(base), device, dtype]
-    parts += [_digest(value) for name, value in cell.codec.settings if name == "file"]  # what it says, not where it lies
+    files = [*cell.codec.settings, *cell.policy.settings]
+    parts += [_digest(value) for name, value in files if name in ("file", "decisions")]  # the content, not the path alone
     return former.key(parts)
 
 

@@ -132,13 +132,16 @@ def runnable(model: Path) -> list[str]:
     return [name for name in POLICIES if name not in LEARNT] if config.method is None else [config.method]
 
 
+NAMED = ("gate",)
+"""Policies that take part when they are asked for: they need a file that was made of the model."""
+
 LEARNT = ("dmc", "dms")
 """Policies whose decisions a model must have been trained to make."""
 
 
 def _policies(model: Path, policies: Sequence[Choice] | None, budgets: Sequence[float]) -> Iterator[Choice]:
     able = runnable(model)
-    for choice in policies or [choose(name) for name in able]:
+    for choice in policies or [choose(name) for name in able if name not in NAMED]:
         if choice.name not in able:
             continue
         if "share" in POLICIES[choice.name].settings() and not choice.settings:
@@ -151,7 +154,7 @@ def _codecs(chosen: Choice) -> list[Choice]:
     """What the default grid crosses a policy with."""
     if "share" in dict(chosen.settings):
         names = [name for name in WITH_EVICTION if name in CODECS]
-    elif chosen.name in LEARNT:
+    elif chosen.name in (*LEARNT, *NAMED):
         names = list(CODECS)
     else:
         return codec_choices()

@@ -15,6 +15,7 @@ from dmc.kernels.cpu.runs import runs_on_cpu
 from dmc.kernels.ready import compiles
 from dmc.kernels.rows.rows import gate, norm
 from dmc.model.config import ModelConfig, read_config
+from dmc.model.fitted_heads import FittedHeads
 from dmc.model.linear import Linear
 from dmc.model.weights import Weights
 from dmc.rope import Rope
@@ -49,6 +50,9 @@ class Llama:
         weights: Hugging Face names → tensors.
         dtype, device: of the weights and of the arithmetic.
 
+    Attributes:
+        fitted: heads of fitted decisions, which a plain Llama then makes as a model with a window does; None: no decisions.
+
     Raises:
         ValueError: if a tensor is missing or has the wrong shape.
     """
@@ -59,6 +63,7 @@ class Llama:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         if runs_on_cpu(torch.empty(0, dtype=dtype, device=device), torch.bfloat16):
             compiles("rows")
+        self.fitted: FittedHeads | None = None
         self.rope = Rope.of(config.rope, dtype=_work(dtype), device=device)
 
         def tensor(name: str, *shape: int) -> Tensor:
@@ -121,13 +126,16 @@ class Llama:
         query_heads, heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         states = layer.qkv(x).unflatten(-1, (-1, size))  # [N, Hq + 2H, D]
         query, key, value = states.split([query_heads, heads, heads], dim=1)
-        out = attend(index, query, key, value, *self._decide(layer, x, query, key))
+        out = attend(index, query, key, value, *self._decide(index, layer, x, query, key))
         return layer.output(out.flatten(1))
 
-    def _decide(self, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def _decide(self, index: int, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """What `Attend` takes after the value, ``[N, H]`` each, with DMS omega 1; in the neuron variant also zeroes what it
         read, in place."""
         config = self.config
+        if self.fitted is not None:
+            logits, late = self.fitted(index, x)
+            return (logits, torch.ones_like(logits)) if late is None else (logits, torch.ones_like(logits), late)
         heads, offset, work = config.num_key_value_heads, config.offset, _work(self.dtype)
         late, weight = (), None
         if config.decision == "head":

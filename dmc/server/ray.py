@@ -49,6 +49,8 @@ class Arguments(BaseModel):
 
     policy: str | None = None
     policy_settings: dict[str, float | int | str] | None = None
+    decisions: str | None = None
+    target_cr: float | None = None
     codec: str = "dense"
     codec_settings: dict[str, float | int | str] | None = None
     codec_layers: str | None = None

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dmc.cache import CODECS, POLICIES
+from tests.cache.decisions import random_decisions
 from tests.cache.test_rows import HEADS, LAYERS, decode, make, prefill, tokens
 
 SETTINGS = {
     "streaming": {"sinks": 2, "recent": 12}, "h2o": {"heavy": 6, "recent": 6}, "tova": {"budget": 12}, "dms": {"window": 4},
+    "gate": {"decisions": random_decisions(window=4), "target_cr": 2},
 }
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "matrix.md"
 

@@ -17,7 +17,9 @@ from dmc.cli import main
 from dmc.engine.parallel_team import RankFailed
 from dmc.engine.predict import Predictor
 from dmc.model import Weights, read_config
+from dmc.model.fingerprint import model_hash
 from dmc.model.sharded import ShardWeights
+from tests.cache.decisions import random_decisions
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +34,7 @@ CASES = {  # decision, key/value heads, fields of config.json, settings
     "mha-head-biases": ("head", 4, {"attention_bias": True, "mlp_bias": True}, {"codec": "dense"}),
     "gqa-head-dms": ("head", 2, {"dmc": {"method": "dms", "window": 9, "decision": "head", "offset": 0.0}}, {}),
     "plain-h2o-int8": (None, 2, {}, {"policy": "h2o", "policy_settings": {"heavy": 10, "recent": 12}, "codec": "int8"}),
+    "plain-gate": (None, 2, {}, {"policy": "gate", "target_cr": 2, "policy_settings": {"length": 60}}),
 }
 
 
@@ -80,6 +83,8 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
     """Greedy, seeded and n > 1 in one batch, prompts in chunks; then a pool so small that sequences are preempted."""
     decision, heads, changes, settings = CASES[case]
     directory = write(tmp_path / "model", decision, heads, changes)
+    if case == "plain-gate":
+        settings = settings | {"decisions": random_decisions(window=9, model=model_hash(directory))}
     one = LLM(directory, device="cpu", page_size=8, **settings)
     expected = run(one)
     page = one.cache.rows.pool.page_bytes

@@ -6,6 +6,7 @@ from dmc import LLM, SamplingParams
 from dmc.cache import CODECS, POLICIES
 from dmc.engine.predict import Predictor
 from dmc.model.fingerprint import model_hash
+from tests.cache.decisions import random_decisions
 from tests.cache.stored import needed
 from tests.model import tiny
 
@@ -13,11 +14,12 @@ PROMPTS = ["abcdefghijklm" * 4, "tuv", "abcdefghijklm" * 4 + "xyz", "0123456789"
 PARTS = ("kivi", "rotated", "svd", "gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit")  # of the paths of others
 PAIRS = [  # scores are gathered from exact and from encoded pages alike: two codecs show it, the others are slow
     pytest.param(policy, codec, marks=[pytest.mark.slow] * (
-        (policy in ("h2o", "tova", "dms") and codec not in ("dense", "tcq")) or (codec in PARTS and policy != "dmc")
+        (policy in ("h2o", "tova", "dms", "gate") and codec not in ("dense", "tcq")) or (codec in PARTS and policy != "dmc")
     ))
     for policy in POLICIES for codec in CODECS
 ]
 PAIRS += [pytest.param("late", codec, marks=[pytest.mark.slow] * (codec not in ("dense", "gear"))) for codec in CODECS]
+PAIRS += [pytest.param("gate-merge", codec, marks=[pytest.mark.slow] * (codec != "dense")) for codec in CODECS]
 SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recent": 17}, "tova": {"budget": 33}}
 
 
@@ -25,6 +27,13 @@ SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recen
 def directory(tmp_path_factory):
     fields = tiny.config("neuron")
     return tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A model without decisions of its own, which policy gate asks for."""
+    fields = tiny.config()
+    return tiny.write(tmp_path_factory.mktemp("plain"), fields, tiny.weights(fields))
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +78,15 @@ def assert_same(outputs, expected):
 
 
 @pytest.mark.parametrize("policy, codec", PAIRS)
-def test_alone_is_batched_is_chunked_is_preempted(directory, marking, late, policy, codec, monkeypatch):
-    directory = {"dms": marking, "late": late}.get(policy, directory)
-    policy = "dmc" if policy == "late" else policy
+def test_alone_is_batched_is_chunked_is_preempted(directory, plain, marking, late, policy, codec, monkeypatch):
+    directory = {"dms": marking, "late": late, "gate": plain, "gate-merge": plain}.get(policy, directory)
+    policy, merge = {"late": "dmc", "gate-merge": "gate"}.get(policy, policy), policy == "gate-merge"
     common = {"policy": policy, "policy_settings": SETTINGS.get(policy), "codec": codec, "page_size": 8, "device": "cpu"}
     fixed = needed(codec, layers=tiny.LAYERS, heads=2, size=tiny.SIZE, theta=1e4, model_hash=model_hash(directory))
     common |= {"codec_settings": fixed, "window": 0}
+    if policy == "gate":
+        common |= {"decisions": random_decisions(window=9, model=model_hash(plain)), "target_cr": 2}
+        common["policy_settings"] = {"merge": merge, "length": 60}
     if POLICIES[policy].watches:  # the last bit of a sum that a lossy codec turned can decide which token goes
         common["dtype"] = "fp64"
     alone = LLM(directory, **common)

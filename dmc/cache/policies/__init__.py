@@ -6,6 +6,7 @@ from dmc.cache.policies.base import Entries, Policy
 from dmc.cache.policies.dmc import DmcPolicy
 from dmc.cache.policies.dms import DmsPolicy
 from dmc.cache.policies.full import FullPolicy
+from dmc.cache.policies.gate import GatePolicy
 from dmc.cache.policies.h2o import H2OPolicy
 from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.cache.policies.tova import TovaPolicy
@@ -17,6 +18,7 @@ POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     H2OPolicy,
     TovaPolicy,
     DmsPolicy,
+    GatePolicy,
 )}
 
 __all__ = ["POLICIES", "Entries", "Policy", "policy"]

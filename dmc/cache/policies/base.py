@@ -47,6 +47,9 @@ class Policy(ABC):
             not merge, where the model's logit says so (`dmc.cache.reading.late`). None: tokens are merged at once.
         max_entries: with a ring, entries of a row behind it at most: once there are so many, what leaves the ring is
             merged whatever the model says. None: no bound.
+        sinks: with a ring, first tokens of a sequence that are never dropped or merged; where tokens merge, the token after
+            them opens an entry as well.
+        likely_cr: tokens / entries to expect of a sequence until it is measured; None: what the checkpoint reports.
         by_head: whether what happens to a head's entries follows from that head alone, so that heads can be on
             different ranks (tensor parallelism).
     """
@@ -57,6 +60,8 @@ class Policy(ABC):
     watches: ClassVar[str | None] = None
     ring: int | None = None
     max_entries: int | None = None
+    sinks: int = 0
+    likely_cr: float | None = None
     by_head: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -88,6 +93,18 @@ class Policy(ABC):
         Returns:
             (alpha, omega) of the same shapes; alpha exactly 0 or 1, omega positive.
         """
+
+    def weigh(self, logits: Tensor, omega: Tensor) -> Tensor:
+        """Weights of tokens that leave the ring and merge, of any shape.
+
+        Args:
+            logits: complete ones, the look-ahead included.
+            omega: weights at arrival, the same shape.
+
+        Returns:
+            The same shape, positive.
+        """
+        return omega
 
     def visible(self, places: Tensor, queries: Tensor) -> Tensor | None:
         """Which earlier entries the queries of a prompt see, by position alone.

@@ -8,7 +8,7 @@ the ring as well, and nothing is ever evicted from a page.
 The query at position p sees the ring (p - w .. p - 1), its own token and the entries. Then token p - w leaves. The model's
 logit decides: above 0 the token is merged into the accumulating entry, or dropped by a policy that does not merge; else the
 accumulating entry becomes final and the token opens the next one. A model that looks ahead adds to the logit of token p - w
-what it reads at position p.
+what it reads at position p. The first tokens of a sequence, `Policy.sinks`, are appended whatever the logit is.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def leave(
             old_key = unrotate(old_key.unflatten(0, (-1, heads)), _each(gone.at)).flatten(0, 1)
     else:
         old_key, old_value = (key if policy.merges else turned).to(rows.z.dtype), value.to(rows.z.dtype)
-    yes = (logits if late is None else logits + late) > 0
+    logits = logits if late is None else logits + late
+    yes = (logits > 0) & (gone.positions >= policy.sinks + policy.merges).repeat_interleave(heads)
     if policy.max_entries is not None:
         held = rows.closed[index] * rows.packing(index).page_size + rows.exact[index] - window
         yes = yes | (held >= policy.max_entries)
     yes = yes & there
     alpha = (yes & policy.merges).to(rows.z.dtype)
     entering = there if policy.merges else there & ~yes
-    omega = omega if policy.merges else torch.ones_like(omega)
+    omega = policy.weigh(logits, omega) if policy.merges else torch.ones_like(omega)
     if kernels is not None:
         _by_kernels(rows, index, gone, kernels, entering, old_key, old_value, alpha, omega)
     else:

@@ -117,8 +117,12 @@ class LatePrompt:
         gone = held.part(0, count)
         if late is not None:
             gone.logits = gone.logits + late.T.to(work)[:, self.window - ready : self.window - ready + count]
-        change = self._merge if self.policy.merges else self._drop
+        if self.policy.merges:
+            gone.omega = self.policy.weigh(gone.logits, gone.omega)
         start = first - ready  # position of the first token that leaves
+        always = max(0, min(count, self.policy.sinks + self.policy.merges - start))  # they leave as entries of their own
+        gone.logits[:, :always] = 0
+        change = self._merge if self.policy.merges else self._drop
         layer, accumulating = change(past, gone, start, table)
         # Of the token that left as each of the chunk came.
         merged = accumulating is not None and torch.nn.functional.pad(self._alpha, (tokens - count, 0)).T > 0
@@ -135,8 +139,6 @@ class LatePrompt:
         if not gone.key.shape[1]:
             return _Layer(**vars(past)), None
         alpha = (gone.logits > 0).to(gone.omega.dtype)
-        if not lead:
-            alpha[:, 0] = 0  # the first token opens an entry
         if self.policy.max_entries is not None:
             held = (past.places != NONE).sum(-1) + lead
             opens = held[:, None] + (alpha == 0).cumsum(-1)
