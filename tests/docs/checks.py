@@ -24,6 +24,7 @@ from unittest import mock
 
 import yaml
 
+from tests.cache.decisions import random_decisions
 from tests.docs.blocks import ROOT, Block, Command, commands
 
 # Files that a reader brings: texts of his own, and the models and texts of the results, whose pages say where they are from.
@@ -309,13 +310,16 @@ def _policies_and_codecs(options: argparse.Namespace, files: Files) -> Iterator[
     try:
         if options.command == "frontier":
             for text in options.policies or ():
-                yield from _made("policy", *named(text))
+                yield from _policy(*named(text), files)
             for text in options.codecs or ():
                 name, settings = named(re.sub(r"\$\{[^}]*\}", "4", text))
                 yield from _file_of(settings, files)
                 yield from _made("codec", name, codec_settings(choose(name, **settings))[0]) if "file" not in settings else ()
         elif hasattr(options, "codec"):
-            yield from _made("policy", *named(options.policy)) if options.policy else ()
+            if options.policy:
+                name, settings = named(options.policy)
+                given = {"decisions": options.decisions, "target_cr": options.target_cr}
+                yield from _policy(name, settings | {key: value for key, value in given.items() if value is not None}, files)
             name, settings = codec_choice(options)
             yield from _file_of(settings, files)
             yield from _made("codec", name, settings) if "file" not in settings else ()
@@ -326,6 +330,15 @@ def _policies_and_codecs(options: argparse.Namespace, files: Files) -> Iterator[
 def _file_of(settings: dict, files: Files) -> Iterator[str]:
     if "file" in settings and files.missing(str(settings["file"])):
         yield f"nothing says where {settings['file']} comes from"
+
+
+def _policy(name: str, settings: dict, files: Files) -> Iterator[str]:
+    """A file of decisions is checked for where it comes from; any decisions with the usual window stand for its content."""
+    if "decisions" in settings:
+        if files.missing(str(settings["decisions"])):
+            yield f"nothing says where {settings['decisions']} comes from"
+        settings = settings | {"decisions": random_decisions(window=64, sinks=4)}
+    yield from _made("policy", name, settings)
 
 
 def _made(kind: str, name: str, settings: dict) -> Iterator[str]:
@@ -545,9 +558,12 @@ def _python(text: str, files: Files) -> Iterator[str]:
 
 
 def _python_llm(keywords: dict[str, ast.expr], arguments: list[ast.expr], files: Files) -> Iterator[str]:
-    value = {name: ast.literal_eval(node) for name, node in keywords.items() if name.startswith(("codec", "policy"))}
-    for kind in ("codec", "policy"):
-        if kind in value:
-            yield from _made(kind, value[kind], value.get(f"{kind}_settings", {}))
+    checked = ("codec", "policy", "decisions", "target_cr")
+    value = {name: ast.literal_eval(node) for name, node in keywords.items() if name.startswith(checked)}
+    if "codec" in value:
+        yield from _made("codec", value["codec"], value.get("codec_settings", {}))
+    if "policy" in value:
+        given = {name: value[name] for name in ("decisions", "target_cr") if name in value}
+        yield from _policy(value["policy"], value.get("policy_settings", {}) | given, files)
     if arguments and files.missing(path := ast.literal_eval(arguments[0])):
         yield f"nothing says where {path} comes from"
