@@ -33,7 +33,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dmc import functional_dms  # noqa: E402
+from dmc.evaluation.blocks import attend_in_blocks  # noqa: E402
 from dmc.evaluation.provenance import commit, hardware, model_hash, versions  # noqa: E402
 from dmc.evaluation.sequences import STDLIB, Sequences, read_sequences  # noqa: E402
 from dmc.fitted import FittedDecisions  # noqa: E402
@@ -87,7 +87,7 @@ Method = Callable[[Heads, Counted], Tensor]
 def full(x: Heads, counted: Counted) -> Tensor:
     """Causal attention."""
     counted.add(torch.ones(x.value.shape[:2], dtype=torch.bool))
-    return (_causal(x).softmax(-1) @ x.value[:, None]).flatten(0, 1)
+    return _masked(x, None, 0)
 
 
 def evict(fitted: FittedDecisions, threshold: float) -> Method:
@@ -186,9 +186,10 @@ def _causal(x: Heads) -> Tensor:
     return (query @ rotate(x.key, x.rope)[:, None].mT).masked_fill_(later, -math.inf)
 
 
-def _masked(x: Heads, kept: Tensor, window: int) -> Tensor:
-    parts = (part[None] for part in (x.query, x.key, x.value, (~kept).float()))
-    return functional_dms.attention(*parts, window=window, rope=x.rope)[0]
+def _masked(x: Heads, kept: Tensor | None, window: int) -> Tensor:
+    query, key = rotate(x.query, x.rope).unflatten(0, (len(x.key), -1)), rotate(x.key, x.rope)
+    gone = None if kept is None else ~kept
+    return attend_in_blocks(query, key, x.value, block=128, gone=gone, window=window).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------- the measure
