@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmc.evaluation.spec import named
+
 if TYPE_CHECKING:
     from dmc.engine import LLM
 
@@ -96,27 +98,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if not prompts:
         raise ValueError("nothing to continue: give --prompt TEXT or --prompt-file FILE")
     return prompts
-
-
-def named(text: str) -> tuple[str, dict[str, float | int | str]]:
-    """``name:setting=value,...`` → (name, settings)."""
-    name, _, rest = text.partition(":")
-    settings = {}
-    for part in rest.split(",") if rest else ():
-        setting, equals, value = part.partition("=")
-        if not (setting and equals and value):
-            raise ValueError(f"{text!r}: {part!r} is no SETTING=VALUE")
-        settings[setting] = _value(value)
-    return name, settings
-
-
-def _value(text: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def read(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from dmc.commands.common import named
+from dmc.evaluation.spec import named
 
 if TYPE_CHECKING:
     from dmc.evaluation.grid import Choice

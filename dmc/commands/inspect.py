@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmc.commands.common import add_model, add_prompts, codec_choice, load, named, read_prompts
+from dmc.commands.common import add_model, add_prompts, codec_choice, load, read_prompts
+from dmc.evaluation.spec import named
 
 if TYPE_CHECKING:
     from dmc.analysis.inspection import Inspection

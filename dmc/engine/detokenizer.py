@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dmc.engine.tokenizer import Tokenizer
+from typing import Protocol
 
 _INVALID = "\ufffd"  # what a tokenizer decodes bytes to that are not a whole character
 _INCOMPLETE = 3  # bytes of a character of which more can come
 _TAIL = 8  # tokens of the prompt that are enough in nearly all cases
+
+
+class Decodes(Protocol):
+    """What a `Detokenizer` asks of a tokenizer (`dmc.engine.tokenizer.Tokenizer`)."""
+
+    special: frozenset[int]
+
+    def decode(self, tokens: Sequence[int]) -> str: ...  # noqa: D102
 
 
 class Detokenizer:
@@ -36,7 +41,7 @@ class Detokenizer:
         text: so far, without bytes that may still become a character.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Decodes | None, prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.text = tokenizer, ""
         self._window = [] if tokenizer is None else _tail(tokenizer, prompt)
         self._complete = len(self._window)  # tokens of the window whose text is complete
@@ -118,7 +123,7 @@ class Detokenizer:
         self._complete = len(self._window)
 
 
-def _tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+def _tail(tokenizer: Decodes, prompt: Sequence[int]) -> list[int]:
     """The last tokens of a prompt that decode to some text and do not begin within a character; all, if none do."""
     count = _TAIL
     while True:
@@ -129,7 +134,7 @@ def _tail(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
         count *= 4
 
 
-def _before_character(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> str | None:
+def _before_character(tokenizer: Decodes, tokens: Sequence[int], text: str) -> str | None:
     """The text of tokens without the character that they end within; None if they end with a whole one."""
     data, count = b"", 0
     while len(data) <= _INCOMPLETE and count < len(tokens) and (raw := tokenizer.raw_bytes(tokens[-1 - count])) is not None:

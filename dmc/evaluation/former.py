@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 
 from dmc.cache.codecs.former import CHANGED, GONE, former
-from dmc.commands.common import named
 from dmc.evaluation.grid import CACHE_SETTINGS, choose
+from dmc.evaluation.spec import named
 
 _PRESETS = {
     "gear-4bit": {"bits": 4, "backbone": "kcvt", "rank": 4, "outliers": 0.02, "page_size": 64},

@@ -304,8 +304,9 @@ def _dmc(arguments: list[str], files: Files) -> Iterator[str]:
 
 
 def _policies_and_codecs(options: argparse.Namespace, files: Files) -> Iterator[str]:
-    from dmc.commands.common import codec_choice, named
+    from dmc.commands.common import codec_choice
     from dmc.evaluation.grid import choose, codec_settings
+    from dmc.evaluation.spec import named
 
     try:
         if options.command == "frontier":

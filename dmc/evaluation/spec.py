@@ -1,0 +1,24 @@
+"""How a policy or codec with its settings is written on a command line."""
+
+from __future__ import annotations
+
+
+def named(text: str) -> tuple[str, dict[str, float | int | str]]:
+    """``name:setting=value,...`` → (name, settings)."""
+    name, _, rest = text.partition(":")
+    settings = {}
+    for part in rest.split(",") if rest else ():
+        setting, equals, value = part.partition("=")
+        if not (setting and equals and value):
+            raise ValueError(f"{text!r}: {part!r} is no SETTING=VALUE")
+        settings[setting] = _value(value)
+    return name, settings
+
+
+def _value(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
