@@ -33,6 +33,13 @@ def test_links_lead_somewhere(page):
     assert broken(page, page.read_text()) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    """Scripts, recipes and tests of the repository, in the text and in blocks."""
+    named = re.findall(r"(?<![\w/.-])(?:scripts|configs|tests|deploy)/[\w/.-]+\.(?:sh|py|yaml|sbatch)\b", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_broken_links_are_found():
     page, text = ROOT / "README.md", "[a](docs/none.md) [b](docs/serving.md#none) [c](docs/serving.md#bytes) [d](https://x.y)"
     assert broken(page, text) == ["docs/none.md", "docs/serving.md#none"]

@@ -81,8 +81,8 @@ def evaluations(output: Path) -> list[dict]:
 
 SMALL = (
     "data.sequence_length=64", "log.eval_sequences=4", "optim.micro_batch=1", "optim.global_batch=4", "run.threads=1",
-    "dmc.ramp_steps_per_unit=6", "dmc.hold_steps=2", "dmc.gain=100", "dmc.offset=5", "dmc.cr_weight=1", "optim.lr=3e-3",
-    "optim.decay_steps=0", "--target-cr", "2",
+    "dmc.ramp_steps_per_unit=6", "dmc.hold_steps=2", "dmc.integer_hold_steps=0", "dmc.gain=100", "dmc.offset=5",
+    "dmc.cr_weight=1", "optim.lr=3e-3", "optim.decay_steps=0", "--target-cr", "2",
 )
 
 
