@@ -26,6 +26,8 @@ class Decodes(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...  # noqa: D102
 
+    def raw_bytes(self, token: int) -> bytes | None: ...  # noqa: D102
+
 
 class Detokenizer:
     """The text of one completion.

@@ -79,7 +79,7 @@ def choose(x: Tensor, backend: str | None = None) -> str:
         return "triton"
     if name == "triton":
         raise ValueError(f"Triton kernels were asked for, but {reason}; choose auto or sdpa")
-    _say(f"attention runs in PyTorch (sdpa): {reason}")
+    say(f"attention runs in PyTorch (sdpa): {reason}")
     return "sdpa"
 
 
@@ -127,6 +127,7 @@ def _flash_refusal(device: str, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Logs a sentence, once per process and on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         _log.warning("dmc: %s", text)

@@ -86,6 +86,15 @@ def test_memory_is_linear_in_the_length():
     assert kept(2048) < 4.2 * kept(512)
 
 
+def test_auto_takes_pytorch_where_triton_was_chosen(monkeypatch):
+    """As on a GPU: "auto" resolves to Triton, which has no kernels for a window."""
+    from dmc.kernels.attention import attend
+
+    leaves, begin = problem(40)
+    monkeypatch.setattr(attend, "choose", lambda x, backend: "triton")
+    check(run(late_attention, leaves, begin, 40, 7), run(fn.attention, leaves, begin, 40, 7), leaves)
+
+
 @pytest.mark.parametrize("name", ["triton", "flash", "flex"])
 def test_other_kernels_are_refused(name):
     leaves, _ = problem(9)

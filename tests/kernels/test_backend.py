@@ -19,7 +19,7 @@ def fresh(monkeypatch):
     """Nothing set, nothing said yet."""
     monkeypatch.setattr(backend, "_default", None)
     monkeypatch.delenv("DMC_KERNELS", raising=False)
-    backend._say.cache_clear()
+    backend.say.cache_clear()
     backend._refusal.cache_clear()
     yield
     backend._refusal.cache_clear()

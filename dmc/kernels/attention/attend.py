@@ -34,7 +34,7 @@ from dmc import functional_dms as dms
 from dmc.kernels.attention.band import band_attention
 from dmc.kernels.attention.rotate import rotate
 from dmc.kernels.attention.sdpa import _anchored, band_exempt, causal_attention, flash_attention, in_span, own_exempt
-from dmc.kernels.backend import choose
+from dmc.kernels.backend import choose, chosen_name, say
 from dmc.kernels.scan.merge import merge
 
 
@@ -105,12 +105,16 @@ def late_attention(
     Raises:
         ValueError: if the backend cannot run on these tensors, or has no kernels for late merging.
     """
+    asked = backend or chosen_name()
     backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
     if backend == "reference":
         return _reference(
             fn.attention, query, key, value, alpha, omega, spans, window=window, rope=rope, starts=starts, scale=scale,
             log_keep=log_keep,
         )
+    if backend == "triton" and asked == "auto":
+        say("late merging (dmc.window) trains in PyTorch (sdpa): there are no Triton kernels for it yet")
+        backend = "sdpa"
     if backend != "sdpa":
         raise ValueError(f"run.kernels={backend} has no kernels for late merging (dmc.window): choose sdpa or auto")
     keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
