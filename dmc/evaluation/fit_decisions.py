@@ -37,7 +37,7 @@ from dmc.model.config import ModelConfig
 from dmc.model.fingerprint import model_hash
 
 FLOOR = 1e-5  # of the attention, before the logarithm
-_MEASURED = 8  # sequences on which the share of dropped tokens is measured
+_MEASURED = 4  # sequences on which the share of dropped tokens is measured
 _HELD_OUT = 8  # one sequence of so many measures R2 and is not used for the weights that are measured
 
 

@@ -197,7 +197,7 @@ def test_attention_with_evicted_tokens(block, window):
 
 def test_a_threshold_drops_the_share_that_it_promises(model):
     """On the fit's own sequences, with eviction on; the full model's quantiles are off."""
-    words = text(count=8)
+    words = text(count=4)
     fitted = fit_decisions(model, words, SETTINGS)
     llama, free = Llama.load(model, dtype=torch.float32), LENGTH - 6 - 1 - 3
     for cr in (1.3, 2.0, 3.0):
