@@ -13,8 +13,8 @@ from dmc.kernels.cpu.host import Host, host
 PROGRAM = """
 import sys
 import torch
-from dmc.kernels import prefill_cpu
 from dmc.kernels.cpu.host import host
+from dmc.kernels.prefill import cpu as prefill_cpu
 from dmc.kernels.prefill.prefill import prefill_reference
 from tests.kernels.prompts import problem
 
@@ -36,7 +36,7 @@ if "decode" in sys.argv:
     check(gear_pages(64, 32, bits=4)[0], queries(3, 2, 64), [2, 0, 1])
 if "linear" in sys.argv:
     from dmc.functional import rotate
-    from dmc.kernels import rows_cpu
+    from dmc.kernels.rows import cpu as rows_cpu
     from dmc.kernels.linear.cpu import Panels
     x = torch.randn(23, 45)
     for rounded in (torch.float32, torch.bfloat16, torch.float16):
@@ -90,7 +90,7 @@ def test_a_process_without_compilation_is_pytorch_s():
     program = """if True:
         import torch
         from dmc.cache import codec
-        from dmc.kernels import rows
+        from dmc.kernels.rows import rows
         from dmc.kernels.cpu.runs import runs_on_cpu
         from dmc.model.linear import Linear
         assert not runs_on_cpu(torch.ones(1)) and Linear(torch.ones(4, 4)).held != "panels"

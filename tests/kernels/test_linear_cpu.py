@@ -116,7 +116,7 @@ def test_work_of_unlike_sizes_wakes_the_same_threads():
         pytest.skip("threads cannot be told apart here")
     program = """if True:
         import os, torch
-        from dmc.kernels import rows_cpu
+        from dmc.kernels.rows import cpu as rows_cpu
         from dmc.kernels.linear.cpu import Panels
         torch.set_num_threads(4)
         panels, x, weight = Panels(torch.randn(512, 512)), torch.randn(32, 512), torch.ones(512)
