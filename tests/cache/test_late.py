@@ -152,7 +152,7 @@ def test_alone_equals_batched_equals_preempted_equals_forked(name):
 
 
 @pytest.mark.parametrize("name", ["dmc", "dms"])
-@pytest.mark.parametrize("codec_name", ["int8", "kivi", "gear-4bit", "eigen"])
+@pytest.mark.parametrize("codec_name", ["int8", "kivi", "gear-4bit", "tcq-4bit", "eigen"])
 def test_every_codec_takes_what_leaves_the_ring(name, codec_name):
     """Close to the dense result; the ring and the sinks stay in full precision."""
     layers = tokens(70, 5)

@@ -18,7 +18,7 @@ PAIRS = [  # scores are gathered from exact and from encoded pages alike: two co
     ))
     for policy in POLICIES for codec in CODECS
 ]
-PAIRS += [pytest.param("late", codec, marks=[pytest.mark.slow] * (codec not in ("dense", "gear"))) for codec in CODECS]
+PAIRS += [pytest.param("late", codec, marks=[pytest.mark.slow] * (codec not in ("dense", "tcq"))) for codec in CODECS]
 PAIRS += [pytest.param("gate-merge", codec, marks=[pytest.mark.slow] * (codec != "dense")) for codec in CODECS]
 SETTINGS = {"streaming": {"sinks": 3, "recent": 30}, "h2o": {"heavy": 16, "recent": 17}, "tova": {"budget": 33}}
 
