@@ -56,14 +56,18 @@ def params(new=24):
     return [SamplingParams(max_tokens=new, temperature=0, ignore_eos=True), *drawn]
 
 
-def run(llm, prompts, each):
+def run(llm, prompts, each, *, preempt=False):
     """Outputs, with the integrity of the cache checked after every step."""
     engine = llm.engine
     sequences = [one for prompt, own in zip(prompts, each, strict=True) for one in llm.sequences(prompt, own)]
     for sequence in sequences:
         engine.add(sequence)
+    steps = 0
     while engine.busy:
         engine.step()
+        steps += 1
+        if preempt and steps % 5 == 0 and len(engine.running) > 1:
+            engine._preempt(engine.running[-1])
         llm.cache.check_integrity()
     assert llm.cache.rows.pool.used == 0 and not engine.kept
     return [sequence.output() for sequence in sequences]
@@ -99,9 +103,12 @@ def test_alone_is_batched_is_chunked_is_preempted(directory, plain, marking, lat
     most = max(sum(output.stats.held[part] for part in ("pages", "exact")) for output in expected) // pool.page_bytes
     longest = max(len(output.prompt_token_ids) + len(output.token_ids) for output in expected)
     memory = max(most + 2 * tiny.LAYERS * 2, alone.cache.worst_pages(longest)) * pool.page_bytes
+    if alone.cache.policy.ring is not None:
+        memory *= 2  # a ring takes most of a short row: room for two
     monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)
     tight = LLM(directory, kv_memory=memory, max_batch=4, prefill_tokens=20, **common)
-    outputs = run(tight, PROMPTS, params())
+    # Rows with a ring take most of their pages at once and hardly grow: such sequences are sent away by hand as well.
+    outputs = run(tight, PROMPTS, params(), preempt=tight.cache.policy.ring is not None)
     assert_same(outputs, expected)
     assert tight.engine.preemptions > 0 and any(output.stats.preemptions for output in outputs)
 
