@@ -20,7 +20,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         'triton>=3.6 ; python_version >= "3.12"',  # megatron-core 0.19 imports it and does not declare it
         "psutil>=5",  # megatron-core's checkpoint save hangs without it and does not declare it
-        "datasets>=3",
+        "datasets>=4",  # older ones ask on the terminal whether to run the Python code of a dataset
         "tqdm>=4",
         "matplotlib>=3.8",
         "numba>=0.61",  # attention over pages on a CPU (dmc/kernels/decode/cpu.py): PyTorch has none, and this needs no compiler

@@ -161,7 +161,7 @@ def window(tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> Tenso
     Raises:
         ValueError: if the text is too short.
     """
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     around = 8 * length  # characters each side: the whole of a long text need not be tokenised
     middle = len(text) // 2
     tokens = tokenizer(text[max(0, middle - around) : middle + around]).input_ids

@@ -101,9 +101,9 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def read(name: str) -> str:
-    """Text of a file, or of stdin for "-"; ValueError if it cannot be read as UTF-8."""
+    """Text of a file (without a byte order mark), or of stdin for "-"; ValueError if it cannot be read as UTF-8."""
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text") from error
     except OSError as error:

@@ -13,7 +13,7 @@ from data.stdlib import Document, corpus_hash
 from dmc.engine.tokenizer import Tokenizer
 from scripts.prepare_data import main
 from tests.data.prepared import bos_tokenizer, texts, write_jsonl
-from tests.training.helpers import TOKENIZER
+from tests.training.helpers import TOKENIZER, tiny_model, tiny_text, train
 
 END, BOS = 0, 1
 DOCUMENTS = [Document(f"d{i}", text) for i, text in enumerate(texts(5))]
@@ -171,3 +171,26 @@ def test_the_command_has_the_setting(tmp_path, monkeypatch, choice, begin):
     path, model = write_jsonl(tmp_path / "a.jsonl", texts(4)), bos_tokenizer(tmp_path / "model")
     assert main([path, "--tokenizer", str(model), "--output", str(tmp_path / "out"), "--workers", "1", *choice]) == 0
     assert corpus.read_meta(tmp_path / "out")["begin"] == begin
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_trains_on_and_keeps_it(tmp_path):
+    model, text = tiny_model(tmp_path / "model"), tiny_text(tmp_path / "text.jsonl")
+    for path in bos_tokenizer(tmp_path / "tokenizer").glob("tokenizer*"):
+        path.replace(model / path.name)
+    text.write_text('{"text": null}\n{"text": " "}\n' + text.read_text())
+    (tmp_path / "empty.jsonl").write_text("")
+
+    def run(*more, check=True):
+        return train(
+            "--model", model, "--output", tmp_path / "out", f"data.text={text},{tmp_path / 'empty.jsonl'}",
+            f"data.cache={tmp_path / 'cache'}", "data.sequence_length=64", "dmc.method=none", "optim.decay_steps=0",
+            "optim.global_batch=4", "log.eval_sequences=4", "run.threads=1", *more, check=check,
+        )
+
+    said = run("run.steps=1").stdout
+    assert "  documents that begin with tokens [1] (data.bos=auto)\n" in said
+    assert "text.jsonl,{}: 1 blank document, 1 null document, 1 empty file\n".format(tmp_path / "empty.jsonl") in said
+    refused = run("run.steps=2", "--resume", "auto", "data.bos=false", check=False)
+    assert refused.returncode == 2 and "here with []: set data.bos=true, which a resumed run keeps" in refused.stderr
+    run("run.steps=2", "--resume", "auto", "data.bos=true")

@@ -172,6 +172,20 @@ def test_every_twentieth_document_is_held_out(tmp_path, tokenizer):
     assert training.hash != held_out.hash
 
 
+def test_what_was_left_out_comes_with_the_text_that_it_was_left_out_of(tmp_path, tokenizer):
+    rows = [None, " ", *(f"document {i}" for i in range(40))]
+    path, held = (write_lines(tmp_path / name, *({"text": row} for row in rows)) for name in ("a.jsonl", "b.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    both, empty = Skipped(blank=1, null=1), f"{path},{tmp_path / 'empty.jsonl'}"
+    for text, held_out, left_out in (
+        (path, "", (both, Skipped())), (empty, held, (both + Skipped(files=1), both)), ("stdlib", held, (Skipped(), both)),
+    ):
+        found = tokens.corpora(text, held_out, tokenizer, tmp_path / "cache")
+        assert tuple(mixture.corpora[0].skipped for mixture in found) == left_out
+    for count, words in ((Skipped(), ""), (Skipped(1, 2, 3), "1 blank document, 2 null documents, 3 empty files")):
+        assert str(count) == words and bool(count) == bool(words)
+
+
 def test_a_held_out_file_leaves_the_training_text_whole(tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(25)))
     (tmp_path / "b.txt").write_text("held out")

@@ -10,6 +10,8 @@ from pyarrow import parquet
 
 from data import sources, tokens
 from data.files import read_files
+from dmc.commands import common
+from dmc.evaluation import windows
 from tests.data.prepared import bos_tokenizer
 
 
@@ -77,6 +79,12 @@ def test_the_word_null_in_a_table(tmp_path):
 def test_a_byte_order_mark(tmp_path, name, data):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.encode())
     assert read(tmp_path / name) == ["one"]
+
+
+# https://github.com/Meaningful-Data/vtlengine/pull/654: each way to load a file had to be taught to skip a byte order mark.
+def test_a_byte_order_mark_of_prompts_and_of_texts_to_score(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
+    assert common.read(str(tmp_path / "a.txt")) == "one\n" and windows._read(tmp_path / "a.txt") == "one\r\n"
 
 
 # https://github.com/epfLLM/Megatron-LLM/issues/54: a served prompt began with a BOS token, the documents of pretraining did not.
