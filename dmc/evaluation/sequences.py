@@ -148,7 +148,7 @@ def _read(path: Path) -> list[str]:
     """Documents of a file that are not blank."""
     try:
         content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # a byte order mark is not text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): give a plain text file") from error
     except lzma.LZMAError as error:
@@ -169,6 +169,8 @@ def _json_lines(path: Path, text: str) -> list[str]:
             continue
         try:
             document = json.loads(line)["text"]
+            if document is None:  # as in training: a null text is none
+                continue
             document.encode()  # a lone surrogate is JSON, but not text
         except (json.JSONDecodeError, UnicodeEncodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'line {number} of {path} is not {{"text": "..."}} ({type(error).__name__}: {error})') from None

@@ -11,7 +11,7 @@ from pyarrow import parquet
 from data import sources, tokens
 from data.files import read_files
 from dmc.commands import common
-from dmc.evaluation import windows
+from dmc.evaluation import sequences, windows
 from tests.data.prepared import bos_tokenizer
 
 
@@ -85,6 +85,8 @@ def test_a_byte_order_mark(tmp_path, name, data):
 def test_a_byte_order_mark_of_prompts_and_of_texts_to_score(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
     assert common.read(str(tmp_path / "a.txt")) == "one\n" and windows._read(tmp_path / "a.txt") == "one\r\n"
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": null}\n')
+    assert sequences._read(tmp_path / "a.jsonl") == ["one"] and sequences._read(tmp_path / "a.txt") == ["one\r\n"]
 
 
 # https://github.com/epfLLM/Megatron-LLM/issues/54: a served prompt began with a BOS token, the documents of pretraining did not.
