@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from data.opening import opening
 from data.stdlib import corpus_hash
 from data.tokens import load_tokenizer
 from dmc import pretrained
+from dmc.evaluation import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKETS = {"2 to 8": (1, 8), "9 to 32": (8, 32), "33 to 128": (32, 128), "129 on": (128, None), "all": (1, None)}
@@ -71,12 +71,10 @@ def measure(args: argparse.Namespace) -> dict:
     for seed in range(args.seeds):
         for name, bos in (("trained with BOS", "true"), ("trained without", "false")):
             rows += _rows(name, seed, _trained(args, bos, seed), kept, begin)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
     return {
-        "command": " ".join(["python scripts/bos_effect.py", *sys.argv[1:]]),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__, "commit": commit.stdout.strip(), "model": Path(args.model).name, "begin": begin,
-        "text_hash": corpus_hash(docs), "documents": len(docs), "held_out": len(kept), "length": args.length,
+        "command": " ".join(["python scripts/bos_effect.py", *sys.argv[1:]]), "commit": provenance.commit(),
+        "hardware": provenance.hardware("cpu"), "versions": provenance.versions(), "model": Path(args.model).name,
+        "begin": begin, "text_hash": corpus_hash(docs), "documents": len(docs), "held_out": len(kept), "length": args.length,
         "scored_tokens": sum(len(ids) - 1 for ids in kept), "steps": args.steps, "batch": args.batch, "lr": args.lr,
         "seeds": args.seeds, "rows": rows,
     }
