@@ -129,8 +129,9 @@ EMPTY = {
     "b.csv": b"id,text\r\n", "c.csv": b"other\n", "a.parquet": b"", "b.parquet": as_parquet(table([])),
     "c.parquet": as_parquet(pa.table({})), "a.arrow": b"", "b.arrow": arrow(table([]), stream=True),
     "c.arrow": arrow(pa.table({"other": pa.array([], pa.int8())}), stream=False),
-    "a.jsonl.xz": b"", "b.jsonl.xz": lzma.compress(b""), "a.jsonl.gz": b"", "b.jsonl.gz": gzip.compress(b""),
-    "a.jsonl.bz2": b"", "a.parquet.gz": gzip.compress(as_parquet(table([]))), "d.parquet.gz": gzip.compress(b""),
+    "a.jsonl.xz": b"", "b.jsonl.xz": lzma.compress(b""), "a.jsonl.gz": b"", "b.jsonl.gz": gzip.compress(b"", mtime=0),
+    "a.jsonl.bz2": b"", "a.parquet.gz": gzip.compress(as_parquet(table([])), mtime=0),
+    "d.parquet.gz": gzip.compress(b"", mtime=0),
 }
 
 
@@ -222,7 +223,7 @@ def test_only_line_feeds_end_a_line_of_json(tmp_path):
     ("a.arrow", b"ARROW1 and no more", "a.arrow is not readable .ArrowInvalid"),
     ("a.txt.xz", b"no xz", "a.txt.xz is not readable .LZMAError"),
     ("a.txt.xz", lzma.compress(b"words" * 100)[:-20], "a.txt.xz is not readable .EOFError"),
-    ("a.txt.gz", gzip.compress(b"words" * 100)[:-9], "a.txt.gz is not readable .EOFError"),
+    ("a.txt.gz", gzip.compress(b"words" * 100, mtime=0)[:-9], "a.txt.gz is not readable .EOFError"),
     ("a.txt.bz2", bz2.compress(b"words" * 100)[:-9], "a.txt.bz2 is not readable .EOFError"),
     ("a.md", b"words", "a.md is of no kind that is read: .txt, .jsonl.*rename plain text to .txt"),
 ])
