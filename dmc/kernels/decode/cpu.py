@@ -53,13 +53,13 @@ def watched(
     starts = np.zeros(rows + 1, np.int64)  # work before each row: queries by entries
     np.cumsum(entries * groups, out=starts[1:])
     scaled = (query * scale).contiguous()
-    turned = (scaled @ trellis.rotation).contiguous() if trellis else scaled
+    rotation = trellis.rotation if trellis else scaled.new_empty(0, 0)
     out, coded = scaled.new_empty(scaled.shape), scaled.new_empty(scaled.shape)
-    tensors = scaled, turned, own_key.contiguous(), own_value.contiguous(), out, coded
+    tensors = scaled, rotation.contiguous(), rotation.T.contiguous(), own_key.contiguous(), own_value.contiguous(), out, coded
     how = {None: loops.NONE, "last": loops.REPLACE, "sum": loops.ADD}[watch]
     arguments = *(x.numpy() for x in (*tensors, own)), how, places, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
-    return out + (coded @ trellis.rotation.T if trellis else coded), own
+    return out, own
 
 
 def _tables(paged: Paged) -> tuple[np.ndarray, ...]:

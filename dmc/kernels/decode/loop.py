@@ -183,14 +183,16 @@ def _note(mass, scores, how):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def attend(begin, end, query, turned, own_key, own_value, out, coded, own_mass, watch, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, table, lines, line_starts):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
+def attend(begin, end, query, rotation, back, own_key, own_value, out, coded, own_mass, watch, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, table, lines, line_starts):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
     """Attention of rows ``begin`` to ``end``.
 
     Args:
         begin, end: rows.
-        query, turned: ``[R, G, D]``, scaled; for exact entries and for encoded ones.
+        query: ``[R, G, D]``, scaled.
+        rotation, back: ``[D, D]``, the rotation that encoded entries lie in and its transpose; ``[0, 0]`` where they lie in none.
         own_key, own_value: ``[R, D]``.
-        out, coded: ``[R, G, D]``, to be filled: the part of exact entries and the own state, and that of encoded entries.
+        out: ``[R, G, D]``, to be filled.
+        coded: ``[R, G, D]``, to be overwritten: the part of encoded entries before it is turned back.
         own_mass: ``[R]``, to be filled unless ``watch`` is `NONE`: the own state's softmax weight, summed over G.
         watch: what becomes of entries' scores: such weights take their place, or are added.
         index, encoded_table, open_table, encoded, exact: as in `dmc.kernels.decode.decode`.
@@ -205,7 +207,8 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, own_mass, 
     if watch != NONE:
         for r in range(begin, end):
             furthest = max(furthest, encoded[index[r]] * page + exact[index[r]])
-    own, known = np.empty(groups, np.float32), np.empty(groups * furthest, np.float32)
+    own, turned = np.empty(groups, np.float32), np.empty((groups, size), np.float32)
+    known = np.empty(groups * furthest, np.float32)
     bits, one, scale_bits = np.empty(most * size, np.uint32), np.empty(1, np.uint32), np.empty(page, np.uint32)
     numbers, value, scale = bits.view(np.float32), one.view(np.float32), scale_bits.view(np.float32)
     code, path, mean = np.empty(count, np.uint16), np.empty(page * (size + 2), np.uint16), np.empty(size, np.float32)
@@ -215,7 +218,11 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, own_mass, 
     scores = flat.reshape(groups, page)
 
     for r in range(begin, end):
-        row, mine, mine_turned, mine_out, mine_coded = index[r], query[r], turned[r], out[r], coded[r]
+        row, mine, mine_turned, mine_out, mine_coded = index[r], query[r], query[r], out[r], coded[r]
+        if len(rotation):  # here and not by a product of all rows: a library's sums depend on how many there are
+            mine_turned = turned
+            turned[:] = np.float32(0)
+            _add(mine, rotation, turned)
         for g in range(groups):
             own[g], total[g] = dot(mine[g], own_key[r]), np.float32(1)
             top[g] = own[g]
@@ -300,3 +307,9 @@ def attend(begin, end, query, turned, own_key, own_value, out, coded, own_mass, 
             for d in range(size):
                 mine_out[g, d] /= total[g]
                 mine_coded[g, d] /= total[g]
+        if len(rotation):
+            _add(mine_coded, back, mine_out)
+        else:
+            for g in range(groups):
+                for d in range(size):
+                    mine_out[g, d] += mine_coded[g, d]
