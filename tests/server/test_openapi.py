@@ -40,7 +40,8 @@ def possible(body):
     """What else the server cannot have or the description cannot say, or what would take long; else few requests get so far."""
     said = {name: min(body[name], 3) for name in ("max_tokens", "max_completion_tokens") if body.get(name)}
     said |= {"model": "tiny"} if "model" in body else {}
-    said |= {"seed": 2**63 - 1} if body.get("seed") == 2**63 else {}  # bounds are floats where examples are made
+    seed = body.get("seed") or 0  # bounds are floats where examples are made
+    said |= {"seed": 2**63 - 1} if isinstance(seed, int | float) and seed >= 2**63 else {}
     if isinstance(prompt := body.get("prompt"), list) and prompt:
         said["prompt"] = [one if isinstance(one, str | list) else int(one) % 97 for one in prompt[:3]]
         said["prompt"] = [[int(x) % 97 for x in one] or [5] if isinstance(one, list) else one for one in said["prompt"]]
