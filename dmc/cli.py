@@ -1,5 +1,7 @@
 """The console command `dmc`.
 
+    dmc train --model DIR --target-cr 4 data.text=corpus.jsonl --output runs/mine
+    dmc export runs/mine/checkpoints/final my-model-cr4
     dmc generate DIR --prompt "def read(" --codec tcq --bits 4 --max-tokens 64
     dmc serve DIR --codec tcq --kv-memory 2GiB
     dmc eval DIR --text text.txt --needle --codec gear-4bit --json figures.json
@@ -8,7 +10,8 @@
     dmc frontier --out runs/frontier
 
 Wrong use ends with one sentence on stderr and exit code 2, a rank that died with exit code 1. A command is a line in
-`COMMANDS`: its help, a function that adds its flags to a parser, and one that runs it.
+`COMMANDS`: its help, a function that adds its flags to a parser, and one that runs it. A command of `PROGRAMS` parses its
+arguments itself.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dmc.commands import calibrate, frontier, inspect
 from dmc.commands import eval as evaluate
 from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
+from dmc.extras import needed_for
 
 if TYPE_CHECKING:
     from dmc.engine import Stats
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments name (those of the process if None) and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in PROGRAMS:
+        return _program(*arguments)
     parser, commands = _parsers()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -50,6 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"dmc {options.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _program(name: str, *arguments: str) -> int:
+    try:
+        run = PROGRAMS[name][1]()
+    except ValueError as error:
+        print(f"dmc {name}: {error}", file=sys.stderr)
+        return 2
+    return run(list(arguments)) or 0
+
+
+def _train() -> Callable[[list[str]], int | None]:
+    with needed_for("training"):
+        from dmc.commands import train
+    return train.main
+
+
+def _export() -> Callable[[list[str]], int | None]:
+    with needed_for("the export"):
+        from dmc.commands import export
+    return export.main
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -116,12 +144,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    try:
+    with needed_for("the server"):
         from dmc.server import logs
         from dmc.server.run import serve
         from dmc.server.settings import Settings
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the server needs {error.name}: pip install -e '.[serve]' in the checkout") from error
     fields = ("host", "port", "max_waiting", "default_max_tokens", "max_body", "head_timeout", "body_timeout", "drain_timeout",
               "stall_timeout")
     settings = Settings(
@@ -133,6 +159,10 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(load(options), settings)
 
 
+PROGRAMS = {
+    "train": ("retrofit or pretrain a model (train.py is the same for torchrun)", _train),
+    "export": ("write a training checkpoint as a Hugging Face directory", _export),
+}
 COMMANDS = {
     "generate": ("continue a text from a compressed cache", _add_generate, _generate),
     "serve": ("answer OpenAI's HTTP interface from a compressed cache", _add_serve, _serve),
@@ -156,9 +186,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(prog="dmc", description="Serve a Llama from a compressed KV cache.", allow_abbrev=False)
+    parser = _Parser(prog="dmc", description="Compress the KV cache of a Llama, and serve from it.", allow_abbrev=False)
     choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     commands = {}
+    for name, (summary, _) in PROGRAMS.items():
+        choose.add_parser(name, help=summary)  # for `dmc --help`
     for name, (summary, add, _) in COMMANDS.items():
         commands[name] = choose.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
         add(commands[name])

@@ -1,57 +1,21 @@
-"""Writes a training checkpoint as a self-contained Hugging Face directory.
+"""Writes a training checkpoint as a self-contained Hugging Face directory: `dmc export`, by its older name.
 
     python scripts/export_hf.py CHECKPOINT OUT
 
-OUT then loads with AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) where only torch and
-transformers are installed. A checkpoint of an uncompressed run (dmc.method=none) becomes an ordinary Llama. The
-weights are read one tensor at a time; memory holds one file of the output.
+The program is `dmc.commands.export`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoints.convert import load_hf_state  # noqa: E402
-from checkpoints.export_hf import export, export_plain  # noqa: E402
-from checkpoints.files import DTYPES, SHARD_BYTES, parse_size  # noqa: E402
-from checkpoints.model_card import plain_card  # noqa: E402
+from dmc.extras import needed_by_script  # noqa: E402
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Export, and return the exit code: 0, or 2 with one sentence on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="directory of a training checkpoint")
-    parser.add_argument("out", help="directory to create; must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in training)")
-    parser.add_argument("--max-shard-size", default=str(SHARD_BYTES), help="of one file of weights, as in 4GB (4GB)")
-    args = parser.parse_args(arguments)
-    try:
-        limit = parse_size(args.max_shard_size)
-        tensors, meta = load_hf_state(args.checkpoint)
-        dtype = DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
-        if not meta["compressed"]:
-            card = plain_card(Path(args.out).name, meta)
-            out = export_plain(
-                tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
-                max_shard_bytes=limit,
-            )
-            print(f"wrote {out}: an ordinary Llama, since the checkpoint is not compressed")
-            return 0
-        names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
-        out = export(
-            tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
-            card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit,
-        )
-    except (ValueError, OSError) as error:
-        print(f"export_hf: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {out}")
-    return 0
-
+with needed_by_script("the export"):
+    from dmc.commands.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="export_hf"))

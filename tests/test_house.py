@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 TREES = ("dmc", "checkpoints", "data", "scripts", "train.py")
 
 MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope"}  # plain PyTorch, below everything else
-ENGINE = MATHS | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.pretrained"}  # and below
+FILES = {"dmc.pretrained", "dmc.extras"}  # transformers' loaders; the sentence where a package is missing
+ENGINE = MATHS | FILES | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine"}  # and below
 DMC = ENGINE | {"dmc.server", "dmc.evaluation", "dmc.analysis", "dmc.training"}
 CHECKOUT = {"data", "checkpoints"}
 MAY_IMPORT = {
@@ -30,22 +31,23 @@ MAY_IMPORT = {
     "dmc.fitted": set(),
     "dmc.rope": set(),  # frequencies from transformers, imported where a config is read
     "dmc.pretrained": set(),
+    "dmc.extras": set(),
     "dmc.families": MATHS,
     "dmc.kernels": MATHS,
     "dmc.cache": MATHS | {"dmc.kernels"},
     "dmc.model": MATHS | {"dmc.families", "dmc.kernels"},
-    "dmc.engine": MATHS | {"dmc.families", "dmc.pretrained", "dmc.model", "dmc.cache"},
+    "dmc.engine": MATHS | FILES | {"dmc.families", "dmc.model", "dmc.cache"},
     "dmc.server": {"dmc.engine"},
     "dmc.evaluation": ENGINE,
     "dmc.analysis": ENGINE,
     "dmc.training": MATHS | {"dmc.families", "dmc.kernels"},
-    "data": {"dmc.training", "dmc.families", "dmc.pretrained"},
-    "checkpoints": {"dmc.training", "dmc.families", "dmc.pretrained", "dmc.rope"},
+    "data": FILES | {"dmc.training", "dmc.families"},
+    "checkpoints": FILES | {"dmc.training", "dmc.families", "dmc.rope"},
     "dmc.integrations": DMC,
     "dmc.commands": DMC | CHECKOUT,
     "dmc.cli": DMC | CHECKOUT | {"dmc.commands"},
     "scripts": DMC | CHECKOUT | {"dmc.commands", "dmc.cli", "dmc.integrations"},
-    "train": DMC | CHECKOUT | {"dmc.commands"},
+    "train": DMC | CHECKOUT | {"dmc.commands", "dmc.cli"},
 }
 ALSO = {("dmc.evaluation", "data.stdlib")}  # (room, module): the text that every machine has; it imports data.guides alone
 KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",))  # "*": one folder per operation

@@ -1,5 +1,6 @@
 """What the export writes, what it refuses, and that it loads where only torch and transformers can be imported."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -197,20 +198,16 @@ def test_loads_on_the_oldest_transformers(tmp_path):
 
 @pytest.fixture
 def cli(monkeypatch):
-    """`scripts/export_hf.py`'s main, over a checkpoint store of this test's making."""
-    sys.path.insert(0, str(ROOT / "scripts"))
+    """`dmc export`, over a checkpoint store of this test's making."""
     store = types.ModuleType("checkpoints.convert")
     monkeypatch.setitem(sys.modules, "checkpoints.convert", store)
-    monkeypatch.delitem(sys.modules, "export_hf", raising=False)
+    monkeypatch.delitem(sys.modules, "dmc.commands.export", raising=False)
     store.load_hf_state = None
-    try:
-        import export_hf
-    finally:
-        sys.path.pop(0)
+    export = importlib.import_module("dmc.commands.export")
     yield lambda state, *arguments: (
-        monkeypatch.setattr(export_hf, "load_hf_state", state), export_hf.main([str(a) for a in arguments])
+        monkeypatch.setattr(export, "load_hf_state", state), export.main([str(a) for a in arguments])
     )[1]
-    sys.modules.pop("export_hf")
+    sys.modules.pop("dmc.commands.export")
 
 
 def _meta(model, tokenizer, **changes):
@@ -238,7 +235,7 @@ def test_command_exports_and_says_what_is_wrong(tmp_path, cli, capsys):
     assert cli(lambda _: (model.state, meta), "checkpoint", tmp_path / "cli") == 2
     assert "exists already" in capsys.readouterr().err
     assert cli(broken, "checkpoint", tmp_path / "other") == 2
-    assert capsys.readouterr().err == "export_hf: no complete checkpoint here\n"
+    assert capsys.readouterr().err == "dmc export: no complete checkpoint here\n"
 
 
 def test_uncompressed_checkpoint_becomes_an_ordinary_llama(tmp_path, cli):

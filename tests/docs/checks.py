@@ -207,7 +207,7 @@ def _parsed(parse: Callable, arguments: list[str]) -> tuple[object, str]:
 
 
 def _train(arguments: list[str], files: Files) -> Iterator[str]:
-    import train
+    from dmc.commands import train
     from dmc.training.schedule import Schedule
 
     given = [word for word in arguments if word != "..."]
@@ -290,6 +290,12 @@ def _sbatch(arguments: list[str], files: Files) -> Iterator[str]:
 def _dmc(arguments: list[str], files: Files) -> Iterator[str]:
     from dmc import cli
 
+    if arguments[:1] == ["train"]:
+        yield from _train(arguments[1:], files)
+        return
+    if arguments[:1] == ["export"]:
+        yield from _script("scripts/export_hf.py", arguments[1:], files)
+        return
     parser, known = cli._parsers()
     result, error = _parsed(parser.parse_known_args, arguments)
     if error or result is None:
@@ -385,7 +391,7 @@ def _pip(arguments: list[str], files: Files) -> Iterator[str]:
 
 def _extras(text: str) -> Iterator[str]:
     found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", text)
-    known = _setup()["extras_require"]
+    known = setup_arguments()["extras_require"]
     if not found:
         yield f"pip install -e {text}: only this checkout, . or .[EXTRA], is known"
     for extra in (found[1] or "").split(",") if found else ():
@@ -488,11 +494,12 @@ def _flags_of(*command: str) -> set[str]:
 
 
 @functools.cache
-def _setup() -> dict:
+def setup_arguments() -> dict:
     """The arguments of setup() in setup.py."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup")
-    return {each.arg: ast.literal_eval(each.value) for each in call.keywords if each.arg == "extras_require"}
+    given = {}
+    with mock.patch("setuptools.setup", given.update):
+        runpy.run_path(str(ROOT / "setup.py"))
+    return given
 
 
 @functools.cache

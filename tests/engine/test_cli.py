@@ -89,13 +89,13 @@ def test_help_names_every_flag_and_needs_no_torch(capsys):
     code, out, _ = run(capsys, "generate", "--help")
     assert code == 0 and all(flag in out for flag in ("--prompt-file", "--codec", "--kv-memory", "--top-p", "--device"))
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(command in out for command in cli.COMMANDS)
+    assert code == 0 and all(command in out for command in (*cli.COMMANDS, *cli.PROGRAMS))
     check = "import sys, dmc.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_the_module_shows_every_command():
-    assert all(f"    dmc {command} " in cli.__doc__ for command in cli.COMMANDS)
+    assert all(f"    dmc {command} " in cli.__doc__ for command in (*cli.COMMANDS, *cli.PROGRAMS))
 
 
 @pytest.mark.parametrize("text, size", [("512", 512), ("3KiB", 3072), ("2MB", 2_000_000), ("1GiB", 2**30)])

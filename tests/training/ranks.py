@@ -68,7 +68,7 @@ class Run:
 
 def serve() -> None:
     """The server: a JSON command a line on stdin, a JSON answer a line on stdout."""
-    import train  # noqa: F401 - what every rank needs
+    from dmc.commands import train  # noqa: F401 - what every rank needs
 
     codes: dict[int, int] = {}
     for line in sys.stdin:
@@ -109,7 +109,7 @@ def _rank(command: dict, rank: int, port: int) -> int:
         "RANK": str(rank), "WORLD_SIZE": str(command["ranks"]), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
         "LOCAL_WORLD_SIZE": str(command["ranks"]), "MASTER_PORT": str(port),
     }
-    import train
+    from dmc.commands import train
 
     sys.argv = ["train.py", *command["arguments"]]
     code: object = 1

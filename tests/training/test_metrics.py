@@ -265,7 +265,7 @@ def test_a_teacher_adds_a_forward_pass():
 
 FAILS_ON_RANK_1 = """
 import os
-import train
+from dmc.commands import train
 
 def step(self, plan):
     if os.environ["RANK"] == "1" and self.step == 5:

@@ -6,8 +6,8 @@ from hashlib import sha256
 import pytest
 from transformers import LlamaConfig
 
-import train
 from checkpoints.store import MARKER, CheckpointStore
+from dmc.commands import train
 from dmc.training.config import Config, load
 
 FLAGS = {

@@ -1,0 +1,59 @@
+"""`dmc export`: a training checkpoint as a self-contained Hugging Face directory.
+
+    dmc export CHECKPOINT OUT
+
+OUT then loads with AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) where only torch and
+transformers are installed. A checkpoint of an uncompressed run (dmc.method=none) becomes an ordinary Llama. The
+weights are read one tensor at a time; memory holds one file of the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoints.convert import load_hf_state
+from checkpoints.export_hf import export, export_plain
+from checkpoints.files import DTYPES, SHARD_BYTES, parse_size
+from checkpoints.model_card import plain_card
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export") -> int:
+    """Export, and return the exit code: 0, or 2 with one sentence on standard error.
+
+    Args:
+        arguments: of the command; those of the process if None.
+        program: its name in help and errors.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="directory of a training checkpoint")
+    parser.add_argument("out", help="directory to create; must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in training)")
+    parser.add_argument("--max-shard-size", default=str(SHARD_BYTES), help="of one file of weights, as in 4GB (4GB)")
+    args = parser.parse_args(arguments)
+    try:
+        limit = parse_size(args.max_shard_size)
+        tensors, meta = load_hf_state(args.checkpoint)
+        dtype = DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
+        if not meta["compressed"]:
+            card = plain_card(Path(args.out).name, meta)
+            out = export_plain(
+                tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
+                max_shard_bytes=limit,
+            )
+            print(f"wrote {out}: an ordinary Llama, since the checkpoint is not compressed")
+            return 0
+        names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
+        out = export(
+            tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
+            card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit,
+        )
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {out}")
+    return 0
