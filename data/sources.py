@@ -17,6 +17,7 @@ from data import packed, readers
 from data.column import Column, Unreadable
 from data.request import Request
 from data.skipped import Skipped
+from dmc.extras import needed_for
 
 _HEAD = 2**20  # bytes of a compressed file from which its size is estimated
 
@@ -115,7 +116,8 @@ def _file(path: Path, request: Request, column: Column) -> _Piece:
 
 
 def _hub(name: str, request: Request, column: Column, progress: Progress) -> Iterator[str | None]:
-    from data import hub  # with `datasets`, which takes seconds to import
+    with needed_for("a dataset of the Hub"):
+        from data import hub  # with `datasets`, which takes seconds to import
 
     known, found = hub.open_dataset(name, request, column)
     _count(known, progress)
@@ -124,6 +126,8 @@ def _hub(name: str, request: Request, column: Column, progress: Progress) -> Ite
 
 def _saved(path: Path, split: str, column: Column, progress: Progress) -> Iterator[str | None]:
     """Of what ``save_to_disk`` wrote; of several splits only this one is opened."""
+    with needed_for("a saved dataset"):
+        import datasets
     try:
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
@@ -132,8 +136,6 @@ def _saved(path: Path, split: str, column: Column, progress: Progress) -> Iterat
             path = path / split
         if not json.loads((path / "state.json").read_text())["_data_files"]:
             return iter(())  # without rows save_to_disk may write no file, and load_from_disk then fails
-        import datasets
-
         found = datasets.load_from_disk(str(path))
         _count(len(found), progress)
     except Unreadable:

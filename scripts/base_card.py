@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import tokens as token_files
-from data.batches import Sequences
 from dmc import pretrained
+from dmc.extras import needed_by_script
+
+with needed_by_script("the card"):
+    from data import tokens as token_files
+    from data.batches import Sequences
 
 _LENGTH, _FAR, _BLOCK, _NEAR = 1024, 768, 64, 192
 _PROMPTS = (

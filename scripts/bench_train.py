@@ -29,15 +29,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
-from data.batches import Batch
 from dmc import functional as fn
+from dmc.extras import needed_by_script
 from dmc.kernels.attention.attend import dmc_attention, plain_attention
-from dmc.training import cpu, pretend, setup
-from dmc.training.config import Config, load
-from dmc.training.losses import language_and_distillation
-from dmc.training.metrics import Reporter
-from dmc.training.trainer import Trainer
+
+with needed_by_script("the measurement"):
+    import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
+    from data.batches import Batch
+    from dmc.training import cpu, pretend, setup
+    from dmc.training.config import Config, load
+    from dmc.training.losses import language_and_distillation
+    from dmc.training.metrics import Reporter
+    from dmc.training.trainer import Trainer
 
 VARIANTS = {
     "plain": ["dmc.method=none"],

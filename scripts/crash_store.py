@@ -27,7 +27,10 @@ from torch.distributed import HashStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoints.store import CheckpointStore  # noqa: E402
+from dmc.extras import needed_by_script  # noqa: E402
+
+with needed_by_script("the test"):
+    from checkpoints.store import CheckpointStore
 
 KEEP_LAST = 2
 SIZE = 50_000  # floats of the larger tensor: a write of several pages

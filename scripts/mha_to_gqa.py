@@ -15,9 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoints import gqa  # noqa: E402
-from checkpoints.export_hf import free, staged  # noqa: E402
-from checkpoints.files import DTYPES, SHARD_BYTES, parse_size  # noqa: E402
+from dmc.extras import needed_by_script  # noqa: E402
+
+with needed_by_script("the conversion"):
+    from checkpoints import gqa
+    from checkpoints.export_hf import free, staged
+    from checkpoints.files import DTYPES, SHARD_BYTES, parse_size
 
 
 def main(arguments: list[str] | None = None) -> int:

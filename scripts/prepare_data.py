@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dmc.extras import needed_for  # noqa: E402
 
 _BOS = {"auto": "auto", "true": True, "false": False}
 
@@ -70,10 +71,11 @@ def _prepare(args: argparse.Namespace) -> None:
     for name, value in (("--workers", args.workers), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    import dmc.training  # noqa: F401 - before anything of megatron; late, so that --help and wrong flags are answered at once
-    from data.prepare import HeldOut, prepare
-    from data.sources import Request
-    from data.tokens import load_tokenizer
+    with needed_for("the preparation of a corpus"):  # late, so that --help and wrong flags are answered at once
+        import dmc.training  # noqa: F401 - before anything of megatron
+        from data.prepare import HeldOut, prepare
+        from data.sources import Request
+        from data.tokens import load_tokenizer
 
     # Through the clean-up, now that there may be something to clean (libraries swallow it while they are imported).
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -90,8 +92,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    import dmc.training  # noqa: F401 - before anything of megatron
-    from data.corpus import verify
+    with needed_for("the check of a corpus"):
+        import dmc.training  # noqa: F401 - before anything of megatron
+        from data.corpus import verify
 
     _show(args.verify, verify(args.verify))
 

@@ -10,7 +10,7 @@ case "${1:-}" in
   "" | --fresh) ;;
   *) echo "error: unknown flag $1; known: --fresh" >&2; exit 2 ;;
 esac
-EXTRAS='' source scripts/env.sh  # what the tests need is not installed here
+EXTRAS='[train]' source scripts/env.sh  # what the tests need is not installed here
 installed=$SECONDS
 OUT=runs/quickstart
 # Runs of other code, text or weights are not continued.

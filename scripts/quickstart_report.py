@@ -22,16 +22,19 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoints.convert import load_hf_state, read_config
-from checkpoints.export_hf import export, export_plain
-from checkpoints.model_card import plain_card
-from data import tokens as token_files
-from data.batches import Sequences
 from dmc import LLM, pretrained
 from dmc.analysis.decisions import decisions
 from dmc.analysis.plots import plot_heads, plot_training
 from dmc.analysis.segments import segments_html
+from dmc.extras import needed_by_script, required
 from dmc.model import Llama
+
+with needed_by_script("the report"):
+    from checkpoints.convert import load_hf_state, read_config
+    from checkpoints.export_hf import export, export_plain
+    from checkpoints.model_card import plain_card
+    from data import tokens as token_files
+    from data.batches import Sequences
 
 CONTROL = "control (same tokens, no compression)"
 SEGMENT_TOKENS = 400
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=0, help="held-out sequences (as in training)")
     args = parser.parse_args()
     try:
+        required("the report", "matplotlib")
         report(args.runs, args.context, args.sequences)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmc.analysis.plots import pyplot
+from dmc.extras import needed_for
 
 _INK = "#010203"  # of text and axes; in an SVG it becomes the colour of the page's text
 _SHOWN_HEADS = 16  # panels of more heads have no numbers in their cells
@@ -60,8 +61,9 @@ def number(value: float | None) -> str:
 
 def colours(cells: Sequence[Sequence[float | None]], *, log: bool = False) -> list[list[tuple[str, str]]]:
     """(background, text) of each cell, as ``#rrggbb``; missing cells are grey."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    with needed_for("the report"):
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
 
     scale, chosen = _scale(cells, log), colormaps["viridis"]
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmc.extras import needed_for
+
 _RUN, _CONTROL, _TARGET = "#1f77b4", "#ff7f0e", "#444444"
 
 
@@ -92,9 +94,13 @@ def _mark_ratios(bar: object, largest: float) -> None:
 
 
 def pyplot():  # noqa: ANN201 - matplotlib is imported only where something is drawn
-    """matplotlib.pyplot, for drawing into files."""
-    import matplotlib
+    """matplotlib.pyplot, for drawing into files.
 
+    Raises:
+        ValueError: if there is no matplotlib.
+    """
+    with needed_for("the plot"):
+        import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmc.commands.common import add_model, load
+from dmc.extras import required
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,6 +55,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--plot draws needle retrieval: add --needle")
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {options.plot}: pictures are .png, .svg or .pdf")
+    if options.plot:
+        required("--plot", "matplotlib")
     _check(options)
     texts = _references(options)  # before the model takes what memory there is for its cache
     llm = load(options)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from dmc.evaluation.spec import named
+from dmc.extras import required
 
 if TYPE_CHECKING:
     from dmc.evaluation.grid import Choice
@@ -80,6 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures, and writes the report after each row; 1 if a cell failed."""
+    required("the plot", "matplotlib")
     plan = _plan(options)
     choices = {kind: _choices(getattr(plan, kind)) for kind in ("policies", "codecs")}
     budgets = [_share(text) for text in plan.budgets]

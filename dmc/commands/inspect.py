@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dmc.commands.common import add_model, add_prompts, codec_choice, load, read_prompts
 from dmc.evaluation.spec import named
+from dmc.extras import required
 
 if TYPE_CHECKING:
     from dmc.analysis.inspection import Inspection
@@ -68,6 +69,7 @@ def _report(options: argparse.Namespace, texts: list[str], vary: dict[str, list[
     from dmc.analysis.suggested import verdict
 
     output.check_free(options.out)  # before minutes of measuring
+    required("the report", "matplotlib")
     if options.tensor_parallel != 1:
         raise ValueError("--out looks into the layers of a whole model: use --tensor-parallel 1")
     found = _inspect(options, texts, vary, load(options))

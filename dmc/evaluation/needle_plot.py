@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dmc.extras import needed_for
+
 _PANELS = (("exact", "exact retrieval"), ("choice", "answer likeliest"), ("margin", "margin, nats"))
 
 
@@ -17,9 +19,10 @@ def plot_needle(figures: dict, out_png: str | Path, *, title: str = "") -> None:
 
     Raises:
         OSError: if the file cannot be written.
+        ValueError: if there is no matplotlib.
     """
-    import matplotlib
-
+    with needed_for("the plot"):
+        import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

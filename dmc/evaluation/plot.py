@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from dmc.evaluation.report import family, frontier, measured, point
+from dmc.extras import needed_for
 
 _MARKERS = "osD^vPXp*h<>d"
 _LEAST = 1e-5  # KL below this is rounding; drawn here
@@ -25,10 +26,8 @@ def plot_frontier(rows: Sequence[dict], out_png: str | Path) -> None:
     done = measured(rows)
     if not done:
         raise ValueError("no row has a result: nothing to draw")
-    try:
+    with needed_for("the plot"):
         import matplotlib
-    except ImportError as error:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 

@@ -3,7 +3,7 @@
 # Edit the first part for yours; docs/cluster.md explains.
 
 # --- the cluster ------------------------------------------------------------------------------------------------
-# The Python of the environment that has this project (pip install -c constraints.txt -e '.[log]').
+# The Python of the environment that has this project (pip install -c constraints.txt -e '.[train,log]').
 export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
 # Load modules here if your site needs them, e.g.: module load cuda
 
