@@ -82,7 +82,7 @@ BAD = [
     ("hf downlaod a/b", "there is no command hf downlaod"),
     ("hf download a/b --local-directory models/x", "unknown flag --local-directory"),
     ("pip install 'dmc[eval]'", "would take whatever an index has under this name"),
-    ("pip install -e '.[evaluation]'", "there is no extra evaluation; known: log, kernels"),
+    ("pip install -e '.[evaluation]'", "there is no extra evaluation; known: train, log, kernels"),
     ("pip install torhc", "the package torhc is not in constraints.txt"),
     ("pip install -c constraint.txt torch", "there is no file constraint.txt"),
     ("pip install --edit .", "unknown flag --edit"),
