@@ -75,8 +75,6 @@ def export(
     dmc = {"method": method, "decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
     if method == "dms" or window is not None:
         dmc |= {"window": window, "decide": "late" if looks_ahead else "arrival"}
-    if looks_ahead and method == "dms":
-        raise ValueError("dms decided late (dmc.decide=late) cannot be exported: it is a baseline of training alone")
     config = _config(hf_config, dmc, dtype)
     plan = _plan(state_dict, config, DmcLlamaForCausalLM, dtype)
     fold = folding(config, gain)

@@ -42,10 +42,9 @@ class DmcLlamaConfig(LlamaConfig):
         least = int(method == "dms")
         if (window is not None or least) and (isinstance(window, bool) or not isinstance(window, int) or window < least):
             raise ValueError(f"dmc.window must be a whole number of at least {least} with dmc.method {method}, got {window!r}")
-        if decide not in ("arrival", "late") or (decide == "late" and not (window and decision == "head" and method == "dmc")):
+        if decide not in ("arrival", "late") or (decide == "late" and not (window and decision == "head")):
             raise ValueError(
-                f"dmc.decide must be arrival, or late with dmc.method dmc, dmc.decision head and a dmc.window of at least 1, got "
-                f"{decide!r}"
+                f"dmc.decide must be arrival, or late with dmc.decision head and a dmc.window of at least 1, got {decide!r}"
             )
         if decision not in DECISIONS:
             raise ValueError(f"dmc.decision must be one of {', '.join(DECISIONS)}, got {decision!r}")

@@ -47,7 +47,7 @@ class DmcLlamaAttention(nn.Module):
         self.decision = None
         if config.dmc["decision"] == "head":
             ahead = config.dmc.get("decide") == "late"
-            rows = 1 if self.evicts else 2 + ahead  # decision; weight; what a token adds to the decision `window` before it
+            rows = 2 - self.evicts + ahead  # decision; weight (dmc); what a token adds to the decision `window` before it
             self.decision = nn.Linear(hidden, rows * self.heads, bias=ahead)
 
     def forward(self, hidden: Tensor, step: Step, cache: DmcCache | None) -> Tensor:
@@ -86,18 +86,22 @@ class DmcLlamaAttention(nn.Module):
         """Dynamic Memory Sparsification. → `[B, H * G, T, D]`."""
         if self.decision is None:
             grouped = query.unflatten(1, (self.heads, -1))
-            logits = grouped[:, :, 0, :, 0].float()  # [B, H, T]
+            logits, ahead = grouped[:, :, 0, :, 0].float(), ()  # [B, H, T]
             read = torch.zeros_like(grouped, dtype=torch.bool)
             read[:, :, 0, :, 0] = True
             query = grouped.masked_fill(read, 0.0).flatten(1, 2)
         else:
-            logits = F.linear(hidden.float(), self.decision.weight.float()).transpose(1, 2)
+            bias = None if self.decision.bias is None else self.decision.bias.float()
+            rows = F.linear(hidden.float(), self.decision.weight.float(), bias)
+            logits, *ahead = rows.transpose(1, 2).split(self.heads, 1)
+            if ahead:  # the first token of a document is kept
+                logits = logits.masked_fill(step.starts[:, None], float("-inf"))
         layer = cache.layers[self.layer_idx] if cache is not None else EvictingLayerCache()
         cos, sin = step.cos[:, None, 1:], step.sin[:, None, 1:]
         return attend_and_evict(
             rotate(query.float(), cos, sin) * self.head_dim**-0.5, rotate(key.float(), cos, sin).to(key.dtype), value,
-            logits > self.offset, step.order, step.begins, step.real, layer, window=self.window,
-            dropout=self.dropout if self.training else 0.0,
+            logits - self.offset, ahead[0] if ahead else torch.zeros_like(logits), step.order, step.begins, step.real, layer,
+            window=self.window, dropout=self.dropout if self.training else 0.0,
         )
 
     def _attend(

@@ -50,11 +50,11 @@ def behind_window(logits: Tensor, late: Tensor | None, window: int, *, merges: b
 
     Returns:
         ``[H, T]`` in the dtype of ``logits``, 1 where a token merges or is evicted; 0 for the tokens that have not left the
-        window, and with ``merges`` for the first one.
+        window, and for the first one with ``merges`` or if decided late.
     """
     left = max(0, logits.shape[1] - window - merges)  # a token merges once the query window + 1 later has come
     whole = logits[:, :left] if late is None else logits[:, :left] + late[:, window : window + left]
     alpha = torch.nn.functional.pad((whole > 0).to(logits.dtype), (0, logits.shape[1] - left))
-    if merges:
+    if merges or late is not None:
         alpha[:, :1] = 0
     return alpha

@@ -229,7 +229,7 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
     """The policy to serve a model with; refuses one that would take its decisions for what they are not."""
     chosen = (config.method or "full") if chosen is None else chosen
     if chosen == config.method and config.window is not None:
-        settings = {"window": config.window} | (settings or {})
+        settings = {"window": config.window, **config.kept_first} | (settings or {})
     if (chosen == GatePolicy.name or isinstance(chosen, GatePolicy)) and config.decision is not None:
         raise ValueError(
             f"{path} was retrofitted with {config.method} and makes decisions of its own: policy gate is for models that were "
@@ -241,6 +241,11 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
     if made.name == "dms" and config.method != "dms":
         what = "is a plain Llama" if config.method is None else f"was retrofitted with {config.method}"
         raise ValueError(f"{path} {what} and marks no tokens for eviction: policy dms needs a model retrofitted with dms")
+    if made.name == "dms" and config.looks_ahead and made.ring != config.window:
+        raise ValueError(
+            f"{path} decides about a token when it leaves a window of {config.window}, and the policy has one of {made.ring}: "
+            "leave out its setting window"
+        )
     if made.name == "dmc" and config.method == "dms":
         raise ValueError(
             f"{path} was retrofitted with dms, whose decisions mark tokens for eviction: policy dmc would merge them; use "

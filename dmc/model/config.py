@@ -63,6 +63,11 @@ class ModelConfig:
         """Rows of the decision head for each key/value head: the decision; with dmc the weight; the decision's late part."""
         return 1 + (self.method == "dmc") + self.looks_ahead
 
+    @property
+    def kept_first(self) -> dict[str, int]:
+        """What policy "dms" is told of first tokens that are kept whatever was decided: one if decisions are made late."""
+        return {"sinks": 1} if self.method == "dms" and self.looks_ahead else {}
+
 
 def read_config(directory: str | Path) -> ModelConfig:
     """Reads and checks ``directory/config.json`` (and generation_config.json for the end tokens).

@@ -26,9 +26,11 @@ def text(length, seed=1, rows=1):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[("head", 2), ("neuron", 2), ("neuron", 4)], ids=["head", "neuron", "mha"])
+@pytest.fixture(params=["head", "neuron", "mha", "late"])
 def model(request):
-    return made(*request.param)
+    if request.param == "late":
+        return made(decide="late")
+    return made("head" if request.param == "head" else "neuron", 4 if request.param == "mha" else 2)
 
 
 @torch.no_grad()
@@ -46,6 +48,7 @@ def test_chunks_and_blocks_of_queries_are_one_pass(model, monkeypatch):
         logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(cache.lengths(), lengths)
+    assert cache.layers[0].keys.shape[2] == lengths[0].max()
     assert cache.compression_ratio() == pytest.approx(40 / lengths.float().mean().item())
 
 
@@ -58,6 +61,15 @@ def test_a_padded_batch_generates_what_each_does_alone(model):
         alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
         assert torch.equal(together.sequences[row, 23:], alone.sequences[0, prompt.shape[1]:])
         assert torch.equal(together.past_key_values.lengths()[:, row], alone.past_key_values.lengths()[:, 0])
+
+
+@torch.no_grad()
+def test_packed_documents_are_each_alone():
+    """Decided late: what a document's end would add to a logit never comes from the next document."""
+    model, rows = made(decide="late"), [text(n, n) for n in (3, 17, 9, 26)]
+    packed = model(torch.cat(rows, 1), position_ids=torch.cat([torch.arange(row.shape[1]) for row in rows])[None])
+    torch.testing.assert_close(packed.logits, torch.cat([model(row).logits for row in rows], 1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(packed.past_key_values.lengths(), model(rows[-1]).past_key_values.lengths())
 
 
 def test_beams_are_those_without_a_cache(model):

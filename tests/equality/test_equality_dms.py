@@ -2,7 +2,7 @@
 
 training form (megatron-core) = `dmc.functional_dms.attention` = a list from which marked tokens are removed, token by
 token = the serving engine's prefill and decode = the export's `generate`; and cache lengths as the formula says. Then the
-engine against itself: alone, in a batch, in chunks, preempted, and with a lossy codec on top.
+engine against itself: alone, in a batch, in chunks, preempted, and with a lossy codec on top. One model decides late.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ GAIN, OFFSET, WINDOW = 3.0, 0.2, 5
 PROMPT, NEW = 14, 8  # of tests.equality.test_equality
 
 
-def with_decisions(case):
+def with_decisions(case, ahead=False):
     """Rows that mark about half of the tokens, seen through GAIN and OFFSET."""
+    case.ahead = ahead
     generator = torch.Generator().manual_seed(1)
     heads, size, hidden = case.config.num_key_value_heads, case.config.head_dim, case.config.hidden_size
-    draw = torch.randn(case.config.num_hidden_layers, heads, hidden, generator=generator) * hidden**-0.5
+    draw = torch.randn(case.config.num_hidden_layers, heads * (1 + ahead), hidden, generator=generator) * hidden**-0.5
     for layer, rows in enumerate(draw):
         prefix = f"model.layers.{layer}.self_attn."
         if case.decision == "head":
             case.weights[prefix + "decision.weight"] = rows
+            if ahead:
+                case.weights[prefix + "decision.bias"] = 0.1 * torch.randn(2 * heads, generator=generator)
         else:
             weight = case.weights[prefix + "q_proj.weight"] = case.weights[prefix + "q_proj.weight"].clone()
             weight.view(heads, -1, size, hidden)[:, 0, 0] = rows
@@ -52,19 +55,21 @@ CASES = {
     "random-gqa-head": lambda: random_case("head"),
     "random-mha-neuron": lambda: random_case("neuron", num_key_value_heads=4, tie_word_embeddings=False),
     "base-head": lambda: base_case("head"),
+    "random-gqa-ahead": lambda: random_case("head"),
 }
 
 
 def write(made, out):
     return export(
-        made.weights, made.config.to_dict(), out=out, method="dms", window=WINDOW, decision=made.decision, offset=OFFSET,
-        gain=GAIN, target_cr=2, measured_cr=2, tokenizer_dir=TOKENIZER, card={}, dtype=torch.float32,
+        made.weights, made.config.to_dict(), out=out, method="dms", window=WINDOW, looks_ahead=made.ahead,
+        decision=made.decision, offset=OFFSET, gain=GAIN, target_cr=2, measured_cr=2, tokenizer_dir=TOKENIZER, card={},
+        dtype=torch.float32,
     )
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    made = with_decisions(CASES[request.param]())
+    made = with_decisions(CASES[request.param](), request.param.endswith("ahead"))
     out = write(made, tmp_path_factory.mktemp("equality") / "hf")
     return made, out, *generate(out, made)
 
@@ -77,7 +82,10 @@ def layer_inputs(case, x, layer):
     project = lambda name: (normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T)  # noqa: E731
     query, key, value = (project(f"{n}_proj").unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for n in "qkv")
     if case.decision == "head":
-        logits = project("decision").T
+        bias = w[f"{prefix}self_attn.decision.bias"].to(x) if case.ahead else 0
+        logits, *late = (project("decision") + bias).T.split(heads)
+        if late:  # decided when the token WINDOW later comes; the first token is kept
+            logits = F.pad(logits[:, 1:-WINDOW] + late[0][:, WINDOW + 1 :], (1, WINDOW), value=-1.0)
     else:
         query = query.clone()
         read = query.unflatten(0, (heads, -1))[:, 0, :, 0]
@@ -119,15 +127,15 @@ def test_functional_is_a_cache_that_evicts(case, expected):
 
 def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
-    state = LayerState(Settings(made.decision, GAIN, OFFSET, method="dms", window=WINDOW), mode="hard")
+    state = LayerState(Settings(made.decision, GAIN, OFFSET, method="dms", window=WINDOW, looks_ahead=made.ahead), mode="hard")
     config = copy.deepcopy(made.config)
     model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
     if made.decision == "head":
         for name, weight in model.named_parameters():
-            if name.endswith("decision.weight"):
-                layer = name.split(".")[2]
-                weight.data.copy_(made.weights[f"model.layers.{layer}.self_attn.decision.weight"])
+            if ".decision." in name:  # interleaved by head in training, by kind in the export
+                rows = made.weights[f"model.layers.{name.split('.')[2]}.self_attn.decision.{name.split('.')[-1]}"]
+                weight.data.copy_(rows.unflatten(0, (-1, config.num_key_value_heads)).transpose(0, 1).flatten(0, 1))
     starts = torch.zeros(1, len(tokens), dtype=torch.bool)
     starts[0, 0] = True
     with torch.no_grad():
@@ -147,7 +155,7 @@ def test_export_generates_the_same(case, expected):
 def test_engine_prefill_and_decode(case, expected, prompt, chunk):
     made, out, tokens, _, _ = case
     llm = LLM(out, codec="dense", dtype="fp32", prefill_tokens=chunk)
-    assert llm.cache.policy.name == "dms" and llm.cache.policy.window == WINDOW
+    assert llm.cache.policy.name == "dms" and llm.cache.policy.window == WINDOW and llm.cache.policy.sinks == made.ahead
     score = llm.score([tokens.tolist()], prompt_tokens=prompt)[0]
     wanted = expected[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
     torch.testing.assert_close(score.logprobs.double(), wanted, rtol=0, atol=TOLERANCE)
@@ -157,9 +165,9 @@ def test_engine_prefill_and_decode(case, expected, prompt, chunk):
 # ------------------------------------------------------------------------------------------- the engine against itself
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    made = with_decisions(random_case("head"))
+@pytest.fixture(scope="module", params=[False, True], ids=["arrival", "late"])
+def exported(request, tmp_path_factory):
+    made = with_decisions(random_case("head"), request.param)
     return made, write(made, tmp_path_factory.mktemp("served") / "hf")
 
 
@@ -245,5 +253,9 @@ def test_policies_that_do_not_fit_the_model_are_refused(exported, tmp_path):
         LLM(exported[1], policy="dmc")
     with pytest.raises(ValueError, match="is a plain Llama.*policy dms needs a model retrofitted with dms"):
         LLM(tiny_model(tmp_path / "plain"), policy="dms")
-    assert LLM(exported[1], policy="dms", policy_settings={"window": 9}).cache.policy.window == 9
+    if exported[0].ahead:
+        with pytest.raises(ValueError, match="leaves a window of 5, and the policy has one of 9: leave out"):
+            LLM(exported[1], policy="dms", policy_settings={"window": 9})
+    else:
+        assert LLM(exported[1], policy="dms", policy_settings={"window": 9}).cache.policy.window == 9
     assert LLM(tmp_path / "plain").cache.policy.name == "full"

@@ -214,10 +214,3 @@ def test_padded_rows_generate_what_they_generate_alone(exported):
     together = exported.generate(ids, attention_mask=mask, **settings)[:, width:]
     for row, got in zip(rows, together, strict=True):
         assert torch.equal(exported.generate(row, **settings)[0, row.shape[1] :], got)
-
-
-def test_dms_decided_late_is_not_exported(tmp_path):
-    made = random_case("head")
-    with pytest.raises(ValueError, match="cannot be exported"):
-        export(made.weights, made.config.to_dict(), out=tmp_path / "x", method="dms", window=4, looks_ahead=True, decision="head",
-               offset=0, gain=1, target_cr=2, measured_cr=2, tokenizer_dir=TOKENIZER, card={})

@@ -106,12 +106,14 @@ def test_an_adapter_leaves_the_base_as_it_is(reference):
     assert metrics(output)[-1]["measured_cr"] > 1.3
 
 
-@pytest.mark.parametrize("decision", ["head", pytest.param("neuron", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("decision", ["head", *(pytest.param(other, marks=pytest.mark.slow) for other in ("neuron", "late"))])
 def test_the_export_reaches_what_training_measured(reference, tmp_path, decision):
     """Perplexity and CR of the last evaluation again, from the exported model alone on the same held-out rows."""
     tmp, output = reference
     if decision == "neuron":
         output = run(tmp, "neuron", "dmc.decision=neuron", "dmc.repurpose_steps=4")
+    elif decision == "late":
+        output = run(tmp, "late", "dmc.decide=late")
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "export_hf.py", output / "checkpoints" / "final", tmp_path / "hf"],
         capture_output=True, text=True,

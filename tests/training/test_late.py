@@ -123,9 +123,11 @@ def fitted_for(config, hf, window=WINDOW):
     )
 
 
-def test_a_start_from_fitted_decisions_decides_as_they_do(process_group):
+@pytest.mark.parametrize("method", ["dmc", "dms"])
+def test_a_start_from_fitted_decisions_decides_as_they_do(process_group, method):
     """The logit of every layer and head is above the offset where the fitted score is below the threshold, by its scale."""
     overrides = [f"dmc.window={WINDOW}", "data.sequence_length=64", "dmc.target_cr=2", "dmc.init=F", "run.threads=1"]
+    overrides += [f"dmc.method={method}", "dmc.decide=late"]
     config, hf = load(overrides=overrides), tiny_config(num_hidden_layers=3)
     student, fitted = setup.build_student(config, hf, None), fitted_for(config, hf)
     setup.start_from(config, student, fitted)
@@ -133,12 +135,12 @@ def test_a_start_from_fitted_decisions_decides_as_they_do(process_group):
     threshold = fitted.threshold(2, 64)
     for layer in range(3):
         rows, _ = student.chunks[0].decoder.layers[layer].self_attention.decision(hidden)
-        rows = config.dmc.gain * rows[:, 0].unflatten(-1, (hf.num_key_value_heads, 3))
-        logits = rows[: 20 - WINDOW, :, 0] + rows[WINDOW:, :, 2]
+        rows = config.dmc.gain * rows[:, 0].unflatten(-1, (hf.num_key_value_heads, -1))
+        logits = rows[: 20 - WINDOW, :, 0] + rows[WINDOW:, :, -1]
         inside = fitted.scores(layer, hidden[:, 0])[1 : 19 - WINDOW]
         expected = config.dmc.init_scale * (threshold - inside) + config.dmc.offset
         torch.testing.assert_close(logits[1 : 19 - WINDOW], expected, rtol=1e-4, atol=1e-3)
-        assert not rows[..., 1].any()  # omega as from zero
+        assert not rows[..., 1:-1].any()  # omega as from zero
 
 
 @pytest.mark.parametrize(("overrides", "words"), [

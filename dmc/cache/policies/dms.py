@@ -17,17 +17,20 @@ class DmsPolicy(Policy):
     Args:
         window: tokens between a token and its eviction, at least 0. What the model was trained with, if `dmc.LLM` is given
             the policy by name alone.
+        sinks: first tokens of a sequence that are never evicted, at least 0. Of a model that decides late, `dmc.LLM` sets 1:
+            training keeps the first token.
 
     Raises:
-        ValueError: if the window is negative.
+        ValueError: if a number is negative.
     """
 
     name = "dms"
     merges = False
     by_head = True
 
-    def __init__(self, *, window: int = 64) -> None:
+    def __init__(self, *, window: int = 64, sinks: int = 0) -> None:
         self.ring = self.window = budget.check_count(self.name, "window", window, 0)
+        self.sinks = budget.check_count(self.name, "sinks", sinks, 0)
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`: the model's logits, which `dmc.cache.reading.late` reads when a token leaves the ring."""
