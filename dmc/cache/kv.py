@@ -48,7 +48,8 @@ class KVCache:
         device: of everything.
 
     Raises:
-        ValueError: if a size is out of range, there are not as many codecs as layers, or the memory is less than one page.
+        ValueError: if a size is out of range, there are not as many codecs as layers, the memory is less than one page, or
+            the policy bounds the entries of a row by less than ``sink_tokens`` + 1.
     """
 
     def __init__(
@@ -65,10 +66,16 @@ class KVCache:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if policy.max_entries is not None and policy.max_entries <= sink_tokens:
+            raise ValueError(
+                f"max_entries={policy.max_entries} holds nothing but the {sink_tokens} sinks (sink_tokens): give at least "
+                f"{sink_tokens + 1}, or fewer sinks"
+            )
         exact = _exact_dtype(exact_dtype, codecs, shape.dtype)
         placed = policy.evicts or any(one.placed for one in codecs)
         storage = Storage(
             sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts, policy.ring,
+            policy.max_entries,
         )
         self.shape, self.policy, self.codec = shape, policy, codec
         self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)
@@ -192,7 +199,8 @@ class KVCache:
     # ------------------------------------------------------------------------------------ accounting
 
     def worst_pages(self, tokens: int) -> int:
-        """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged."""
+        """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged but what a bound of entries
+        forces to."""
         closed = self.policy.most_entries(tokens)
         if self.policy.ring is None:
             closed = max(0, closed - 1)

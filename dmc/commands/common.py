@@ -31,6 +31,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--target-cr", type=float, metavar="CR",
                        help="tokens / entries, for --policy gate, at its setting length: by default that of the sequences "
                             "which the decisions were fitted on; longer texts reach a higher CR")
+    cache.add_argument("--max-entries", type=int, metavar="N",
+                       help="hard budget: entries of each head behind the window of recent tokens, at most; for late merging (a "
+                            "model retrofitted with dmc.window), --policy dms and --policy gate. Once a head has N, whatever "
+                            "leaves the window merges, or is dropped by a policy that drops")
     cache.add_argument("--codec", default="dense", metavar="NAME[:SETTING=VALUE,...]",
                        help="how full pages are stored: dense (default), int8, fp8, kivi (:bits=2), rotated (:bits=4), svd "
                             "(:rank=16), eigen (:file=FILE of dmc calibrate), gear, gear-4bit or gear-2bit (the published "
@@ -66,8 +70,7 @@ def load(options: argparse.Namespace) -> LLM:
     codec, own = codec_choice(options)
     return LLM(
         options.directory, policy=policy, policy_settings=settings, decisions=options.decisions, target_cr=options.target_cr,
-        codec=codec, codec_settings=own,
-        codec_layers=options.codec_layers,
+        max_entries=options.max_entries, codec=codec, codec_settings=own, codec_layers=options.codec_layers,
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
         dtype=options.dtype, device=options.device, tensor_parallel=options.tensor_parallel,

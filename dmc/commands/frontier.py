@@ -35,6 +35,7 @@ class Plan:
         prompt, scored, windows: tokens of each window that are prefilled and scored, and how many windows.
         policies, codecs: NAME[:SETTING=VALUE,...]; none: what is registered and makes sense.
         budgets: of evicting policies, shares of the tokens.
+        max_entries: hard budgets of policies with a window of recent tokens, each next to no bound; none: no bound alone.
         device, dtype: as those of `dmc generate`.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     policies: tuple[str, ...] = ()
     codecs: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ("1/2", "1/4", "1/8", "1/16")
+    max_entries: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
 
@@ -62,6 +64,7 @@ _HELP = {
     "codecs": "such as int8 gear-4bit tcq:bits=2,page_size=32; also takes page_size, sink_tokens, window, exact_dtype (all that "
               "are registered)",
     "budgets": "shares of the tokens that evicting policies keep (1/2 1/4 1/8 1/16)",
+    "max_entries": "hard budgets of late merging, dms and gate: entries of each head behind the window, at most (no bound)",
     "device": "cpu, cuda:0, ... (a GPU if there is one)",
     "dtype": "fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)",
 }
@@ -76,7 +79,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     for field in fields(Plan):
         many = isinstance(field.default, tuple)
         kind = int if isinstance(field.default, int) else str
-        parser.add_argument(f"--{field.name}", type=kind, nargs="+" if many else None, help=_HELP[field.name])
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, nargs="+" if many else None, help=_HELP[field.name])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     required("the plot", "matplotlib")
     plan = _plan(options)
     choices = {kind: _choices(getattr(plan, kind)) for kind in ("policies", "codecs")}
-    budgets = [_share(text) for text in plan.budgets]
+    budgets, most = [_share(text) for text in plan.budgets], [_count(text) for text in plan.max_entries]
     from dmc.engine.llm import resolve
     from dmc.evaluation import frontier, grid
     from dmc.evaluation.reference import check_fits
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     from dmc.model import read_config
 
     base, models = Path(plan.base), [Path(model) for model in plan.models]
-    cells = grid.cells([base, *models], budgets=budgets, **choices)
+    cells = grid.cells([base, *models], budgets=budgets, max_entries=most, **choices)
     windows = _windows(plan)
     config = read_config(base)
     check_fits(windows, config.vocab_size, config.positions, base)
@@ -153,6 +156,12 @@ def _share(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"budget {text!r} is no share of the tokens: write it as 1/4 or 0.25") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"max_entries {text!r} must be a whole number of entries, such as 256")
+    return int(text)
 
 
 def _windows(plan: Plan) -> Windows:

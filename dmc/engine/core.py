@@ -21,7 +21,8 @@ class Engine:
     """Continuous batching: each step feeds one token of every running sequence and a chunk of prompts together.
 
     Order is that of arrival, always. A sequence is admitted when the pages that it and all running ones are predicted
-    to end with fit into the pool. Where the prediction was wrong and pages run out, the latest arrival goes to host
+    to end with fit into the pool; where the policy bounds the entries of a head, the pages that they can need at most. Where
+    the prediction was wrong and pages run out, the latest arrival goes to host
     memory, and nothing is admitted until it is back. So the oldest sequence always goes on.
 
     Args:
@@ -69,10 +70,13 @@ class Engine:
             )
         pages = self.predictor.pages(sequence.most_tokens)
         if pool.limit is not None and pages > pool.limit:
+            bound = self.cache.policy.max_entries
+            about, at, lower = ("about", f"a compression ratio of {self.predictor.cr:.2f}", "max_tokens") if bound is None else (
+                "up to", f"max_entries={bound}", "max_entries or max_tokens"
+            )
             raise ValueError(
-                f"{prompt} prompt tokens + max_tokens {new} need about {pages} pages of {pool.page_bytes} bytes at a "
-                f"compression ratio of {self.predictor.cr:.2f}, but kv_memory holds {pool.limit}; give it more, or lower "
-                f"max_tokens"
+                f"{prompt} prompt tokens + max_tokens {new} need {about} {pages} pages of {pool.page_bytes} bytes at {at}, but "
+                f"kv_memory holds {pool.limit}; give it more, or lower {lower}"
             )
 
     def add(self, sequence: Sequence) -> None:

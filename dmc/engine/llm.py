@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dmc.cache import Codec, Policy, codec, policy
+from dmc.cache import POLICIES, Codec, Policy, codec, policy
 from dmc.cache.codecs.layers import read_layers
 from dmc.cache.policies.gate import GatePolicy
 from dmc.engine import memory, parallel
@@ -40,6 +40,9 @@ class LLM:
             decisions, for a model that was not retrofitted (`dmc.cache.policies.gate`).
         target_cr: for policy "gate": tokens / entries at its setting ``length``, by default the length of the sequences
             that the decisions were fitted on.
+        max_entries: entries of each key/value head behind the window of recent tokens, at most: a hard budget. Once a head has
+            so many, what leaves the window is merged (dropped where the policy drops). For policies with such a window: late
+            merging (a model retrofitted with dmc.window), "dms" and "gate". None: no bound.
         codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
         codec_layers: a file with settings for each layer, and the codec's name, in place of ``codec``: see
@@ -65,6 +68,7 @@ class LLM:
     def __init__(
         self, path: str | Path, *, policy: str | Policy | None = None, policy_settings: dict | None = None,
         decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None,
+        max_entries: int | None = None,
         codec: str | Codec = "dense", codec_settings: dict | None = None, codec_layers: str | Path | None = None,
         kv_memory: int | str | None = None, max_batch: int = 16, page_size: int | None = None, sink_tokens: int | None = None,
         window: int | None = None, exact_dtype: str | None = None,
@@ -78,7 +82,8 @@ class LLM:
         memory.check(kv_memory)
         store, config = _stored(codec, codec_settings, codec_layers, self.path), read_config(path)
         given = {name: value for name, value in (("decisions", decisions), ("target_cr", target_cr)) if value is not None}
-        chosen = _policy(config, path, policy, _with_decisions(policy, policy_settings, given))
+        policy_settings = _with_budget(config, policy, _with_decisions(policy, policy_settings, given), max_entries)
+        chosen = _policy(config, path, policy, policy_settings)
         place, precision = resolve(device, dtype, config.dtype)
         parts = Parts(self.path, precision, chosen, store, {
             "slots": max_batch + KEPT_PROMPTS, "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens,
@@ -278,6 +283,31 @@ def _with_decisions(chosen: str | Policy | None, settings: dict | None, given: d
     if twice:
         raise ValueError(f"{' and '.join(twice)} is given twice, as a setting of policy gate and next to it: give it once")
     return (settings or {}) | given
+
+
+def _with_budget(
+    config: ModelConfig, chosen: str | Policy | None, settings: dict | None, max_entries: int | None,
+) -> dict | None:
+    """Settings of the policy with ``max_entries``, which only policies with a window of recent tokens take."""
+    if max_entries is None:
+        return settings
+    name = (config.method or "full") if chosen is None else chosen
+    if not isinstance(name, str):
+        raise ValueError("max_entries goes with a policy's name, not with a policy that is ready made: make that one with it")
+    if "max_entries" in (settings or {}):
+        raise ValueError(f"max_entries is given twice, as a setting of policy {name} and next to it: give it once")
+    if name in POLICIES and not bounds(name, config):
+        raise ValueError(
+            f"max_entries={max_entries} bounds the entries behind a window of recent tokens, and policy {name} has none for this "
+            "model: leave it out, or use late merging (a model retrofitted with dmc.window), policy dms or policy gate"
+        )
+    return (settings or {}) | {"max_entries": max_entries}
+
+
+def bounds(name: str, config: ModelConfig) -> bool:
+    """True if the policy of that name takes ``max_entries`` for a model: it has a window of recent tokens."""
+    known = POLICIES[name].settings()
+    return "max_entries" in known and (name != "dmc" or (config.method == "dmc" and config.window is not None))
 
 
 def resolve(device: str, dtype: str, saved: str | None) -> tuple[torch.device, torch.dtype]:

@@ -22,7 +22,8 @@ class Predictor:
         cr: compression ratio to begin with: what the checkpoint reports of itself, 1 where nothing merges.
 
     Where the newest tokens stay as they are, they are entries of any sequence; the ratio measured is that of the tokens
-    behind them.
+    behind them. Where the policy bounds the entries of a row (``max_entries``), nothing is predicted: the pages are those that
+    a sequence can come to need at most, so none is ever preempted for memory.
     """
 
     def __init__(self, cache: KVCache, cr: float) -> None:
@@ -31,6 +32,11 @@ class Predictor:
         self._tokens = _PRIOR_TOKENS
         self._entries = torch.full(shape, _PRIOR_TOKENS / cr, dtype=torch.float64)
         self._ends, self._used = _PRIOR_ENDS, _PRIOR_ENDS  # requests that ended, and the sum of what they used
+
+    @property
+    def bounded(self) -> bool:
+        """True if the policy bounds the entries of a row."""
+        return self.cache.policy.max_entries is not None
 
     @property
     def _recent(self) -> int:
@@ -61,12 +67,16 @@ class Predictor:
 
     def pages(self, tokens: int) -> int:
         """Pages of a sequence of so many cached tokens."""
+        if self.bounded:
+            return self.cache.worst_pages(tokens)
         most, recent = max(1, self.cache.policy.most_entries(tokens)), min(tokens, self._recent)
         likely = recent + self._entries / self._tokens * (tokens - recent)
         return self.cache.likely_pages(likely.clamp(min=1, max=most))
 
     def final_pages(self, sequence: Sequence) -> int:
-        """Pages that a sequence will hold when it ends, where others so far have ended."""
+        """Pages that a sequence will hold when it ends, where others so far have ended; at most, if entries are bounded."""
+        if self.bounded:
+            return self.pages(sequence.most_tokens)
         params = sequence.params
         new = max(len(sequence.tokens) + 1, math.ceil(params.max_tokens * self._used / self._ends))
         return self.pages(len(sequence.prompt) + min(new, params.max_tokens) - 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dmc.cache import CODECS, POLICIES, codec, policy
 from dmc.cache.codecs.former import current
+from dmc.engine.llm import bounds
 from dmc.model import read_config
 
 Value = float | int | str | None
@@ -72,7 +73,7 @@ def codec_choices() -> list[Choice]:
 
 def cells(
     models: Sequence[Path], *, policies: Sequence[Choice] | None = None, codecs: Sequence[Choice] | None = None,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] = BUDGETS, max_entries: Sequence[int] = (),
 ) -> list[Cell]:
     """All measurements of a grid, those with the same model and policy one after the other.
 
@@ -83,27 +84,34 @@ def cells(
         codecs: crossed with every policy. None: all recipes where every token is kept, the first of each codec for
             retrofitted models, and the first of those in `WITH_EVICTION` for policies that evict by a budget.
         budgets: shares of the tokens.
+        max_entries: hard budgets of policies with a window of recent tokens, each next to the cell without a bound.
 
     Raises:
-        ValueError: if a name or setting is unknown or not allowed, a budget is out of range, a directory is no model, or
-            no cell is left.
+        ValueError: if a name or setting is unknown or not allowed, a budget is out of range, a directory is no model, no cell
+            is left, or ``max_entries`` bounds none.
     """
     for budget in budgets:
         if not 0 < budget <= 1:
             raise ValueError(f"budget {budget} must be above 0 and at most 1: a share of the tokens, such as 1/4")
     for choice in policies or ():
-        policy(choice.name, **dict(choice.settings))
+        later = ("max_entries",) if choice.name == "dmc" else ()  # needs the window, which each model has of its own
+        policy(choice.name, **{name: value for name, value in choice.settings if name not in later})
     for choice in codecs or ():
         codec(choice.name, **codec_settings(choice)[0])
     codecs = codecs and [_of_today(choice) for choice in codecs]
     made = []
     for model in models:
-        for chosen in _policies(model, policies, budgets):
+        for chosen in _bounded(model, _policies(model, policies, budgets), max_entries):
             made += [Cell(model, chosen, stored) for stored in codecs or _codecs(chosen)]
     made = list(dict.fromkeys(made))
     if not made:
         names = ", ".join(str(choice) for choice in policies or ())
         raise ValueError(f"no model of these runs any of the policies {names}: retrofitted models run their own policy alone")
+    if max_entries and not any("max_entries" in dict(cell.policy.settings) for cell in made):
+        raise ValueError(
+            "max_entries bounds the entries behind a window of recent tokens, and no policy of these has one: late merging (a "
+            "model retrofitted with dmc.window), dms and gate have"
+        )
     return made
 
 
@@ -148,6 +156,20 @@ def _policies(model: Path, policies: Sequence[Choice] | None, budgets: Sequence[
             yield from (choose(choice.name, share=budget) for budget in budgets)
         else:
             yield choice
+
+
+def _bounded(model: Path, chosen: Iterator[Choice], max_entries: Sequence[int]) -> Iterator[Choice]:
+    """The choices, and those with a window of recent tokens under each hard budget as well."""
+    config = read_config(model)
+    for choice in chosen:
+        own = dict(choice.settings)
+        several = max_entries if "max_entries" not in own and bounds(choice.name, config) else ()
+        for one in (choice, *(choose(choice.name, **own, max_entries=most) for most in several)):
+            if "max_entries" in dict(one.settings):  # a number that is impossible is said before anything is measured
+                trained = choice.name == config.method and config.window is not None
+                given = {"window": config.window, **config.kept_first} if trained else {}
+                policy(choice.name, **given | dict(one.settings))
+            yield one
 
 
 def _codecs(chosen: Choice) -> list[Choice]:

@@ -51,6 +51,7 @@ class Arguments(BaseModel):
     policy_settings: dict[str, float | int | str] | None = None
     decisions: str | None = None
     target_cr: float | None = None
+    max_entries: int | None = None
     codec: str = "dense"
     codec_settings: dict[str, float | int | str] | None = None
     codec_layers: str | None = None

@@ -12,6 +12,7 @@ from dmc import functional as fn
 from dmc import functional_dms as dms
 from dmc.cache import KVCache, Shape, policy
 from dmc.rope import Rope
+from tests.cache.decisions import random_decisions
 from tests.cache.stored import frequencies, stored
 
 LAYERS, HEADS, QUERY_HEADS, SIZE = 2, 2, 4, 8
@@ -74,16 +75,16 @@ def feed(cache, layers, prompt, chunk):
 
 
 def decisions(parts, window, name, most=None):
-    """Hard alpha ``[1, H, T]`` of tokens that leave the window, with the bound of entries."""
+    """Hard alpha ``[1, H, T]`` of tokens that leave the window: 1 merges or drops. ``most`` entries open at most."""
     logits = parts[3].T.clone()
     if parts[5] is not None and len(parts[5]) > window:
         logits[:, : len(parts[5]) - window] += parts[5][window:].T
     alpha = (logits > 0).float()
     if name == "dmc":
         alpha[:, 0] = 0
-        if most is not None:
-            opens = (alpha == 0).cumsum(-1)
-            alpha = torch.where(opens > most, 1.0, alpha)
+    if most is not None:
+        opens = (alpha == 0).cumsum(-1)
+        alpha = torch.where(opens > most, 1.0, alpha)
     return alpha[None]
 
 
@@ -109,7 +110,7 @@ def held(parts, window, name, most=None):
 )
 def test_queries_see_what_the_definition_says(length, data, name, window, ahead, most, page_size, sinks, recent, seed):
     """Any split of a text into prompt chunks and generated tokens gives the dense result, and as many entries."""
-    most = None if name == "dms" else most
+    most = None if most is None else most + sinks
     prompt = data.draw(st.integers(1, length))
     chunk = data.draw(st.integers(1, prompt))
     layers = tokens(length, seed, ahead and window > 0)
@@ -119,6 +120,8 @@ def test_queries_see_what_the_definition_says(length, data, name, window, ahead,
         torch.testing.assert_close(outs[i], expected(parts, window, name, most), rtol=1e-4, atol=1e-5)
         assert torch.equal(cache.entries(slot)[i].float(), held(parts, window, name, most).float())
     assert cache.rows.pool.used <= cache.worst_pages(length)
+    if most is not None:
+        assert cache.entries(slot).max() <= window + most and cache.worst_pages(length) <= cache.worst_pages(window + most)
     cache.close(slot)
     cache.check_integrity()
     assert cache.rows.pool.used == 0
@@ -185,24 +188,46 @@ def test_prefixes_share_only_what_is_decided():
     cache.check_integrity()
 
 
-def test_a_bound_of_entries_bounds_memory():
-    """Pages stop growing once every head has its entries, however long the text."""
+@pytest.mark.parametrize("name", ["dmc", "dms"])
+def test_a_bound_of_entries_bounds_memory(name):
+    """Pages stop growing once every head has its entries, however long the text; the step then asks for no page either."""
     layers = tokens(300, 8)
-    cache = make("int8", window=4, most=6, page_size=2, sink_tokens=1)
+    cache = make("int8", name=name, window=4, most=6, page_size=2, sink_tokens=1)
     outs = [[] for _ in layers]
     slot = cache.load(prefill(cache, layers, 10, 10, outs))
-    used = []
+    used, asked = [], []
     for position in range(10, 300):
+        asked.append(cache.append_pages(torch.tensor([slot])))
+        before = cache.rows.pool.used
         decode(cache, [slot], [layers], position)
         used.append(cache.rows.pool.used)
-    assert cache.entries(slot).max() == 4 + 6
-    assert len(set(used[100:])) <= 2 and max(used) <= cache.worst_pages(300) == cache.worst_pages(10_000)
+        assert used[-1] <= before + asked[-1] <= cache.worst_pages(300) == cache.worst_pages(10_000)
+    assert (cache.entries(slot) == 4 + 6).all()
+    assert len(set(used[100:])) == 1 and set(asked[100:]) == {0}
+
+
+@pytest.mark.parametrize("sinks", [1, 4])
+def test_a_bound_needs_an_entry_behind_the_sinks(sinks):
+    make("int8", most=sinks + 1, sink_tokens=sinks)
+    with pytest.raises(ValueError, match=f"max_entries={sinks} holds nothing but the {sinks} sinks .* at least {sinks + 1}"):
+        make("int8", most=sinks, sink_tokens=sinks)
 
 
 @pytest.mark.parametrize(("settings_", "words"), [
     (dict(window=-1), "window=-1 must be a whole number, at least 0"), (dict(window=4, max_entries=0), "max_entries=0 must be"),
     (dict(max_entries=4), "merging at once has no window"), (dict(window=2.5), "window=2.5 must be"),
+    (dict(window=4, max_entries=True), "max_entries=True must be"),
 ])
 def test_settings_out_of_range(settings_, words):
     with pytest.raises(ValueError, match=words):
         policy("dmc", **settings_)
+
+
+def test_a_bound_below_the_sinks_of_fitted_decisions():
+    given = dict(decisions=random_decisions(sinks=3), target_cr=2, length=60)
+    assert policy("gate", max_entries=4, **given).max_entries == 4
+    for most in (0, 3):
+        with pytest.raises(ValueError, match=f"max_entries={most} must be .* at least 4: more than the sinks .3."):
+            policy("gate", max_entries=most, **given)
+    with pytest.raises(ValueError, match="dms policy: max_entries=0 must be"):
+        policy("dms", max_entries=0)

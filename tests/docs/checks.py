@@ -325,7 +325,7 @@ def _policies_and_codecs(options: argparse.Namespace, files: Files) -> Iterator[
         elif hasattr(options, "codec"):
             if options.policy:
                 name, settings = named(options.policy)
-                given = {"decisions": options.decisions, "target_cr": options.target_cr}
+                given = {name: getattr(options, name) for name in ("decisions", "target_cr", "max_entries")}
                 yield from _policy(name, settings | {key: value for key, value in given.items() if value is not None}, files)
             name, settings = codec_choice(options)
             yield from _file_of(settings, files)
@@ -566,12 +566,12 @@ def _python(text: str, files: Files) -> Iterator[str]:
 
 
 def _python_llm(keywords: dict[str, ast.expr], arguments: list[ast.expr], files: Files) -> Iterator[str]:
-    checked = ("codec", "policy", "decisions", "target_cr")
+    checked = ("codec", "policy", "decisions", "target_cr", "max_entries")
     value = {name: ast.literal_eval(node) for name, node in keywords.items() if name.startswith(checked)}
     if "codec" in value:
         yield from _made("codec", value["codec"], value.get("codec_settings", {}))
     if "policy" in value:
-        given = {name: value[name] for name in ("decisions", "target_cr") if name in value}
+        given = {name: value[name] for name in ("decisions", "target_cr", "max_entries") if name in value}
         yield from _policy(value["policy"], value.get("policy_settings", {}) | given, files)
     if arguments and files.missing(path := ast.literal_eval(arguments[0])):
         yield f"nothing says where {path} comes from"

@@ -46,7 +46,7 @@ class Policy(ABC):
         ring: newest tokens of a row that stay as they are; one that leaves them is merged, or dropped by a policy that does
             not merge, where the model's logit says so (`dmc.cache.reading.late`). None: tokens are merged at once.
         max_entries: with a ring, entries of a row behind it at most: once there are so many, what leaves the ring is
-            merged whatever the model says. None: no bound.
+            merged, or dropped by a policy that does not merge, whatever the model says. None: no bound.
         sinks: with a ring, first tokens of a sequence that are never dropped or merged; where tokens merge, the token after
             them opens an entry as well.
         likely_cr: tokens / entries to expect of a sequence until it is measured; None: what the checkpoint reports.
@@ -125,4 +125,4 @@ class Policy(ABC):
 
     def most_entries(self, tokens: int) -> int:
         """Entries, the tail counted, that a row of so many tokens can hold between two steps."""
-        return tokens
+        return tokens if self.max_entries is None else min(tokens, self.ring + self.max_entries)

@@ -25,6 +25,20 @@ def check_count(policy: str, setting: str, value: object, least: int) -> int:
     return value
 
 
+def check_entries(policy: str, value: object, sinks: int = 0) -> int | None:
+    """The value of ``max_entries``, if it is None or leaves room for an entry behind the sinks.
+
+    Raises:
+        ValueError: if not.
+    """
+    if value is None:
+        return None
+    try:
+        return check_count(policy, "max_entries", value, sinks + 1)
+    except ValueError as error:
+        raise ValueError(f"{error}: more than the sinks ({sinks})" if sinks else str(error)) from None
+
+
 def check_share(policy: str, value: object) -> float | None:
     """The value, if it is None or a share.
 

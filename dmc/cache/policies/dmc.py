@@ -15,7 +15,7 @@ class DmcPolicy(Policy):
         window: newest tokens that stay as they are (late merging); None merges at once. What the model was trained with, if
             `dmc.LLM` is given the policy by name alone.
         max_entries: entries of each head behind the window at most, at least 1: once there are so many, every token that
-            leaves the window is merged. Needs a window; None sets no bound.
+            leaves the window is merged. Needs a window; None sets no bound. See `dmc.cache.KVCache` for sinks.
 
     Raises:
         ValueError: if a number is out of range, or ``max_entries`` comes without a window.
@@ -26,19 +26,13 @@ class DmcPolicy(Policy):
 
     def __init__(self, *, window: int | None = None, max_entries: int | None = None) -> None:
         self.ring = self.window = None if window is None else budget.check_count(self.name, "window", window, 0)
-        if max_entries is not None:
-            budget.check_count(self.name, "max_entries", max_entries, 1)
-            if window is None:
-                raise ValueError(
-                    f"dmc policy: max_entries={max_entries} bounds what late merging holds, and merging at once has no window: "
-                    "use a model retrofitted with dmc.window, or leave max_entries out"
-                )
-        self.max_entries = max_entries
+        self.max_entries = budget.check_entries(self.name, max_entries)
+        if max_entries is not None and window is None:
+            raise ValueError(
+                f"dmc policy: max_entries={max_entries} bounds what late merging holds, and merging at once has no window: "
+                "use a model retrofitted with dmc.window, or leave max_entries out"
+            )
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`."""
         return alpha, omega
-
-    def most_entries(self, tokens: int) -> int:
-        """See `Policy.most_entries`."""
-        return tokens if self.max_entries is None else min(tokens, self.ring + self.max_entries)

@@ -19,18 +19,21 @@ class DmsPolicy(Policy):
             the policy by name alone.
         sinks: first tokens of a sequence that are never evicted, at least 0. Of a model that decides late, `dmc.LLM` sets 1:
             training keeps the first token.
+        max_entries: entries of each head behind the window at most, more than the sinks: once there are so many, every token
+            that leaves the window is dropped. None sets no bound.
 
     Raises:
-        ValueError: if a number is negative.
+        ValueError: if a number is out of range.
     """
 
     name = "dms"
     merges = False
     by_head = True
 
-    def __init__(self, *, window: int = 64, sinks: int = 0) -> None:
+    def __init__(self, *, window: int = 64, sinks: int = 0, max_entries: int | None = None) -> None:
         self.ring = self.window = budget.check_count(self.name, "window", window, 0)
         self.sinks = budget.check_count(self.name, "sinks", sinks, 0)
+        self.max_entries = budget.check_entries(self.name, max_entries, self.sinks)
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`: the model's logits, which `dmc.cache.reading.late` reads when a token leaves the ring."""

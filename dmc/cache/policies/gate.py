@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dmc.cache.policies import budget
 from dmc.cache.policies.base import Policy
 from dmc.fitted import FittedDecisions
 
@@ -34,6 +35,8 @@ class GatePolicy(Policy):
         length: tokens of that text. None: of the sequences that the heads were fitted on, or 1024 if the file gives none.
         merge: True merges into the previous entry, False evicts. "true" and "false" are accepted as well.
         power: exponent of the weights, only with ``merge``. None: 1.
+        max_entries: entries of each head behind the window at most, more than the sinks: once there are so many, every token
+            that leaves the window is merged, or dropped without ``merge``. None sets no bound.
 
     Raises:
         ValueError: if ``decisions`` or ``target_cr`` is missing, the file cannot be used, the target CR is impossible at this
@@ -46,6 +49,7 @@ class GatePolicy(Policy):
     def __init__(
         self, *, decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None,
         length: int | None = None, merge: bool | str = False, power: float | None = None,
+        max_entries: int | None = None,
     ) -> None:
         if decisions is None:
             raise ValueError("policy gate needs decisions: give a file that `dmc calibrate MODEL --decisions` has made")
@@ -71,6 +75,7 @@ class GatePolicy(Policy):
         self.target_cr, self.length, self.merge, self.power = target_cr, length, _FLAGS[merge], power
         self.ring, self.sinks, self.likely_cr = self.fitted.window, self.fitted.sinks, float(target_cr)
         self.merges = self.merge
+        self.max_entries = budget.check_entries(self.name, max_entries, self.sinks)
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.decide`: threshold - score, which `dmc.cache.reading.late` reads when a token leaves the ring."""

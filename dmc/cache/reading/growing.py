@@ -99,6 +99,8 @@ def _grown(rows: Rows, packing: Packing, paged: Paged) -> Grown:
 def needs(rows: Rows, index: Tensor) -> tuple[int, int]:
     """What one more token of each row can take at most, were every open entry to close: ``index [L, R]``, by layer.
 
+    A row behind a ring whose entries are bounded closes none once it has as many.
+
     Returns:
         ``(pages, columns)``: pages in all, and the columns that the table of encoded pages must have.
     """
@@ -106,7 +108,12 @@ def needs(rows: Rows, index: Tensor) -> tuple[int, int]:
         return 0, 0
     exact, closed = rows.exact[index], rows.closed[index]
     most = rows.page_sizes[:, None] + (rows.storage.first + rows.storage.window)
-    opens, fills = exact % rows.per_open_page == 0, exact + 1 == most
+    # Pages of the ring are there before it is full.
+    opens = (exact % rows.per_open_page == 0) & (exact >= rows.ring_pages * rows.per_open_page)
+    fills = exact + 1 == most
+    if rows.storage.most is not None:
+        grows = rows.behind_ring(closed, exact, rows.page_sizes[:, None]) < rows.storage.most
+        opens, fills = opens & grows, fills & grows
     # A page that fills is encoded into a new one, and its exact pages may be given back only then.
     counts = torch.stack([opens.sum() + fills.sum(), (closed + fills.int()).max()])
     pages, columns = counts.tolist()

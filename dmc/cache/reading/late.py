@@ -8,7 +8,8 @@ the ring as well, and nothing is ever evicted from a page.
 The query at position p sees the ring (p - w .. p - 1), its own token and the entries. Then token p - w leaves. The model's
 logit decides: above 0 the token is merged into the accumulating entry, or dropped by a policy that does not merge; else the
 accumulating entry becomes final and the token opens the next one. A model that looks ahead adds to the logit of token p - w
-what it reads at position p. The first tokens of a sequence, `Policy.sinks`, are appended whatever the logit is.
+what it reads at position p. The first tokens of a sequence, `Policy.sinks`, are appended whatever the logit is. Once a row
+has as many entries behind the ring as `Policy.max_entries` allows, a token is merged or dropped whatever the logit is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dmc.cache.policies import Policy
 from dmc.cache.reading.growing import Grown
+from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
 from dmc.functional import rotate
 
@@ -65,13 +67,14 @@ def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def leave(
-    rows: Rows, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor, logits: Tensor,
-    omega: Tensor, late: Tensor | None, kernels: Grown | None,
+    rows: Rows, packing: Packing, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor,
+    logits: Tensor, omega: Tensor, late: Tensor | None, kernels: Grown | None,
 ) -> Tensor:
     """After attention, in one layer: the oldest tokens leave their rings and the newest ones enter.
 
     Args:
         rows: of the cache.
+        packing: of the layer.
         policy: with a window; its `merges` says whether tokens merge or are dropped.
         index: int64 ``[R]``, rows of the S sequences, R = S * H.
         gone: of this step.
@@ -99,14 +102,13 @@ def leave(
     logits = logits if late is None else logits + late
     yes = (logits > 0) & (gone.positions >= policy.sinks + policy.merges).repeat_interleave(heads)
     if policy.max_entries is not None:
-        held = rows.closed[index] * rows.packing(index).page_size + rows.exact[index] - window
-        yes = yes | (held >= policy.max_entries)
+        yes = yes | (rows.behind_ring(rows.closed[index], rows.exact[index], packing.page_size) >= policy.max_entries)
     yes = yes & there
     alpha = (yes & policy.merges).to(rows.z.dtype)
     entering = there if policy.merges else there & ~yes
     omega = policy.weigh(logits, omega) if policy.merges else torch.ones_like(omega)
     if kernels is not None:
-        _by_kernels(rows, index, gone, kernels, entering, old_key, old_value, alpha, omega)
+        _by_kernels(rows, packing, index, gone, kernels, entering, old_key, old_value, alpha, omega)
     else:
         _by_torch(rows, index, gone, policy, entering, old_key, old_value, alpha, omega)
     return yes
@@ -141,8 +143,8 @@ def _by_torch(
 
 
 def _by_kernels(
-    rows: Rows, index: Tensor, gone: Leaving, kernels: Grown, entering: Tensor, key: Tensor, value: Tensor, alpha: Tensor,
-    omega: Tensor,
+    rows: Rows, packing: Packing, index: Tensor, gone: Leaving, kernels: Grown, entering: Tensor, key: Tensor, value: Tensor,
+    alpha: Tensor, omega: Tensor,
 ) -> None:
     """`_by_torch` through the kernels of `dmc.cache.reading.growing`: nothing waits for the device."""
     window = rows.storage.ring
@@ -152,7 +154,7 @@ def _by_kernels(
     mean = [torch.where(entering[:, None], new.to(held.dtype), held) for new, held in zip(mean, old, strict=True)]
     _write(rows, index, slot, *mean, slot)
     _count(rows, index, gone, window)
-    kernels.encode(rows, rows.packing(index), index)
+    kernels.encode(rows, packing, index)
 
 
 def _write(rows: Rows, index: Tensor, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:

@@ -163,6 +163,9 @@ class LatePrompt:
         if not gone.key.shape[1]:
             return _Layer(**vars(past)), None
         stays = gone.logits <= 0
+        if self.policy.max_entries is not None:
+            held = (past.places != NONE).sum(-1, keepdim=True)
+            stays = stays & (held + stays.cumsum(-1) <= self.policy.max_entries)
         chosen, counts = compact(stays)
         there = torch.arange(chosen.shape[1], device=chosen.device) < counts[:, None]
         which = chosen.clamp(max=stays.shape[1] - 1)[..., None].expand(-1, -1, gone.key.shape[-1])

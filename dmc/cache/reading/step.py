@@ -145,8 +145,8 @@ class Step:
         else:
             out = kernels.attend(index, queries.to(rows.shape.dtype).view(len(index), -1, size), turned, values)
         merged = late.leave(
-            rows, self.policy, index, self.gone, key.reshape(-1, size).to(work), turned, values, logits.flatten().to(work),
-            omega.flatten().to(work), None if ahead is None else ahead.flatten().to(work), kernels,
+            rows, rows.packings[layer], self.policy, index, self.gone, key.reshape(-1, size).to(work), turned, values,
+            logits.flatten().to(work), omega.flatten().to(work), None if ahead is None else ahead.flatten().to(work), kernels,
         )
         self.gone_merged = merged.view(omega.shape) & self.policy.merges
         return out.view(query.shape).to(query.dtype)

@@ -28,6 +28,7 @@ class Storage:
         scored: whether entries carry a score, an fp32.
         holes: whether entries can be evicted from encoded pages, which leaves place -1.
         ring: newest tokens that stay as they are (`dmc.cache.reading.late`); None: a token enters the accumulating entry at once.
+        most: entries of a row behind the ring at most, the accumulating one counted; None: no bound.
     """
 
     sink_tokens: int
@@ -37,6 +38,7 @@ class Storage:
     scored: bool = False
     holes: bool = False
     ring: int | None = None
+    most: int | None = None
 
     @property
     def first(self) -> int:

@@ -162,6 +162,11 @@ class Rows:
         """Pages of ring and accumulating entry, which a row has from its first token on."""
         return 0 if self.storage.ring is None else self.open_pages(self.storage.ring + 1)
 
+    def behind_ring(self, closed: Tensor, exact: Tensor, page_size: int | Tensor) -> Tensor:
+        """Entries behind the ring, the accumulating one counted, of rows with so many encoded pages and exact entries; 0 or
+        less where the ring is not full."""
+        return closed * page_size + exact - (self.storage.ring or 0)
+
     def worst_pages(self, entries: int, *, evicting: bool) -> int:
         """Pages that one row of each layer, together, can come to need on its way to so many closed entries."""
         store, pages = self.storage, 0
