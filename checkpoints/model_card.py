@@ -59,15 +59,19 @@ def model_card(name: str, config: PreTrainedConfig, card: Mapping) -> str:
     return "\n".join([*parts, _USE.format(name=name)])
 
 
-def plain_card(name: str, meta: Mapping) -> str:
-    """The model card of an uncompressed model, from a checkpoint's meta data."""
+def plain_card(name: str, meta: Mapping, policy: str | None = None) -> str:
+    """The model card of an ordinary Llama, from a checkpoint's meta data; ``policy``: what it was trained to be served with."""
     measured = {
         "held-out perplexity": round(meta["perplexity"], 4), "training steps": meta["step"],
         "training text": meta["corpus_hash"], "held-out text": meta["held_out_hash"],
     }
+    text = "A Llama, trained by dmc.\n"
+    if policy is not None:
+        measured = {"compression ratio": meta["measured_cr"]} | measured
+        text = f"A Llama, trained by dmc to be served with `--policy {policy}`; the numbers are with that policy.\n"
     table = _table([{"measured": key, "value": value} for key, value in measured.items()])
     return "\n".join([_front_matter({}).replace("- dynamic-memory-compression\n", "- llama\n"), f"# {name}\n",
-                      "A Llama, trained by dmc.\n", table])
+                      text, table])
 
 
 def _front_matter(card: Mapping) -> str:

@@ -3,21 +3,23 @@
     dmc export CHECKPOINT OUT
 
 OUT then loads with AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) where only torch and
-transformers are installed. A checkpoint of an uncompressed run (dmc.method=none) becomes an ordinary Llama. The
-weights are read one tensor at a time; memory holds one file of the output.
+transformers are installed. A checkpoint of an uncompressed run (dmc.method=none) becomes an ordinary Llama; so does one
+trained for a fixed window (dmc.decision=all), with the policy to serve it with in its card. The weights are read one
+tensor at a time; memory holds one file of the output.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoints.convert import load_hf_state
 from checkpoints.export_hf import export, export_plain
 from checkpoints.files import DTYPES, SHARD_BYTES, parse_size
 from checkpoints.model_card import plain_card
+from dmc.training.config import recorded
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export") -> int:
@@ -39,13 +41,16 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export")
         limit = parse_size(args.max_shard_size)
         tensors, meta = load_hf_state(args.checkpoint)
         dtype = DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
-        if not meta["compressed"]:
-            card = plain_card(Path(args.out).name, meta)
+        policy = served_with(meta)
+        if policy is not None or not meta["compressed"]:
+            card = plain_card(Path(args.out).name, meta, policy)
             out = export_plain(
                 tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
                 max_shard_bytes=limit,
             )
-            print(f"wrote {out}: an ordinary Llama, since the checkpoint is not compressed")
+            print(f"wrote {out}: an ordinary Llama, " + (
+                f"trained to be served with --policy {policy}" if policy else "since the checkpoint is not compressed"
+            ))
             return 0
         names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
         out = export(
@@ -57,3 +62,23 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export")
         return 2
     print(f"wrote {out}")
     return 0
+
+
+def served_with(meta: Mapping) -> str | None:
+    """The policy of a compressed checkpoint whose tokens go by a rule of positions; None where the model decides.
+
+    Args:
+        meta: of `checkpoints.convert.load_hf_state`.
+
+    Raises:
+        ValueError: if no policy has that rule.
+    """
+    rule = recorded(meta["config"]["dmc"]).rule(meta["config"]["data"]["sequence_length"])
+    if rule is None or not meta["compressed"]:
+        return None
+    if rule.name == "all":
+        return f"streaming:sinks={rule.sinks},recent={rule.window_at(meta['target_cr']) + 1}"
+    raise ValueError(
+        f"the checkpoint was trained with dmc.decision={rule.name}, a baseline that no serving policy carries out: its "
+        "perplexity and CR are in metrics.jsonl of its run"
+    )

@@ -17,7 +17,7 @@ from dmc import functional as fn
 from dmc import functional_dms as dms
 from dmc.kernels.attention.attend import dmc_attention, dms_attention, late_attention, plain_attention
 from dmc.kernels.decisions.decide import Drawn, soft_decisions
-from dmc.training import context
+from dmc.training import context, rules
 from dmc.training.state import AddGradient, AttachGradient, LayerState
 
 
@@ -68,7 +68,9 @@ class DmcSelfAttention(SelfAttention):
                 query, key = self._scale_neurons(query, key, self.state.neuron_scale)
             context = self._run_core(self._plain, query, key, value, starts)
         else:
-            logits, weights, query, key = self._decide(hidden_states, query, key)
+            logits, weights = None, None
+            if self.state.settings.rule is None:
+                logits, weights, query, key = self._decide(hidden_states, query, key)
             context = self._run_core(self._compressed, query, key, value, logits, weights, samples, starts)
         context = context.permute(2, 0, 1, 3).flatten(2).contiguous()
         return self.linear_proj(context)
@@ -120,7 +122,7 @@ class DmcSelfAttention(SelfAttention):
         )
 
     def _compressed(
-        self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, weights: Tensor | None, samples: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, weights: Tensor | None, samples: Tensor,
         starts: Tensor,
     ) -> Tensor:
         alpha, log_keep, omega = self._decisions(logits, weights, samples, starts)
@@ -142,31 +144,50 @@ class DmcSelfAttention(SelfAttention):
         key, value, alpha = (context.gather(x, 2) for x in (key, value, alpha))
         log_keep = None if log_keep is None else context.gather(log_keep, 2)
         return dms_attention(
-            query, key, value, alpha, window=self.state.settings.window, rope=self._tables(key), starts=starts,
+            query, key, value, alpha, window=self._window, rope=self._tables(key), starts=starts,
             log_keep=log_keep, spans=context.my_spans(key.shape[2]),
         )
 
+    @property
+    def _window(self) -> int | None:
+        """The window in force; one that follows from the target CR changes along the ramp."""
+        settings = self.state.settings
+        return settings.window if settings.rule is None else settings.rule.window_at(self.state.target_cr)
+
+    def _kept(self, starts: Tensor) -> Tensor:
+        """bool ``[B, 1, T]`` of this rank's positions: tokens that are kept whatever was decided about them.
+
+        These are the first of each document, with late merging those that never leave the window (`dmc.functional.undecided`),
+        or with DMS the last ``window`` of the sequence; if decided late or by a rule, of each document.
+        """
+        settings, window = self.state.settings, self._window
+        if self.evicts and (settings.looks_ahead or settings.rule is not None):
+            kept = fn.undecided(starts, window - 1)
+        elif self.evicts:
+            kept = dms.undecided(starts.shape[1], window, device=starts.device).expand_as(starts)
+        elif window is not None:
+            kept = fn.undecided(starts, window)
+        else:
+            kept = starts | (torch.arange(starts.shape[1], device=starts.device) == 0)
+        return context.my_part(kept, 1)[:, None]
+
     def _decisions(
-        self, logits: Tensor, weights: Tensor | None, samples: Tensor, starts: Tensor,
+        self, logits: Tensor | None, weights: Tensor | None, samples: Tensor, starts: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Alpha of this rank's positions ``[B, H, T]``, log(1 - alpha) where they are soft, and omega but with DMS.
 
         Counted here, before ranks exchange them: each rank counts what it decided. Alpha is 0 where a token is kept whatever
-        its logit says: the first of each document, with late merging those that never leave the window
-        (`dmc.functional.undecided`), or with DMS the last ``window`` of the sequence.
+        its logit says. A rule's decisions are hard in training too.
         """
-        state, settings = self.state, self.state.settings
-        positions = torch.arange(starts.shape[1], device=logits.device)
-        if self.evicts and settings.looks_ahead:
-            kept = fn.undecided(starts, settings.window - 1)
-        elif self.evicts:
-            kept = dms.undecided(len(positions), settings.window, device=logits.device).expand_as(starts)
-        elif settings.window is not None:
-            kept = fn.undecided(starts, settings.window)
-        else:
-            kept = starts | (positions == 0)
-        kept = context.my_part(kept, 1)[:, None]
-        if state.mode == "soft":
+        state, settings, kept = self.state, self.state.settings, self._kept(starts)
+        positions = torch.arange(starts.shape[1], device=starts.device)
+        if settings.rule is not None:
+            heads = self.first_head + torch.arange(self.num_query_groups_per_partition, device=starts.device)
+            places = context.my_part(rules.positions(starts), 1)
+            alpha = settings.rule.alpha(state.target_cr, places, self.layer_number - 1, heads).masked_fill(kept, 0.0)
+            log_keep, omega = None, None if self.evicts else torch.ones_like(alpha)
+            sums = ((1 - alpha).sum((0, 2)),) * 2
+        elif state.mode == "soft":
             drawn = Drawn(
                 settings.seed, state.step, self.layer_number - 1, samples, self.first_head, context.my_part(positions, 0)
             )

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from dmc.kernels.backend import BACKENDS
+from dmc.training.rules import RULES, Rule
 
 DMS_WINDOW = 64
 """Default of dmc.window with dmc.method=dms; its paper's is 256, for longer texts."""
@@ -40,7 +41,8 @@ class DmcConfig:
 
     method: str = "dmc"  # "dmc", "dms" (docs/methods/dms.md), or "none": plain (continued) pretraining, also a control
     target_cr: float = 4.0  # tokens per cache entry at the end of the ramp
-    decision: str = "head"  # "neuron": k[0] and q[0], as in the paper; "head": a small added projection
+    decision: str = "head"  # "neuron": k[0] and q[0]; "head": added projection; "all", "periodic", "random": rules, as baselines
+    sinks: int = 4  # first tokens of a document that a rule always keeps
     gain: float = 10.0  # the logit is gain * k[0] - offset; folded into the weights at export
     offset: float = 2.5  # c (the paper's is 5): alpha = sigmoid((logit - c + noise) / temperature), omega = sigmoid(logit + c)
     temperature: float = 0.1  # of the relaxed decisions
@@ -62,8 +64,20 @@ class DmcConfig:
         return self.method != "none"
 
     @property
+    def ruled(self) -> bool:
+        """True if decisions follow from positions alone (`dmc.training.rules`)."""
+        return self.compresses and self.decision in RULES
+
+    def rule(self, length: int) -> Rule | None:
+        """The rule that decides, for sequences of ``length`` tokens; None if the model does."""
+        return Rule(self.decision, self.method == "dms", self.recent, self.sinks, length) if self.ruled else None
+
+    @property
     def recent(self) -> int | None:
-        """The window in force: tokens behind a query that it sees as they are; None if merging is at once."""
+        """The window in force: tokens behind a query that it sees as they are; None if merging is at once, or if the window
+        follows from the target CR (decision=all)."""
+        if self.ruled and self.decision == "all":
+            return self.window
         if self.method == "dms":
             return DMS_WINDOW if self.window is None else self.window
         return self.window if self.method == "dmc" else None
@@ -245,7 +259,7 @@ def _check_fields(config: Config) -> None:
     if config.data.bos not in ("auto", True, False):
         raise ValueError(f"data.bos is {config.data.bos!r}: it must be auto, true or false")
     _one_of("dmc.method", d.method, ("dmc", "dms", "none"))
-    _one_of("dmc.decision", d.decision, ("neuron", "head"))
+    _one_of("dmc.decision", d.decision, ("neuron", "head", *RULES))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
     _one_of("dmc.train", d.train, ("all", "decision"))
     _one_of("dmc.decide", d.decide, ("auto", "arrival", "late"))
@@ -273,7 +287,7 @@ def _check_fields(config: Config) -> None:
     if d.window is not None:
         _at_least(1 if d.method == "dms" else 0, {"dmc.window": d.window})
     _at_least(1, {
-        "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
+        "dmc.sinks": d.sinks, "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
         "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
         "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
         "guard.window": config.guard.window, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
@@ -325,6 +339,9 @@ def _check_together(config: Config) -> None:
             f"dmc.window={'null' if d.recent is None else d.recent}, dmc.decision={d.decision} has none to read: set dmc.window "
             "to at least 1 and dmc.decision=head, or dmc.decide=arrival"
         )
+    if d.ruled:
+        _check_rule(config)
+        return
     if d.init and not d.looks_ahead:
         raise ValueError(
             f"dmc.init={d.init} starts the head of decisions that are made late, and dmc.method={d.method}, dmc.window="
@@ -332,6 +349,22 @@ def _check_together(config: Config) -> None:
             "dmc.window to that of the file, dmc.decision=head and dmc.decide=late, or leave dmc.init out"
         )
     _check_reach(config)
+
+
+def _check_rule(config: Config) -> None:
+    """What a rule needs, and a target CR that it cannot reach."""
+    d = config.dmc
+    if d.init:
+        raise ValueError(f"dmc.init={d.init} starts decision heads, and dmc.decision={d.decision} has none: leave dmc.init out")
+    if d.decision == "all" and d.method != "dms":
+        raise ValueError("dmc.decision=all leaves nothing behind the window to merge into: set dmc.method=dms, which evicts")
+    if d.decision == "all" and d.window is not None:
+        raise ValueError(
+            f"dmc.window is {d.window}, and with dmc.decision=all the window follows from dmc.target_cr: set dmc.window=null"
+        )
+    if d.decision != "all" and d.recent is None:
+        raise ValueError(f"dmc.decision={d.decision} merges tokens that leave a window: set dmc.window, such as dmc.window=64")
+    d.rule(config.data.sequence_length).check(d.target_cr)
 
 
 def _check_reach(config: Config) -> None:

@@ -205,7 +205,9 @@ def _attention(config: Config, hf: LlamaConfig, layout: Layout, on_gpu: bool) ->
     if on_gpu:
         features += -features % 8  # the kernels' multiple
     if config.dmc.method == "dms":
-        behind = max(0.0, 1 - config.dmc.recent / config.data.sequence_length)  # share of the queries that see past the band
+        rule = config.dmc.rule(config.data.sequence_length)
+        recent = config.dmc.recent if rule is None else rule.window_at(config.dmc.target_cr)
+        behind = max(0.0, 1 - recent / config.data.sequence_length)  # share of the queries that see past the band
         band = size * depth * (queries + keys) + (4 + (size if size == 2 else 0)) * depth * queries + 4 * queries
         far = int(behind * (2 * size * features * (keys + queries) + 4 * queries))
         return projections + band + far + 12 * keys + (4 * queries if size == 2 else 0) + tables, projections + 4 * keys

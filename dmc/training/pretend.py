@@ -100,6 +100,7 @@ def shrunken(config: Config, hf: LlamaConfig, size: int) -> tuple[Config, LlamaC
     small.dmc.ramp_steps_per_unit = min(1.0, config.dmc.ramp_steps_per_unit)
     if config.dmc.recent is not None:
         small.dmc.window = min(3, config.dmc.recent)  # so that some tokens leave it
+    small.dmc.sinks = 1
     small.dmc.hold_steps, small.run.steps = min(1, config.dmc.hold_steps), 1
     small.dmc.integer_hold_steps = min(1, config.dmc.integer_hold_steps)
     small.log.eval_sequences = small.optim.global_batch

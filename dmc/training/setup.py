@@ -109,7 +109,7 @@ def layer_settings(config: Config) -> Settings:
     dmc = config.dmc
     return Settings(
         dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed, dmc.method,
-        dmc.recent, dmc.looks_ahead and dmc.compresses,
+        dmc.recent, dmc.looks_ahead and dmc.compresses, dmc.rule(config.data.sequence_length),
     )
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dmc.training.rules import Rule
+
 
 @dataclass
 class Settings:
     """The part of a retrofit's configuration that the layers need; constant over a run."""
 
-    decision: str = "head"  # "neuron" or "head"
+    decision: str = "head"  # "neuron", "head", or the name of `rule`
     gain: float = 1.0
     offset: float = 5.0
     temperature: float = 0.1
@@ -20,6 +22,7 @@ class Settings:
     method: str = "dmc"  # "dmc" or "dms"
     window: int | None = None  # newest tokens kept as they are; None: "dmc" merges at once
     looks_ahead: bool = False  # decisions read the hidden state `window` tokens later as well
+    rule: Rule | None = None  # decides in place of the model
 
     @property
     def logits_per_head(self) -> int:
@@ -38,6 +41,7 @@ class LayerState:
     settings: Settings = field(default_factory=Settings)
     mode: str = "plain"
     step: int = 0
+    target_cr: float = 1.0  # in force; what a rule's decisions follow from
     neuron_scale: float = 1.0
     # d(loss)/d(alpha) of the compression loss, constant in eq. 10 while the hinge is open: added in backward.
     alpha_gradient: float = 0.0

@@ -26,8 +26,9 @@ from dmc.training.signals import Stopped, StopSignals
 
 # What a resumed run must share with the checkpoint's; layout, the lengths of ramp and final hold, and reports may change.
 SAME_RUN = (
-    "data.sequence_length", "dmc.method", "dmc.window", "dmc.decide", "dmc.decision", "dmc.gain", "dmc.offset", "dmc.temperature",
-    "optim.name", "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed", "dmc.integer_hold_steps",
+    "data.sequence_length", "dmc.method", "dmc.window", "dmc.decide", "dmc.decision", "dmc.sinks", "dmc.gain", "dmc.offset",
+    "dmc.temperature", "optim.name", "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed",
+    "dmc.integer_hold_steps",
 )
 # Settings that came later: what a checkpoint without them was trained with, where it is not today's default.
 EARLIER = {"dmc.integer_hold_steps": 0}
@@ -131,7 +132,7 @@ class Trainer:
             setup.gather_weights(self.config, self.student)
             setup.zero_neurons(self.student)
         state.mode = "soft" if compressing else ("repurpose" if plan.phase == "repurpose" else "plain")
-        state.step, state.neuron_scale = self.step, plan.neuron_scale
+        state.step, state.neuron_scale, state.target_cr = self.step, plan.neuron_scale, plan.target_cr
         open_hinge = compressing and self.kept > 1 / plan.target_cr
         # Loss sums are divided by the global number of tokens, and so is this: mean over layers and heads.
         state.alpha_gradient = -dmc.cr_weight * open_hinge / (self.hf.num_hidden_layers * self.hf.num_key_value_heads)
@@ -169,6 +170,7 @@ class Trainer:
             phase = self.schedule.phase(max(0, self.step - 1))
             mode = {"ramp": "hard", "hold": "hard"}.get(phase, phase)
         state.mode, state.alpha_gradient = mode, 0.0
+        state.target_cr = self.schedule.target_cr(max(0, self.step - 1))
         for part in self.student.ddp:
             part.eval()
         state.decisions.total()  # drop what is left of training

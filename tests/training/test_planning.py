@@ -27,6 +27,7 @@ def model(**changes):
 @pytest.mark.parametrize(("overrides", "tied"), [
     ([], False), (["dmc.decision=neuron"], True), (["dmc.method=none"], True), (["optim.name=muon"], False),
     (["dmc.method=dms", "dmc.window=16"], False), (["dmc.window=16"], False), (["dmc.window=16", "dmc.decide=arrival"], True),
+    (["dmc.method=dms", "dmc.decision=all"], False), (["dmc.window=16", "dmc.decision=periodic"], True),
 ])
 def test_weights_gradients_and_optimizer_are_exact(process_group, precision, overrides, tied):
     config, hf = load(overrides=[*BASE, f"run.precision={precision}", *overrides]), model(tie_word_embeddings=tied)

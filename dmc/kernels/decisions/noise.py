@@ -29,11 +29,28 @@ def logistic(
     Returns:
         ``[B, H, T]`` fp32 on the device of ``samples``.
     """
-    hashed = _mix_tensor(samples.view(-1, 1, 1) ^ place(seed, step, layer))
-    hashed = _mix_tensor((hashed + heads.view(1, -1, 1) * 0x85EBCA77) & _MASK)
-    hashed = _mix_tensor((hashed + tokens.view(1, 1, -1) * 0xC2B2AE3D) & _MASK)
-    uniform = ((hashed >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never rounded to 1
-    return torch.log(uniform) - torch.log1p(-uniform)
+    drawn = _uniform(_mix_tensor(samples.view(-1, 1, 1) ^ place(seed, step, layer)), heads, tokens)
+    return torch.log(drawn) - torch.log1p(-drawn)
+
+
+def uniform(layer: int, *, heads: Tensor, positions: Tensor) -> Tensor:
+    """A number between 0 and 1 for every (layer, head, position), the same in every run, step and sample.
+
+    Args:
+        layer: global index of the layer.
+        heads: ``[H]`` int64, global indices of the key/value heads.
+        positions: ``[B, T]`` int64.
+
+    Returns:
+        ``[B, H, T]`` fp32 on the device of ``positions``.
+    """
+    return _uniform(torch.tensor(place(0, 0, layer), device=positions.device), heads, positions[:, None])
+
+
+def _uniform(state: Tensor, heads: Tensor, tokens: Tensor) -> Tensor:
+    hashed = _mix_tensor((state + heads.view(1, -1, 1) * 0x85EBCA77) & _MASK)
+    hashed = _mix_tensor((hashed + tokens * 0xC2B2AE3D) & _MASK)
+    return ((hashed >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never rounded to 1
 
 
 def place(seed: int, step: int, layer: int) -> int:
