@@ -75,7 +75,7 @@ class KVCache:
         placed = policy.evicts or any(one.placed for one in codecs)
         storage = Storage(
             sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts, policy.ring,
-            policy.max_entries,
+            1 + policy.merges, policy.max_entries,
         )
         self.shape, self.policy, self.codec = shape, policy, codec
         self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)

@@ -28,7 +28,7 @@ from dmc.functional import rotate
 
 @dataclass(frozen=True)
 class Leaving:
-    """The tokens that leave the rings of S sequences in one step; the same for every layer.
+    """The tokens that leave the rings of S sequences in one step; the same for every layer (`repeat`).
 
     Attributes:
         there: bool ``[S]``, False for a sequence whose ring is not full yet.
@@ -46,6 +46,14 @@ class Leaving:
     at: tuple[Tensor, Tensor]
     table: tuple[Tensor, Tensor]
     places: Tensor
+
+    def repeat(self, layers: int) -> Leaving:
+        """The same for the rows of several layers, one layer after the other."""
+        if layers == 1:
+            return self
+        there, positions, slots, places = (x.repeat(layers) for x in (self.there, self.positions, self.slots, self.places))
+        before, at = (tuple(x.repeat(layers, 1) for x in pair) for pair in (self.before, self.at))
+        return Leaving(there, positions, slots, before, at, self.table, places)
 
 
 def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  # noqa: ANN001 - dmc.cache.reading.step.Rope
@@ -70,14 +78,14 @@ def leave(
     rows: Rows, packing: Packing, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor,
     logits: Tensor, omega: Tensor, late: Tensor | None, kernels: Grown | None,
 ) -> Tensor:
-    """After attention, in one layer: the oldest tokens leave their rings and the newest ones enter.
+    """After attention, in layers that are stored alike: the oldest tokens leave their rings and the newest ones enter.
 
     Args:
         rows: of the cache.
-        packing: of the layer.
+        packing: of the layers.
         policy: with a window; its `merges` says whether tokens merge or are dropped.
-        index: int64 ``[R]``, rows of the S sequences, R = S * H.
-        gone: of this step.
+        index: int64 ``[R]``, rows of S sequences, R = S * H; with several layers each sequence is there once for each.
+        gone: of these sequences.
         key, turned, value: ``[R, D]`` of the newest tokens, the key before and after its rotation.
         logits, omega: ``[R]`` of them, in the dtype of `Rows.z`; a logit above 0 merges or drops.
         late: ``[R]``, what they add to the logits of the tokens that leave; None without a look ahead.
@@ -92,9 +100,9 @@ def leave(
         old_key, old_value, _ = rows.read_exact(index, slots)
         noted = rows.notes[index, slots]
         _write(rows, index, slots, turned, value, gone.positions.repeat_interleave(heads) + window)
-        rows.notes[index, slots] = torch.stack([logits, omega], dim=-1)
+        rows.notes[index, slots] = torch.stack([logits, omega], dim=-1) if policy.merges else logits[:, None]
         old_key, old_value = old_key.to(rows.z.dtype), old_value.to(rows.z.dtype)
-        logits, omega = noted.unbind(-1)
+        logits, omega = noted[:, 0], noted[:, -1]
         if policy.merges:
             old_key = unrotate(old_key.unflatten(0, (-1, heads)), _each(gone.at)).flatten(0, 1)
     else:

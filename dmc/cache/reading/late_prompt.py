@@ -198,11 +198,12 @@ class LatePrompt:
         return entries, window + (entries.z > 0).long() + counts
 
     def notes(self, number: int) -> Tensor:
-        """Logits and weights of the ring, ``[H, r, 2]`` in the order of its slots."""
+        """What `Rows.notes` holds of the ring, ``[H, r, 2]`` (1 where nothing merges) in the order of its slots."""
         recent = self.layers[number].recent
         slots = torch.arange(recent.logits.shape[1], device=recent.logits.device)
         age = (slots - self.done) % self.window if len(slots) == self.window and self.window else slots
-        return torch.stack([recent.logits, recent.omega], -1)[:, age]
+        noted = [recent.logits, recent.omega] if self.policy.merges else [recent.logits]
+        return torch.stack(noted, -1)[:, age]
 
 
 Accumulating = tuple[Tensor, Tensor, int] | None

@@ -25,6 +25,7 @@ class Step:
     Where kernels write the rows (`dmc.cache.reading.growing`), a layer appends its tokens, encodes what they fill and attends,
     and nothing of it waits for the device. Elsewhere PyTorch does; and where nothing merges, the open entries of all layers close
     when the step is made, and the new ones are written after the last layer, so each layer has only its attention to do.
+    Behind a window tokens leave their rings after the last layer, in all layers at once.
 
     Args:
         rows, policy: of the cache.
@@ -45,6 +46,8 @@ class Step:
         *, merges: bool = True, trace: bool = False,
     ) -> None:
         self.merges: list[Tensor] | None = [] if trace else None
+        self.entering: list[tuple] = []  # with a window: the new tokens of each layer so far
+        self.left: list[list[Tensor]] = []  # with a window: what became of the prompts' tokens that left it, by layer
         self.rows, self.policy, self.slots = rows, policy, slots
         self.chunks = []
         for prompt, tokens in chunks:
@@ -91,7 +94,7 @@ class Step:
             decode = self._grown
         if not self.chunks:
             out = decode(layer, *parts)
-            self._note([])
+            self._note(layer, [])
             return out
         sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
         split = [_cut(part, sizes) for part in parts]
@@ -101,13 +104,17 @@ class Step:
             left.append(getattr(prompt, "merged", None))
             if layer == self.rows.shape.layers - 1:
                 prompt.done += tokens
-        self._note(left)
+        self._note(layer, left)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _note(self, left: list[Tensor]) -> None:
+    def _note(self, layer: int, left: list[Tensor]) -> None:
         """Keeps, with a window, what became of the tokens that left it: of running sequences, then of prompts."""
-        if self.merges is not None and self.policy.ring is not None:
-            self.merges.append(torch.cat([*([self.gone_merged] if len(self.slots) else []), *left]))
+        if self.merges is None or self.policy.ring is None:
+            return
+        self.left.append(left)
+        if layer == self.rows.shape.layers - 1:
+            running = [[merged] for merged in self.gone_merged] if len(self.slots) else [[] for _ in self.left]
+            self.merges += [torch.cat([*some, *prompts]) for some, prompts in zip(running, self.left, strict=True)]
 
     # ------------------------------------------------------------------------------------ by kernels
 
@@ -144,12 +151,26 @@ class Step:
             out, _ = row_attention(rows, index, queries.view(len(index), -1, size), turned, values)
         else:
             out = kernels.attend(index, queries.to(rows.shape.dtype).view(len(index), -1, size), turned, values)
-        merged = late.leave(
-            rows, rows.packings[layer], self.policy, index, self.gone, key.reshape(-1, size).to(work), turned, values,
-            logits.flatten().to(work), omega.flatten().to(work), None if ahead is None else ahead.flatten().to(work), kernels,
-        )
-        self.gone_merged = merged.view(omega.shape) & self.policy.merges
+        self.entering.append((key.reshape(-1, size), turned, values, logits.flatten(), omega.flatten(), ahead))
+        if layer == rows.shape.layers - 1:
+            self._leave()
         return out.view(query.shape).to(query.dtype)
+
+    def _leave(self) -> None:
+        """In every layer the oldest tokens leave their rings and the newest ones enter."""
+        rows, work, shape = self.rows, self.rows.z.dtype, (-1, len(self.slots), self.rows.shape.heads)
+        self.gone_merged: list[Tensor] = [None] * rows.shape.layers
+        for numbers in rows.layers_alike():
+            entering = zip(*(self.entering[number] for number in numbers), strict=True)
+            parts = [None if part[0] is None else torch.cat([x.flatten() for x in part]).to(work) for part in entering]
+            parts[:3] = [part.view(-1, rows.shape.head_size) for part in parts[:3]]
+            packing = rows.packings[numbers[0]]
+            merged = late.leave(
+                rows, packing, self.policy, self.index[numbers].flatten(), self.gone.repeat(len(numbers)), *parts,
+                growing.grown(rows, packing) if self.grows else None,
+            )
+            for number, each in zip(numbers, (merged & self.policy.merges).view(shape), strict=True):
+                self.gone_merged[number] = each
 
     # ------------------------------------------------------------------------------------ nothing merges
 

@@ -28,6 +28,7 @@ class Storage:
         scored: whether entries carry a score, an fp32.
         holes: whether entries can be evicted from encoded pages, which leaves place -1.
         ring: newest tokens that stay as they are (`dmc.cache.reading.late`); None: a token enters the accumulating entry at once.
+        noted: numbers that are kept with each token of the ring: its logit, and where tokens merge its weight.
         most: entries of a row behind the ring at most, the accumulating one counted; None: no bound.
     """
 
@@ -38,6 +39,7 @@ class Storage:
     scored: bool = False
     holes: bool = False
     ring: int | None = None
+    noted: int = 1
     most: int | None = None
 
     @property

@@ -96,7 +96,7 @@ class Rows:
         self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
         self.z = torch.zeros(rows, dtype=work, device=device)  # of the tail; 0: no tail, the row is empty
         self.tail_score = torch.zeros(rows if storage.scored else 0, device=device)
-        self.notes = torch.zeros(rows, storage.ring or 0, 2, dtype=work, device=device)  # of the ring: logit and weight
+        self.notes = torch.zeros(rows, storage.ring or 0, storage.noted, dtype=work, device=device)  # see `Storage`
         # Position of the newest token in the tail; only read where entries carry theirs and tokens can be dropped.
         placed = storage.placed and storage.ring is not None
         self.newest = torch.zeros(rows if placed else 0, dtype=torch.int32, device=device)
