@@ -91,10 +91,6 @@ def measure(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if leading < 2:
         raise ValueError(f"attention's rank needs at least 2 tokens, got {leading}")
-    if policy.ring is not None and policy.merges:
-        raise ValueError(
-            f"the model keeps {policy.ring} tokens as they are and merges behind them: this measures models that merge at once"
-        )
     merges, measured = None, []
     for window in windows:
         layers = _window(model, policy, window, leading, PRECISIONS[precision])
@@ -119,8 +115,11 @@ def _window(model: Llama, policy: Policy, window: Sequence[int], leading: int, p
     def through(
         _: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
     ) -> Tensor:
+        merges = policy.merges and policy.ring is not None  # behind the window
         decided = policy.decide(alpha, omega) if policy.ring is None else (torch.zeros_like(omega), torch.ones_like(omega))
-        layer = states(query, key, value, *decided, rope)
+        if merges:
+            decided = _late(policy, alpha, omega, late)
+        layer = states(query, key, value, *decided, rope, policy.ring if merges else None)
         attended = attend(layer, leading)
         visible = layer.visible.repeat_interleave(layer.query.shape[1], 0)
         share = torch.where(visible > 1, attended.entropy / visible.log2(), torch.nan)
@@ -136,6 +135,20 @@ def _window(model: Llama, policy: Policy, window: Sequence[int], leading: int, p
 
     model.hidden(tokens, through)
     return layers
+
+
+def _late(policy: Policy, logits: Tensor, omega: Tensor, late: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Alpha and omega ``[T, H]`` of tokens that have left the window after the last one, as the cache carries them out."""
+    window, tokens = policy.ring, len(logits)
+    left = max(0, tokens - window)
+    if late is not None:
+        logits = logits + torch.nn.functional.pad(late[window:], (0, 0, 0, tokens - left))
+    alpha = (logits > 0).to(omega.dtype)
+    alpha[: policy.sinks + 1] = 0
+    if policy.max_entries is not None:
+        alpha = torch.where((alpha == 0).cumsum(0) > policy.max_entries, 1.0, alpha)
+    alpha[left:] = 0
+    return alpha, policy.weigh(logits, omega).to(omega.dtype)
 
 
 def _ranks(layer: States, leading: Tensor, precision: torch.dtype) -> dict[str, Tensor]:

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from dmc import LLM
+from dmc.analysis.attention import attend as attended
+from dmc.analysis.attention import states, weights
 from dmc.analysis.decisions import decisions
-from dmc.analysis.measure import KINDS, measure
+from dmc.analysis.measure import KINDS, _late, measure
 from dmc.analysis.windows import cut
 from dmc.cache import policy
 from dmc.engine import inspect
+from dmc.functional import attention
 from tests.model import tiny
 
 
@@ -29,6 +32,34 @@ def test_compression_is_the_engines(llm, windows):
     torch.testing.assert_close(measures.cr, torch.tensor(report["cr_per_head"], dtype=torch.float64), rtol=1e-6, atol=0)
     assert torch.equal(merges.float(), decisions(llm.model, torch.tensor(windows[0])))
     assert report["pages"] * report["page_bytes"] == report["held"]["pages"] + report["held"]["exact"]
+
+
+@pytest.mark.parametrize(("window", "ahead", "most"), [(20, True, None), (7, False, None), (7, True, 12), (0, False, None)])
+def test_late_merging_is_the_engines(windows, tmp_path, window, ahead, most):
+    """Entries per head with the ring counted, and the hidden states that later layers are measured on."""
+    dmc = {"method": "dmc", "window": window, "decision": "head", "offset": tiny.OFFSET} | ({"decide": "late"} if ahead else {})
+    fields = tiny.config("head", dmc=dmc)
+    late = LLM(tiny.write(tmp_path / "late", fields, tiny.weights(fields)), device="cpu", max_entries=most)
+    measures, merges = measure(late.model, late.cache.policy, windows)
+    report = inspect.report(late, windows)
+    torch.testing.assert_close(measures.cr, torch.tensor(report["cr_per_head"], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert report["cr"] > 1.1 and not merges[..., 90 - window :].any()
+    rope, x = late.model.rope(torch.arange(90)), []
+
+    def attend(_, query, key, value, logits, omega, *ahead):
+        alpha, omega = _late(late.cache.policy, logits, omega, *(ahead or [None]))
+        parts = (part.transpose(0, 1)[None] for part in (query, key, value))
+        out = attention(*parts, alpha.T[None], omega.T[None], window=window, rope=rope)[0].transpose(0, 1)
+        layer = states(query, key, value, alpha, omega, rope, window)
+        torch.testing.assert_close(attended(layer, 10).out, out, rtol=1e-4, atol=1e-5)
+        sees = [(weight > 0).sum(-1)[:, 0] for _, weight in weights(layer)]
+        assert torch.equal(torch.cat(sees, -1), layer.visible)
+        x.append(out)
+        return out
+
+    with torch.no_grad():
+        late.model.hidden(torch.tensor(windows[0]), attend)
+    assert len(x) == tiny.LAYERS
 
 
 def test_profile_sums_to_the_entries(llm, windows):
