@@ -2,11 +2,13 @@
 
     python scripts/bench_train.py                                       # modest shapes, in under two minutes of CPU
     python scripts/bench_train.py --length 2048 --layers 4 --json out.json
+    python scripts/bench_train.py --window 64 --heads 4 --layers 6 --length 1024    # late merging beside merging at once
     python scripts/bench_train.py --precision bf16 --hidden 4096 --heads 32 --kv-heads 32 --head-size 128 --ffn 11008 \\
         --vocab 32000 --length 4096 --batch 1 --layers 4                # on a GPU
 
 Steps are whole ones of the trainer (forward, backward, optimizer) on random tokens, with language modelling as the loss:
-`plain` without DMC, `dmc` with soft decisions, `dmc+teacher` with distillation. Runs of all are interleaved. Parts are
+`plain` without DMC, `dmc` with soft decisions, `dmc+teacher` with distillation; with --window also `late` and
+`late+teacher`, late merging with decisions made late. Runs of all are interleaved. Parts are
 timed apart, forward and backward, at the same shapes, and multiplied by the layers; what they do not explain is `rest`.
 Time on a CPU is the process's CPU time, on a GPU wall clock after a synchronisation. Peak memory is that of tensors
 allocated within a step, over what is held between steps.
@@ -31,7 +33,7 @@ from transformers import LlamaConfig
 
 from dmc import functional as fn
 from dmc.extras import needed_by_script
-from dmc.kernels.attention.attend import dmc_attention, plain_attention
+from dmc.kernels.attention.attend import dmc_attention, late_attention, plain_attention
 
 with needed_by_script("the measurement"):
     import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
@@ -47,6 +49,7 @@ VARIANTS = {
     "dmc": ["dmc.method=dmc", "distill.weight=0", "distill.lm_weight=1"],
     "dmc+teacher": ["dmc.method=dmc"],
 }
+LATE = {"late": "dmc", "late+teacher": "dmc+teacher"}  # with --window: the same steps with late merging, and what each is compared with
 
 
 def main() -> None:
@@ -62,15 +65,18 @@ def main() -> None:
         f"run.precision={args.precision}", f"run.threads={args.threads}", f"dmc.decision={args.decision}",
         "dmc.repurpose_steps=0", "dmc.ramp_steps_per_unit=0",
     ]
+    variants = dict(VARIANTS)
+    if args.window is not None:
+        variants |= {name: [*VARIANTS[base], f"dmc.window={args.window}", "dmc.decide=late"] for name, base in LATE.items()}
     try:
-        configs = {name: load(overrides=[*settings, *extra]) for name, extra in VARIANTS.items()}
+        configs = {name: load(overrides=[*settings, *extra]) for name, extra in variants.items()}
         setup.init_distributed(configs["plain"])
         trainers = {name: _trainer(config, hf) for name, config in configs.items()}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     memory = {name: _peak(lambda t=trainer: _step(t)) for name, trainer in trainers.items()}  # also the warm-up
-    parts = {name: _parts(trainers[name]) for name in ("plain", "dmc")}
+    parts = {name: _parts(trainers[name]) for name in ("plain", "dmc", "late") if name in trainers}
     jobs = {(name, "step"): (lambda t=trainer: _step(t)) for name, trainer in trainers.items()}
     jobs |= {(name, part): run for name, found in parts.items() for part, run in found.items()}
     times = _interleaved(jobs, args.repeats)
@@ -89,6 +95,7 @@ def _arguments() -> argparse.Namespace:
         ("repeats", 9, "runs of each, interleaved"), ("threads", 1, "CPU threads"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--window", type=int, help="measure late merging with this window as well (default: not)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16")
     parser.add_argument("--decision", default="head", help="head or neuron")
     parser.add_argument("--json", default="", help="file to write the numbers to")
@@ -182,7 +189,10 @@ def _attention(trainer: Trainer) -> dict[str, Callable[[], None]]:
         return [fn.accumulate(torch.cat([key.float(), value.float()], -1), alpha, omega, starts=starts)[0]]
 
     def core() -> list[Tensor]:
-        return [dmc_attention(query, key, value, alpha, omega, rope=rope, starts=starts, log_keep=log_keep)]
+        options = dict(rope=rope, starts=starts, log_keep=log_keep)
+        if config.dmc.window is None:
+            return [dmc_attention(query, key, value, alpha, omega, **options)]
+        return [late_attention(query, key, value, alpha, omega, window=config.dmc.window, **options)]
 
     runs = {"decisions": decisions, "scan": scan, "rope": rotation, "attention core": core}
     return {name: _both(run, layers) for name, run in runs.items()}
@@ -234,22 +244,29 @@ def _peak(run: Callable[[], None]) -> int:
 
 
 def _result(args: argparse.Namespace, times: dict, memory: dict) -> dict:
-    seconds = {name: {part: _spread(times[name, part]) for n, part in times if n == name} for name in VARIANTS}
-    for name in ("plain", "dmc"):
+    variants = [name for name, part in times if part == "step"]
+    seconds = {name: {part: _spread(times[name, part]) for n, part in times if n == name} for name in variants}
+    for name in ("plain", "dmc", "late"):
+        if name not in seconds:
+            continue
         found = seconds[name]
         median = {part: value["median"] for part, value in found.items()}
         core = median.pop("attention core") - median["rope"] - median.get("scan", 0.0)
         shares = {"attention": core} | {part: value for part, value in median.items() if part != "step"}
         shares["rest"] = median["step"] - sum(shares.values())
         found["shares"] = {part: value / median["step"] for part, value in shares.items()}
+
+    def ratio(name: str, base: str) -> dict[str, float]:
+        """Each turn ran all variants close together: the ratio of a turn depends less on the machine's other load."""
+        return _spread([a / b for a, b in zip(times[name, "step"], times[base, "step"], strict=True)])
+
     plain = seconds["plain"]["step"]["median"]
-    # Each turn ran all variants close together: the ratio of a turn is freer of the machine's other load.
-    turns = {name: [a / b for a, b in zip(times[name, "step"], times["plain", "step"], strict=True)] for name in VARIANTS}
     return {
         "shape": {k: v for k, v in vars(args).items() if k != "json"}, "torch": torch.__version__,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "seconds": seconds, "step_ratio": {name: _spread(values) for name, values in turns.items()},
-        "step_ratio_of_medians": {name: seconds[name]["step"]["median"] / plain for name in VARIANTS},
+        "seconds": seconds, "step_ratio": {name: ratio(name, "plain") for name in variants},
+        "step_ratio_of_medians": {name: seconds[name]["step"]["median"] / plain for name in variants},
+        "late_ratio": {name: ratio(name, base) for name, base in LATE.items() if name in seconds},
         "peak_bytes": memory, "peak_ratio": {name: value / memory["plain"] for name, value in memory.items()},
     }
 
@@ -261,17 +278,22 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def _tables(result: dict) -> str:
     lines = ["| step | ms, median (quartiles) | to plain (quartiles) | peak MiB | to plain |", "|---|---|---|---|---|"]
-    for name in VARIANTS:
-        step, ratio = result["seconds"][name]["step"], result["step_ratio"][name]
+    for name, ratio in result["step_ratio"].items():
+        step = result["seconds"][name]["step"]
         lines.append(
             f"| {name} | {1e3 * step['median']:.1f} ({1e3 * step['quartile_1']:.1f}-{1e3 * step['quartile_3']:.1f}) | "
             f"{ratio['median']:.2f} ({ratio['quartile_1']:.2f}-{ratio['quartile_3']:.2f}) | "
             f"{result['peak_bytes'][name] / 2**20:.1f} | {result['peak_ratio'][name]:.2f} |"
         )
-    lines += ["", "| part | plain, % of its step | dmc, % of its step |", "|---|---|---|"]
-    plain, with_dmc = (result["seconds"][name]["shares"] for name in ("plain", "dmc"))
-    for part in with_dmc:
-        lines.append(f"| {part} | {f'{100 * plain[part]:.1f}' if part in plain else '-'} | {100 * with_dmc[part]:.1f} |")
+    shares = {name: found["shares"] for name, found in result["seconds"].items() if "shares" in found}
+    lines += ["", f"| part | {', % of its step | '.join(shares)}, % of its step |", "|---" * (1 + len(shares)) + "|"]
+    for part in shares["dmc"]:
+        cells = (f"{100 * found[part]:.1f}" if part in found else "-" for found in shares.values())
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    if result["late_ratio"]:
+        lines += ["", "| late merging | step time to merging at once, median (quartiles) |", "|---|---|"]
+    for name, ratio in result["late_ratio"].items():
+        lines.append(f"| {name} / {LATE[name]} | {ratio['median']:.3f} ({ratio['quartile_1']:.3f}-{ratio['quartile_3']:.3f}) |")
     return "\n".join(lines)
 
 

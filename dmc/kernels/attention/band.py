@@ -32,67 +32,72 @@ def band_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, sc
 
 
 class _Band(torch.autograd.Function):
-    """query ``[B, H, G, R, D]``, out and lse alike."""
+    """query ``[B, H, G, R, D]``, out and lse alike.
+
+    The scores are the largest tensor by far, so each pass over them counts: a mask is the addend of their matmul, and softmax is
+    one pass where ``exp`` would be slow on -inf. The query heads of a group are rows of one matmul.
+    """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
         blocks = _Blocks(query, key, window)
-        scores = blocks.scores(query, key, scale)
-        lse = scores.logsumexp(-1)
-        out = (scores - lse[..., None]).exp_() @ blocks.keys(value)
-        out, lse = blocks.whole(out), blocks.whole(lse[..., None])[..., 0]
-        ctx.save_for_backward(query, key, value, out, lse)
+        scores = blocks.scores(blocks.queries(query), blocks.keys(key), scale)
+        weights = scores.softmax(-1)
+        lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()  # the largest weight is 1 / the sum of exponentials
+        out, lse = blocks.whole(torch.bmm(weights, blocks.keys(value))), blocks.whole(lse)[..., 0]
+        ctx.save_for_backward(query, key, value, out)
         ctx.blocks, ctx.scale = blocks, scale
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out = ctx.saved_tensors
         blocks, scale = ctx.blocks, ctx.scale
-        weights = (blocks.scores(query, key, scale) - blocks.queries(lse[..., None])).exp_()
-        down = blocks.queries(d_out)
-        d_value = blocks.sum_keys(weights.mT @ down)
+        rows, keys, down = blocks.queries(query), blocks.keys(key), blocks.queries(d_out)
+        weights = blocks.scores(rows, keys, scale).softmax(-1)
+        d_value = blocks.sum_keys(torch.bmm(weights.mT, down))
         inner = blocks.queries((d_lse - (d_out * out).sum(-1))[..., None])
-        d_scores = (down @ blocks.keys(value).mT + inner).mul_(weights).mul_(scale)
-        d_query = blocks.whole(d_scores @ blocks.keys(key))
-        d_key = blocks.sum_keys(d_scores.mT @ blocks.queries(query))
+        d_scores = torch.baddbmm(inner, down, blocks.keys(value).mT).mul_(weights)
+        d_query = blocks.whole(torch.bmm(d_scores, keys)) * scale
+        d_key = blocks.sum_keys(torch.bmm(d_scores.mT, rows)) * scale
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 class _Blocks:
-    """Cuts rows into n blocks of C queries, and keys into the W + C that each block meets."""
+    """Cuts rows into n blocks of C queries, and keys into the W + C that each block meets; a batch of B * H * n matrices."""
 
     def __init__(self, query: Tensor, key: Tensor, window: int) -> None:
-        self.rows, self.tokens, self.window = query.shape[-2], key.shape[-2], window
+        (self.batch, self.heads, self.groups, self.rows, _), self.tokens, self.window = query.shape, key.shape[-2], window
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.size = max(window, min(_LEAST_BLOCK, self.rows))
         self.count = -(-self.rows // self.size)
-        first = self.tokens - self.rows - window  # of the first block's keys; before 0 there are none
-        row = torch.arange(self.size, device=query.device)[:, None]
+        row = torch.arange(self.size, device=query.device).repeat(self.groups)[:, None]
         column = torch.arange(window + self.size, device=query.device)
-        there = torch.arange(self.count, device=query.device)[:, None] * self.size + column + first >= 0  # [n, W + C]
-        self.seen = ((column >= row) & (column <= row + window)) & there[:, None]  # [n, C, W + C]
+        seen = (column >= row) & (column <= row + window)  # [G * C, W + C]
+        self.mask = torch.zeros(seen.shape, dtype=self.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
 
     def queries(self, x: Tensor) -> Tensor:
-        """``[B, H, G, R, F] → [B, H, G, n, C, F]``, rows beyond the last 0."""
+        """``[B, H, G, R, F] → [B * H * n, G * C, F]``, rows beyond the last 0."""
         pad = self.count * self.size - self.rows
-        return F.pad(x.to(self.dtype), (0, 0, 0, pad)).unflatten(-2, (self.count, self.size))
+        x = F.pad(x.to(self.dtype), (0, 0, 0, pad)).unflatten(-2, (self.count, self.size))
+        return x.transpose(2, 3).reshape(-1, self.groups * self.size, x.shape[-1])
 
     def whole(self, x: Tensor) -> Tensor:
         """The inverse of `queries`."""
+        x = x.view(self.batch, self.heads, self.count, self.groups, self.size, -1).transpose(2, 3)
         return x.flatten(-3, -2)[..., : self.rows, :]
 
     def keys(self, x: Tensor) -> Tensor:
-        """``[B, H, T, F] → [B, H, 1, n, W + C, F]``, tokens that there are not 0."""
+        """``[B, H, T, F] → [B * H * n, W + C, F]``, tokens that there are not 0."""
         before, after = self._margins()
         x = F.pad(x[..., max(0, -before) :, :].to(self.dtype), (0, 0, max(0, before), after))
-        return x.unfold(-2, self.window + self.size, self.size).mT[:, :, None]
+        return x.unfold(-2, self.window + self.size, self.size).mT.reshape(-1, self.window + self.size, x.shape[-1])
 
     def sum_keys(self, x: Tensor) -> Tensor:
-        """The transpose of `keys`, summed over the query heads of a group: ``[B, H, G, n, W + C, F] → [B, H, T, F]``."""
+        """The transpose of `keys`."""
         before, after = self._margins()
-        x = x.sum(2)
+        x = x.view(self.batch, self.heads, self.count, self.window + self.size, -1)
         own = F.pad(x[..., self.window :, :].flatten(-3, -2), (0, 0, self.window, 0))
         # The last `window` keys of a block are the next one's first: their second share.
         shared = F.pad(x[..., : self.window, :], (0, 0, 0, self.size - self.window)).flatten(-3, -2)
@@ -101,8 +106,13 @@ class _Blocks:
         return F.pad(own, (0, 0, max(0, -before), 0))
 
     def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """``[B, H, G, n, C, W + C]``, -inf where a query does not see a key; a row beyond the last sees what is 0."""
-        return (self.queries(query) @ self.keys(key).mT * scale).masked_fill_(~self.seen, -torch.inf)
+        """``[B * H * n, G * C, W + C]`` of `queries` and `keys`, -inf where a query does not see a key; a row beyond the last
+        sees what is 0."""
+        scores = torch.baddbmm(self.mask, query, key.mT, alpha=scale)
+        before = max(0, self._margins()[0])  # keys of the first block that there are not; the next block has none of these
+        if before:
+            scores.view(self.batch * self.heads, self.count, *self.mask.shape)[:, 0, :, :before] = -torch.inf
+        return scores
 
     def _margins(self) -> tuple[int, int]:
         """Zeros before the first token (negative: tokens left out) and after the last."""
