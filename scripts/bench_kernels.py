@@ -5,7 +5,7 @@
     python scripts/bench_kernels.py --device cpu --small   # a trial of the script itself: the numbers mean nothing
 
 Sections: scan (eq. 9 with rotation, against its twin and the time to copy the same bytes), attention (Triton, sdpa with
-the bias as a feature, FlexAttention, and PyTorch's plain causal attention, forward and backward) and prefill (closed
+the bias as a feature, and PyTorch's plain causal attention, forward and backward) and prefill (closed
 entries at CR 4 against flash attention over all keys). Writes kernels.json, kernels.md and kernels.png to --out.
 """
 
@@ -97,7 +97,7 @@ class Bench:
         base = list(self._both("attention", "plain: PyTorch's causal attention", causal, plain, bound, 3.5))
         yield from base
         inputs = [*plain, *(x.detach().requires_grad_() for x in (self.alpha, self.omega, self.log_keep))]
-        backends = ["triton", "sdpa", "flex"] if self.triton else ["sdpa"]
+        backends = ["triton", "sdpa"] if self.triton else ["sdpa"]
         for name in backends:
             def run(q, k, v, a, w, keep, name=name):  # noqa: ANN001, ANN202
                 return dmc_attention(q, k, v, a, w, rope=self.rope, log_keep=keep, backend=name)

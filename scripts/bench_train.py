@@ -49,7 +49,7 @@ VARIANTS = {
     "dmc": ["dmc.method=dmc", "distill.weight=0", "distill.lm_weight=1"],
     "dmc+teacher": ["dmc.method=dmc"],
 }
-LATE = {"late": "dmc", "late+teacher": "dmc+teacher"}  # with --window: the same steps with late merging, and what each is compared with
+LATE = {"late": "dmc", "late+teacher": "dmc+teacher"}  # late merging, with --window: its steps → the same with merging at once
 
 
 def main() -> None:

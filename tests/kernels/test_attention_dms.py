@@ -1,11 +1,8 @@
 """The fused attention of DMS, and the band it is made of, against `dmc.functional_dms.attention` with every gradient."""
 
-import sys
-import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dmc import functional as fn
 from dmc import functional_dms as dms
@@ -82,29 +79,6 @@ def test_low_precision_is_no_worse_than_the_reference_in_it(dtype):
     error = (run(dms_attention, leaves, begin, 200, 20, dtype).float() - exact).abs().max()
     baseline = (run(dms.attention, leaves, begin, 200, 20, dtype).float() - exact).abs().max()  # rounded inputs alone
     assert error < 3 * baseline
-
-
-def test_the_call_of_flash_attn(monkeypatch):
-    """A stand-in with flash-attn's documented contract: ``[B, T, H, D]``, the mask aligned to the last key."""
-    leaves, begin = problem(30, starts=True)
-
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
-        assert causal and q.shape[2] == 2 * k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
-
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    monkeypatch.setattr("dmc.kernels.backend._flash_refusal", lambda device, dtype: None)
-    ours = run(lambda **a: dms_attention(**a, backend="flash"), leaves, begin, 30, 4)
-    torch.testing.assert_close(ours, run(dms.attention, leaves, begin, 30, 4), rtol=1e-4, atol=1e-5)
-
-
-def test_flex_is_the_same():
-    leaves, begin = problem(30, starts=True)
-    leaves = {name: leaf.detach() for name, leaf in leaves.items()}
-    ours = run(lambda **a: dms_attention(**a, backend="flex"), leaves, begin, 30, 4)
-    torch.testing.assert_close(ours, run(dms.attention, leaves, begin, 30, 4), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- the band alone

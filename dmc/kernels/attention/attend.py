@@ -6,8 +6,6 @@ says which of these runs:
     triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan.merge`), and attention with a
                 bias for each key, exempt band and borders of documents (`dmc.kernels.attention.gpu`)
     sdpa        PyTorch's fused causal attention, below: what runs on a CPU
-    flash       the same through the package flash-attn, where it is installed and asked for
-    flex        PyTorch's FlexAttention (`dmc.kernels.attention.flex`), for comparison
 
 To these kernels the two methods are one: every key has a bias, which queries up to ``window`` tokens after it are exempt
 from. In DMC the window is 0: the query's own state alone. Two facts let an ordinary causal kernel (sdpa) compute it:
@@ -33,7 +31,7 @@ from dmc import functional as fn
 from dmc import functional_dms as dms
 from dmc.kernels.attention.band import band_attention
 from dmc.kernels.attention.rotate import rotate
-from dmc.kernels.attention.sdpa import _anchored, band_exempt, causal_attention, flash_attention, in_span, own_exempt
+from dmc.kernels.attention.sdpa import _anchored, band_exempt, causal_attention, in_span, own_exempt
 from dmc.kernels.backend import choose, chosen_name, say
 from dmc.kernels.scan.merge import merge
 
@@ -161,7 +159,7 @@ def _attend(
 ) -> Tensor:
     """The attention product, span by span; everything merged and rotated. The newest ``window`` keys before a query and
     its own are exempt from the bias."""
-    parts, causal = [], flash_attention if backend == "flash" else causal_attention
+    parts = []
     for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
         seen = None if starts is None else starts[:, :stop]
         keys = [None if x is None else x[:, :, :stop] for x in (key, value, bias)]
@@ -169,16 +167,12 @@ def _attend(
             from dmc.kernels.attention.gpu import attend
 
             parts.append(attend(rows, *keys, starts=seen, scale=scale, window=window))
-        elif backend == "flex":
-            from dmc.kernels.attention.flex import attend_flex
-
-            parts.append(attend_flex(rows, *keys, starts=seen, scale=scale, window=window))
         elif bias is None:
-            parts.append(in_span(lambda *part: causal(*part, scale=scale), seen, first, rows, *keys[:2]))
+            parts.append(in_span(lambda *part: causal_attention(*part, scale=scale), seen, first, rows, *keys[:2]))
         elif window:
-            parts.append(in_span(lambda *part: band_exempt(*part, causal, window, scale), seen, first, rows, *keys))
+            parts.append(in_span(lambda *part: band_exempt(*part, window, scale), seen, first, rows, *keys))
         else:
-            parts.append(in_span(lambda *part: own_exempt(*part, causal, scale), seen, first, rows, *keys))
+            parts.append(in_span(lambda *part: own_exempt(*part, scale), seen, first, rows, *keys))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -211,7 +205,7 @@ def _late(
     if behind > 1:
         final = slice(0, behind - 1)
         past, share = _anchored(
-            far, merged_key[:, :, final], merged_value[:, :, final], bias[:, :, final], both / scale, causal_attention, scale,
+            far, merged_key[:, :, final], merged_value[:, :, final], bias[:, :, final], both / scale, scale,
         )
         joined = past + share * joined
     return torch.cat([out[:, :, :near].to(query.dtype), joined], dim=2) if near else joined

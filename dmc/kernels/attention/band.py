@@ -43,7 +43,8 @@ class _Band(torch.autograd.Function):
         blocks = _Blocks(query, key, window)
         scores = blocks.scores(blocks.queries(query), blocks.keys(key), scale)
         weights = scores.softmax(-1)
-        lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()  # the largest weight is 1 / the sum of exponentials
+        # The largest weight is 1 / the sum of exponentials, that of the largest score being 1.
+        lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
         out, lse = blocks.whole(torch.bmm(weights, blocks.keys(value))), blocks.whole(lse)[..., 0]
         ctx.save_for_backward(query, key, value, out)
         ctx.blocks, ctx.scale = blocks, scale

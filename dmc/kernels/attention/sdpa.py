@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,43 +21,31 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """`causal_attention` through flash-attn, whose causal mask is aligned to the last key and which knows grouped queries."""
-    from flash_attn import flash_attn_func
-
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    return flash_attn_func(*rows, softmax_scale=scale, causal=True).transpose(1, 2)
-
-
-def own_exempt(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: Callable[..., Tensor], scale: float,
-) -> Tensor:
+def own_exempt(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """The last queries of a sequence over all earlier keys with their bias, and over their own without."""
     heads, rows = key.shape[1], query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
     own = (grouped * key[:, :, None, -rows:]).sum(-1, dtype=torch.float32).flatten(1, 2)  # [B, Hq, rows], unscaled
-    out, share = _anchored(query, key[..., :-1, :], value[..., :-1, :], bias[..., :-1], own, causal, scale)
+    out, share = _anchored(query, key[..., :-1, :], value[..., :-1, :], bias[..., :-1], own, scale)
     return out + (share.unflatten(1, (heads, -1)) * value[:, :, None, -rows:]).flatten(1, 2)
 
 
-def band_exempt(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, causal: Callable[..., Tensor], window: int, scale: float,
-) -> Tensor:
+def band_exempt(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, scale: float) -> Tensor:
     """As `own_exempt`, with the ``window`` keys before a query's own exempt as well."""
     rows, behind = query.shape[2], key.shape[2] - window - 1  # keys that the last query sees with a bias
     if behind <= 0:
-        return causal(query, key, value, scale=scale)
+        return causal_attention(query, key, value, scale=scale)
     out, lse = band_attention(query, key, value, window=window, scale=scale)
     out = out.to(query.dtype)
     near = max(0, rows - behind - 1)  # queries that see nothing but their band; one more is left, whose anchor is all it sees
     past = [x[:, :, :behind] for x in (key, value, bias)]
-    far, share = _anchored(query[:, :, near:], *past, lse[:, :, near:] / scale, causal, scale)
+    far, share = _anchored(query[:, :, near:], *past, lse[:, :, near:] / scale, scale)
     joined = far + share * out[:, :, near:]
     return torch.cat([out[:, :, :near], joined], dim=2) if near else joined
 
 
 def _anchored(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, own: Tensor, causal: Callable[..., Tensor], scale: float,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, own: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Queries ``[B, Hq, R, D]`` over N biased keys, of which the last one sees all, each one less than the next, and
     over an anchor of score ``own [B, Hq, R]`` (before scaling) → (the keys' part of the output, the anchor's weight
@@ -74,7 +60,7 @@ def _anchored(
     keys = torch.cat([anchor.expand(*keys.shape[:2], 1, -1), keys], dim=-2)
     marker = F.pad(value.new_ones(1), (size, extra - 1 + pad))
     values = torch.cat([marker.expand(*value.shape[:2], 1, -1), F.pad(value, (0, extra + pad))], dim=-2)
-    out = causal(queries, keys, values, scale=scale)
+    out = causal_attention(queries, keys, values, scale=scale)
     return out[..., :size], out[..., size : size + 1]
 
 
