@@ -4,9 +4,9 @@
     python scripts/bench_kernels.py --tokens 32768 --only attention
     python scripts/bench_kernels.py --device cpu --small   # a trial of the script itself: the numbers mean nothing
 
-Sections: scan (eq. 9 with rotation, against its twin and the time to copy the same bytes), attention (Triton, sdpa with
-the bias as a feature, and PyTorch's plain causal attention, forward and backward) and prefill (closed
-entries at CR 4 against flash attention over all keys). Writes kernels.json, kernels.md and kernels.png to --out.
+Sections: scan (eq. 9 with rotation, against its twin and the time to copy the same bytes), attention (merging at once and late,
+each with Triton and with sdpa, and PyTorch's plain causal attention, forward and backward) and prefill (closed entries at CR 4
+against flash attention over all keys). Writes kernels.json, kernels.md and kernels.png to --out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench_common import ROOT, environment, roofline, times, write
 sys.path.insert(0, str(ROOT))
 
 from dmc import functional as fn  # noqa: E402
-from dmc.kernels.attention.attend import dmc_attention  # noqa: E402
+from dmc.kernels.attention.attend import dmc_attention, late_attention  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
 from dmc.kernels.prefill.prefill import prefill_attention  # noqa: E402
 from dmc.kernels.scan.merge import merge, merge_reference  # noqa: E402
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32, help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=int, default=32, help="key/value heads (default 32)")
     parser.add_argument("--head-size", type=int, default=128, help="default 128")
+    parser.add_argument("--window", type=int, default=64, help="recent tokens of late merging (default 64)")
     parser.add_argument("--only", choices=SECTIONS, help="one section; default all")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls at most (default 30)")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
@@ -62,7 +63,7 @@ class Bench:
     """One problem and the rows of its sections."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.device, self.repeats = device, args.repeats
+        self.device, self.repeats, self.window = device, args.repeats, args.window
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.shape = {"tokens": args.tokens, "heads": args.heads, "kv_heads": args.kv_heads, "head_size": args.head_size}
         self.limits = roofline(device, small=args.small)
@@ -89,7 +90,7 @@ class Bench:
             yield from self._both("scan", name, run, inputs, moved / self.limits["copy_bytes_per_s"] * 1e3, 2.5)
 
     def attention(self) -> Iterator[dict]:
-        """DMC's whole attention, merge included, of each backend; and plain causal attention of PyTorch."""
+        """DMC's whole attention, merge included, of each backend, at once and late; and plain causal attention of PyTorch."""
         plain = [x.detach().requires_grad_() for x in (self.query, self.key, self.value)]
         flops = 2 * self.query.shape[1] * self.shape["tokens"] ** 2 * self.shape["head_size"]  # two causal products
         bound = flops / self.limits["matmul_flop_per_s"] * 1e3
@@ -97,13 +98,16 @@ class Bench:
         base = list(self._both("attention", "plain: PyTorch's causal attention", causal, plain, bound, 3.5))
         yield from base
         inputs = [*plain, *(x.detach().requires_grad_() for x in (self.alpha, self.omega, self.log_keep))]
-        backends = ["triton", "sdpa"] if self.triton else ["sdpa"]
-        for name in backends:
-            def run(q, k, v, a, w, keep, name=name):  # noqa: ANN001, ANN202
+        for name in ["triton", "sdpa"] if self.triton else ["sdpa"]:
+            def at_once(q, k, v, a, w, keep, name=name):  # noqa: ANN001, ANN202
                 return dmc_attention(q, k, v, a, w, rope=self.rope, log_keep=keep, backend=name)
 
-            for row, other in zip(self._both("attention", f"DMC: {name}", run, inputs, bound, 3.5), base, strict=True):
-                yield {**row, "of plain": row["ms"] / other["ms"]}
+            def late(q, k, v, a, w, keep, name=name):  # noqa: ANN001, ANN202
+                return late_attention(q, k, v, a, w, window=self.window, rope=self.rope, log_keep=keep, backend=name)
+
+            for what, run in (("DMC", at_once), ("late merging", late)):
+                for row, other in zip(self._both("attention", f"{what}: {name}", run, inputs, bound, 3.5), base, strict=True):
+                    yield {**row, "of plain": row["ms"] / other["ms"]}
 
     def prefill(self) -> Iterator[dict]:
         """Closed entries and own states against causal attention over all keys; no gradients."""

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
 LIMIT=535  # seconds a step
-STEPS="environment test-scan test-attention test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-grow bench-model test-training bench-train"
+STEPS="environment test-scan test-attention test-late test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-grow bench-model test-training bench-train"
 
 wheels() {
   [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" megatron-core psutil
@@ -31,6 +31,7 @@ step() {
         && nvidia-smi ;;
     test-scan) tests tests/kernels/test_scan.py tests/kernels/test_decisions.py ;;
     test-attention) tests tests/kernels/test_attention_triton.py tests/kernels/test_backend.py ;;
+    test-late) tests tests/kernels/test_attention_late_triton.py ;;
     test-serving) tests tests/kernels/test_decode.py tests/kernels/test_prefill.py ;;
     test-growing) tests tests/kernels/test_append.py tests/kernels/test_encode.py ;;
     test-engine) tests tests/engine/test_gpu.py ;;
@@ -46,7 +47,7 @@ step() {
     test-training) wheels && tests tests/training/test_llama.py ;;
     bench-train)
       wheels && "$PYTHON" scripts/bench_train.py --precision bf16 --hidden 4096 --heads 32 --kv-heads 32 --head-size 128 \
-        --ffn 11008 --vocab 32000 --length 4096 --batch 1 --layers 4 --json "$OUT/train.json" ;;
+        --ffn 11008 --vocab 32000 --length 4096 --batch 1 --layers 4 --window 64 --json "$OUT/train.json" ;;
   esac
 }
 

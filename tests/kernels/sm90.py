@@ -117,9 +117,9 @@ def lane_tables(ptx):
     return shuffles
 
 
-def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased=True):
-    """Launches of one forward and backward pass of the training attention."""
-    from dmc.kernels.attention.gpu import attend
+def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased=True, window=64):
+    """Launches of one forward and backward pass of the training attention, merging at once and late."""
+    from dmc.kernels.attention.gpu import attend, attend_late
     from dmc.kernels.attention.rotate_gpu import Rotate
     from dmc.kernels.decisions.decide import Drawn
     from dmc.kernels.decisions.gpu import Soft
@@ -133,7 +133,10 @@ def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased
     cos = torch.zeros(tokens, size)
     starts = torch.zeros(1, tokens, dtype=torch.bool) if packed else None
     keys, values = Merge.apply(key, value, alpha, alpha + 1, cos, cos)
-    out = attend(Rotate.apply(query, cos, cos), keys, values, alpha if biased else None, starts=starts)
+    query = Rotate.apply(query, cos, cos)
+    out = attend(query, keys, values, alpha if biased else None, starts=starts)
+    out.backward(torch.zeros_like(out), retain_graph=True)
+    out = attend_late(query, keys, values, alpha, key, value, window=window, starts=starts)
     out.backward(torch.zeros_like(out))
 
 

@@ -84,19 +84,3 @@ def test_memory_is_linear_in_the_length():
         return sum(size for _, size in total)
 
     assert kept(2048) < 4.2 * kept(512)
-
-
-def test_auto_takes_pytorch_where_triton_was_chosen(monkeypatch):
-    """As on a GPU: "auto" resolves to Triton, which has no kernels for a window."""
-    from dmc.kernels.attention import attend
-
-    leaves, begin = problem(40)
-    monkeypatch.setattr(attend, "choose", lambda x, backend: "triton")
-    check(run(late_attention, leaves, begin, 40, 7), run(fn.attention, leaves, begin, 40, 7), leaves)
-
-
-@pytest.mark.parametrize("name", ["triton"])
-def test_other_kernels_are_refused(name):
-    leaves, _ = problem(9)
-    with pytest.raises(ValueError, match="no kernels for late merging|Triton"):
-        run(late_attention, leaves, None, 9, 2, backend=name)

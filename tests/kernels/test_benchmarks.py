@@ -11,7 +11,7 @@ from tests.training.helpers import ROOT
 
 EXPECTED = {
     "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8", "CR 4 tcq-4bit", "CR 4 gear"},
-    "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: sdpa", "plain: all keys"},
+    "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: sdpa", "late merging: sdpa", "plain: all keys"},
     "layer": {"plain", "DMC: sdpa"},
 }
 
@@ -44,14 +44,18 @@ def test_a_small_run_on_a_cpu(tmp_path, name):
 
 
 def test_a_small_run_of_the_trainer(tmp_path):
-    sizes = "--length 64 --layers 1 --batch 1 --repeats 3 --hidden 32 --heads 2 --kv-heads 1 --head-size 16 --ffn 64 --vocab 128"
+    sizes = (
+        "--length 64 --layers 1 --batch 1 --repeats 3 --hidden 32 --heads 2 --kv-heads 1 --head-size 16 --ffn 64 --vocab 128 "
+        "--window 8"
+    )
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/bench_train.py", *sizes.split(), "--json", tmp_path / "train.json"], capture_output=True,
         text=True, timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert all(f"| {name} |" in done.stdout for name in ("plain", "dmc", "dmc+teacher", "decisions", "scan"))
-    assert json.loads((tmp_path / "train.json").read_text())
+    assert all(f"| {name} |" in done.stdout for name in ("plain", "dmc", "late", "late+teacher", "decisions", "scan"))
+    found = json.loads((tmp_path / "train.json").read_text())
+    assert set(found["late_ratio"]) == {"late", "late+teacher"} and 0.1 < found["late_ratio"]["late"]["median"] < 10
 
 
 def gpu_check(*steps, **environment):

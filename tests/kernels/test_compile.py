@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("triton")
 
 
-TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "_delta",
-            "_backward_keys", "_backward_queries", "_soft", "_soft_backward"}
+TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "delta_rows",
+            "forward", "backward_keys", "backward_queries", "_soft", "_soft_backward"}
 SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_single_pieces", "_grouped_pieces", "_together", "_prefill"}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 

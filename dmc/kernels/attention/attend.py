@@ -4,7 +4,8 @@
 says which of these runs:
 
     triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan.merge`), and attention with a
-                bias for each key, exempt band and borders of documents (`dmc.kernels.attention.gpu`)
+                bias for each key, exempt band and borders of documents; late merging in the same softmax
+                (`dmc.kernels.attention.gpu`)
     sdpa        PyTorch's fused causal attention, below: what runs on a CPU
 
 To these kernels the two methods are one: every key has a bias, which queries up to ``window`` tokens after it are exempt
@@ -16,8 +17,8 @@ from. In DMC the window is 0: the query's own state alone. Two facts let an ordi
   carries a marker. Shifted so that query i sees the anchor and the keys j < i - window, the marker's share of the
   output is the weight of what is exempt.
 
-Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. There the anchor stands for the
-band and the accumulating entry together (`late_attention`).
+Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. In sdpa's form the anchor stands for
+the band and the accumulating entry together (`late_attention`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dmc import functional_dms as dms
 from dmc.kernels.attention.band import band_attention
 from dmc.kernels.attention.rotate import rotate
 from dmc.kernels.attention.sdpa import _anchored, band_exempt, causal_attention, in_span, own_exempt
-from dmc.kernels.backend import choose, chosen_name, say
+from dmc.kernels.backend import choose
 from dmc.kernels.scan.merge import merge
 
 
@@ -94,37 +95,37 @@ def late_attention(
 ) -> Tensor:
     """`dmc.functional.attention` with a window (same arguments and result), differentiable in every tensor argument.
 
-    Merging, the band and the accumulating entry are in fp32; attention over final entries is in the query's dtype.
+    Merging is in fp32. In sdpa's form the band and the accumulating entry are too; other products of attention are in the
+    query's dtype.
 
     Args:
         spans: see `dmc_attention`.
         backend: a name of `dmc.kernels.backend`, over the default.
 
     Raises:
-        ValueError: if the backend cannot run on these tensors, or has no kernels for late merging.
+        ValueError: if the backend cannot run on these tensors.
     """
-    asked = backend or chosen_name()
     backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
     if backend == "reference":
         return _reference(
             fn.attention, query, key, value, alpha, omega, spans, window=window, rope=rope, starts=starts, scale=scale,
             log_keep=log_keep,
         )
-    if backend == "triton" and asked == "auto":
-        say("late merging (dmc.window) trains in PyTorch (sdpa): there are no Triton kernels for it yet")
-        backend = "sdpa"
-    if backend != "sdpa":
-        raise ValueError(f"run.kernels={backend} has no kernels for late merging (dmc.window): choose sdpa or auto")
     keys, values = merge(key, value, alpha, omega, rope=rope, starts=starts, backend=backend)
     bias = fn.key_bias(alpha, starts=starts, log_keep=log_keep)
     query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    whole = (key.to(query.dtype), value.to(query.dtype), keys.to(query.dtype), values.to(query.dtype), bias)
+    whole = (keys.to(query.dtype), values.to(query.dtype), bias, key.to(query.dtype), value.to(query.dtype))
     parts = []
     for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
         seen = None if starts is None else starts[:, :stop]
         cut = [x[:, :, :stop] for x in whole]
-        parts.append(in_span(lambda *part: _late(*part, window, scale), seen, first, rows, *cut))
+        if backend == "triton":
+            from dmc.kernels.attention.gpu import attend_late
+
+            parts.append(attend_late(rows, *cut, window=window, starts=seen, scale=scale))
+        else:
+            parts.append(in_span(lambda *part: _late(*part, window, scale), seen, first, rows, *cut))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -183,7 +184,7 @@ def _tables_at(rope: tuple[Tensor, Tensor], spans: list[tuple[int, int]]) -> tup
 
 
 def _late(
-    query: Tensor, key: Tensor, value: Tensor, merged_key: Tensor, merged_value: Tensor, bias: Tensor, window: int,
+    query: Tensor, merged_key: Tensor, merged_value: Tensor, bias: Tensor, key: Tensor, value: Tensor, window: int,
     scale: float,
 ) -> Tensor:
     """The last R queries of a document: query ``[B, Hq, R, D]``, the others ``[B, H, T, D]``, all rotated."""
