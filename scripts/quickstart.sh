@@ -1,28 +1,53 @@
 #!/usr/bin/env bash
 # From a fresh machine (Python 3.11 or 3.12, no GPU) to a retrofitted, exported and served model:
-#   bash scripts/quickstart.sh           about a quarter of an hour on 2 cores, the install included
-#   bash scripts/quickstart.sh --fresh   train again instead of keeping finished runs
+#   bash scripts/quickstart.sh             minutes on 2 cores, the install included
+#   bash scripts/quickstart.sh --fresh     train again instead of keeping finished runs
+#   bash scripts/quickstart.sh --compare   train other methods on the same tokens too: late eviction, DMS, merging at once
 # Everything lands in runs/quickstart. A second call installs nothing and continues finished runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
-case "${1:-}" in
-  "" | --fresh) ;;
-  *) echo "error: unknown flag $1; known: --fresh" >&2; exit 2 ;;
-esac
+FRESH=
+COMPARE=
+for flag in "$@"; do
+  case "$flag" in
+    --fresh) FRESH=1 ;;
+    --compare) COMPARE=1 ;;
+    *) echo "error: unknown flag $flag; known: --fresh, --compare" >&2; exit 2 ;;
+  esac
+done
 EXTRAS='[train]' source scripts/env.sh  # what the tests need is not installed here
 installed=$SECONDS
 OUT=runs/quickstart
 # Runs of other code, text or weights are not continued.
-KEY=$( (cat configs/quickstart*.yaml checkpoints/base/*; python --version; git rev-parse HEAD 2>/dev/null || true) | sha256sum | cut -d' ' -f1)
-if [ "${1:-}" = --fresh ] || [ "$(cat $OUT/key 2>/dev/null)" != "$KEY" ]; then rm -rf $OUT; fi
+KEY=$( (cat configs/*.yaml checkpoints/decisions/* checkpoints/base/*; python --version; git rev-parse HEAD 2>/dev/null || true) | sha256sum | cut -d' ' -f1)
+if [ -n "$FRESH" ] || [ "$(cat $OUT/key 2>/dev/null)" != "$KEY" ]; then rm -rf $OUT; fi
 mkdir -p $OUT
 echo "$KEY" > $OUT/key
 
-echo "== retrofit to CR 4"
-torchrun train.py --config configs/quickstart.yaml --output $OUT/retrofit --resume auto
-echo "== control: the same tokens without compression"
-torchrun train.py --config configs/quickstart-control.yaml --output $OUT/control --resume auto
+# Two runs at a time, one thread each; the second writes to a file.
+pair() {  # name, its arguments ..., --, name, its arguments ...
+  local first=$1 arguments=() status=0 beside
+  shift
+  while [ "$1" != -- ]; do arguments+=("$1"); shift; done
+  shift
+  torchrun --standalone train.py --output "$OUT/$1" --resume auto "${@:2}" > "$OUT/$1.log" 2>&1 &
+  beside=$!
+  trap 'kill $beside 2> /dev/null || true' EXIT
+  torchrun --standalone train.py --output "$OUT/$first" --resume auto "${arguments[@]}" || status=$?
+  [ "$status" = 0 ] || exit "$status"
+  wait "$beside" || { status=$?; tail -n 20 "$OUT/$1.log" >&2; exit "$status"; }
+  trap - EXIT
+}
+echo "== retrofit to CR 4; beside it a control, the same tokens without compression ($OUT/control.log)"
+pair retrofit --config configs/quickstart.yaml -- control --config configs/quickstart-control.yaml
+if [ -n "$COMPARE" ]; then
+  echo "== the same tokens by merging at once; beside it DMS ($OUT/dms.log)"
+  SHORT=(dmc.ramp_steps_per_unit=20 dmc.hold_steps=60 optim.decay_steps=60 run.threads=1)  # as many steps
+  pair merge-at-once --config configs/merge-at-once.yaml "${SHORT[@]}" -- dms --config configs/dms-quickstart.yaml "${SHORT[@]}"
+  echo "== the same tokens by late eviction: the retrofit's recipe, dropping where it merges"
+  torchrun --standalone train.py --config configs/quickstart.yaml dmc.method=dms --output $OUT/late-eviction --resume auto
+fi
 trained=$SECONDS
 
 echo "== export, evaluation, pictures"

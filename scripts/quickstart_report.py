@@ -2,9 +2,10 @@
 
     python scripts/quickstart_report.py runs/quickstart
 
-Reads RUNS/retrofit and RUNS/control (written by train.py), writes RUNS/{cr2,cr3,cr4,control}-hf, results.json,
-table.md, loss.png, heads.png and segments.html. Every row is scored on the same held-out sequences, each within
-one document.
+Reads RUNS/retrofit and RUNS/control (written by train.py), and RUNS/late-eviction, RUNS/dms and RUNS/merge-at-once where they
+are (with `scripts/quickstart.sh --compare`). Writes the exports RUNS/{cr4,control}-hf (and cr2-hf, cr3-hf of a run with a ramp),
+results.json, table.md, loss.png, heads.png and segments.html. Every row is scored on the same held-out sequences, each
+within one document; rows are shared among as many processes as there are cores, two at most.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,6 +41,9 @@ with needed_by_script("the report"):
     from data.batches import Sequences
 
 CONTROL = "control (same tokens, no compression)"
+COMPARED = {  # runs of as many tokens by other methods
+    "late-eviction": "late eviction", "dms": "DMS", "merge-at-once": "DMC, merging at once",
+}
 SEGMENT_TOKENS = 400
 ON_TOP = {  # name in the table: codec and its settings
     "TCQ, 4 bit": ("tcq", {"bits": 4}),
@@ -67,24 +74,35 @@ def report(runs: Path, context: int, sequences: int) -> None:
         if not (runs / name / "checkpoints" / "final").is_dir():
             raise ValueError(f"{runs / name} holds no finished run: train it first (scripts/quickstart.sh does)")
     settings = json.loads((runs / "retrofit" / "config.json").read_text())
-    base, method = settings["run"]["model"], settings["dmc"]["method"].upper()
+    base, window, init = settings["run"]["model"], settings["dmc"]["window"], settings["dmc"].get("init")
+    method, target = settings["dmc"]["method"].upper(), settings["dmc"]["target_cr"]
+    if method == "DMC" and window is not None:
+        method = "DMC, late merging"
     context = context or settings["data"]["sequence_length"]
     held_out = _held_out(settings, context, sequences or settings["log"]["eval_sequences"])
-    exports = {name: _export(runs / "retrofit", name, runs / f"{name}-hf") for name in _ratios(settings)}
-    control = _export(runs / "control", "final", runs / "control-hf")
-    last = max(exports, key=lambda name: float(name[2:]))
+    exports = {name: _export(runs / "retrofit", name, runs / f"{name}-hf") for name in _ratios(runs, settings)}
+    last = exports[f"cr{target:g}"]
 
-    rows = [_row("base", 1.0, _prefilled(base, held_out)), _row(CONTROL, 1.0, _prefilled(control, held_out))]
-    for name, path in exports.items():
-        target = float(name[2:])
-        rows.append(_row(f"{method} CR {target:g}", target, _prefilled(path, held_out)))
-    target = float(last[2:])
-    final = rows[-1]
-    for codec, (name, settings) in ON_TOP.items():
-        rows.append(_row(f"{method} CR {target:g} + {codec}", target, _decoded(exports[last], held_out, name, settings)))
-    entries = max(8, math.ceil(context / final["measured_cr"]))
-    for name, policy, budget in _budgets(entries, final["measured_cr"]):
-        rows.append(_row(name, target, _evicting(base, held_out, policy, budget)))
+    jobs = [("base", 1.0, _prefilled, base, held_out)]
+    jobs.append((CONTROL, 1.0, _prefilled, _export(runs / "control", "final", runs / "control-hf"), held_out))
+    jobs += [(f"{method} CR {name[2:]}", float(name[2:]), _prefilled, path, held_out) for name, path in exports.items()]
+    for name, label in COMPARED.items():
+        if (runs / name / "checkpoints" / "final").is_dir():
+            path = _export(runs / name, "final", runs / f"{name}-hf")
+            jobs.append((f"{label}, CR {target:g}", target, _prefilled, path, held_out))
+    for codec, (name, how) in ON_TOP.items():
+        jobs.append((f"{method} CR {target:g} + {codec}", target, _decoded, last, held_out, name, how))
+    if init:
+        how = {"decisions": init, "target_cr": target}
+        jobs.append((f"base + fitted decisions, nothing trained, CR {target:g}", target, _evicting, base, held_out, "gate", how))
+    with _pool() as pool:
+        rows = _rows(pool, jobs)
+        final = next(row for row in rows if row["name"] == f"{method} CR {target:g}")
+        entries = max(8, math.ceil(context / final["measured_cr"]))
+        rows += _rows(pool, [
+            (name, target, _evicting, base, held_out, policy, budget)
+            for name, policy, budget in _budgets(entries, final["measured_cr"])
+        ])
 
     results = {
         "rows": rows, "context": context, "sequences": len(held_out), "python": sys.version.split()[0],
@@ -93,7 +111,7 @@ def report(runs: Path, context: int, sequences: int) -> None:
     }
     table = _table(rows, context)
     (runs / "table.md").write_text(table)
-    _draw(runs, base, exports[last], final, held_out[0])
+    _draw(runs, base, last, final, held_out[0])
     (runs / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table)
 
@@ -143,10 +161,20 @@ def _budgets(entries: int, cr: float) -> list[tuple[str, str, dict]]:
     return rows
 
 
-def _row(name: str, target: float, measured: dict) -> dict:
-    row = {"name": name, "target_cr": target, **measured}
-    print(f"  {name}: perplexity {row['perplexity']:.4f}, CR {row['measured_cr']:.3f}", flush=True)
-    return row
+def _pool() -> ProcessPoolExecutor:
+    """A process for each core, two at most; the rows of a model this small use one thread."""
+    workers = min(2, os.cpu_count() or 1)
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _rows(pool: ProcessPoolExecutor, jobs: list[tuple]) -> list[dict]:
+    """Rows in order, of (name, target CR, function, its arguments)."""
+    pending = [pool.submit(function, *arguments) for _, _, function, *arguments in jobs]
+    rows = []
+    for (name, target, *_), result in zip(jobs, pending, strict=True):
+        rows.append({"name": name, "target_cr": target, **result.result()})
+        print(f"  {name}: perplexity {rows[-1]['perplexity']:.4f}, CR {rows[-1]['measured_cr']:.3f}", flush=True)
+    return rows
 
 
 def _table(rows: list[dict], context: int) -> str:
@@ -178,10 +206,11 @@ def _held_out(settings: dict, context: int, sequences: int) -> list[list[int]]:
     return torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1).tolist()
 
 
-def _ratios(settings: dict) -> list[str]:
-    """The checkpoints at integer ratios: cr2, cr3, ..., and the end of the hold under the target's name."""
+def _ratios(runs: Path, settings: dict) -> list[str]:
+    """The run's checkpoints at integer ratios: cr2, cr3, ..., and the end of the hold under the target's name."""
     target = settings["dmc"]["target_cr"]
-    return [f"cr{n}" for n in range(2, math.ceil(target))] + [f"cr{target:g}"]
+    passed = [f"cr{n}" for n in range(2, math.ceil(target))]
+    return [name for name in passed if (runs / "retrofit" / "checkpoints" / name).is_dir()] + [f"cr{target:g}"]
 
 
 def _export(run: Path, name: str, out: Path) -> Path:

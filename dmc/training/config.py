@@ -37,7 +37,7 @@ class DataConfig:
 
 @dataclass
 class DmcConfig:
-    """The retrofit; defaults chosen by experiment (docs/results/quickstart.md)."""
+    """The retrofit; defaults chosen by experiment (docs/results/merge-at-once.md)."""
 
     method: str = "dmc"  # "dmc", "dms" (docs/methods/dms.md), or "none": plain (continued) pretraining, also a control
     target_cr: float = 4.0  # tokens per cache entry at the end of the ramp

@@ -33,7 +33,7 @@ def test_help_explains(script):
 
 def test_quickstart_refuses_an_unknown_flag():
     done = run("bash", ROOT / "scripts" / "quickstart.sh", "--fats")
-    assert done.returncode == 2 and "known: --fresh" in done.stderr
+    assert done.returncode == 2 and "known: --fresh, --compare" in done.stderr
 
 
 def test_report_of_two_runs(tmp_path):
