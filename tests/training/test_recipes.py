@@ -70,7 +70,10 @@ def test_other_recipes_need_no_stand_in():
         assert (ROOT / config.run.model / "config.json").is_file() or (ROOT / config.plan.shape / "config.json").is_file()
 
 
-@pytest.mark.parametrize(("name", "steps"), [("quickstart", 120), ("merge-at-once", 400), ("cpu-long", 3200), ("dms-quickstart", 400)])
+PUBLISHED = [("quickstart", 120), ("merge-at-once", 400), ("cpu-long", 3200), ("dms-quickstart", 400)]
+
+
+@pytest.mark.parametrize(("name", "steps"), PUBLISHED)
 def test_recipes_with_published_results_keep_their_steps(name, steps):
     """docs/results describes these runs, whose ramp makes no stops; their controls have as many steps."""
     config = load(ROOT / "configs" / f"{name}.yaml")
