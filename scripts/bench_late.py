@@ -5,7 +5,8 @@
 The directory is an export with late merging that was decided late. Its counterpart that merges at once has the same weights
 without the window and without the look-ahead, and an offset (found by bisection) with which both hold the same number of
 entries after the prompt. Both models then decode the same tokens, one step of the one and one step of the other in turn. The
-ratio is that of the medians. Prints one line per codec and batch.
+ratio is that of the medians of CPU time, which other work on the machine disturbs less than the wall clock; that of the wall
+clock is given as well. Prints one line per codec and batch.
 """
 
 from __future__ import annotations
@@ -108,23 +109,25 @@ def _filled(llm: LLM, prompts: list[list[int]]) -> list[int]:
 
 
 def case(models: list[Path], codec: str, batch: int, texts: list[list[int]], prompt: int, steps: int) -> dict:
-    """Median milliseconds of a step (model and logits) of late merging and of merging at once, in turns."""
+    """Median milliseconds of CPU of a step (model and logits) of late merging and of merging at once, in turns."""
     llms = [LLM(model, codec=codec, device="cpu", dtype="fp32", max_batch=batch) for model in models]
     slots = [_filled(llm, [text[:prompt] for text in texts]) for llm in llms]
     before = [_mean_entries(*pair) for pair in zip(llms, slots, strict=True)]
-    taken: list[list[float]] = [[], []]
+    taken, wall = ([[], []] for _ in range(2))
     for step in range(steps):
         position = prompt + step
         tokens = [text[position] for text in texts]
         for which in (0, 1) if step % 2 else (1, 0):
-            runner, started = llms[which].engine.runner, time.perf_counter()
+            runner, started, clock = llms[which].engine.runner, time.process_time(), time.perf_counter()
             runner.logits(runner.step(slots[which], tokens, [position] * batch)[0])
-            taken[which].append((time.perf_counter() - started) * 1e3)
+            taken[which].append((time.process_time() - started) * 1e3)
+            wall[which].append((time.perf_counter() - clock) * 1e3)
     after = [_mean_entries(*pair) for pair in zip(llms, slots, strict=True)]
-    late, once = (statistics.median(each[8:]) for each in taken)  # the first steps warm up
+    late, once, late_wall, once_wall = (statistics.median(each[8:]) for each in (*taken, *wall))  # the first steps warm up
     quarters = [[round(x, 4) for x in statistics.quantiles(each[8:], n=4)[::2]] for each in taken]
     return {
         "codec": codec, "batch": batch, "late_ms": round(late, 4), "at_once_ms": round(once, 4), "ratio": round(late / once, 4),
+        "ratio_wall": round(late_wall / once_wall, 4),
         "quarters_ms": quarters, "entries_before": before, "entries_after": after,
     }
 

@@ -73,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-entries", type=int, default=256, help="of each head behind the window (256)")
     parser.add_argument("--target-cr", type=float, default=3.0, help="of the fitted decisions at 1,024 tokens (3)")
     parser.add_argument("--tokens", type=int, default=10_000, help="of the stream (10000)")
+    parser.add_argument("--bytes-per-head", type=int, help="of StreamingLLM, H2O and TOVA (what N + window entries take)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods (all)")
     parser.add_argument("--measures", nargs="+", default=["held-out", "generated", "stream"],
                         choices=["held-out", "generated", "stream"], help="held-out generated stream (all)")
@@ -87,16 +88,19 @@ def methods(args: argparse.Namespace) -> dict[str, tuple[Path, dict]]:
         raise ValueError(f"{args.model} is not an export with late merging")
     entry, most = 4 * config.head_dim, args.max_entries
     held = (most + window) * entry + 8 * window  # bytes of a head: keys and values in bf16, two numbers per token of the ring
+    suffix = "" if args.bytes_per_head is None else f", {args.bytes_per_head:,} bytes per head"
+    held = held if args.bytes_per_head is None else args.bytes_per_head
     share, scored = held // (entry + 4), held // (entry + 8)  # entries that carry a position, or a position and a score
+    bound = "" if most == 256 else f", N = {most}"
     gate = {"policy": "gate", "decisions": str(args.decisions), "target_cr": args.target_cr, "max_entries": most}
     return {
         "full": (args.base, {"policy": "full"}),
-        "late merging": (args.model, {"max_entries": most}),
-        "gate, merging": (args.base, gate | {"policy_settings": {"merge": True}}),
-        "gate, dropping": (args.base, gate),
-        "StreamingLLM": (args.base, {"policy": "streaming", "policy_settings": {"sinks": 4, "recent": share - 4}}),
-        "H2O": (args.base, {"policy": "h2o", "policy_settings": {"heavy": scored // 2, "recent": scored - scored // 2}}),
-        "TOVA": (args.base, {"policy": "tova", "policy_settings": {"budget": scored}}),
+        f"late merging{bound}": (args.model, {"max_entries": most}),
+        f"gate, merging{bound}": (args.base, gate | {"policy_settings": {"merge": True}}),
+        f"gate, dropping{bound}": (args.base, gate),
+        f"StreamingLLM{suffix}": (args.base, {"policy": "streaming", "policy_settings": {"sinks": 4, "recent": share - 4}}),
+        f"H2O{suffix}": (args.base, {"policy": "h2o", "policy_settings": {"heavy": scored // 2, "recent": scored - scored // 2}}),
+        f"TOVA{suffix}": (args.base, {"policy": "tova", "policy_settings": {"budget": scored}}),
     }
 
 
