@@ -194,19 +194,21 @@ def _late(
         return causal_attention(query, key, value, scale=scale)
     near = max(0, rows - behind)  # queries that see nothing but their band
     out, lse = band_attention(query, key, value, window=window, scale=scale)
+    (alone, out), (_, lse) = (x.split([near, rows - near], dim=2) for x in (out, lse))
     far = query[:, :, near:]
-    count = far.shape[2]
-    entries = slice(behind - count, behind)  # the accumulating entry of each
+    entries = slice(behind - rows + near, behind)  # the accumulating entry of each
     grouped = far.unflatten(1, (heads, -1)).to(lse.dtype)
     score = ((grouped * merged_key[:, :, None, entries]).sum(-1) * scale).flatten(1, 2)
-    both = torch.logaddexp(lse[:, :, near:], score)
-    weight = (score - both).exp().unflatten(1, (heads, -1))[..., None]
-    joined = out[:, :, near:] * (lse[:, :, near:] - both).exp()[..., None]
-    joined = (joined + (weight * merged_value[:, :, None, entries]).flatten(1, 2)).to(query.dtype)
+    both = torch.logaddexp(lse, score)
+    past, share = far.new_zeros(1, dtype=lse.dtype), 1.0
     if behind > 1:
         final = slice(0, behind - 1)
         past, share = _anchored(
             far, merged_key[:, :, final], merged_value[:, :, final], bias[:, :, final], both / scale, scale,
         )
-        joined = past + share * joined
-    return torch.cat([out[:, :, :near].to(query.dtype), joined], dim=2) if near else joined
+        past, share = past.to(lse.dtype), share[..., 0].to(lse.dtype)
+    # Weights are multiplied before they meet a value, since a pass over the values costs D times one over the weights.
+    band, accumulating = ((share * (x - both).exp())[..., None].unflatten(1, (heads, -1)) for x in (lse, score))
+    joined = torch.addcmul(past, band.flatten(1, 2), out).unflatten(1, (heads, -1))
+    joined = torch.addcmul(joined, accumulating, merged_value[:, :, None, entries].to(lse.dtype)).flatten(1, 2)
+    return torch.cat([alone, joined], dim=2).to(query.dtype) if near else joined.to(query.dtype)
