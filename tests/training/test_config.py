@@ -173,7 +173,8 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 
 CHOICES = {
-    "dmc.method": "dmc, dms, none", "dmc.decision": "neuron, head", "dmc.cr_loss": "soft, hard", "optim.name": "adamw, muon",
+    "dmc.method": "dmc, dms, none", "dmc.decision": "neuron, head, all, periodic, random", "dmc.cr_loss": "soft, hard",
+    "optim.name": "adamw, muon",
     "parallel.recompute": "none, selective, full", "run.precision": "fp32, bf16",
     "run.kernels": "auto, triton, sdpa, reference", "run.init": "pretrained, random",
 }
