@@ -21,6 +21,7 @@ STYLES = {  # method: colour, marker
     "DMS": ("#2ca02c", "P"),
     "DMC, merging at once": ("#ff7f0e", "v"),
     "fitted decisions, nothing trained": ("#9467bd", "X"),
+    "late eviction": ("#e377c2", "p"),
     "DMC, late merging": ("#d62728", "*"),
 }
 POLICIES = {
@@ -34,6 +35,8 @@ TITLES = {"base": "small base model (3.05 M parameters)", "smollm2-135m": "SmolL
 def method(row: dict) -> str | None:
     """The name in `STYLES` of a row, or None for one that is not shown (other models without compression)."""
     policy = row["policy"].split(":")[0]
+    if policy == "dms" and row["model"].startswith("dmslate"):
+        return "late eviction"
     if policy == "dmc":
         return "DMC, late merging" if row["model"].startswith("late") else "DMC, merging at once"
     return None if policy == "full" and row["result"]["model"] != row["result"]["base"] else POLICIES.get(policy)
@@ -100,7 +103,7 @@ def draw(files: list[Path], out: Path) -> None:
         axis.set_xlabel("bytes held / bytes of a dense bf16 cache")
     axes[0, 0].set_ylabel("KL to the uncompressed model, nats/token")
     handles = [shown[name] for name in STYLES if name in shown]
-    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="lower center", ncols=5, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.11, 1, 1))
     figure.savefig(out, dpi=150)
 
