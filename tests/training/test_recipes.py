@@ -28,7 +28,8 @@ def test_a_recipe_runs_dry(name):
     config = load(ROOT / "configs" / name)
     steps = [line for line in plan["lines"] if line.startswith("one step")]
     assert len(steps) == (1 if config.parallel.pipeline == 1 else 2) and all(line.endswith("runs") for line in steps)
-    phases = "repurpose, ramp, hold" if config.dmc.decision == "neuron" else "ramp, hold"
+    phases = "ramp, hold" if config.dmc.ramp_steps_per_unit else "hold"
+    phases = f"repurpose, {phases}" if config.dmc.decision == "neuron" else phases
     assert all(f"of {phases if config.dmc.compresses else 'plain'} as rank" in line for line in steps)
     assert [line.split()[0] for line in plan["lines"] if line[0] != " "][:2] == ["layout", "memory"]
 
