@@ -161,6 +161,6 @@ def test_settings_that_cannot_work_are_one_sentence(overrides, words):
 
 def test_the_recipe():
     config = load(ROOT / "configs" / "dms-quickstart.yaml")
-    quickstart = load(ROOT / "configs" / "quickstart.yaml")
+    at_once = load(ROOT / "configs" / "merge-at-once.yaml")
     assert (config.dmc.method, config.dmc.ramp_steps_per_unit, config.distill.weight) == ("dms", 100, 1)
-    assert config.optim == quickstart.optim and config.data == quickstart.data
+    assert config.optim == at_once.optim and config.data == at_once.data
