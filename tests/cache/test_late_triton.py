@@ -63,7 +63,7 @@ def test_encoded_pages_are_those_of_pytorch(name, codec):
 
 
 @pytest.mark.parametrize("name", ["dmc", "dms"])
-@pytest.mark.parametrize("most", [None, 6])
+@pytest.mark.parametrize("most", [None, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_layer_reads_the_ring_in_one_pass_and_waits_for_nothing(name, most, monkeypatch):
     """One decode launch per layer, no gather of the ring, append and encode by kernels, no wait; also with a codec per layer."""
     with using("triton"):
