@@ -73,8 +73,10 @@ def served_with(meta: Mapping) -> str | None:
     Raises:
         ValueError: if no policy has that rule.
     """
+    if not meta["compressed"]:  # the control of a rule as well
+        return None
     rule = recorded(meta["config"]["dmc"]).rule(meta["config"]["data"]["sequence_length"])
-    if rule is None or not meta["compressed"]:
+    if rule is None:
         return None
     if rule.name == "all":
         return f"streaming:sinks={rule.sinks},recent={rule.window_at(meta['target_cr']) + 1}"

@@ -1,5 +1,6 @@
 """What the export writes, what it refuses, and that it loads where only torch and transformers can be imported."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from checkpoints.export_hf import folding
 from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
+from dmc.training.config import Config
 from tests.checkpoints.tiny import GAIN, OFFSET, SIZE, reference, tiny, write
 
 ROOT = Path(__file__).parents[2]
@@ -215,8 +217,8 @@ def _meta(model, tokenizer, **changes):
     return dict(
         hf_config=model.config, tokenizer_dir=tokenizer, method="dmc", window=None, looks_ahead=False,
         decision=model.decision, offset=OFFSET, gain=GAIN, target_cr=2.0, measured_cr=1.9, step=7,
-        results={"rows": [{"name": "base", "perplexity": 3.0}]},
-        compressed=True, config={"run": {"precision": "fp32"}}, perplexity=12.3, corpus_hash="c0", held_out_hash="4e",
+        results={"rows": [{"name": "base", "perplexity": 3.0}]}, compressed=True, perplexity=12.3,
+        corpus_hash="c0", held_out_hash="4e", config=dataclasses.asdict(Config()),
     ) | changes
 
 
