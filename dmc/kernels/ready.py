@@ -34,12 +34,12 @@ def prepare(which: str) -> None:
     """Compiles loops, or reads what an earlier process compiled, so that no request has to wait for it.
 
     Args:
-        which: "decode", "linear", "prefill", "rows" (what is between products), or "trellis" (those that encode such pages).
+        which: "decode", "prefill", or "trellis" (those that encode such pages).
     """
     from dmc.kernels.cpu import compiled
 
     began = time.perf_counter()
-    {"decode": _decode, "linear": _linear, "prefill": _prefill, "rows": _rows, "trellis": _trellis}[which]()
+    {"decode": _decode, "prefill": _prefill, "trellis": _trellis}[which]()
     if (seconds := time.perf_counter() - began) > 3:
         kept = "the next process finds them ready"
         if not compiled.KEPT:
@@ -56,32 +56,12 @@ def _decode() -> None:
     cpu.decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), paged, 1.0)
 
 
-def _linear() -> None:
-    from dmc.kernels.cpu import threads
-    from dmc.kernels.linear import cpu, loop
-
-    cpu.Panels(torch.zeros(1, 1))(torch.zeros(1, 1))
-    threads.prepare(loop.multiply, loop.FACTS)
-
-
 def _prefill() -> None:
     from dmc.kernels.prefill import cpu
 
     places = torch.zeros(1, 1, dtype=torch.int32)
     for one in (torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, dtype=torch.bfloat16)):
         cpu.prefill(one[None], one, one, places, one, one, places[0], 1.0)
-
-
-def _rows() -> None:
-    from dmc.kernels.cpu import threads
-    from dmc.kernels.rows import cpu, loop
-
-    x = torch.zeros(1, 1, 2)
-    cpu.norm(x, x[0, 0], 1e-5)
-    cpu.gate(x)
-    cpu.turn(x, (x[0], x[0]))
-    for one in (loop.norm, loop.gate, loop.turn):
-        threads.prepare(one, loop.FACTS)
 
 
 def _trellis() -> None:

@@ -1,4 +1,4 @@
-"""Linear layers of the serving side, in the layout that the CPU's matrix product reads fastest."""
+"""Linear layers of the serving side: PyTorch's matmuls, with the weight in the layout that the CPU reads fastest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmc.kernels.cpu.runs import runs_on_cpu
-from dmc.kernels.ready import compiles
-
 _LOST = 2.0**-25  # of a weight, at most, when it is held in fp16: what underflows there
 
 
@@ -19,35 +16,28 @@ class Linear:
 
     On an x86 CPU the weight is kept in another layout than its own, and not in its own as well:
 
-    - with AVX-512 (and its products of bf16, if the model is in bf16), in panels that compiled loops read
-      (`dmc.kernels.linear.cpu`); an fp32 weight in 16 bits, if that loses nothing, as when it was saved in them;
-    - else in fp32 in fp16 (FBGEMM), if that loses nothing but what is next to 0; products and sums stay in fp32;
-    - else in oneDNN's blocked layout, 1.5 to 2.5 times faster than the default product for 2 to 64 rows and 1.2
-      times for a prompt's hundreds; in bf16 where oneDNN has products of bf16 (with sums in fp32).
+    - an fp32 weight in fp16 (FBGEMM), if that loses nothing but what is next to 0, as when it was saved in 16 bits;
+      products and sums stay in fp32;
+    - another fp32 weight in oneDNN's blocked layout, 1.5 to 2.5 times faster than the default matmul for 2 to 64 rows
+      and 1.2 times for a prompt's hundreds; a bf16 weight too, where oneDNN has products of bf16 (with sums in fp32).
 
     Args:
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
 
     Attributes:
-        held: "panels", "fp16", "blocked" or "plain".
+        held: "fp16", "blocked" or "plain".
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias, self.held, self.weight = bias, _best(weight), weight
-        if self.held == "panels":
-            from dmc.kernels.linear.cpu import Panels
-
-            self.weight = Panels(weight, bias)
-        elif self.held == "fp16":
+        if self.held == "fp16":
             self.weight = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
         elif self.held == "blocked":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., in] → [..., out]``."""
-        if self.held == "panels":
-            return self.weight(x)
         if self.held == "fp16":
             return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
         if self.held == "blocked":
@@ -56,8 +46,6 @@ class Linear:
 
     def dense(self) -> Tensor:
         """The weight in its own layout and dtype, ``[out, in]``."""
-        if self.held == "panels":
-            return self.weight.dense()
         if self.held == "fp16":
             return torch.ops.quantized.linear_unpack_fp16(self.weight)[0].float()
         return self.weight.to_dense() if self.held == "blocked" else self.weight
@@ -68,8 +56,6 @@ def _best(weight: Tensor) -> str:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if not (x86 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)):
         return "plain"
-    if _in_loops(weight):
-        return "panels"
     if weight.dtype == torch.bfloat16:
         return "blocked" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
     if "fbgemm" in torch.backends.quantized.supported_engines and _fits_fp16(weight):
@@ -80,12 +66,3 @@ def _best(weight: Tensor) -> str:
 def _fits_fp16(weight: Tensor) -> bool:
     """Whether fp16 holds an fp32 weight as it is, but for what is next to 0."""
     return all(bool((part.half().float() - part).abs().max() <= _LOST) for part in weight.split(4096))
-
-
-def _in_loops(weight: Tensor) -> bool:
-    """Whether compiled loops multiply it; compiles them."""
-    if not runs_on_cpu(weight, torch.bfloat16) or not compiles("linear"):
-        return False
-    from dmc.kernels.linear.cpu import takes
-
-    return takes(weight.dtype)

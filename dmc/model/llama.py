@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.functional import importance, round_alpha
-from dmc.kernels.cpu.runs import runs_on_cpu
-from dmc.kernels.ready import compiles
-from dmc.kernels.rows.rows import gate, norm
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.linear import Linear
+from dmc.model.ops import rms_norm, swiglu
 from dmc.model.weights import Weights
 from dmc.rope import Rope
 
@@ -61,8 +59,6 @@ class Llama:
         self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        if runs_on_cpu(torch.empty(0, dtype=dtype, device=device), torch.bfloat16):
-            compiles("rows")
         self.fitted: FittedHeads | None = None
         self.rope = Rope.of(config.rope, dtype=_work(dtype), device=device)
 
@@ -99,18 +95,18 @@ class Llama:
         """`hidden` from block ``first`` on, given what goes into it: ``[N, hidden]`` → the same."""
         for index in range(first, len(self.layers)):
             x = self.block(x, index, attend)
-        return norm(x, self.norm, self.config.rms_norm_eps)[1]
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def block(self, x: Tensor, index: int, attend: Attend) -> Tensor:
         """One block: ``[N, hidden]`` → the same."""
         layer = self.layers[index]
-        attended = self._attention(index, layer, self.normed(x, index), attend)
-        x, normed = norm(x, layer.post_norm, self.config.rms_norm_eps, attended)
-        return x + layer.down(gate(layer.gate_up(normed)))
+        x = x + self._attention(index, layer, self.normed(x, index), attend)
+        normed = rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
+        return x + layer.down(swiglu(layer.gate_up(normed)))
 
     def normed(self, x: Tensor, index: int) -> Tensor:
         """Input of the attention projections of block ``index``: ``[N, hidden]`` → the same."""
-        return norm(x, self.layers[index].input_norm, self.config.rms_norm_eps)[1]
+        return rms_norm(x, self.layers[index].input_norm, self.config.rms_norm_eps)
 
     @property
     def head(self) -> Tensor:

@@ -34,23 +34,6 @@ if "decode" in sys.argv:
     for kind in ("dense", "int8", "fp8"):
         check(paged(kind, [(2, 5), (0, 1), (1, 0)], 20, 16), queries(3, 3, 20), [2, 0, 1])
     check(gear_pages(64, 32, bits=4)[0], queries(3, 2, 64), [2, 0, 1])
-if "linear" in sys.argv:
-    from dmc.functional import rotate
-    from dmc.kernels.rows import cpu as rows_cpu
-    from dmc.kernels.linear.cpu import Panels
-    x = torch.randn(23, 45)
-    for rounded in (torch.float32, torch.bfloat16, torch.float16):
-        weight, bias = torch.randn(70, 45).to(rounded).float(), torch.randn(70)
-        layer, right = Panels(weight, bias), torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        assert (layer(x) - right).abs().max() < 1e-4 and torch.equal(layer(x[:1]), layer(x)[:1])
-        assert torch.equal(layer.dense(), weight)
-    for dtype, unit in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
-        x, rope = torch.randn(5, 7, 46).to(dtype), (torch.randn(7, 46), torch.randn(7, 46))
-        right = torch.nn.functional.rms_norm(x.double(), (46,), eps=1e-5)
-        assert torch.allclose(rows_cpu.norm(x, torch.ones(46, dtype=dtype), 1e-5)[1].double(), right, unit, unit)
-        right = torch.nn.functional.silu(x[..., :23].double()) * x[..., 23:].double()
-        assert torch.allclose(rows_cpu.gate(x).double(), right, unit, unit)
-        assert torch.equal(rows_cpu.turn(x, rope), rotate(x.float(), rope).to(dtype))
 print(host().lanes, host().vectors)
 """
 AVX2, NONE = dict(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+fma"), dict(NUMBA_CPU_NAME="x86-64")
@@ -90,11 +73,8 @@ def test_a_process_without_compilation_is_pytorch_s():
     program = """if True:
         import torch
         from dmc.cache import codec
-        from dmc.kernels.rows import rows
         from dmc.kernels.cpu.runs import runs_on_cpu
-        from dmc.model.linear import Linear
-        assert not runs_on_cpu(torch.ones(1)) and Linear(torch.ones(4, 4)).held != "panels"
-        rows.norm(torch.ones(2, 4), torch.ones(4), 1e-5)
+        assert not runs_on_cpu(torch.ones(1))
         codec("tcq").encode(*torch.randn(2, 1, 32, 64))
     """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
@@ -103,7 +83,7 @@ def test_a_process_without_compilation_is_pytorch_s():
 @X86
 @pytest.mark.parametrize(("settings", "what", "expected"), [
     (dict(NUMBA_ENABLE_AVX="0"), "prompts", "4 2"),
-    *(pytest.param(settings, "decode linear", sizes, marks=pytest.mark.slow)
+    *(pytest.param(settings, "decode", sizes, marks=pytest.mark.slow)
       for settings, sizes in ((AVX2, "8 2"), (NONE, "4 2"), (dict(NUMBA_ENABLE_AVX="0"), "4 2"))),
 ])
 def test_a_process_of_a_narrower_cpu(settings, what, expected, tmp_path):

@@ -83,8 +83,8 @@ def test_every_compiled_file_is_dated():
     """Also one that somebody adds to a new folder, or outside the kernels."""
     made = {path for path in PROJECT.rglob("*.py") if any(makers(ast.parse(path.read_text())))}
     dated = set(compiled.sources(compiled._ROOM, compiled._PACKAGE))
-    assert len(made) >= 10 and not made - dated
-    assert {"host", "layout", "threads"} <= {path.stem for path in dated}  # constants that loops hold
+    assert len(made) >= 5 and not made - dated
+    assert {"host", "layout"} <= {path.stem for path in dated}  # constants that loops hold
     assert not any("import triton" in path.read_text() for path in dated)
 
 

@@ -6,32 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmc.kernels.backend import using
-from dmc.kernels.cpu import runs as loops
-from dmc.kernels.linear.cpu import takes
-from dmc.model import linear as module
 from dmc.model.linear import Linear
 
 pytestmark = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="layouts of x86 CPUs")
-FORMS = ["auto", "sdpa"]  # with the compiled loops, and as without them
 
 
-def expected(form, dtype, otherwise):
-    return "panels" if form == "auto" and takes(dtype) else otherwise
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rounded, held", [(None, "blocked"), (torch.bfloat16, "fp16"), (torch.float16, "fp16")])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(32, 48), (33, 97), (128, 7)])
-def test_the_same_product(rounded, held, bias, inputs, outputs, form):
+def test_the_same_product(rounded, held, bias, inputs, outputs):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator) * 0.05
     weight = weight if rounded is None else weight.to(rounded).float()
     added = torch.randn(outputs, generator=generator) if bias else None
-    with using(form):
-        linear = Linear(weight, added)
-    assert linear.held == expected(form, torch.float32, held)
+    linear = Linear(weight, added)
+    assert linear.held == held
     torch.testing.assert_close(linear.dense(), weight, rtol=0, atol=2.0**-25 if linear.held == "fp16" else 0)
     for shape in ((1,), (3,), (70,), (2, 5), (0,)):
         x = torch.randn(*shape, inputs, generator=generator)
@@ -40,29 +29,26 @@ def test_the_same_product(rounded, held, bias, inputs, outputs, form):
 
 
 def test_values_that_fp16_lacks_stay_fp32():
-    with using("sdpa"):
-        weight = torch.ones(4, 8)
-        assert Linear(weight).held == "fp16"
-        for value in (1e5, 1 + 2.0**-12):
-            other = weight.clone()
-            other[2, 3] = value
-            assert Linear(other).held == "blocked"
-        other[2, 3] = 1e-8  # next to 0: both are
-        assert Linear(other).held == "fp16"
+    weight = torch.ones(4, 8)
+    assert Linear(weight).held == "fp16"
+    for value in (1e5, 1 + 2.0**-12):
+        other = weight.clone()
+        other[2, 3] = value
+        assert Linear(other).held == "blocked"
+    other[2, 3] = 1e-8  # next to 0: both are
+    assert Linear(other).held == "fp16"
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(32, 48), (33, 97)])
-def test_bf16(inputs, outputs, bias, form):
+def test_bf16(inputs, outputs, bias):
     """Sums are not in bf16: the error is the rounding of the result, as where the CPU has no layout for it."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(outputs, inputs, generator=generator) * 0.05).bfloat16()
     added = torch.randn(outputs, generator=generator).bfloat16() if bias else None
-    with using(form):
-        linear = Linear(weight, added)
+    linear = Linear(weight, added)
     blocked = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert linear.held == expected(form, torch.bfloat16, "blocked" if blocked else "plain")
+    assert linear.held == ("blocked" if blocked else "plain")
     assert torch.equal(linear.dense(), weight)
     for shape in ((1,), (70,), (2, 5), (0,)):
         x = torch.randn(*shape, inputs, generator=generator).bfloat16()
@@ -76,12 +62,3 @@ def test_bf16(inputs, outputs, bias, form):
 def test_other_dtypes_stay_as_they_are(dtype):
     linear = Linear(torch.randn(5, 6).to(dtype))
     assert linear.held == "plain" and linear(torch.randn(2, 6).to(dtype)).dtype == dtype
-
-
-def test_loops_that_do_not_compile_are_done_without(monkeypatch, caplog):
-    if not takes(torch.float32):
-        pytest.skip("no loops for this CPU")
-    monkeypatch.setattr(loops, "_given_up", False)
-    monkeypatch.setattr("dmc.kernels.ready.prepare", lambda which: 1 / 0)
-    assert module.Linear(torch.ones(4, 8)).held == "fp16"
-    assert "ZeroDivisionError" in caplog.text

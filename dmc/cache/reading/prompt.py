@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dmc.cache.policies import Entries, Policy
 from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
-from dmc.functional import accumulate_numerators
-from dmc.kernels.rows.rows import turn
+from dmc.functional import accumulate_numerators, rotate
 
 NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
 
@@ -87,7 +86,7 @@ class Prompt:
         states = states_of(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
         lead = states.alpha.shape[1] - tokens  # 1 if the open entry of the last chunk comes before this one's tokens
         size, dtype = query.shape[-1], query.dtype
-        keys, values = turn(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
+        keys, values = rotated(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
 
         closes = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
         chosen, counts = compact(closes)
@@ -102,7 +101,7 @@ class Prompt:
             entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
         rising = past is None or not self.policy.merges
         seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising)
-        turned = turn(query.transpose(0, 1), tuple(part[lead:] for part in table))
+        turned = rotated(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy)
         scores, tail_score = self._scores(past, gathered, closes, counts)
         tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
@@ -194,3 +193,8 @@ def select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
     return Layer(
         layer.keys.gather(1, wide), layer.values.gather(1, wide), places, scores, layer.numerators, layer.z, layer.tail_score
     ), counts
+
+
+def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """`dmc.functional.rotate` of ``[H, T, D]`` in fp32 at least, rounded once."""
+    return rotate(x if x.dtype == torch.float64 else x.float(), table).to(x.dtype)

@@ -1,1 +1,0 @@
-"""Linear layers of a served model on a CPU."""

@@ -1,1 +1,0 @@
-"""Norms, gated activation and RoPE of a served model."""
