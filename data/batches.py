@@ -19,7 +19,7 @@ from torch import Tensor
 from data.blend import Interleave
 from data.corpus import Corpus
 from data.mixture import Mixture
-from data.shuffle import LISTED, Shuffle
+from data.shuffle import Shuffle
 from dmc.training.config import LogConfig, OptimConfig
 
 _ORDERS = 0x9E3779B97F4A7C15  # between the seeds of two corpora of a blend: they are not shuffled alike
@@ -43,11 +43,11 @@ class Batch:
 class Sequences:
     """A text cut into sequences, in the order of a run."""
 
-    def __init__(self, text: Mixture, length: int, *, seed: int = 0, listed: int = LISTED) -> None:
+    def __init__(self, text: Mixture, length: int, *, seed: int = 0) -> None:
         self._corpora, self._length = text.corpora, length
         self.counts = [_sequences_of(corpus, length) for corpus in text.corpora]
         self._deal = Interleave(list(text.shares))
-        self._orders = [Shuffle(n, seed + c * _ORDERS, listed=listed) for c, n in enumerate(self.counts)]
+        self._orders = [Shuffle(n, seed + c * _ORDERS) for c, n in enumerate(self.counts)]
 
     def batch(self, samples: list[int]) -> Batch:
         """The sequences at these places of the shuffled, endless order."""

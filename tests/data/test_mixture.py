@@ -147,10 +147,9 @@ def test_a_step_is_the_same_for_any_ranks_and_start(corpora, step, ranks, micro)
     assert sum(found, []) == expected
 
 
-@pytest.mark.parametrize("listed", [1, 2**24])
-def test_every_corpus_gives_its_share_and_each_sequence_once_an_epoch(listed):
+def test_every_corpus_gives_its_share_and_each_sequence_once_an_epoch():
     text = Mixture(numbered([10, 20, 50]).corpora, (Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)))
-    sequences = Sequences(text, LENGTH, seed=1, listed=listed)
+    sequences = Sequences(text, LENGTH, seed=1)
     firsts = sequences.batch(list(range(200))).tokens[:, 0].tolist()
     given_by = [[f % 1000 for f in firsts if f // 1000 == c] for c in range(3)]
     assert [len(g) for g in given_by] == [100, 60, 40]
@@ -182,9 +181,8 @@ def test_a_corpus_of_many_gigabytes_is_read_without_loading_it(tmp_path):
         file.truncate(2 * count)
     stream = np.memmap(tmp_path / "big.bin", dtype=np.uint16, mode="r")
     text = Mixture((Corpus("big", stream, np.arange(0, 2 * count, 2 * count // 1000), "hash", 0),))
-    sequences = Sequences(text, 512)
-    assert sequences.counts[0] > 2**24  # in the order that is computed, not listed
-    assert torch.equal(sequences.batch([0, 10**9]).tokens, torch.zeros(2, 512, dtype=torch.int64))
+    sequences = Sequences(text, 4096)
+    assert torch.equal(sequences.batch([0, 10**8]).tokens, torch.zeros(2, 4096, dtype=torch.int64))
     assert len(sequences.within_documents(16).samples) == 16
 
 
