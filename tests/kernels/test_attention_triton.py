@@ -61,6 +61,9 @@ def results(run, tensors, starts, dtype=None):
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 
+LARGE = 3e-5  # scores of some 500: one rounding of such a score in fp32, which the order of its sum decides
+
+
 def check(tensors, starts, **options):
     exact = results(naive, tensors, starts, torch.float64)
     assert_close_enough(NAMES, results(attend, tensors, starts), results(naive, tensors, starts), exact, **options)
@@ -73,7 +76,7 @@ def test_equals_plain_pytorch_with_gradients(tokens, packed):
 
 @pytest.mark.parametrize("kind", ["none", "all", "large"])
 def test_extremes(kind):
-    check(*problem(50, 24, kind=kind, heads=2, groups=1))
+    check(*problem(50, 24, kind=kind, heads=2, groups=1), floor=LARGE if kind == "large" else 1e-6)
 
 
 def test_low_precision():

@@ -26,7 +26,9 @@ PYTHON_SCRIPTS = (
 SCRIPTS = ("train.py", *(f"scripts/{name}.py" for name in PYTHON_SCRIPTS))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [
+    pytest.param(one, marks=() if one in ("train.py", "scripts/bench_serve.py") else pytest.mark.slow) for one in SCRIPTS
+])
 def test_help_explains(script):
     done = run(sys.executable, ROOT / script, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout and len(done.stdout) > 300

@@ -102,6 +102,7 @@ def test_two_nodes_train_to_the_end(tmp_path):
     assert (cluster.output / "checkpoints" / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_not_requeued(tmp_path):
     cluster = Cluster(tmp_path, nodes=1)
     assert cluster.finish(cluster.start("single_node.sbatch", "optim.lrr=1")) != 0

@@ -112,7 +112,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+@pytest.mark.parametrize(("arguments", "message"), [
+    pytest.param(*one, marks=() if one[0][0] in ("--target-crr", "data.sequence_length=100000", "--resume") else pytest.mark.slow)
+    for one in REFUSED  # each a process; test_train.py has more of them in one
+])
 def test_bad_input_is_one_sentence_and_exit_2(reference, arguments, message):
     tmp, _ = reference
     base = ["--output", tmp / "never", f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL]
