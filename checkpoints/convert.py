@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
@@ -20,7 +18,7 @@ from checkpoints.trained import TrainedWeights
 from dmc.rope import settings_of
 from dmc.training.config import recorded
 
-__all__ = ["HfWeights", "count", "fingerprint", "load_hf_state", "loader", "read_config", "to_hf", "to_megatron"]
+__all__ = ["HfWeights", "count", "load_hf_state", "loader", "read_config", "to_hf", "to_megatron"]
 
 def read_config(directory: str | Path) -> LlamaConfig:
     """The configuration of a Hugging Face Llama directory.
@@ -82,31 +80,6 @@ def loader(
     return lambda names, first_layer, rank, size: to_megatron(
         hf, weights, names, first_layer=first_layer, rank=rank, size=size
     )
-
-
-def fingerprint(directory: str | Path, init: str = "pretrained") -> str:
-    """16 hex digits that identify the model a run started from: its config and its weight files.
-
-    The ranks of an initialised process group must call it together: each reads its share of the files.
-    """
-    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes() + init.encode())
-    if init == "pretrained":
-        together = dist.is_initialized()
-        rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        shares: list[list[bytes]] = [[]] * size
-        own = [_digest(path) for path in sorted(Path(directory).glob("*.safetensors"))[rank::size]]
-        if together:
-            dist.all_gather_object(shares, own)
-        else:
-            shares = [own]
-        for i in range(sum(map(len, shares))):
-            digest.update(shares[i % size][i // size])
-    return digest.hexdigest()[:16]
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def count(hf: LlamaConfig) -> int:

@@ -28,6 +28,7 @@ import dmc.training  # noqa: F401 - before anything of megatron: makes it run wi
 from checkpoints import convert, store
 from data import batches, mixture, opening, tokens
 from dmc.fitted import FittedDecisions
+from dmc.model.fingerprint import model_hash
 from dmc.rope import settings_of
 from dmc.training import backends, dryrun, flops, llama, peers, setup
 from dmc.training import config as configuration
@@ -104,7 +105,7 @@ def build(config: Config) -> Trainer:
     prepare_output(output, config, resume=resume is not None, rank=rank)
     meta = {
         "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,
-        "held_out_hash": held_out.hash, "model_hash": convert.fingerprint(config.run.model, config.run.init),
+        "held_out_hash": held_out.hash, "model_hash": model_hash(config.run.model, config.run.init, together=True),
         "tokenizer_dir": str(Path(config.run.model).resolve()),
         "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
         "begin": begin,

@@ -1,6 +1,5 @@
 """Weights between Hugging Face's names and megatron-core's: bit for bit, whole and cut, and what is refused."""
 
-import hashlib
 import json
 
 import pytest
@@ -224,44 +223,7 @@ def test_no_configuration_is_said(tmp_path, directory):
         convert.read_config(tmp_path / directory)
 
 
-# ------------------------------------------------------------------------------------------- what identifies a model
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parameters_are_counted(shape):
     hf = hf_config(tiny("neuron", **shape))
     assert convert.count(hf) == sum(p.numel() for p in LlamaForCausalLM(hf).parameters())
-
-
-def test_the_fingerprint_changes_with_configuration_and_weights(tmp_path):
-    directory, model = llama_directory(tmp_path / "model")
-    first = convert.fingerprint(directory)
-    assert first == convert.fingerprint(llama_directory(tmp_path / "copy")[0]) and len(first) == 16
-    assert convert.fingerprint(directory, "random") != first
-    model.state["model.norm.weight"][3] += 1e-6
-    save_file(model.state, directory / "model.safetensors")
-    second, unread = convert.fingerprint(directory), convert.fingerprint(directory, "random")
-    assert second != first and unread == convert.fingerprint(tmp_path / "copy", "random")
-    (directory / "config.json").write_text(json.dumps(model.config | {"rms_norm_eps": 1e-4}))
-    assert len({first, second, convert.fingerprint(directory)}) == 3
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_ranks_divide_the_reading_and_agree(tmp_path, monkeypatch, size):
-    directory, _ = sharded_directory(tmp_path / "model")
-    alone = hashlib.sha256((directory / "config.json").read_bytes() + b"pretrained")
-    for path in sorted(directory.glob("*.safetensors")):
-        alone.update(hashlib.sha256(path.read_bytes()).digest())
-    files, read, digest = sorted(directory.glob("*.safetensors")), [], convert._digest
-    monkeypatch.setattr(convert, "_digest", lambda path: read.append(path) or digest(path))
-    monkeypatch.setattr(convert.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(convert.dist, "get_world_size", lambda: size)
-    for rank in range(size):
-        def gather(out, own, rank=rank):
-            out[:] = [[digest(path) for path in files[r::size]] for r in range(size)]
-            assert own == out[rank]
-
-        monkeypatch.setattr(convert.dist, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(convert.dist, "all_gather_object", gather)
-        assert convert.fingerprint(directory) == alone.hexdigest()[:16]
-    assert sorted(read) == files  # each file by one rank

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from checkpoints.convert import fingerprint
 from dmc import LLM
 from dmc.evaluation.measure import measure, prefill
-from dmc.evaluation.provenance import model_hash
 from dmc.evaluation.reference import reference
 from dmc.evaluation.windows import Windows, cut_windows, read_windows
 from tests.model import tiny
@@ -140,10 +138,6 @@ def test_reference_is_kept_and_made_anew_if_damaged(base, other, windows, tmp_pa
     reference(other, windows, store=tmp_path)
     reference(base, Windows(windows.tokens, PROMPT - 1), store=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_model_hash_is_the_one_that_training_records(base):
-    assert model_hash(base) == fingerprint(base)
 
 
 def test_windows_of_a_text(base, tmp_path):

@@ -124,11 +124,3 @@ def test_settings(parts, tmp_path, settings, said):
     tiny.write(tmp_path, *parts)
     with pytest.raises(ValueError, match=said):
         LLM(tmp_path, **{"device": "cpu"} | settings)
-
-
-def test_the_hash_is_that_of_a_training_run(tmp_path):
-    from checkpoints.convert import fingerprint
-    from dmc.model.fingerprint import model_hash
-
-    directory = tiny.write(tmp_path / "model", fields := tiny.config(), tiny.weights(fields))
-    assert model_hash(directory) == fingerprint(directory)
