@@ -16,7 +16,7 @@ TRAIN = [  # train.py and what goes with it, and all plots; serving needs none o
 setup(
     package_dir={"": "."},
     packages=find_packages(include=["dmc", "dmc.*"]),
-    package_data={"dmc.server": ["page.html"]},
+    package_data={"dmc.server": ["page.html"], "dmc.analysis": ["templates/*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.0,<6",
@@ -26,6 +26,7 @@ setup(
         "pyyaml>=6",
         "psutil>=5",  # memory of the machine; megatron-core's checkpoint save hangs without it and does not declare it
         "tqdm>=4",
+        "jinja2>=3.1",  # pages of dmc inspect; torch needs it too
         "numba>=0.61",  # attention over pages on a CPU (dmc/kernels/decode/cpu.py): PyTorch has none, and this needs no compiler
     ],
     extras_require={

@@ -1,65 +1,81 @@
-"""Pieces of the HTML report: tables that are heat maps, tables of numbers, a text cut into its entries."""
+"""The templates of `dmc inspect`'s pages, and what they are filled with: heat maps, tables of numbers, texts cut into entries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from functools import cache
+from pathlib import Path
 
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from dmc.analysis.figures import Panel, colours, number
+from dmc.analysis.figures import Curves, Panel, colours, number
 
 _MARKS = str.maketrans({" ": "\u00b7", "\t": "\u2192\t", "\n": "\u21b5\n", "\r": "\u240d"})
-_SHADES = 6  # of entries, in turn: classes e0 to e5 of the page
+_SPECTRUM_POINTS = 64  # of a table
 
 
-def heat_table(panel: Panel, *, log: bool = False) -> str:
-    """A heat map that is a table: every cell has its number, and its layer and head as tooltip."""
-    kind = "head" if panel.heads.startswith("key") else "query head"
-    heads = range(len(panel.cells[0]))
-    lines = [
-        f"<table class=heat><caption>{escape(panel.title)}<br><small>{escape(panel.heads)} / layer</small></caption>",
-        "<thead><tr><td></td>" + "".join(f"<th scope=col>{head}</th>" for head in heads) + "</tr></thead><tbody>",
+def render(name: str, **data: object) -> str:
+    """A template of this package, filled; texts are escaped."""
+    return _templates().get_template(name).render(data)
+
+
+def heat_table(panel: Panel, *, log: bool = False) -> dict:
+    """A heat map as a table: for every layer and head (number, background, colour of the text)."""
+    shades = colours(panel.cells, log=log)
+    rows = [
+        [(number(value), *pair) for value, pair in zip(cells, pairs, strict=True)]
+        for cells, pairs in zip(panel.cells, shades, strict=True)
     ]
-    for layer, (row, shades) in enumerate(zip(panel.cells, colours(panel.cells, log=log), strict=True)):
-        cells = "".join(
-            f'<td title="layer {layer}, {kind} {head}: {number(value)}" style="background:{back};color:{text}">'
-            f"{number(value)}</td>"
-            for head, (value, (back, text)) in enumerate(zip(row, shades, strict=True))
-        )
-        lines.append(f"<tr><th scope=row>{layer}</th>{cells}</tr>")
-    return "\n".join([*lines, "</tbody></table>"])
+    kind = "head" if panel.heads.startswith("key") else "query head"
+    return {"title": panel.title, "heads": panel.heads, "kind": kind, "rows": rows}
 
 
-def number_table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]]) -> str:
-    """A plain table: what the columns are (the first names the rows), and the rows with their names."""
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
-    lines = [f"<table class=numbers><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>"]
-    for name, values in rows:
-        cells = "".join(f"<td>{escape(_shown(value))}</td>" for value in values)
-        lines.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
-    return "\n".join([*lines, "</tbody></table>"])
+def figure(svg: str, label: str, *tables: dict) -> dict:
+    """A figure, with the tables of its numbers folded below."""
+    return {"svg": svg, "label": label, "tables": tables}
 
 
-def folded(summary: str, body: str) -> str:
-    """A part that opens on demand, without a script."""
-    return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
+def table(summary: str, caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]]) -> dict:
+    """A table that opens on demand; the first of its columns has the names of the rows."""
+    return {"summary": summary, "caption": caption, "columns": columns, "rows": rows}
 
 
-def segments(tokens: Sequence[str], merges: Tensor) -> str:
-    """A text whose tokens are grouped into the entries of one head; merges bool ``[T]``."""
+def table_of(curve: Curves, caption: str) -> dict:
+    """The numbers of a figure with one line per layer; of many points some."""
+    points = len(curve.x)
+    some = range(points)
+    if points > _SPECTRUM_POINTS:  # closer together where a spectrum falls
+        some = sorted({int(place) for place in torch.logspace(0, torch.tensor(points).log10(), _SPECTRUM_POINTS) - 1})
+    columns = [curve.x_label, *(f"layer {layer}" for layer in range(len(curve.lines)))]
+    rows = [(f"{curve.x[place]:g}", [_dash(line[place]) for line in curve.lines]) for place in some]
+    return table(f"{caption}: numbers", f"{caption}: {curve.y_label}", columns, rows)
+
+
+def entries_of(tokens: Sequence[str], merges: Tensor) -> list[list[str]]:
+    """The tokens of a text, grouped into the entries of one head; merges bool ``[T]``."""
     entries: list[list[str]] = []
     for token, merged in zip(tokens, merges.tolist(), strict=True):
         if not (entries and merged):
             entries.append([])
         entries[-1].append(token)
-    spans = (
-        f'<span class=e{place % _SHADES} title="entry {place}: {len(entry)} token{"s"[: len(entry) > 1]}">'
-        f"{escape(''.join(entry).translate(_MARKS))}</span>"
-        for place, entry in enumerate(entries)
+    return entries
+
+
+@cache
+def _templates() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )
-    return f"<p class=text>{''.join(spans)}</p>"
+    made.filters |= {"shown": _shown, "marked": lambda text: str(text).translate(_MARKS)}
+    return made
 
 
 def _shown(value: object) -> str:
     return number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

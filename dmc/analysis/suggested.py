@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 from dmc.analysis.figures import Curves, draw
-from dmc.analysis.markup import folded, number_table
+from dmc.analysis.markup import figure, table
 
 FILE = "layers.json"  # for the codecs
 
 
-def divided(recommendation: dict, directory: Path) -> str:
-    """Writes the file for the codecs and a picture → HTML."""
+def divided(recommendation: dict, directory: Path) -> dict:
+    """Writes the file for the codecs and a figure; returns what the report's template says of them."""
     (directory / FILE).write_text(json.dumps(recommendation["layers"], indent=1) + "\n", encoding="utf-8")
     layers, measured = recommendation["layers"]["layers"], recommendation["measured"]
     curves = [
-        Curves(f"one layer encoded: {setting}", found["values"], found["kl"], setting, "KL, nats a token", log=True)
+        Curves(f"one layer encoded: {setting}", found["values"], found["kl"], setting, "KL, nats/token", log=True)
         for setting, found in measured.items()
     ]
     svg = draw(curves, "sensitivity", directory / "sensitivity.png")
@@ -26,19 +26,13 @@ def divided(recommendation: dict, directory: Path) -> str:
     for number, own in enumerate(layers):
         losses = [f"{kl:.2e}" for found in measured.values() for kl in found["kl"][number]]
         rows.append((f"layer {number}", [*(f"{own[setting]:g}" for setting in measured), *losses]))
-    bits = recommendation["bits_per_element"]
-    text = (
-        f"Each layer's cache was encoded alone with the {recommendation['codec']} codec and the KL of the exact predictions to "
-        f"these measured. The bytes of one setting for all layers ({_settings(recommendation['base'])}: "
-        f"{bits['uniform']:.3f} bits per element) were then divided where they save most ({bits['recommended']:.3f} bits)."
-    )
-    return "\n".join([
-        "<h2>Settings for each layer</h2>", f"<p>{text}</p>", f"<p>{verdict(recommendation)} The file {FILE} holds them.</p>",
-        f"<div class=wide>{number_table('KL with all layers encoded, nats a token', _COMPARED, _compared(recommendation))}</div>",
-        '<figure role=img aria-label="KL with one layer encoded, a line a layer; the numbers are in the table below">',
-        f"{svg}</figure>",
-        folded("Settings and KL of each layer", f"<div class=wide>{number_table('Settings and KL', columns, rows)}</div>"),
-    ])
+    return {
+        "codec": recommendation["codec"], "base": _settings(recommendation["base"]), "bits": recommendation["bits_per_element"],
+        "verdict": verdict(recommendation), "file": FILE, "compared_columns": _COMPARED, "compared": _compared(recommendation),
+        "figure": figure(
+            svg, "KL with one layer encoded", table("Settings and KL of each layer", "Settings and KL", columns, rows),
+        ),
+    }
 
 
 def verdict(recommendation: dict) -> str:

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from dmc import cli
-from dmc.analysis import output
+from dmc.analysis import markup, output
 from dmc.analysis.figures import number
 from dmc.analysis.inspection import listed
-from dmc.analysis.markup import segments
 from tests.model import tiny
 
 TEXT = "How-vexingly-quick-daft-zebras-jump;" * 12
@@ -161,7 +160,8 @@ def test_short_text_and_missing_parent(capsys, directory, tmp_path):
 
 
 def test_segments_of_a_text():
-    text = segments(["a", " <b>", "\n", "&"], torch.tensor([True, True, False, True]))
+    entries = markup.entries_of(["a", " <b>", "\n", "&"], torch.tensor([True, True, False, True]))
+    text = markup._templates().get_template("parts.html").module.segments(entries)
     assert re.findall(r">([^<]+)</span>", text) == ["a\u00b7&lt;b&gt;", "\u21b5\n&amp;"]
     assert text.count('title="entry 0: 2 tokens"') == text.count('title="entry 1: 2 tokens"') == 1
 
