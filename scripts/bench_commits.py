@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # threads that spin while they wait would count as work
 
 
 def main() -> None:
@@ -53,7 +54,8 @@ class _Worker:
         command = [sys.executable, __file__, "--worker", "--models", model, "--context", str(options.context),
                    "--new", str(options.new), "--dtype", options.dtype]
         self._process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(checkout)}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command, env=os.environ | _ENVIRONMENT | {"PYTHONPATH": str(checkout)}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
 
     def ask(self, case: dict) -> dict:
