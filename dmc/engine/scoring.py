@@ -1,14 +1,19 @@
-"""Teacher-forced log-probabilities through the compressed cache: how perplexity of a policy and codec is measured."""
+"""Teacher-forced passes through the compressed cache: prefill, then one given token per sequence and step.
+
+`prefill` and `feed` are the one loop of `LLM.score`, of continuations (`dmc.evaluation.continuations`) and of the frontier
+(`dmc.evaluation.measure`).
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dmc.cache import Prompt
 from dmc.engine.runner import Chunk, Runner
 from dmc.engine.stats import Stats, measure
 
@@ -28,6 +33,60 @@ class Score:
     stats: Stats
 
 
+@dataclass
+class Fed:
+    """A sequence in the cache whose next tokens are given.
+
+    Attributes:
+        slot: of the cache.
+        tokens: token ids, at least those up to the next that is fed.
+        fed: how many are in the cache.
+        until: how many are to be.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    fed: int
+    until: int
+
+
+def prefill(
+    runner: Runner, tokens: Sequence[int], chunk: int, take: Callable[[int, Tensor], None] | None = None,
+) -> Prompt:
+    """Feeds tokens as a prompt, ``chunk`` at a time; its pages are not encoded yet.
+
+    Args:
+        runner: of the model.
+        tokens: at least one.
+        chunk: tokens per pass of the model.
+        take: is called with the place of each chunk's first token and its hidden states ``[T, hidden]``.
+    """
+    prompt = runner.cache.prompt()
+    for start in range(0, len(tokens), chunk):
+        _, (hidden,) = runner.step([], [], [], [Chunk(prompt, list(tokens[start : start + chunk]))])
+        if take:
+            take(start, hidden)
+    return prompt
+
+
+def feed(runner: Runner, sequences: Sequence[Fed], take: Callable[[list[Fed], Tensor], None]) -> None:
+    """Feeds one token to each sequence per step, until all are fed.
+
+    Args:
+        runner: of the model.
+        sequences: in the cache; their ``fed`` counts up.
+        take: is called after each step with the sequences that were fed and the log-probabilities ``[S, V]`` of their next
+            tokens. It may append these to a sequence's tokens.
+    """
+    while alive := [each for each in sequences if each.fed < each.until]:
+        hidden, _ = runner.step(
+            [each.slot for each in alive], [each.tokens[each.fed] for each in alive], [each.fed for each in alive]
+        )
+        for each in alive:
+            each.fed += 1
+        take(alive, runner.logits(hidden).log_softmax(-1))
+
+
 def score_batch(runner: Runner, sequences: Sequence[list[int]], prompt_tokens: int, chunk: int) -> list[Score]:
     """Scores sequences together; as many slots must be free, and every length at least 2.
 
@@ -35,56 +94,49 @@ def score_batch(runner: Runner, sequences: Sequence[list[int]], prompt_tokens: i
     later one goes through the decode step.
     """
     started = time.perf_counter()
-    slots = []
+    running: list[Fed] = []
+    logprobs: dict[int, Tensor] = {}  # by slot
     try:
-        prompts = [tokens[: min(prompt_tokens, len(tokens) - 1)] for tokens in sequences]
-        logprobs = []  # of each sequence
-        for tokens, fed in zip(sequences, prompts, strict=True):
-            logs = torch.empty(len(tokens) - 1)
-            prompt = runner.cache.prompt()
-            for start in range(0, len(fed), chunk):
-                end = min(start + chunk, len(fed))
-                _, (hidden,) = runner.step([], [], [], [Chunk(prompt, fed[start:end])])
-                logs[start:end] = _prompt_logprobs(runner, hidden, tokens[start + 1 : end + 1])
-            slots.append(runner.cache.load(prompt))
-            logprobs.append(logs)
-        _force(runner, slots, sequences, [len(prompt) for prompt in prompts], logprobs)
+        for tokens in sequences:
+            first, logs = min(prompt_tokens, len(tokens) - 1), torch.empty(len(tokens) - 1)
+
+            def put(start: int, hidden: Tensor, tokens: list[int] = tokens, logs: Tensor = logs) -> None:
+                logs[start : start + len(hidden)] = _prompt_logprobs(runner, hidden, tokens[start + 1 : start + 1 + len(hidden)])
+
+            prompt = prefill(runner, tokens[:first], chunk, put)
+            running.append(Fed(runner.cache.load(prompt), tokens, first, len(tokens) - 1))
+            logprobs[running[-1].slot] = logs
+
+        def pick(alive: list[Fed], predicted: Tensor) -> None:
+            following = torch.tensor([each.tokens[each.fed] for each in alive], device=predicted.device)
+            for each, value in zip(alive, _picked(predicted, following).tolist(), strict=True):
+                logprobs[each.slot][each.fed - 1] = value
+
+        feed(runner, running, pick)
         seconds = time.perf_counter() - started
-        return [
-            Score(logs, measure(
-                runner.cache, slot, prompt_tokens=len(prompt), cached_tokens=len(tokens) - 1,
-                generated=len(tokens) - 1 - len(prompt), seconds=seconds,
-            ))
-            for logs, slot, tokens, prompt in zip(logprobs, slots, sequences, prompts, strict=True)
-        ]
+        scores = []
+        for each in running:
+            first = min(prompt_tokens, each.until)
+            stats = measure(
+                runner.cache, each.slot, prompt_tokens=first, cached_tokens=each.until, generated=each.until - first,
+                seconds=seconds,
+            )
+            scores.append(Score(logprobs[each.slot], stats))
+        return scores
     finally:
-        for slot in slots:
-            runner.cache.close(slot)
+        for each in running:
+            runner.cache.close(each.slot)
 
 
 def _prompt_logprobs(runner: Runner, hidden: Tensor, following: list[int]) -> Tensor:
-    """Of the token that follows each of a prompt's: hidden ``[T, hidden]``, padding beyond the prompt."""
+    """Of the token that follows each of a prompt's: hidden ``[T, hidden]``."""
     rows = max(1, _LOGITS // runner.model.config.vocab_size)
     parts = []
-    for states, tokens in zip(hidden[: len(following)].split(rows), torch.tensor(following).split(rows), strict=True):
-        parts.append(_picked(runner.logits(states), tokens.to(states.device)))
+    for states, tokens in zip(hidden.split(rows), torch.tensor(following).split(rows), strict=True):
+        parts.append(_picked(runner.logits(states).log_softmax(-1), tokens.to(states.device)))
     return torch.cat(parts)
 
 
-def _force(
-    runner: Runner, slots: list[int], sequences: Sequence[list[int]], done: list[int], logprobs: list[Tensor],
-) -> None:
-    """Feeds every sequence's tokens from place ``done`` to its last but one, all sequences in step."""
-    fed = list(done)
-    while alive := [i for i, tokens in enumerate(sequences) if fed[i] < len(tokens) - 1]:
-        hidden, _ = runner.step([slots[i] for i in alive], [sequences[i][fed[i]] for i in alive], [fed[i] for i in alive])
-        logits = runner.logits(hidden)
-        following = torch.tensor([sequences[i][fed[i] + 1] for i in alive], device=logits.device)
-        for i, value in zip(alive, _picked(logits, following).tolist(), strict=True):
-            logprobs[i][fed[i]] = value
-            fed[i] += 1
-
-
-def _picked(logits: Tensor, tokens: Tensor) -> Tensor:
+def _picked(predicted: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of one token a row: ``[N, V], [N] → [N]`` on the CPU."""
-    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].cpu()
+    return predicted.gather(-1, tokens[:, None])[:, 0].cpu()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dmc.engine import LLM
-from dmc.engine.runner import Chunk, Runner
+from dmc.engine.runner import Runner
+from dmc.engine.scoring import Fed, feed, prefill
 from dmc.engine.stats import Stats, measure
 
 
@@ -90,24 +91,19 @@ def follow(llm: LLM, requests: Sequence[Request], progress: Callable[[int], None
     return [done[i] for i in range(len(requests))]
 
 
-@dataclass
-class _Running:
-    """One request in the cache: ``fed`` tokens of ``tokens`` (context and continuation) have gone in."""
+@dataclass(kw_only=True)
+class _Running(Fed):
+    """One request in the cache; its tokens are those of the context and of the continuation."""
 
     request: Request
-    slot: int
-    tokens: list[int]
-    fed: int
     started: float
     logprobs: list[float] = field(default_factory=list)
     greedy: bool = True
 
-    @property
-    def done(self) -> bool:
-        return len(self.logprobs) == self.request.length
-
     def take(self, predicted: Tensor) -> None:
-        """Log-probabilities ``[V]`` of the token after those that were fed; asked only at the continuation's."""
+        """Log-probabilities ``[V]`` of the token after those that were fed; those after the context's last one count."""
+        if self.fed < len(self.request.context):
+            return
         likeliest = int(predicted.argmax())
         if self.fed == len(self.tokens):
             self.tokens.append(likeliest)
@@ -127,8 +123,7 @@ def _together(llm: LLM, requests: Sequence[Request]) -> list[Scored]:
                 running.append(_running(request, runner.cache.fork(before.slot), before.fed))
             else:
                 running.append(_prefilled(llm, request))
-        while alive := [each for each in running if not each.done]:
-            _advance(runner, alive)
+        feed(runner, running, _take)
         return [_scored(runner, each) for each in running]
     finally:
         for each in running:
@@ -137,31 +132,24 @@ def _together(llm: LLM, requests: Sequence[Request]) -> list[Scored]:
 
 def _prefilled(llm: LLM, request: Request) -> _Running:
     """A request whose context is in the cache, all but its last token."""
-    runner, chunk = llm.engine.runner, llm.engine.prefill_tokens
-    context, prompt = list(request.context), llm.cache.prompt()
+    runner, context, last = llm.engine.runner, list(request.context), []
     first = max(1, len(context) - 1)
-    for start in range(0, first, chunk):
-        _, (hidden,) = runner.step([], [], [], [Chunk(prompt, context[start : min(start + chunk, first)])])
+    prompt = prefill(runner, context[:first], llm.engine.prefill_tokens, lambda start, hidden: last.append(hidden[-1:]))
     made = _running(request, runner.cache.load(prompt), first)
     if first == len(context):
-        made.take(runner.logits(hidden[-1:]).log_softmax(-1)[0])
+        made.take(runner.logits(last[-1]).log_softmax(-1)[0])
     return made
 
 
 def _running(request: Request, slot: int, fed: int) -> _Running:
     given = [] if isinstance(request.continuation, int) else request.continuation
-    return _Running(request, slot, [*request.context, *given], fed, time.perf_counter())
+    until = len(request.context) + request.length - 1
+    return _Running(slot, [*request.context, *given], fed, until, request=request, started=time.perf_counter())
 
 
-def _advance(runner: Runner, running: Sequence[_Running]) -> None:
-    """Feeds one token to each."""
-    hidden, _ = runner.step(
-        [each.slot for each in running], [each.tokens[each.fed] for each in running], [each.fed for each in running]
-    )
-    for each, row in zip(running, runner.logits(hidden).log_softmax(-1), strict=True):
-        each.fed += 1
-        if each.fed >= len(each.request.context):
-            each.take(row)
+def _take(running: list[_Running], predicted: Tensor) -> None:
+    for each, row in zip(running, predicted, strict=True):
+        each.take(row)
 
 
 def _scored(runner: Runner, each: _Running) -> Scored:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache import Codec, Policy, Prompt
-from dmc.engine import LLM
-from dmc.engine.runner import Chunk
+from dmc.engine import LLM, scoring
 from dmc.evaluation.provenance import commit, model_hash, versions
 from dmc.evaluation.reference import Reference, check_fits
 from dmc.evaluation.windows import Windows
@@ -133,13 +132,8 @@ def measure(
 
 def prefill(llm: LLM, windows: Windows) -> list[Prompt]:
     """The prompts of windows, run through the model and ready for the cache; their pages are not encoded yet."""
-    done, chunk = [], llm.engine.prefill_tokens
-    for row in windows.tokens[:, : windows.prompt].tolist():
-        prompt = llm.cache.prompt()
-        for start in range(0, len(row), chunk):
-            llm.engine.runner.step([], [], [], [Chunk(prompt, row[start : start + chunk])])
-        done.append(prompt)
-    return done
+    rows, chunk = windows.tokens[:, : windows.prompt].tolist(), llm.engine.prefill_tokens
+    return [scoring.prefill(llm.engine.runner, row, chunk) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -160,14 +154,14 @@ def _force(
     llm: LLM, slots: list[int], windows: Windows, reference: Reference | None, rows: slice,
     progress: Callable[[int], None] | None,
 ) -> _Run:
-    runner, cache, first = llm.engine.runner, llm.cache, windows.prompt
+    cache, first, end = llm.cache, windows.prompt, windows.prompt + windows.scored
     shape = len(slots), windows.scored
     kept = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logprobs", "held", "dense", "kl", "same", "base")}
-    for place in range(windows.scored):
-        position = first + place
-        hidden, _ = runner.step(slots, windows.tokens[:, position].tolist(), [position] * len(slots))
-        predicted = runner.logits(hidden).log_softmax(-1)
-        following = windows.tokens[:, position + 1, None].to(predicted.device)
+
+    def take(fed: list[scoring.Fed], predicted: Tensor) -> None:
+        position = fed[0].fed  # all windows are equally long
+        place = position - 1 - first
+        following = windows.tokens[:, position, None].to(predicted.device)
         step = {"logprobs": predicted.gather(-1, following)[:, 0]}
         if reference:
             wanted = reference.logprobs(rows, place).to(predicted.device)
@@ -177,9 +171,12 @@ def _force(
         step["held"] = torch.tensor([sum(cache.held(slot).values()) for slot in slots])
         for name, values in step.items():
             kept[name][:, place] = values.double().cpu()
-        kept["dense"][:, place] = cache.dense_bytes(position + 1)
+        kept["dense"][:, place] = cache.dense_bytes(position)
         if progress:
             progress(len(slots))
+
+    rows_of = zip(slots, windows.tokens.tolist(), strict=True)
+    scoring.feed(llm.engine.runner, [scoring.Fed(slot, tokens, first, end) for slot, tokens in rows_of], take)
     compared = {name: kept[name] if reference else None for name in ("kl", "same", "base")}
     return _Run(
         kept["logprobs"], kept["held"], kept["dense"], **compared, held_end=[cache.held(slot) for slot in slots],
