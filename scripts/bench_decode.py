@@ -31,22 +31,19 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT))
 
 from dmc.cache import KVCache, Shape, codec, policy  # noqa: E402
-from dmc.cache.codecs import Codec  # noqa: E402
-from dmc.cache.codecs.gear import GearCodec  # noqa: E402
 from dmc.cache.reading import growing  # noqa: E402
-from dmc.cache.reading.onpages import page_layout  # noqa: E402
 from dmc.cache.storage.pages import Layout  # noqa: E402
 from dmc.kernels.append.append import append_tokens  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
 from dmc.kernels.decode.decode import decode_attention  # noqa: E402
 from dmc.kernels.encode.encode import encode_pages  # noqa: E402
-from dmc.kernels.pages.paged import Gear, Paged  # noqa: E402
+from dmc.kernels.pages.format import PageFormat  # noqa: E402
+from dmc.kernels.pages.paged import Paged  # noqa: E402
 
 COLUMNS = ["section", "what", "batch", "ms", "put back ms", "append ms", "encode ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
 CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("gear", 4))
 GROWING = (("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("tcq-2bit", 4))
 PER_OPEN = 16  # exact entries a page
-RANK = 4  # of GEAR's low rank
 
 
 def main() -> None:
@@ -124,7 +121,7 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
     places, table = torch.ones(args.batch, dtype=torch.int64, device=device), torch.randn(2, 2, size, device=device)
     key, value = torch.randn(2, count, size, device=device, dtype=work)
     changed = [getattr(kernels.state, name) for name in (
-        "numerators", "z", "exact", "closed", "open_table", "closed_table", "stack", "free", "owners")]
+        "numerators", "z", "exact_count", "encoded_count", "open_table", "encoded_table", "stack", "free", "owners")]
     kept = [x.clone() for x in changed]
 
     def back() -> None:
@@ -137,7 +134,7 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
 
     def encoded() -> tuple[Tensor, Tensor]:
         own = appended()
-        encode_pages(kernels.state, index, kernels.encoding)
+        encode_pages(kernels.state, index)
         return own
 
     def attended() -> Tensor:
@@ -145,7 +142,7 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
 
     runs = (back, appended, encoded, attended)
     found = [times(_graphed(run, device), device, repeats=args.repeats) for run in runs]
-    if int(kernels.state.failed) or int((kernels.state.closed[:count] > kept[3][:count]).sum()) < count // page:
+    if int(kernels.state.failed) or int((kernels.state.encoded_count[:count] > kept[3][:count]).sum()) < count // page:
         raise SystemExit("error: the cache did not grow as it was meant to; its numbers would mean nothing")
     before, append, encode, last = (one["ms"] for one in found)
     return {"batch": args.batch, **found[3], "put back ms": before, "append ms": append - before, "encode ms": encode - append,
@@ -199,9 +196,8 @@ def pages(
     At CR 1 every row holds the context; else rows hold between a fifth and twice the mean, as heads of retrofits do.
     """
     work, size, page = _dtype(device), args.hidden // args.heads, args.page_size
-    preset = codec(kind) if kind == "tcq-4bit" else None
-    own = GearCodec.page_size if kind == "gear" else preset.page_size if preset else page
-    page = max(own, page) if device.type == "cuda" else page
+    stored = codec("gear", backbone="kivi") if kind == "gear" else codec(kind)
+    page = max(stored.page_size, page) if device.type == "cuda" else page
     rows, mean = layers * batch * args.kv_heads, args.context / cr
     g = torch.Generator().manual_seed(0)
     entries = torch.full((rows,), mean)
@@ -219,63 +215,27 @@ def pages(
         tables.append(table.to(device))
     number = [int((table > 0).sum()) + 1 for table in tables]
     opened = {part: torch.zeros(number[1], PER_OPEN, size, device=device, dtype=work) for part in "kv"}
-    layout = Gear(4, page, size, key_channel=True, value_channel=False, group=64) if kind == "gear" else None
-    if preset is not None:
-        kind, layout = page_layout(preset, page, size, device)
-        encoded = preset_fields(number[0], preset, page, size, device)
-    elif kind == "gear":
-        encoded = gear_fields(number[0], layout, device)
-    else:
-        encoded = plain_fields(number[0], page, size, kind, work, device)
+    made = stored.page_format(page, size, work, device)
+    encoded = random_fields(number[0], made, device)
     per_entry = sum(x[0].numel() * x.element_size() for x in encoded.values()) / page
     nbytes = int(counts.sum()) * page * per_entry + int(exact.sum()) * 2 * size * work.itemsize
     nbytes += 4 * sum(int((table > 0).sum()) for table in tables)
-    return Paged(kind, encoded, opened, *tables, counts.to(device), exact.to(device), layout), int(nbytes)
+    return Paged(made, encoded, opened, *tables, counts.to(device), exact.to(device)), int(nbytes)
 
 
-def plain_fields(count: int, page: int, size: int, kind: str, work: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Random pages of kind dense, int8 or fp8."""
-    stored = {"dense": work, "int8": torch.int8, "fp8": torch.uint8}[kind]
-    name = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers"}[kind]
-    fields = {}
-    for part in "kv":
-        codes = torch.empty(count, page, size, dtype=stored, device=device)
-        fields[name.format(part)] = codes.normal_() if kind == "dense" else codes.random_(0, 64)
-        if kind != "dense":
-            fields[f"{part}_scale"] = torch.full((count, page), 0.01, device=device, dtype=torch.bfloat16)
-    return fields
-
-
-def preset_fields(count: int, preset: Codec, page: int, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Random pages of a preset, laid out as the cache does: codes and scales, everything else 0.01."""
-    layout = Layout(preset.layout(page, size, torch.bfloat16))
-    memory = torch.empty(count, layout.nbytes, dtype=torch.uint8, device=device).random_(0, 256)
-    fields = layout.views(memory)
+def random_fields(count: int, made: PageFormat, device: torch.device) -> dict[str, Tensor]:
+    """Random pages of a format, laid out as the cache does: codes and entries; scales and factors are 0.01."""
+    layout = Layout(dict(made.fields))
+    fields = layout.views(torch.empty(count, layout.nbytes, dtype=torch.uint8, device=device).random_(0, 256))
     for name, field in fields.items():
-        if field.dtype == torch.bfloat16:
+        if name in ("k", "v"):
+            field.normal_()
+        elif field.dtype == torch.bfloat16:
             field.fill_(0.01)
-        elif name.endswith("scale"):
+        elif name.endswith(("scale", "numbers")):
             field.random_(0, 64)
-    return fields
-
-
-def gear_fields(count: int, gear: Gear, device: torch.device) -> dict[str, Tensor]:
-    """Random GEAR pages of one pool: codes and outliers' places, everything else 0.01."""
-    wanted = {}
-    for part, vectors, length in (("k", gear.head_size, gear.page), ("v", gear.page, gear.head_size)):
-        groups, outliers = gear.groups(part)[0], max(1, round(0.02 * length))
-        shapes = {"scale": (vectors * groups,), "zero": (vectors * groups,), "outliers": (vectors, outliers),
-                  "left": (gear.page, RANK), "right": (gear.head_size, RANK)}
-        wanted |= {f"{part}_{name}": (torch.bfloat16, shape) for name, shape in shapes.items()}
-        wanted |= {f"{part}_codes": (torch.uint8, (gear.page * gear.head_size * gear.bits // 8,)),
-                   f"{part}_places": (torch.uint8, (vectors, outliers))}
-    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in wanted.items()}
-    memory = torch.empty(count, -(-sum(sizes.values()) // 16) * 16, dtype=torch.uint8, device=device)
-    fields, offset = {}, 0
-    for name, (dtype, shape) in sorted(wanted.items(), key=lambda field: -field[1][0].itemsize):
-        field = memory[:, offset : offset + sizes[name]].view(dtype).unflatten(-1, shape)
-        fields[name] = field.random_(0, 256 if name.endswith("codes") else 16) if dtype == torch.uint8 else field.fill_(0.01)
-        offset += sizes[name]
+        elif name.endswith("places"):
+            field.random_(0, 16)
     return fields
 
 

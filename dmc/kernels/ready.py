@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
 
 from dmc.kernels.cpu.runs import give_up_loops
+from dmc.kernels.formats.plain.format import PlainFormat
+from dmc.kernels.pages.format import PageFormat
 from dmc.kernels.pages.paged import Paged
 
 _log = logging.getLogger("dmc.kernels")
 
 
-def compiles(*which: str) -> bool:
-    """Compiles loops before they are needed (`prepare`); if that fails, PyTorch takes over for good.
+def compiles(*which: str, formats: Iterable[PageFormat] = ()) -> bool:
+    """Compiles CPU kernels before they are needed (`prepare`); if that fails, PyTorch takes over for good.
+
+    Args:
+        which: see `prepare`.
+        formats: of pages that the CPU kernels are to read.
 
     Returns:
         Whether they are there.
@@ -23,6 +30,9 @@ def compiles(*which: str) -> bool:
     try:
         for name in which:
             prepare(name)
+        for one in formats:
+            if one.cpu_reads:
+                prepare_format(one)
         return True
     except Exception as error:  # of the compiler, or of what it keeps on disk
         give_up_loops(f"{type(error).__name__}: {error}")
@@ -36,10 +46,22 @@ def prepare(which: str) -> None:
     Args:
         which: "decode", "prefill", or "trellis" (those that encode such pages).
     """
+    known = {"decode": _decode, "prefill": _prefill, "trellis": _trellis}
+    _timed(which, known[which])
+
+
+@lru_cache(maxsize=256)
+def prepare_format(one: PageFormat) -> None:
+    """The same for the functions that read pages of a format."""
+    reader = one.cpu_reader(dict.fromkeys(one.fields, 0))
+    _timed(f"{one.name} pages'", lambda: (reader.keys.address, reader.values.address))
+
+
+def _timed(which: str, compile: Callable[[], object]) -> None:  # noqa: A002
     from dmc.kernels.cpu import compiled
 
     began = time.perf_counter()
-    {"decode": _decode, "prefill": _prefill, "trellis": _trellis}[which]()
+    compile()
     if (seconds := time.perf_counter() - began) > 3:
         kept = "the next process finds them ready"
         if not compiled.KEPT:
@@ -52,7 +74,8 @@ def _decode() -> None:
 
     table, count = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     pages = dict(zip("kv", torch.zeros(2, 1, 1, 4), strict=True))
-    paged = Paged("dense", pages, pages, table, table, count, count)
+    made = PlainFormat("dense", 1, 4, {part: (torch.float32, (1, 4)) for part in "kv"}, lambda k, v: {"k": k, "v": v})
+    paged = Paged(made, pages, pages, table, table, count, count)
     cpu.decode(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 4), torch.zeros(1, dtype=torch.int64), paged, 1.0)
 
 

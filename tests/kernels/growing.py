@@ -65,8 +65,17 @@ def load(held, layers, length, turn):
 
 
 def growing(held):
-    """The rows of a cache, one layout for all layers, as the kernels see them."""
-    return grown(held.rows, held.rows.packings[0]).state
+    """The rows of a cache, one layout for all layers, as the kernels see them.
+
+    The codec runs on the CPU: on CUDA PyTorch divides by a number through its reciprocal, which is less exact.
+    """
+    packing = held.rows.packings[0]
+
+    def encode(keys, values):
+        return {name: x.to(DEVICE) for name, x in packing.codec.encode(keys.cpu(), values.cpu()).tensors.items()}
+
+    state = grown(held.rows, packing).state
+    return dataclasses.replace(state, format=dataclasses.replace(state.format, encode=encode))
 
 
 def back(held):
@@ -110,19 +119,6 @@ def own_states(held, layer, slots, places, turn):
     keys, values = mean.chunk(2, dim=-1)
     table = turn(torch.tensor(places, device=DEVICE))
     return rotate(keys.transpose(0, 1), table).transpose(0, 1).flatten(0, 1), values.flatten(0, 1)
-
-
-def encoding(held):
-    """How the pages of a cache whose layers are stored alike are encoded.
-
-    The codec runs on the CPU: on CUDA PyTorch divides by a number through its reciprocal, which is less exact.
-    """
-    packing = held.rows.packings[0]
-
-    def encode(keys, values):
-        return {name: x.to(DEVICE) for name, x in packing.codec.encode(keys.cpu(), values.cpu()).tensors.items()}
-
-    return dataclasses.replace(grown(held.rows, packing).encoding, codec=encode)
 
 
 def fill(held, counts, keys, values):

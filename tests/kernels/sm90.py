@@ -143,6 +143,7 @@ def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased
 def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
     """Launches of one decode step."""
     from dmc.kernels.decode.gpu import decode
+    from dmc.kernels.formats.plain.format import PlainFormat
     from dmc.kernels.pages.paged import Paged
 
     stored = {"dense": ("k", dtype), "int8": ("k_codes", torch.int8), "fp8": ("k_numbers", torch.uint8)}[kind]
@@ -152,49 +153,22 @@ def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
     opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
     table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     own = torch.zeros(rows, size, dtype=dtype)
-    cache = Paged(kind, encoded, opened, table, table, count, count)
+    made = PlainFormat(kind, page, size, {name: (x.dtype, x.shape[1:]) for name, x in encoded.items()}, None)
+    cache = Paged(made, encoded, opened, table, table, count, count)
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
-def decoding_gear(size, dtype, *, bits=4, groups=4, page=32, rows=64, rank=1):
-    """The launches of one decode step over GEAR pages with keys by channel and values by token."""
+def decoding_pages(size, dtype, codec, *, groups=4, page=64, rows=64):
+    """The launches of one decode step over pages as a codec lays them out."""
+    from dmc.cache.storage.pages import Layout
     from dmc.kernels.decode.gpu import decode
-    from dmc.kernels.pages.paged import Gear, Paged
+    from dmc.kernels.pages.paged import Paged
 
-    pool, fields = torch.zeros(2, 8192, dtype=torch.uint8), {}
-    layout = Gear(bits, page, size, True, False, 64)
-    for part, vectors, count in (("k", size, 1), ("v", page, 2)):
-        shapes = dict(codes=(page * size * bits // 8,), scale=(vectors * layout.groups(part)[0],), places=(vectors, count),
-                      zero=(vectors * layout.groups(part)[0],), outliers=(vectors, count), left=(page, rank), right=(size, rank))
-        for name, shape in shapes.items():
-            kind = torch.uint8 if name in ("codes", "places") else torch.bfloat16
-            fields[f"{part}_{name}"] = pool[:, : torch.Size(shape).numel() * kind.itemsize].view(kind).unflatten(-1, shape)
-    opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    made, opened = codec.page_format(page, size, dtype), {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    fields = Layout(made.fields).views(torch.zeros(2, 1 << 15, dtype=torch.uint8))
     table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     own = torch.zeros(rows, size, dtype=dtype)
-    cache = Paged("gear", fields, opened, table, table, count, count, layout)
-    decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
-
-
-def decoding_trellis(size, dtype, *, bits=4, groups=4, page=64, rows=64):
-    """The launches of one decode step over trellis pages, as the project's codec lays them out."""
-    from dmc.cache.codecs import trellis
-    from dmc.cache.codecs.tcq import TcqCodec
-    from dmc.kernels.decode.gpu import decode
-    from dmc.kernels.pages.paged import Paged, Trellis
-
-    codec, pool, fields, start = TcqCodec(bits), torch.zeros(2, 1 << 15, dtype=torch.uint8), {}, 0
-    for name, (kind, shape) in codec.layout(page, size, dtype).items():
-        start, nbytes = -(-start // 16) * 16, torch.Size(shape).numel() * kind.itemsize
-        fields[name] = pool[:, start : start + nbytes].view(kind).unflatten(-1, shape)
-        start += nbytes
-    sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
-    levels = {bits: trellis.levels(bits) for side in sides for _, bits in side}
-    layout = Trellis(page, size, *sides, levels, torch.zeros(size, size))
-    opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
-    table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
-    own = torch.zeros(rows, size, dtype=dtype)
-    cache = Paged("trellis", fields, opened, table, table, count, count, layout)
+    cache = Paged(made, fields, opened, table, table, count, count)
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
@@ -208,44 +182,37 @@ def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
     prefill(zeros(rows, groups, tokens, size), keys, keys, places, own, own, positions, size**-0.5)
 
 
-def growing(size, dtype, *, page=64, per_open=17, rows=64):
+def growing(size, dtype, codec, *, page=64, per_open=17, rows=64):
     """Rows that tokens are appended to, in one byte pool."""
-    from dmc.kernels.pages.growing import Growing
+    from dmc.cache.storage.pages import Layout
+    from dmc.kernels.pages.paged import Growing
 
     memory, int32 = torch.zeros(2, 1 << 16, dtype=torch.uint8), dict(dtype=torch.int32)
-    half = per_open * size * dtype.itemsize
+    half, made = per_open * size * dtype.itemsize, codec.page_format(page, size, dtype)
     opened = {part: memory[:, n * half : (n + 1) * half].view(dtype).unflatten(1, (-1, size)) for n, part in enumerate("kv")}
-    count, open_table = torch.zeros(rows, **int32), torch.zeros(rows, 5, **int32)
+    count, table = torch.zeros(rows, **int32), torch.zeros(rows, 5, **int32)
     return Growing(
-        4, 0, page, torch.zeros(rows, 2 * size), torch.zeros(rows), count, count, open_table, open_table, memory, opened,
-        torch.zeros(1, dtype=torch.int64), torch.zeros(1, **int32), torch.zeros(2, **int32), torch.zeros(1, **int32),
+        made, Layout(made.fields).views(memory), opened, table, table, count, count, sinks=4, window=0,
+        numerators=torch.zeros(rows, 2 * size), z=torch.zeros(rows), memory=memory, stack=torch.zeros(1, dtype=torch.int64),
+        free=torch.zeros(1, **int32), owners=torch.zeros(2, **int32), failed=torch.zeros(1, **int32),
     )
 
 
 def appending(size, dtype, *, rows=64):
     """The launch of one token a row."""
+    from dmc.cache import codec
     from dmc.kernels.append.gpu import append
 
     x, alpha, table = torch.zeros(rows, size, dtype=dtype), torch.zeros(rows), torch.zeros(64, size)
-    append(growing(size, dtype, rows=rows), torch.arange(rows), x, x, alpha, alpha, torch.arange(8), (table, table))
+    state = growing(size, dtype, codec("dense"), rows=rows)
+    append(state, torch.arange(rows), x, x, alpha, alpha, torch.arange(8), (table, table))
 
 
 def encoding(size, dtype, codec, *, page=64, rows=64):
     """The launches that encode the pages of full rows."""
-    from dmc.cache.codecs import trellis
-    from dmc.cache.codecs.tcq import TcqCodec
-    from dmc.cache.storage.pages import Layout
     from dmc.kernels.encode.gpu import encode
-    from dmc.kernels.pages.encoding import Encoding
-    from dmc.kernels.pages.paged import Trellis
 
-    state, kind, layout = growing(size, dtype, page=page, rows=rows), codec.name, None
-    if isinstance(codec, TcqCodec):
-        sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
-        levels = {bits: trellis.levels(bits) for side in sides for _, bits in side}
-        kind, layout = "trellis", Trellis(page, size, *sides, levels, torch.zeros(size, size))
-    fields = Layout(codec.layout(page, size, dtype)).views(state.memory)
-    encode(state, torch.arange(rows), Encoding(kind, fields, None, layout))
+    encode(growing(size, dtype, codec, page=page, rows=rows), torch.arange(rows))
 
 
 def main():
@@ -270,10 +237,11 @@ def main():
             if serving:
                 prefilling(size, torch.bfloat16)
                 for bits, groups in ((4, 1), (4, 4), (3, 1)):
-                    decoding_gear(size, torch.bfloat16, bits=bits, groups=groups)
-                    decoding_trellis(size, torch.bfloat16, bits=bits, groups=groups)
+                    gear = codec("gear", bits=bits, backbone="kivi", rank=1)
+                    decoding_pages(size, torch.bfloat16, gear, groups=groups, page=32)
+                    decoding_pages(size, torch.bfloat16, codec("tcq", bits=bits), groups=groups)
                 for bits in (2, 8):
-                    decoding_trellis(size, torch.bfloat16, bits=bits, groups=4)
+                    decoding_pages(size, torch.bfloat16, codec("tcq", bits=bits), groups=4)
     for name, constants, registers, spilled, shared, loop in recorder.found:
         short = {k: v for k, v in constants.items() if k != "PRECISION" and v is not None}
         told = f"registers {registers:3d}  spilled {spilled:4d} B  shared {shared / 1024:5.1f} KiB  longest loop {loop:4d}"

@@ -1,10 +1,12 @@
 """A token joins or opens an entry on the device: against the twin, and against what the cache itself does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dmc.kernels.append.append import append_tokens
-from dmc.kernels.pages.growing import NO_PAGE, NOT_ENCODED, Growing
+from dmc.kernels.pages.paged import NO_PAGE, NOT_ENCODED, Growing
 from tests.kernels.conftest import DEVICE
 from tests.kernels.growing import HEADS, LAYERS, append, back, cache, content, growing, load, own_states, rope, same, step, tokens
 
@@ -47,7 +49,7 @@ def test_grows_as_the_cache_itself_does(backend, size, dtype):
                 torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
     back(ours)
     same(content(ours)[0], content(theirs)[0])
-    assert state.exact.max() > state.per_open and not state.failed.any()
+    assert state.exact_count.max() > state.per_open and not state.failed.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,7 +77,7 @@ def test_a_row_without_an_open_entry_opens_one(backend, decision):
     torch.testing.assert_close(got[0], key[0])  # position 0 is not rotated
     torch.testing.assert_close(got[1], value[0])
     assert torch.equal(state.z[3:6], omega[0]) and not state.z[:3].any() and not state.z[6:].any()
-    assert not state.exact.any() and int(state.free) == 400
+    assert not state.exact_count.any() and int(state.free) == 400
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,11 +102,11 @@ def test_without_a_free_page_nothing_is_written(backend):
     (ours, _), slots, texts, turn = pair(1, 1, merging=0.0)
     state = growing(ours)
     state.free.fill_(4)
-    before = {name: getattr(state, name).clone() for name in ("numerators", "z", "exact", "open_table")}
+    before = {name: getattr(state, name).clone() for name in ("numerators", "z", "exact_count", "open_table")}
     part = following(texts, [1, 1])[0]
     append(state, ours, 0, slots, [1, 1], part, turn, backend=backend)
     index = ours.rows.index(0, torch.tensor(slots, device=DEVICE))
-    grown = state.exact[index] == 1
+    grown = state.exact_count[index] == 1
     assert grown.sum() == 4 and int(state.free) == 0 and int(state.failed) == NO_PAGE
     for name, x in before.items():
         now = getattr(state, name)
@@ -121,7 +123,7 @@ def test_a_full_row_takes_nothing_until_it_is_encoded(backend):
     for place in (1, 2, 3):
         append(state, ours, 0, slots, [place], following(texts, [place])[0], turn, backend=backend)
     index = ours.rows.index(0, torch.tensor(slots, device=DEVICE))
-    assert (state.exact[index] == 2).all() and int(state.failed) == NOT_ENCODED
+    assert (state.exact_count[index] == 2).all() and int(state.failed) == NOT_ENCODED
     assert torch.equal(state.numerators[index, :8], texts[0][0][0][2] * texts[0][0][3][2][:, None])
 
 
@@ -143,7 +145,7 @@ def test_wrong_views_are_refused():
     with pytest.raises(ValueError, match="free must be int32 on the device, got torch.int64"):
         Growing(**views | {"free": state.free.long()})
     with pytest.raises(ValueError, match="a row has up to 103 exact entries, but its . open pages hold . each"):
-        Growing(**views | {"page": 100})
+        Growing(**views | {"format": replace(state.format, page=100)})
     with pytest.raises(ValueError, match=r"numerators \(18, 15\) torch.float32 must be \[rows, 16\]"):
         Growing(**views | {"numerators": state.numerators[:, :15]})
     x = torch.zeros(4, 8, device=DEVICE)

@@ -31,10 +31,11 @@ def test_kernels_compile_for_sm90(part, expected, size):
 
 SHUFFLED = """
 import sys, torch
-from tests.kernels.sm90 import Recorder, decoding_trellis, lane_tables
+from dmc.cache.codecs.tcq import TcqCodec
+from tests.kernels.sm90 import Recorder, decoding_pages, lane_tables
 size, bits, page, groups = map(int, sys.argv[1:])
 with Recorder() as recorder:
-    decoding_trellis(size, torch.bfloat16, bits=bits, groups=groups, page=page)
+    decoding_pages(size, torch.bfloat16, TcqCodec(bits), groups=groups, page=page)
 (name, _, _, spilled, _, loop), _ = recorder.found
 print(name, spilled, loop, *sorted(lane_tables(recorder.ptx[name]).values()))
 """

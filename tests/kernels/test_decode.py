@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from dmc.cache.codecs import trellis
-from dmc.cache.codecs.backbones import MIN_MAX
 from dmc.cache.codecs.gear import GearCodec
-from dmc.cache.codecs.rotated import rotation
 from dmc.cache.codecs.tcq import TcqCodec
 from dmc.cache.storage.pages import Layout
 from dmc.kernels.decode.decode import decode_attention
 from dmc.kernels.decode.reference import decode_reference
-from dmc.kernels.pages.paged import KINDS, Gear, Paged, Trellis
+from dmc.kernels.formats.plain.format import MAIN, PlainFormat
+from dmc.kernels.pages.paged import Paged
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
@@ -20,7 +19,7 @@ from dmc.kernels.formats.trellis import grouped as trellis_grouped_triton  # noq
 from dmc.kernels.formats.trellis import single as trellis_single_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
-PLAIN = [kind for kind in KINDS if kind not in ("gear", "trellis")]
+PLAIN = list(MAIN)
 
 
 def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, columns=None, seed=0):
@@ -34,7 +33,9 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, column
     open_columns = max(1, max(-(-exact // per_open) for _, exact in lengths))
     count = 1 + rows * (encoded_columns + open_columns)
     wide = {"dense": dtype, "int8": torch.int8, "fp8": torch.uint8}[kind]
-    fields = {name: (torch.bfloat16, (page,)) if "scale" in name else (wide, (page, size)) for name in KINDS[kind]}
+    fields = {MAIN[kind].format(part): (wide, (page, size)) for part in "kv"}
+    fields |= {f"{part}_scale": (torch.bfloat16, (page,)) for part in "kv" if kind != "dense"}
+    made = PlainFormat(kind, page, size, fields, None)
     opened = {name: (dtype, (per_open, size)) for name in "kv"}
     page_bytes = max(sum(t.itemsize * torch.Size(s).numel() for t, s in part.values()) for part in (fields, opened))
     memory = torch.full((count, -(-page_bytes // 16) * 16), 255, dtype=torch.uint8)
@@ -70,7 +71,7 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, column
             for field in opened.values():
                 field[tables[1][row, column], place % per_open] = torch.randn(size, generator=g).to(field)
     counts = torch.tensor(lengths, dtype=torch.int32).to(DEVICE)
-    return Paged(kind, encoded, opened, *(t.to(DEVICE) for t in tables), counts[:, 0].clone(), counts[:, 1].clone())
+    return Paged(made, encoded, opened, *(t.to(DEVICE) for t in tables), counts[:, 0].clone(), counts[:, 1].clone())
 
 
 def queries(rows, groups, size, dtype=torch.float32):
@@ -113,10 +114,11 @@ def test_low_precision_queries():
 
 
 def test_unknown_pages_are_refused():
-    with pytest.raises(ValueError, match="unknown kind of pages 'zip'; known: dense, int8, fp8, gear, trellis"):
-        Paged("zip", {}, {}, *[torch.zeros(1)] * 4)
+    with pytest.raises(ValueError, match="plain pages are dense, int8, fp8, not 'zip'"):
+        PlainFormat("zip", 16, 8, {}, None)
+    fields = dict.fromkeys(("k_codes", "k_scale", "v_codes", "v_scale"), (torch.int8, (16, 8)))
     with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
-        Paged("int8", {}, {}, *[torch.zeros(1)] * 4)
+        Paged(PlainFormat("int8", 16, 8, fields, None), {}, {}, *[torch.zeros(1)] * 4)
 
 
 def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
@@ -135,24 +137,11 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
         view[1:7] = blocks.tensors[name]
     memory = memory.to(DEVICE)
     fields = where.views(memory)
-    layout = trellis_layout(codec, page, size) if "backbone" not in settings else min_max_layout(page, size, settings)
     tables = torch.tensor([[1, 2, 3, 4], [6, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[8, 9], [10, 0], [11, 0]])
     counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
     small = [x.int().to(DEVICE) for x in (*tables, *counts)]
-    kind = "gear" if "backbone" in settings else "trellis"
-    return Paged(kind, fields, opened.views(memory), *small, layout), codec.decode(blocks)
-
-
-def min_max_layout(page, size, settings):
-    (k_axis, k_grouped), (v_axis, _) = MIN_MAX[settings["backbone"]]
-    grouped = settings.get("group", 64) if k_grouped else None
-    return Gear(settings["bits"], page, size, k_axis == "channel", v_axis == "channel", grouped)
-
-
-def trellis_layout(codec, page, size):
-    sides = [tuple(trellis.stretches(rate, size)) for rate in (codec.key_bits, codec.value_bits)]
-    levels = {bits: trellis.levels(bits).to(DEVICE) for side in sides for _, bits in side}
-    return Trellis(page, size, *sides, levels, rotation(size, torch.zeros(1)).to(DEVICE))
+    made = codec.page_format(page, size, torch.float32, DEVICE)
+    return Paged(made, fields, opened.views(memory), *small), codec.decode(blocks)
 
 
 GEARS = [dict(bits=bits, backbone=backbone) for bits, backbone in ((4, "kivi"), (3, "kcvt"), (2, "token"))]
@@ -200,7 +189,7 @@ def test_trellis_pages(settings, groups):
 def test_trellis_pages_of_one_query_a_head(settings, size, page):
     """The kernel without matrix products: every width and every pair of stretches that it takes, blocks of 4 to 32 entries."""
     cache, _ = gear_pages(size, page, **settings)
-    assert trellis_single_triton.takes(1, cache.gear.key + cache.gear.value)
+    assert trellis_single_triton.takes(1, cache.format.key + cache.format.value)
     check(cache, queries(3, 1, size), [2, 0, 1], floor=3e-6)
 
 
@@ -221,7 +210,7 @@ def test_several_pages_a_piece(groups, monkeypatch):
 def test_trellis_pages_of_grouped_queries(settings, page, groups):
     """The kernel with tiles of blocks on top of each other, 8 of 2 entries to 2 of 8."""
     cache, _ = gear_pages(128, page, **settings)
-    assert trellis_grouped_triton.takes(groups, page, cache.gear.key, cache.gear.value)
+    assert trellis_grouped_triton.takes(groups, page, cache.format.key, cache.format.value)
     check(cache, queries(3, groups, 128), [2, 0, 1], floor=3e-6)
 
 

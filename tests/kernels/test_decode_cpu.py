@@ -3,7 +3,6 @@
 import math
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from dmc.kernels.decode.decode import decode_attention
 from dmc.kernels.decode.reference import decode_reference
 from dmc.kernels.formats.trellis import codes_loop as pages_numba
 from dmc.kernels.formats.trellis import levels_loop as levels_numba
-from dmc.kernels.pages.paged import Trellis, cpu_reads
+from dmc.kernels.formats.trellis.format import TrellisFormat
 
 pytest.importorskip("triton")  # the pages of its tests
 from dmc.kernels.cpu.compiled import exponential  # noqa: E402
@@ -79,12 +78,12 @@ def test_where_vectors_do_not_fit(rate, page, size):
 
 
 def trellis_page(rates, page, size):
-    """Random codes of a page's keys and then of its values, and what `decode_cpu` says of them."""
+    """Random codes of a page's keys and then of its values, and what the format says of them."""
     stretches = [tuple(trellis.stretches(rate, size)) for rate in rates]
     levels = {bits: trellis.levels(bits) for part in stretches for _, bits in part}
-    layout = Trellis(page, size, *stretches, levels, torch.eye(size))
+    made = TrellisFormat("tcq", page, size, {}, None, *stretches, levels, torch.eye(size))
     codes = torch.randint(0, 256, (page * size * 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(page))
-    return codes.numpy(), *decode_cpu._codes(SimpleNamespace(kind="trellis", gear=layout))
+    return codes.numpy(), *made.tables()
 
 
 def test_trellis_pages_with_constant_entries():
@@ -148,8 +147,8 @@ def test_what_runs_by_default(monkeypatch):
     """fp32 on a CPU, pages that the loops know, and no other setting; without numba PyTorch."""
     x, calls = torch.zeros(2, 8), []
     assert runs_on_cpu(x) and not runs_on_cpu(x.bfloat16()) and not runs_on_cpu(x.double())
-    assert cpu_reads("trellis", torch.bfloat16, None) and not cpu_reads("gear", torch.float32, None)
-    assert not cpu_reads("dense", torch.float32, torch.float16) and not cpu_reads("int8", torch.float16, None)
+    assert paged("dense", LENGTHS, 8, 16).cpu_reads and gear_pages(16, 16, bits=4)[0].cpu_reads
+    assert not any(paged(kind, LENGTHS, 8, 16, dtype=torch.float16).cpu_reads for kind in ("dense", "int8"))
     monkeypatch.setattr(decode_cpu, "decode", lambda *args: calls.append(args))
     cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 1, 8)
     decode_attention(*inputs, torch.arange(4), cache)
@@ -201,6 +200,6 @@ def test_every_fp8_number():
 def test_pages_of_several_storages_are_left_to_pytorch():
     cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 1, 8)
     apart = replace(cache, opened={part: x.clone() for part, x in cache.opened.items()})
-    assert cache.in_reach_of_loops and not apart.in_reach_of_loops
+    assert cache.cpu_reads and not apart.cpu_reads
     index = torch.arange(4)
     torch.testing.assert_close(decode_attention(*inputs, index, apart), decode_attention(*inputs, index, cache))

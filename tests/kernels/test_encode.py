@@ -5,8 +5,7 @@ import torch
 
 from dmc.kernels.append.append import append_tokens
 from dmc.kernels.encode.encode import encode_pages
-from dmc.kernels.pages.encoding import Encoding
-from dmc.kernels.pages.growing import NO_COLUMN, NO_PAGE
+from dmc.kernels.pages.paged import NO_COLUMN, NO_PAGE
 from tests.kernels.conftest import DEVICE
 from tests.kernels.growing import (
     HEADS,
@@ -15,7 +14,6 @@ from tests.kernels.growing import (
     back,
     cache,
     content,
-    encoding,
     fill,
     growing,
     load,
@@ -67,9 +65,10 @@ def check_bits(kind, exact, size, page=7):
     for held, backend in zip(both, BACKENDS, strict=True):
         fill(held, counts, keys, values)
         state = growing(held)
-        encode_pages(state, torch.tensor([8, 0, 1, -1, 2, 3, 5, 6, 7], device=DEVICE), encoding(held), backend=backend)
-        assert not state.failed.any() and state.exact[:9].tolist() == [22, 0, 21 + page, 22, 22 + page, 1, 20 + page, 22, 22]
-        encode_pages(state, torch.tensor([4], device=DEVICE), encoding(held), backend=backend)
+        encode_pages(state, torch.tensor([8, 0, 1, -1, 2, 3, 5, 6, 7], device=DEVICE), backend=backend)
+        assert not state.failed.any()
+        assert state.exact_count[:9].tolist() == [22, 0, 21 + page, 22, 22 + page, 1, 20 + page, 22, 22]
+        encode_pages(state, torch.tensor([4], device=DEVICE), backend=backend)
         back(held)
     (ours, ours_pages), (theirs, theirs_pages) = map(content, both)
     same(ours, theirs, bits=True)
@@ -104,7 +103,7 @@ def check_steps(kind, exact, shape, backend, *, steps, size=6, lengths=(1, 18), 
     for held in both:
         slots = [load(held, text, length, turn) for text, length in zip(texts, lengths, strict=True)]
     ours, theirs = both
-    state, how = growing(ours), encoding(ours)
+    state = growing(ours)
     for more in range(steps):
         places = [length + more for length in lengths]
         parts = [
@@ -114,7 +113,7 @@ def check_steps(kind, exact, shape, backend, *, steps, size=6, lengths=(1, 18), 
         step(theirs, slots, places, parts, turn)
         for layer, part in enumerate(parts):
             got = append(state, ours, layer, slots, places, part, turn, backend=backend)
-            encode_pages(state, ours.rows.index(layer, torch.tensor(slots, device=DEVICE)), how, backend=backend)
+            encode_pages(state, ours.rows.index(layer, torch.tensor(slots, device=DEVICE)), backend=backend)
             for own, want in zip(got, own_states(theirs, layer, slots, places, turn), strict=True):
                 torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
         back(ours)
@@ -135,22 +134,22 @@ def test_without_a_page_or_a_column_rows_stay_full(backend):
     held = cache("int8", page_size=4, sink_tokens=2, window=1, columns=4)
     keys, values = entries(9, 7, 8)
     fill(held, [7] * 9, keys, values)
-    state, how, index = growing(held), encoding(held), torch.arange(9, device=DEVICE)
+    state, index = growing(held), torch.arange(9, device=DEVICE)
     state.free.fill_(2)
     before = held.rows.exact_entries(index)[0].clone()
-    encode_pages(state, index, how, backend=backend)
-    done = state.closed[:9] == 1
-    assert done.sum() == 2 and int(state.failed) == NO_PAGE and (state.exact[:9][~done] == 7).all()
+    encode_pages(state, index, backend=backend)
+    done = state.encoded_count[:9] == 1
+    assert done.sum() == 2 and int(state.failed) == NO_PAGE and (state.exact_count[:9][~done] == 7).all()
     assert torch.equal(held.rows.exact_entries(index[~done])[0], before[~done])
     given = 2 * held.rows.open_pages(7) - 2 * held.rows.open_pages(3)
-    assert int(state.free) == given and (state.closed_table[:9] > 0).sum() == 2 and not state.memory[0].any()
+    assert int(state.free) == given and (state.encoded_table[:9] > 0).sum() == 2 and not state.memory[0].any()
     state.failed.zero_()
     state.free.add_(100)
-    state.closed[0] = 4  # as many as the table has columns
-    state.exact[0] = 7
-    encode_pages(state, index, how, backend=backend)
-    assert int(state.failed) == NO_COLUMN and state.exact[0] == 7 and state.closed[:9].tolist() == [4] + [1] * 8
-    assert (state.closed_table[:9, 0] > 0).all() or not done[0]
+    state.encoded_count[0] = 4  # as many as the table has columns
+    state.exact_count[0] = 7
+    encode_pages(state, index, backend=backend)
+    assert int(state.failed) == NO_COLUMN and state.exact_count[0] == 7 and state.encoded_count[:9].tolist() == [4] + [1] * 8
+    assert (state.encoded_table[:9, 0] > 0).all() or not done[0]
 
 
 RATES = [dict(bits=4), dict(bits=2), dict(bits=8), dict(key_bits=6.5, value_bits=1), dict(key_bits=3.25, value_bits=5)]
@@ -181,11 +180,11 @@ def check_errors(settings, size, page, exact):
     keys[3], values[3] = 0.0, 0.0
     keys[5, ::2], values[5, ::2], values[5, 1::4] = 0.0, 0.0, values[5, 1::4] * 1e-3
     fill(held, counts, keys, values)
-    state, how = growing(held), encoding(held)
-    encode_pages(state, torch.arange(len(counts), device=DEVICE), how, backend="triton")
+    state = growing(held)
+    encode_pages(state, torch.arange(len(counts), device=DEVICE), backend="triton")
     back(held)
     index = torch.tensor([0, 2, 3, 5], device=DEVICE)
-    assert state.closed.sum() == 4 and (state.closed[index] == 1).all()
+    assert state.encoded_count.sum() == 4 and (state.encoded_count[index] == 1).all()
     packing = held.rows.packings[0]
     pages = held.rows.blocks(held.rows.closed_pages(index)[0], packing)
     stored = [x[index.cpu(), 3:].to(held.rows.storage.exact_dtype) for x in (keys, values)]
@@ -198,13 +197,10 @@ def check_errors(settings, size, page, exact):
         assert torch.isfinite(x).all() and (mine <= 1.02 * codecs + 1e-12 * z.square().sum((1, 2))).all(), mine / codecs
 
 
-def test_unknown_pages_are_refused():
-    with pytest.raises(ValueError, match="no kernel encodes pages of kind 'kivi'; known: dense, int8, fp8, trellis"):
-        Encoding("kivi", {}, lambda keys, values: {})
-    with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
-        Encoding("int8", {}, lambda keys, values: {})
-    with pytest.raises(ValueError, match="dense pages and trellis=1: a layout goes with pages of kind trellis alone"):
-        Encoding("dense", {}, lambda keys, values: {}, trellis=1)
+def test_pages_that_no_kernel_writes_are_refused():
+    state = growing(cache("kivi"))
+    with pytest.raises(ValueError, match="the Triton kernels do not write kivi pages; choose kernels=sdpa"):
+        encode_pages(state, torch.arange(2, device=DEVICE), backend="triton")
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -214,9 +210,9 @@ def test_no_full_row_changes_nothing(kind):
     fill(held, [0, 1, 2, 3, 4, 5, 6, 6, 0], keys, values)
     state = growing(held)
     before = held.rows.pool.memory.clone()
-    encode_pages(state, torch.arange(9, device=DEVICE), encoding(held), backend="triton")
+    encode_pages(state, torch.arange(9, device=DEVICE), backend="triton")
     back(held)
-    assert torch.equal(held.rows.pool.memory, before) and not state.closed.any() and HEADS == 3
+    assert torch.equal(held.rows.pool.memory, before) and not state.encoded_count.any() and HEADS == 3
 
 
 @pytest.mark.gpu
@@ -248,13 +244,13 @@ def test_capture_in_a_cuda_graph(kind):
     for held in both:
         slot = load(held, text, 5, turn)
     ours, theirs = both
-    state, how, tables = growing(ours), encoding(ours), turn(torch.arange(128, device=DEVICE))
+    state, tables = growing(ours), turn(torch.arange(128, device=DEVICE))
     index, place = ours.rows.index(0, torch.tensor([slot], device=DEVICE)), torch.tensor([5], device=DEVICE)
     token = [x[5].clone() for x in text[0]]
 
     def run(index):
         append_tokens(state, index, *token, place, tables, backend="triton")
-        encode_pages(state, index, how, backend="triton")
+        encode_pages(state, index, backend="triton")
 
     run(torch.full_like(index, -1))  # compiles
     graph = torch.cuda.CUDAGraph()

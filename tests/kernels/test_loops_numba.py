@@ -66,7 +66,7 @@ def test_a_changed_constant_is_not_hidden_by_what_was_kept(package, tmp_path):
 
 
 PROJECT = Path(dmc.__file__).parent
-MAKERS = {"compiled", "njit", "jit", "cfunc", "vectorize", "guvectorize", "intrinsic", "overload"}
+MAKERS = {"compiled", "callback", "njit", "jit", "cfunc", "vectorize", "guvectorize", "intrinsic", "overload"}
 
 
 def makers(tree):

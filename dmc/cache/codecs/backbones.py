@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from dmc.cache.codecs import trellis
+from dmc.cache.codecs.base import Codec, Field
 from dmc.cache.codecs.lloyd import LloydMax
 from dmc.cache.codecs.quantise import Quantiser
 from dmc.cache.codecs.rotated import Rotated, rotation
-from dmc.kernels.pages.paged import Gear, Trellis
+from dmc.kernels.formats.minmax.format import MinMaxFormat
+from dmc.kernels.formats.trellis.format import TrellisFormat
+from dmc.kernels.pages.format import PageFormat
 
 BITS = (2, 3, 4, 8)
 MIN_MAX = {
@@ -62,18 +65,21 @@ class Backbone:
         axis, grouped = MIN_MAX[self.name][part == "v"]
         return Quantiser(bits, axis, self.group if grouped else None, self.scale_dtype)
 
-    def layout(self, page: int, head_size: int, device: torch.device) -> tuple[str, Gear | Trellis] | None:
-        """Kind and layout of pages of ``page`` entries, as the decode kernels name them; None if no kernel reads the codes."""
+    def page_format(
+        self, codec: Codec, page: int, head_size: int, fields: dict[str, Field], device: torch.device,
+    ) -> PageFormat:
+        """See `Codec.page_format`, of a codec that stores ``fields``; without kernels if none reads such codes."""
+        given = codec.name, page, head_size, fields, codec.fields
         key, value = self.part("k", head_size), self.part("v", head_size)
         if self.name == "trellis":
             sides = [tuple(trellis.stretches(one.rate, head_size)) for one in (key, value)]
             levels = {bits: trellis.levels(bits).to(device) for side in sides for _, bits in side}
-            return "trellis", Trellis(page, head_size, *sides, levels, rotation(head_size, torch.zeros(1)).to(device))
+            return TrellisFormat(*given, *sides, levels, rotation(head_size, torch.zeros(1)).to(device))
         if self.name not in MIN_MAX or key.bits != value.bits or key.bits not in BITS or page > _MOST_PLACES:
-            return None
+            return PageFormat(*given)
         if key.group != value.group or self.scale_dtype != torch.bfloat16:
-            return None
-        return "gear", Gear(key.bits, page, head_size, key.axis == "channel", value.axis == "channel", key.group)
+            return PageFormat(*given)
+        return MinMaxFormat(*given, key.bits, key.axis == "channel", value.axis == "channel", key.group)
 
 
 def widths(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from dmc.kernels.pages.format import Field, PageFormat
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,6 @@ class Blocks:
         return {name[len(prefix) + 1 :]: tensor for name, tensor in self.tensors.items() if name.startswith(f"{prefix}_")}
 
 
-Field = tuple[torch.dtype, tuple[int, ...]]
 PLACE = "e_place"  # field of a `Codec.placed` codec
 
 
@@ -45,6 +47,7 @@ class Codec(ABC):
         placed: whether it must know which head's entries a page holds and their places; it is then called by
             `encode_at` and keeps the places in a field `PLACE`, int32 ``[..., N]``, where the cache also writes -1 for
             entries that it evicts.
+        compiles: CPU kernels that encoding needs, names of `dmc.kernels.ready.prepare`.
         made_for: `dmc.model.fingerprint.model_hash` of the only model that it fits; None: it fits all.
     """
 
@@ -53,6 +56,7 @@ class Codec(ABC):
     page_size: ClassVar[int]
     window: ClassVar[int] = 0
     placed: ClassVar[bool] = False
+    compiles: tuple[str, ...] = ()
     made_for: str | None = None
 
     @classmethod
@@ -98,6 +102,27 @@ class Codec(ABC):
         blocks = self.encode(*torch.zeros(2, entries, head_size, dtype=dtype))
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in blocks.tensors.items()}
 
+    def page_format(
+        self, entries: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+    ) -> PageFormat:
+        """How pages of so many entries are stored, and the kernels that read and write them. One object for each page size.
+
+        Args:
+            entries: N, of a page.
+            head_size: D.
+            dtype: of the entries which will be encoded.
+            device: of what the format keeps beside the pages, such as tables of levels.
+        """
+        return _page_format(self, entries, head_size, dtype, torch.device(device))
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """Makes what `page_format` keeps, of a page of ``fields``; here without kernels: PyTorch gathers such pages."""
+        return PageFormat(self.name, entries, head_size, fields, self.fields)
+
+    def fields(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """The tensors of `encode`."""
+        return self.encode(keys, values).tensors
+
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """Query times encoded keys: query ``[..., G, D]`` → ``[..., G, N]``, in the query's dtype."""
         keys, _ = self.decode(blocks)
@@ -116,3 +141,8 @@ class Codec(ABC):
         """Weighted sum of encoded values: weights ``[..., G, N]`` → ``[..., G, D]``, in the weights' dtype."""
         _, values = self.decode(blocks)
         return weights @ values.to(weights.dtype)
+
+
+@lru_cache(maxsize=256)
+def _page_format(codec: Codec, entries: int, head_size: int, dtype: torch.dtype, device: torch.device) -> PageFormat:
+    return codec.make_page_format(entries, head_size, codec.layout(entries, head_size, dtype), device)

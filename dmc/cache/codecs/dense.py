@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.base import Blocks, Codec, Field
+from dmc.kernels.formats.plain.format import PlainFormat
+from dmc.kernels.pages.format import PageFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +39,10 @@ class DenseCodec(Codec):
     def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """The stored tensors themselves, in their own dtype."""
         return blocks.tensors["k"], blocks.tensors["v"]
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """See `Codec.make_page_format`."""
+        return PlainFormat("dense", entries, head_size, fields, self.fields)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.base import Blocks, Codec, Field
 from dmc.cache.codecs.int8 import round_up
+from dmc.kernels.formats.plain.format import PlainFormat
+from dmc.kernels.pages.format import PageFormat
 
 _LARGEST = 448.0  # of E4M3
 
@@ -39,6 +41,10 @@ class Fp8Codec(Codec):
             self._numbers(blocks, part, torch.float32) * blocks.tensors[f"{part}_scale"].float()[..., None] for part in "kv"
         )
         return keys, values
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """See `Codec.make_page_format`."""
+        return PlainFormat("fp8", entries, head_size, fields, self.fields)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`; the scale is met after the product."""

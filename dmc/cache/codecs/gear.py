@@ -14,12 +14,14 @@ N entries and heads of size D (16-bit scales, zeros, factors and outliers; 8-bit
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dmc.cache.codecs.backbones import BACKBONES, BITS, GROUP, MIN_MAX, SCALE_DTYPES, Backbone, widths
-from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.base import Blocks, Codec, Field
 from dmc.cache.codecs.lowrank import low_rank
 from dmc.cache.codecs.outliers import find, index_dtype, outlier_count
+from dmc.kernels.pages.format import PageFormat
 
 _GROUPED = tuple(name for name, parts in MIN_MAX.items() if any(grouped for _, grouped in parts))
 
@@ -78,6 +80,7 @@ class GearCodec(Codec):
         self.key_bits, self.value_bits = widths("gear", backbone, bits, key_bits, value_bits)
         if not rank and not outliers:
             self.name = f"bare {backbone}"  # reports must not show it as GEAR
+        self.compiles = ("trellis",) if backbone == "trellis" else ()
         self.parts = Backbone(backbone, self.key_bits, self.value_bits, group, SCALE_DTYPES[scale_dtype])
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
@@ -94,6 +97,12 @@ class GearCodec(Codec):
             (k_left, k_right), (v_left, v_right) = self._factors(blocks, "k"), self._factors(blocks, "v")
             keys, values = keys + k_left @ k_right.transpose(-1, -2), values + v_left @ v_right.transpose(-1, -2)
         return keys, values
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """See `Codec.make_page_format`."""
+        if self.backbone not in MIN_MAX and (self.rank or self.outliers):
+            return super().make_page_format(entries, head_size, fields, device)
+        return self.parts.page_format(self, entries, head_size, fields, device)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`. The low-rank part is ``(q B) Aᵀ``, so A Bᵀ is never formed."""

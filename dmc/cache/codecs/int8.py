@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.base import Blocks, Codec, Field
+from dmc.kernels.formats.plain.format import PlainFormat
+from dmc.kernels.pages.format import PageFormat
 
 _LEVELS = 127
 
@@ -36,6 +38,10 @@ class Int8Codec(Codec):
         fields = blocks.tensors
         keys, values = (fields[f"{part}_codes"].float() * fields[f"{part}_scale"].float()[..., None] for part in "kv")
         return keys, values
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """See `Codec.make_page_format`."""
+        return PlainFormat("int8", entries, head_size, fields, self.fields)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`; the scale is met after the product."""

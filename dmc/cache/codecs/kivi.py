@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs.base import Blocks, Codec
+from dmc.cache.codecs.base import Blocks, Codec, Field
 from dmc.cache.codecs.quantise import Quantiser
+from dmc.kernels.formats.minmax.format import MinMaxFormat
+from dmc.kernels.pages.format import PageFormat
 
 BITS = (2, 3, 4, 8)
 
@@ -50,6 +52,10 @@ class KiviCodec(Codec):
         """See `Codec.decode`."""
         shape = blocks.entries, blocks.head_size
         return self._keys.decode(blocks.part("k"), *shape), self._values.decode(blocks.part("v"), *shape)
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """See `Codec.make_page_format`."""
+        return MinMaxFormat(self.name, entries, head_size, fields, self.fields, self.bits, True, False, self.group)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`."""

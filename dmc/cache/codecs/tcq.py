@@ -12,8 +12,12 @@ keys' mean among more entries, but more entries then wait for a full page.
 
 from __future__ import annotations
 
+import torch
+
 from dmc.cache.codecs.backbones import BITS, Backbone, widths
+from dmc.cache.codecs.base import Field
 from dmc.cache.codecs.rotated import Rotated, RotatedPages
+from dmc.kernels.pages.format import PageFormat
 
 
 class TcqCodec(RotatedPages):
@@ -30,6 +34,7 @@ class TcqCodec(RotatedPages):
 
     name = "tcq"
     page_size = 32
+    compiles = ("trellis",)
 
     def __init__(self, bits: int = 4, *, key_bits: float | None = None, value_bits: float | None = None) -> None:
         if bits not in BITS:
@@ -41,3 +46,7 @@ class TcqCodec(RotatedPages):
     def part(self, part: str, head_size: int) -> Rotated:
         """See `RotatedPages.part`."""
         return self.parts.part(part, head_size)
+
+    def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
+        """See `Codec.make_page_format`."""
+        return self.parts.page_format(self, entries, head_size, fields, device)

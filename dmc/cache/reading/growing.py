@@ -6,6 +6,7 @@ in pages and in columns of the table of encoded pages, and makes that room.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,7 @@ from dmc.kernels.append.append import append_tokens
 from dmc.kernels.cpu.runs import runs_on_cpu
 from dmc.kernels.decode.decode import decode_attention
 from dmc.kernels.encode.encode import encode_pages
-from dmc.kernels.pages.encoding import KINDS, Encoding
-from dmc.kernels.pages.growing import Growing
-from dmc.kernels.pages.paged import Paged
+from dmc.kernels.pages.paged import Growing, Paged
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Grown:
     """What the kernels need of the rows of layers that are stored alike. It is kept by their pool, so it names no rows itself."""
 
     state: Growing
-    encoding: Encoding
-    paged: Paged
+    read: Paged  # what `onpages.paged` gave, of which it is made
 
     def append(
         self, index: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, positions: Tensor,
@@ -41,7 +39,7 @@ class Grown:
     def encode(self, rows: Rows, packing: Packing, index: Tensor) -> None:
         """The pages that this filled; now and then one of them is compared with what was encoded."""
         full = self._full(rows, index) if packing.codec.lossy and rows.error.due() else None
-        encode_pages(self.state, index, self.encoding)
+        encode_pages(self.state, index)
         if full is not None:
             row, (keys, values) = full
             page = rows.closed_table[row, rows.closed[row] - 1].long()
@@ -49,7 +47,7 @@ class Grown:
 
     def _full(self, rows: Rows, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
         """One of the rows to be encoded, and the exact keys and values ``[P, D]`` of its page; this waits for the device."""
-        full = index[self.state.exact[index] == self.state.most]
+        full = index[self.state.exact_count[index] == self.state.most]
         if not len(full):
             return None
         row = full[rows.error.pages % len(full)]  # heads that fill together take turns
@@ -58,7 +56,7 @@ class Grown:
 
     def attend(self, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
         """`decode_attention`, all in the dtype of the query."""
-        return decode_attention(query, own_key.to(query.dtype), own_value.to(query.dtype), index, self.paged)
+        return decode_attention(query, own_key.to(query.dtype), own_value.to(query.dtype), index, self.state)
 
 
 def grows(rows: Rows, packing: Packing) -> bool:
@@ -69,8 +67,7 @@ def grows(rows: Rows, packing: Packing) -> bool:
     """
     if runs_on_cpu(rows.z) or rows.storage.marks or rows.z.dtype != torch.float32 or not onpages.reads(rows, packing):
         return False
-    kind, _ = onpages.page_layout(packing.codec, packing.page_size, rows.shape.head_size, rows.z.device)
-    return kind in KINDS
+    return packing.format(rows.z.device).triton_writes
 
 
 def grown(rows: Rows, packing: Packing) -> Grown:
@@ -79,7 +76,7 @@ def grown(rows: Rows, packing: Packing) -> Grown:
     paged = onpages.paged(rows, packing)
     key = "grown", id(packing)
     known = rows.pool.kept.get(key)
-    if known is None or known.paged is not paged:
+    if known is None or known.read is not paged:
         rows.pool.kept[key] = known = _grown(rows, packing, paged)
     return known
 
@@ -87,13 +84,12 @@ def grown(rows: Rows, packing: Packing) -> Grown:
 def _grown(rows: Rows, packing: Packing, paged: Paged) -> Grown:
     pool, store = rows.pool, rows.storage
     stack, free, failed = pool.lend()
+    parts = {field.name: getattr(paged, field.name) for field in dataclasses.fields(paged)}
     state = Growing(
-        store.first, store.window, packing.page_size, rows.numerators, rows.z, rows.exact, rows.closed, rows.open_table,
-        rows.closed_table, pool.memory, {part: paged.opened[part] for part in "kv"}, stack, free, pool.owners, failed,
+        **parts, sinks=store.first, window=store.window, numerators=rows.numerators, z=rows.z, memory=pool.memory, stack=stack,
+        free=free, owners=pool.owners, failed=failed,
     )
-    trellis = paged.gear if paged.kind == "trellis" else None
-    encoding = Encoding(paged.kind, paged.encoded, lambda k, v: packing.codec.encode(k, v).tensors, trellis)
-    return Grown(state, encoding, paged)
+    return Grown(state, paged)
 
 
 def needs(rows: Rows, index: Tensor) -> tuple[int, int]:

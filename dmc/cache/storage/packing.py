@@ -14,6 +14,7 @@ import torch
 
 from dmc.cache.codecs import Codec
 from dmc.cache.storage.pages import Layout
+from dmc.kernels.pages.format import PageFormat
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ class Packing:
     def __init__(self, codec: Codec, page_size: int, head_size: int, storage: Storage) -> None:
         self.codec, self.page_size = codec, page_size
         fields = codec.layout(page_size, head_size, storage.exact_dtype)
-        self.fields = frozenset(fields)
+        self.head_size, self.exact_dtype, self.fields = head_size, storage.exact_dtype, frozenset(fields)
         self.layout = Layout(fields | {f"e_{name}": (kind, (page_size,)) for name, kind in storage.marks.items()})
+
+    def format(self, device: torch.device) -> PageFormat:
+        """See `Codec.page_format`."""
+        return self.codec.page_format(self.page_size, self.head_size, self.exact_dtype, device)
 
 
 def packings(

@@ -1,8 +1,8 @@
 """A generated token enters the cache: merged into its row's open entry, or opening a new one while the old becomes final.
 
 `append_reference` is the naive twin, `dmc.kernels.append.gpu` the kernel; `append_tokens` chooses. What a row holds is
-told in `dmc.cache.storage.rows`; here it is seen through views (`dmc.kernels.pages.growing`), and the stack of free pages lies on
-the device. Rows whose exact entries then fill a page are encoded by `dmc.kernels.encode.encode`.
+told in `dmc.cache.storage.rows`; here it is seen through views (`dmc.kernels.pages.paged.Growing`), and the stack of
+free pages is on the device. Rows whose exact entries then fill a page are encoded by `dmc.kernels.encode.encode`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmc.kernels.backend import choose
-from dmc.kernels.pages.growing import NOT_ENCODED, Growing, take
+from dmc.kernels.pages.paged import NOT_ENCODED, Growing, take
 
 
 def append_tokens(
@@ -79,7 +79,7 @@ def append_reference(
 
 def _refuse(state: Growing, rows: Tensor, closing: Tensor) -> Tensor:
     """Gives each closing row the page that its next exact entry needs → bool ``[n]``, those that cannot have it."""
-    count = state.exact[rows]
+    count = state.exact_count[rows]
     full = closing & (count >= state.most)
     if full.any():
         state.failed.bitwise_or_(NOT_ENCODED)
@@ -91,11 +91,11 @@ def _refuse(state: Growing, rows: Tensor, closing: Tensor) -> Tensor:
 
 
 def _write(state: Growing, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-    count = state.exact[rows]
+    count = state.exact_count[rows]
     pages, offsets = state.open_table[rows, count // state.per_open].long(), count % state.per_open
     for part, x in (("k", keys), ("v", values)):
         state.opened[part][pages, offsets] = x.to(state.opened[part].dtype)
-    state.exact[rows] = count + 1
+    state.exact_count[rows] = count + 1
 
 
 def _turn(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

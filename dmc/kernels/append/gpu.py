@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmc.kernels.pages.floats import as_bits, store_float
-from dmc.kernels.pages.growing import NO_PAGE, NOT_ENCODED, Growing
+from dmc.kernels.pages.paged import NO_PAGE, NOT_ENCODED, Growing
 
 _NO_PAGE, _NOT_ENCODED = tl.constexpr(NO_PAGE), tl.constexpr(NOT_ENCODED)
 _WORDS = 512  # of 8 bytes, zeroed at a time
@@ -30,7 +30,7 @@ def append(
     keys, values = (as_bits(state.opened[part]) for part in "kv")
     words = state.memory.view(torch.int64)
     _append[(rows,)](
-        index, key, value, alpha, omega, positions, cos, sin, state.numerators, state.z, state.exact, state.open_table,
+        index, key, value, alpha, omega, positions, cos, sin, state.numerators, state.z, state.exact_count, state.open_table,
         words, keys, values, state.stack, state.free, state.owners, state.failed, own_key, own_value,
         len(index) // len(positions), state.most, state.open_table.stride(0), words.stride(0), keys.stride(0),
         values.stride(0), WORDS=words.shape[1], STEP=min(_WORDS, triton.next_power_of_2(words.shape[1])),

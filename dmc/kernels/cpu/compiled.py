@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,10 @@ from numba.extending import intrinsic, overload
 from dmc.kernels.cpu.host import host
 
 _ROOM, _PACKAGE = Path(__file__).parents[1], __name__.rsplit(".", 2)[0]
+_WORDS = (b"numba", b"llvmlite", b"compiled", b"callback")  # one of them is in every file that is to be compiled
 KEPT = True  # whether what is compiled is kept on disk
+FAST = frozenset({"reassoc", "contract", "nsz"})
+"""How numbers may be computed in another order than they are written down in."""
 
 
 def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callable], Callable]:
@@ -32,21 +36,39 @@ def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callabl
         exact: no sum is reordered, and no product fused into one.
         ordered: no sum is reordered.
     """
-    fastmath = set() if exact else {"contract"} if ordered else {"reassoc", "contract", "nsz"}
+    fastmath = set() if exact else {"contract"} if ordered else set(FAST)
     options = dict(fastmath=fastmath, nogil=True, error_model="numpy")
 
     def wrap(loop: Callable) -> Callable:
-        global KEPT
-        try:
-            made = numba.njit(cache=True, **options)(loop)
-            # A loop holds machine code of those that it calls, also from other files, and numba looks at its own file alone.
-            made._cache._cache_file._source_stamp = _sources()
-            return made
-        except (RuntimeError, AttributeError, OSError):  # nowhere to keep it, or no way to date it: compiled by each process
-            KEPT = False
-            return numba.njit(**options)(loop)
+        made = numba.njit(**options)(loop)
+        return made if keep(made, made.enable_caching) else numba.njit(**options)(loop)
 
     return wrap
+
+
+def keep(made: object, enable: Callable[[], None]) -> bool:
+    """Keeps on disk what numba will compile, if there is a place for it.
+
+    Args:
+        made: numba's function.
+        enable: its method that begins to keep it.
+    """
+    global KEPT
+    try:
+        enable()
+        # A loop holds machine code of those that it calls, also from other files, and numba looks at its own file alone.
+        made._cache._cache_file._source_stamp = _stamp(Path(inspect.getfile(made.__wrapped__)))
+        return True
+    except (RuntimeError, AttributeError, OSError):  # nowhere to keep it, or no way to date it: compiled by each process
+        KEPT = False
+        return False
+
+
+def _stamp(file: Path) -> str:
+    """What machine code of a file is dated by: this project's compiled code, and the file itself if it is another's."""
+    if file.resolve().is_relative_to(_ROOM.resolve()):
+        return _sources()
+    return _sources() + hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @lru_cache
@@ -71,8 +93,8 @@ def digest(room: Path, package: str) -> str:
 def sources(room: Path, package: str) -> list[Path]:
     """Files that compiled functions are made from, wherever below ``room`` they are.
 
-    These are the files that import numba, llvmlite or the decorator `compiled`, and the package's files that they import:
-    numba freezes the constants that a compiled function reads.
+    These are the files that import numba, llvmlite or the decorators `compiled` and `callback`, and the package's files that
+    they import: numba freezes the constants that a compiled function reads.
     """
     found, known = set(), {}
 
@@ -83,7 +105,7 @@ def sources(room: Path, package: str) -> list[Path]:
 
     waiting = [
         path for path in room.rglob("*.py")
-        if any(word in path.read_bytes() for word in (b"numba", b"llvmlite", b"compiled")) and _compiles(imports(path))
+        if any(word in path.read_bytes() for word in _WORDS) and _compiles(imports(path))
     ]
     while waiting:
         path = waiting.pop()
@@ -105,7 +127,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _compiles(imports: set[str]) -> bool:
-    return any(name.split(".")[0] in ("numba", "llvmlite") or name.endswith(".compiled") for name in imports)
+    return any(name.split(".")[0] in ("numba", "llvmlite") or name.endswith((".compiled", ".callback")) for name in imports)
 
 
 def _file(room: Path, package: str, name: str) -> Path | None:

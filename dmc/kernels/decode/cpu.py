@@ -1,11 +1,12 @@
-"""Decode attention over pages on a CPU, where they lie: loops that numba compiles to vector instructions.
+"""Decode attention over pages on a CPU, where they are: numba compiles it to vector instructions.
 
 PyTorch has no attention over pages, so there each row's pages are copied together first, and codes are unpacked by a dozen
 passes over memory. Here a page is read once, unpacked into a buffer that stays in the core's cache, and met by all queries of its
 head. A row costs what it holds and comes out the same whatever is beside it. Threads share the rows by what they hold, as many as
 PyTorch has.
 
-`decode` takes the same cache as the Triton kernels (`dmc.kernels.pages.paged.Paged`), of the kinds `KINDS`.
+`decode` takes the same cache as the Triton kernels (`dmc.kernels.pages.paged.Paged`), of formats that have a
+`dmc.kernels.pages.format.CpuReader`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from dmc.kernels.cpu.threads import share
 from dmc.kernels.decode import loop as loops
-from dmc.kernels.pages.layout import NO_SCALE, PLANES, SCALE_STEPS
-from dmc.kernels.pages.paged import Paged, Trellis
+from dmc.kernels.pages.format import CpuReader
+from dmc.kernels.pages.paged import Paged
 
-KINDS = {"dense": loops.DENSE, "int8": loops.INT8, "fp8": loops.FP8, "trellis": loops.TRELLIS}
 _LEAST = 1 << 17  # products of a query and a feature for which another thread is worth waking
 
 
@@ -43,7 +43,6 @@ def watched(
     rows, groups, size = query.shape
     if watch is not None and not ("score" in paged.encoded and "score" in paged.opened):
         raise ValueError(f"weights are watched ({watch}), but these pages have no scores to take them")
-    trellis = paged.gear if isinstance(paged.gear, Trellis) else None
     query, own_key, own_value = (x.detach().float() for x in (query, own_key, own_value))
     own = query.new_zeros(rows)
     if not rows:
@@ -53,7 +52,7 @@ def watched(
     starts = np.zeros(rows + 1, np.int64)  # work before each row: queries by entries
     np.cumsum(entries * groups, out=starts[1:])
     scaled = (query * scale).contiguous()
-    rotation = trellis.rotation if trellis else scaled.new_empty(0, 0)
+    rotation = scaled.new_empty(0, 0) if paged.format.rotation is None else paged.format.rotation
     out, coded = scaled.new_empty(scaled.shape), scaled.new_empty(scaled.shape)
     tensors = scaled, rotation.contiguous(), rotation.T.contiguous(), own_key.contiguous(), own_value.contiguous(), out, coded
     how = {None: loops.NONE, "last": loops.REPLACE, "sum": loops.ADD}[watch]
@@ -66,60 +65,33 @@ def _tables(paged: Paged) -> tuple[np.ndarray, ...]:
     return tuple(x.numpy() for x in (paged.encoded_table, paged.open_table, paged.encoded_count, paged.exact_count))
 
 
-# ------------------------------------------------------------------------------------------- where pages lie
+# ------------------------------------------------------------------------------------------- where pages are
 
 
 def _pages(paged: Paged) -> tuple:
     """The pages as `dmc.kernels.decode.loop` takes them; kept with ``paged``."""
     if "_cpu" not in paged.__dict__:
-        paged.__dict__["_cpu"] = _made(paged)
-    return paged.__dict__["_cpu"]
+        reader, arguments = _made(paged)
+        paged.__dict__["_cpu"] = arguments, reader  # whose functions are called by address and must live as long
+    return paged.__dict__["_cpu"][0]
 
 
-def _made(paged: Paged) -> tuple:
-    fields, opened, kind = paged.encoded, paged.opened, paged.kind
-    assert paged.in_reach_of_loops, "these pages are not for the loops"
+def _made(paged: Paged) -> tuple[CpuReader, tuple]:
+    assert paged.cpu_reads, "these pages are not for the CPU kernels"
+    encoded, opened = paged.encoded, paged.opened
     storage = opened["k"].untyped_storage()
     full, halves, codes = (torch.empty(0, dtype=dtype).set_(storage) for dtype in (torch.float32, torch.int16, torch.uint8))
-    main = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers", "trellis": "{}_codes"}[kind]
-    where = np.zeros((2, len(loops.FIELDS), 2), np.int64)
-    for number, part in enumerate("kv"):
-        named = {name: fields.get(f"{part}_{name}") for name in loops.FIELDS}
-        named |= {"main": fields[main.format(part)], "exact": opened[part], "exact_score": opened.get("score")}
-        named |= {name: fields.get(name) for name in ("place", "score")}
-        for line, name in zip(where[number], loops.FIELDS, strict=True):
-            if named[name] is not None:
-                line[:] = named[name].storage_offset(), named[name].stride(0)
+    where = np.zeros((len(loops.FIELDS), 2), np.int64)
+    fields = {"k": opened["k"], "v": opened["v"], "exact_score": opened.get("score")}
+    fields |= {name: encoded.get(name) for name in ("place", "score")}
+    for line, name in zip(where, loops.FIELDS, strict=True):
+        if fields[name] is not None:
+            line[:] = fields[name].storage_offset(), fields[name].stride(0)
+    begins = {name: x.storage_offset() * x.element_size() for name, x in encoded.items()}
+    first, (stride, *_) = min(begins.values()), [x.stride(0) * x.element_size() for x in encoded.values()]
+    reader = paged.format.cpu_reader({name: begin - first for name, begin in begins.items()})
     sizes = np.array([
-        KINDS[kind], paged.page, opened["k"].shape[1], fields[main.format("k")].dtype == torch.bfloat16,
-        opened["k"].dtype == torch.bfloat16, "k_mean" in fields, "place" in fields,
+        paged.page, paged.per_open, opened["k"].dtype == torch.bfloat16, "place" in encoded, first, stride, reader.room,
     ], np.int64)
-    return full.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, *_codes(paged)
-
-
-def _codes(paged: Paged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What codes stand for.
-
-    Returns:
-        table: fp32, of trellis pages: of each code of a scale, and behind it the levels.
-        lines: int64 ``[l, 6]``, of trellis pages: for each plane of each stretch its first value, values, bits, place in a code,
-            first byte, first level.
-        line_starts: int64 ``[3]``, of keys' lines, of values' and the end.
-    """
-    if paged.kind != "trellis":
-        return np.zeros(1, np.float32), np.zeros((1, 6), np.int64), np.zeros(3, np.int64)
-    falls = np.exp2(np.arange(256) / -SCALE_STEPS).astype(np.float32)
-    falls[NO_SCALE] = 0.0
-    layout, tables, lines, line_starts = paged.gear, [falls], [], [0]
-    for part in "kv":
-        start, first = 0, 0
-        for count, bits in layout.stretches(part):
-            table, shift = sum(len(known) for known in tables), 0
-            for width in PLANES[bits]:
-                lines.append((first, count, width, shift, start, table))
-                start, shift = start + -(-layout.page * count * width // 8), shift + width
-            tables.append(layout.levels[bits].numpy())
-            first += count
-        line_starts.append(len(lines))
-    tables.append(np.zeros(16, np.float32))  # a whole vector of the last levels may be read
-    return np.concatenate(tables).astype(np.float32), np.array(lines, np.int64), np.array(line_starts, np.int64)
+    arrays = full.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, reader.facts, reader.constants
+    return reader, (*arrays, reader.keys.address, reader.values.address)

@@ -1,7 +1,7 @@
 """Decode attention over pages: one query of each head over what its row of the block tables holds.
 
-`decode_reference` is the naive twin, `dmc.kernels.decode.gpu` the kernels for GPUs and `dmc.kernels.decode.cpu` the loops
-for CPUs; `decode_attention` chooses.
+`decode_reference` is the reference implementation, `dmc.kernels.decode.gpu` has the kernels for GPUs and
+`dmc.kernels.decode.cpu` those for CPUs; `decode_attention` chooses. How a page is read is its format's business.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def decode_attention(
         ``[R, G, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend is None and runs_on_cpu(query) and paged.in_reach_of_loops:
+    if backend is None and runs_on_cpu(query) and paged.cpu_reads:
         from dmc.kernels.decode import cpu
 
         return cpu.decode(query, own_key, own_value, index, paged, scale)

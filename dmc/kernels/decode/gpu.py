@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dmc.kernels.backend import interpreted
-from dmc.kernels.formats.plain import decode as plain
 from dmc.kernels.pages.exact import page_words
 from dmc.kernels.pages.paged import Paged
 
@@ -34,7 +33,7 @@ def decode(
     rows, groups, size = query.shape
     query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
     tile, piece = (16, 32) if interpreted() else (TILE, PIECE)
-    page, per_open = paged.page, paged.opened["k"].shape[1]
+    page, per_open = paged.page, paged.per_open
     piece = triton.cdiv(max(piece, page), tile) * tile  # a tile is not cut where a piece ends
     encoded_pieces = triton.cdiv(paged.encoded_table.shape[1] * page, piece)
     pieces = encoded_pieces + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
@@ -55,24 +54,15 @@ def decode(
         et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0),
         okp=page_words(paged.opened["k"]), ovp=page_words(paged.opened["v"]),
     )
-    grid = rows, pieces
-    if paged.kind == "gear":
-        from dmc.kernels.formats.minmax.decode import launch
-
-        launch(grid, arguments, paged, constants)
-    elif paged.kind == "trellis":
-        from dmc.kernels.formats.trellis.decode import launch
-
-        launch(grid, arguments, paged, constants)
-    else:
-        plain.launch(grid, arguments, paged, constants)
-    # Trellis pages are summed in their own rotated space; rotating back once is all that remains.
-    turned = torch.empty(rows, groups, size, dtype=torch.float32, device=query.device) if paged.kind == "trellis" else None
+    paged.format.triton_read((rows, pieces), arguments, paged, constants)
+    # Pages with a rotation are summed in their own rotated space; rotating back once is all that remains.
+    rotation = paged.format.rotation
+    turned = None if rotation is None else torch.empty(rows, groups, size, dtype=torch.float32, device=query.device)
     _together[(rows, groups)](
         query, own_key, own_value, **where, sums=sums, parts=parts, out=out, turned=out if turned is None else turned,
         scale=scale * LOG2E.value, pieces=pieces, PAGE=page, PIECE=piece, TURNED=turned is not None, **sizes, num_warps=1,
     )
-    return out if turned is None else (out + turned @ paged.gear.rotation.T).to(query.dtype)
+    return out if turned is None else (out + turned @ rotation.T).to(query.dtype)
 
 
 @triton.jit

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmc.kernels.formats.minmax.reference import gear_page
-from dmc.kernels.formats.trellis.reference import trellis_page
 from dmc.kernels.pages.paged import Paged
 
 
@@ -32,18 +30,5 @@ def decode_reference(
 
 
 def _decoded(paged: Paged, part: str, pages: Tensor, work: torch.dtype) -> Tensor:
-    if paged.kind == "dense":
-        return paged.encoded[part][pages].to(work)
-    if paged.kind == "gear":
-        return gear_page(_fields(paged, part, pages), paged.gear, part, work)
-    if paged.kind == "trellis":
-        return trellis_page(_fields(paged, part, pages), paged.gear, part, work)
-    if paged.kind == "int8":
-        codes = paged.encoded[f"{part}_codes"][pages].to(work)
-    else:
-        codes = paged.encoded[f"{part}_numbers"][pages].view(torch.float8_e4m3fn).to(work)
-    return codes * paged.encoded[f"{part}_scale"][pages].to(work)[..., None]
-
-
-def _fields(paged: Paged, part: str, pages: Tensor) -> dict[str, Tensor]:
-    return {name[2:]: field[pages] for name, field in paged.encoded.items() if name[0] == part}
+    fields = {name: paged.encoded[name][pages] for name in paged.format.fields}
+    return paged.format.reference(fields, part, work)

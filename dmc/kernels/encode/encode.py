@@ -1,6 +1,6 @@
 """A full row's oldest page is encoded, without the host knowing which rows are full.
 
-`encode_reference` is the naive twin, which calls the codec itself; `dmc.kernels.encode.gpu` holds the kernels, and
+`encode_reference` is the reference implementation, which calls the codec itself; `dmc.kernels.encode.gpu` holds the kernels, and
 `encode_pages` chooses. It follows each `dmc.kernels.append.append.append_tokens`, whose views of the cache it shares.
 """
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from dmc.kernels.backend import choose
-from dmc.kernels.pages.encoding import Encoding
-from dmc.kernels.pages.growing import NO_COLUMN, Growing, take
+from dmc.kernels.pages.paged import NO_COLUMN, Growing, take
 
 
-def encode_pages(state: Growing, index: Tensor, encoding: Encoding, *, backend: str | None = None) -> None:
+def encode_pages(state: Growing, index: Tensor, *, backend: str | None = None) -> None:
     """Encodes the oldest page after the sinks of every row that is full, into a page of the pool.
 
     The entries behind move down, and open pages that this empties are free again; they are given back after the new pages
@@ -28,22 +27,21 @@ def encode_pages(state: Growing, index: Tensor, encoding: Encoding, *, backend: 
     Args:
         state: changed in place.
         index: int64 ``[R]``, distinct rows; -1: none.
-        encoding: of their pages.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+        backend: see `dmc.kernels.backend`; what is not "triton" is the reference implementation.
     """
     if choose(state.opened["k"], backend) == "triton":
         from dmc.kernels.encode.gpu import encode
 
-        encode(state, index, encoding)
+        encode(state, index)
     else:
-        encode_reference(state, index, encoding)
+        encode_reference(state, index)
 
 
-def encode_reference(state: Growing, index: Tensor, encoding: Encoding) -> None:
-    """The naive twin; it waits for the device."""
+def encode_reference(state: Growing, index: Tensor) -> None:
+    """The reference implementation; it waits for the device."""
     rows = index[index >= 0]
-    rows = rows[state.exact[rows] == state.most]
-    room = state.closed[rows] < state.closed_table.shape[1]
+    rows = rows[state.exact_count[rows] == state.most]
+    room = state.encoded_count[rows] < state.encoded_table.shape[1]
     if not room.all():
         state.failed.bitwise_or_(NO_COLUMN)
     pages, given = take(state, room)
@@ -51,17 +49,17 @@ def encode_reference(state: Growing, index: Tensor, encoding: Encoding) -> None:
     if not len(rows):
         return
     places = torch.arange(state.sinks, state.most, device=index.device)
-    entries = {part: opened[_at(state, rows, places)] for part, opened in state.opened.items()}
-    for name, x in encoding.codec(*(entries[part][:, : state.page] for part in "kv")).items():
-        encoding.fields[name][pages] = x
-    for part, opened in state.opened.items():
-        opened[_at(state, rows, places[: state.window])] = entries[part][:, state.page :]
+    entries = {part: state.opened[part][_at(state, rows, places)] for part in "kv"}
+    for name, x in state.format.encode(*(entries[part][:, : state.page] for part in "kv")).items():
+        state.encoded[name][pages] = x
+    for part in "kv":
+        state.opened[part][_at(state, rows, places[: state.window])] = entries[part][:, state.page :]
     kept = -(-(state.sinks + state.window) // state.per_open)
     _give(state, state.open_table[rows, kept:])
     state.open_table[rows, kept:] = 0
-    state.closed_table[rows, state.closed[rows].long()] = pages.int()
-    state.exact[rows] = state.sinks + state.window
-    state.closed[rows] += 1
+    state.encoded_table[rows, state.encoded_count[rows].long()] = pages.int()
+    state.exact_count[rows] = state.sinks + state.window
+    state.encoded_count[rows] += 1
 
 
 def _at(state: Growing, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,44 +19,34 @@ import triton.language as tl
 from torch import Tensor
 
 from dmc.kernels.backend import interpreted
-from dmc.kernels.formats.plain import encode as plain
-from dmc.kernels.pages.encoding import Encoding
 from dmc.kernels.pages.floats import as_bits
-from dmc.kernels.pages.full_rows import exact_at, first_of, new_pages
-from dmc.kernels.pages.growing import NO_COLUMN, NO_PAGE, Growing
+from dmc.kernels.pages.full_rows import exact_at, first_of, new_pages, rows_of_a_program
+from dmc.kernels.pages.paged import NO_COLUMN, NO_PAGE, Growing
 
 _NO_PAGE, _NO_COLUMN = tl.constexpr(NO_PAGE), tl.constexpr(NO_COLUMN)
 
 
-def encode(state: Growing, index: Tensor, encoding: Encoding) -> None:
+def encode(state: Growing, index: Tensor) -> None:
     """`dmc.kernels.encode.encode.encode_pages`."""
     index = index.contiguous()
-    rows, size, few = len(index), state.head_size, interpreted()
+    rows, size = len(index), state.head_size
     keys, values = (as_bits(state.opened[part]) for part in "kv")
     table = dict(
-        index=index, exact=state.exact, closed=state.closed, closed_table=state.closed_table, R=rows, most=state.most,
-        columns=state.closed_table.shape[1], ct=state.closed_table.stride(0),
+        index=index, exact=state.exact_count, closed=state.encoded_count, closed_table=state.encoded_table, R=rows,
+        most=state.most, columns=state.encoded_table.shape[1], ct=state.encoded_table.stride(0),
     )
     opened = dict(open_table=state.open_table, keys=keys, values=values, ot=state.open_table.stride(0), kp=keys.stride(0),
                   vp=values.stride(0), PER_OPEN=state.per_open)
-    block = dict(D=size, BLOCK=triton.next_power_of_2(size))
-    many = 4 if few else 128
+    many = 4 if interpreted() else 128
     _take[(triton.cdiv(rows, many),)](
         **table, stack=state.stack, free=state.free, owners=state.owners, failed=state.failed, ROWS=many, num_warps=4,
     )
-    each = 4 if few else 16
-    grid = triton.cdiv(rows, each)
-    if encoding.kind == "trellis":
-        from dmc.kernels.formats.trellis.encode import launch
-
-        launch(table, opened, state.sinks, state.page, size, encoding)
-    else:
-        plain.launch(grid, table, opened, state.sinks, encoding, PAGE=state.page, ROWS=each, **block)
-    spare = -(-(state.sinks + state.window) // state.per_open)
-    _settle[(grid,)](
+    state.format.triton_write(table, opened, state)
+    each, spare = rows_of_a_program(), -(-(state.sinks + state.window) // state.per_open)
+    _settle[(triton.cdiv(rows, each),)](
         **table, **opened, stack=state.stack, free=state.free, owners=state.owners, sinks=state.sinks, window=state.window,
         kept=spare, SPARE=triton.next_power_of_2(max(1, state.open_table.shape[1] - spare)), OPEN=state.open_table.shape[1],
-        PAGE=state.page, STEP=min(16, state.page), TILE=16, ROWS=each, **block, num_warps=4,
+        PAGE=state.page, STEP=min(16, state.page), TILE=16, ROWS=each, D=size, BLOCK=triton.next_power_of_2(size), num_warps=4,
     )
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dmc.kernels.backend import interpreted
+
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off again it leaves a whole number, ties to even
+
+
+def rows_of_a_program() -> int:
+    """Rows that a program looks after: few are full at a time."""
+    return 4 if interpreted() else 16
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Pages and block tables as decode attention reads them, and the layouts of packed pages."""
+"""Rows of a cache as kernels see them: block tables, and views of the page pool. Nothing is copied."""
 
 from __future__ import annotations
 
@@ -8,126 +8,128 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = {
-    # kind of encoded page: its fields beside the exact ones
-    "dense": ("k", "v"),
-    "int8": ("k_codes", "k_scale", "v_codes", "v_scale"),
-    "fp8": ("k_numbers", "k_scale", "v_numbers", "v_scale"),
-    "gear": ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"),  # and outliers, places, left, right
-    "trellis": ("k_codes", "k_scale", "k_top", "v_codes", "v_scale", "v_top"),  # and mean, unit
-}
+from dmc.kernels.pages.format import PageFormat
 
+NO_PAGE, NO_COLUMN, NOT_ENCODED = 1, 2, 4
+"""Bits of `Growing.failed`: no page was free; the table of encoded pages is full; a full row was appended to."""
 
-@dataclass(frozen=True)
-class Gear:
-    """How GEAR pages with a backbone of min/max groups are laid out (docs/kernels.md).
-
-    Attributes:
-        bits: 2, 3, 4 or 8, of a code.
-        page: entries of a page, P.
-        head_size: D.
-        key_channel, value_channel: whether a vector that shares scales is a channel over the entries, or an entry.
-        group: values at most that share a scale; None: the whole vector.
-    """
-
-    bits: int
-    page: int
-    head_size: int
-    key_channel: bool
-    value_channel: bool
-    group: int | None
-
-    def channel(self, part: str) -> bool:
-        """Whether the vectors of "k" or "v" are channels."""
-        return self.key_channel if part == "k" else self.value_channel
-
-    def groups(self, part: str) -> tuple[int, int]:
-        """(groups of a vector, values of a group) for "k" or "v"."""
-        length = self.page if self.channel(part) else self.head_size
-        count = 1 if self.group is None else -(-length // self.group)
-        return count, -(-length // count)
-
-
-@dataclass(frozen=True)
-class Trellis:
-    """How TCQ's pages are laid out: ``x = (levels * scale + mean) Rᵀ`` (docs/kernels.md).
-
-    Attributes:
-        page: entries of a page, P.
-        head_size: D.
-        key, value: ``(values, bits)`` of each stretch of a vector, one or two that add up to D.
-        levels: by bits, fp32 ``[2 ** (bits + 1)]``, what codes of so many bits stand for.
-        rotation: R, fp32 ``[D, D]``.
-    """
-
-    page: int
-    head_size: int
-    key: tuple[tuple[int, int], ...]
-    value: tuple[tuple[int, int], ...]
-    levels: dict[int, Tensor]
-    rotation: Tensor
-
-    def stretches(self, part: str) -> tuple[tuple[int, int], ...]:
-        """Those of "k" or "v"."""
-        return self.key if part == "k" else self.value
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+"""Of the full-precision entries that the CPU kernels read."""
 
 
 @dataclass(frozen=True)
 class Paged:
-    """What decode reads, as the page pool holds it: views of its memory, and tables of int32. Nothing is copied.
-
-    Entries of a row: ``closed`` whole encoded pages, then ``exact`` entries on open pages. All of them are seen.
+    """What decode attention reads. Entries of a row: whole encoded pages, then full-precision entries on open pages.
 
     Attributes:
-        kind: a name of `KINDS`, how encoded pages are stored.
-        encoded: fields of encoded pages: keys and values ``[pages, P, D]`` (``k``, ``v`` in any float dtype; ``k_codes``,
-            ``v_codes`` int8; ``k_numbers``, ``v_numbers`` uint8 holding E4M3), scales ``[pages, P]``. The loops for CPUs alone
-            know ``place`` int32 ``[pages, P]``, below 0 where an entry was evicted, and ``score`` fp32 ``[pages, P]``.
-        opened: ``k`` and ``v`` of exact pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
-        encoded_table, open_table: ``[rows, columns]``, pages of each row in order.
-        encoded_count: ``[rows]``, encoded pages of each row.
-        exact_count: ``[rows]``, exact entries of each row.
-        gear: layout of the pages of kind "gear" or "trellis", whose fields are those of `dmc.cache.codecs.gear` and `tcq`.
+        format: of the encoded pages.
+        encoded: their fields ``[pages, shape]``, as `PageFormat.fields` names them. Of policies that evict also ``place`` int32
+            ``[pages, P]``, below 0 where an entry was evicted, and ``score`` fp32 ``[pages, P]``: for the CPU kernels alone.
+        opened: ``k`` and ``v`` of full-precision pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
+        encoded_table, open_table: int32 ``[rows, columns]``, pages of each row in order; 0, the null page, where there is none.
+        encoded_count: int32 ``[rows]``, encoded pages of each row.
+        exact_count: int32 ``[rows]``, full-precision entries of each row.
     """
 
-    kind: str
+    format: PageFormat
     encoded: dict[str, Tensor]
     opened: dict[str, Tensor]
     encoded_table: Tensor
     open_table: Tensor
     encoded_count: Tensor
     exact_count: Tensor
-    gear: Gear | Trellis | None = None
 
     @property
     def page(self) -> int:
-        """Entries of an encoded page."""
-        return self.gear.page if self.gear else self.encoded[KINDS[self.kind][0]].shape[1]
+        """Entries of an encoded page, P."""
+        return self.format.page
+
+    @property
+    def per_open(self) -> int:
+        """Full-precision entries of a page, E."""
+        return self.opened["k"].shape[1]
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.opened["k"].shape[2]
 
     @functools.cached_property
-    def in_reach_of_loops(self) -> bool:
-        """Whether the loops for CPUs know these pages: see `cpu_reads`; and all must lie in one storage, as a pool's do."""
-        storages = {x.untyped_storage().data_ptr() for part in (self.encoded, self.opened) for x in part.values()}
-        return len(storages) == 1 and cpu_reads(self.kind, self.opened["k"].dtype, _encoded_dtype(self))
+    def cpu_reads(self) -> bool:
+        """Whether the CPU kernels read these pages: their format, full precision in `CPU_DTYPES`, one storage as a pool's."""
+        fields = [x for part in (self.encoded, self.opened) for x in part.values()]
+        one = len({x.untyped_storage().data_ptr() for x in fields}) == 1
+        strides = {x.stride(0) * x.element_size() for x in self.encoded.values()}
+        return one and len(strides) == 1 and self.opened["k"].dtype in CPU_DTYPES and self.format.cpu_reads
 
     def __post_init__(self) -> None:  # noqa: D105
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of pages {self.kind!r}; known: {', '.join(KINDS)}")
-        if type(self.gear) is not {"gear": Gear, "trellis": Trellis}.get(self.kind, type(None)):
-            raise ValueError(
-                f"{self.kind} pages and gear={self.gear}: a Gear goes with pages of kind gear, a Trellis with those of "
-                "kind trellis, and nothing with others"
-            )
-        missing = [name for name in KINDS[self.kind] if name not in self.encoded]
+        missing = [name for name in self.format.fields if name not in self.encoded]
         if missing:
-            raise ValueError(f"{self.kind} pages have the fields {', '.join(KINDS[self.kind])}; missing: {', '.join(missing)}")
+            raise ValueError(
+                f"{self.format.name} pages have the fields {', '.join(self.format.fields)}; missing: {', '.join(missing)}"
+            )
 
 
-def cpu_reads(kind: str, exact: torch.dtype, encoded: torch.dtype | None) -> bool:
-    """Whether these loops know pages of a kind, with exact entries of a dtype; ``encoded`` is that of dense pages."""
-    dtypes = (torch.float32, torch.bfloat16)
-    return kind in ("dense", "int8", "fp8", "trellis") and exact in dtypes and (kind != "dense" or encoded in dtypes)
+@dataclass(frozen=True)
+class Growing(Paged):
+    """Rows that grow: what `dmc.kernels.append` and `dmc.kernels.encode` write to as well. All of it is written to.
+
+    A row's full-precision entries are its first ``sinks``, then those that wait to be encoded. With ``most`` of them it is full:
+    the oldest page after the sinks must be encoded before it closes another.
+
+    Attributes:
+        sinks, window: entries at the start and at the end of a row that stay in full precision.
+        numerators: fp32 (the reference implementation also fp64) ``[rows, 2 D]``: keys, before their rotation, and values of the
+            accumulating entry, summed with their weights.
+        z: as numerators ``[rows]``, the sum of these weights; 0 where a row has no accumulating entry, its numerators too.
+        memory: uint8 ``[pages, bytes]``, the pool.
+        stack: int64 ``[pages - 1]``, the free pages first; the last of them is taken next.
+        free: int32 ``[1]``, how many they are.
+        owners: int32 ``[pages]``, of each page; 0: free.
+        failed: int32 ``[1]``; a failure sets its bit (`NO_PAGE`, `NO_COLUMN`, `NOT_ENCODED`) and nothing clears it here.
+            The rows concerned stay as they were.
+    """
+
+    sinks: int
+    window: int
+    numerators: Tensor
+    z: Tensor
+    memory: Tensor
+    stack: Tensor
+    free: Tensor
+    owners: Tensor
+    failed: Tensor
+
+    @property
+    def most(self) -> int:
+        """Full-precision entries of a full row."""
+        return self.sinks + self.window + self.page
+
+    def __post_init__(self) -> None:  # noqa: D105
+        super().__post_init__()
+        for name in ("exact_count", "encoded_count", "open_table", "encoded_table", "free", "owners", "failed"):
+            if getattr(self, name).dtype != torch.int32:
+                raise ValueError(f"{name} must be int32 on the device, got {getattr(self, name).dtype}")
+        if self.open_table.shape[1] * self.per_open < self.most:
+            raise ValueError(
+                f"a row has up to {self.most} exact entries, but its {self.open_table.shape[1]} open pages hold "
+                f"{self.per_open} each; give open_table more columns"
+            )
+        if self.numerators.shape[1] != 2 * self.head_size or self.numerators.dtype != self.z.dtype:
+            raise ValueError(
+                f"numerators {tuple(self.numerators.shape)} {self.numerators.dtype} must be [rows, {2 * self.head_size}] "
+                f"in the dtype of z, {self.z.dtype}"
+            )
 
 
-def _encoded_dtype(paged: Paged) -> torch.dtype | None:
-    return paged.encoded["k"].dtype if paged.kind == "dense" else None
+def take(state: Growing, wanting: Tensor) -> tuple[Tensor, Tensor]:
+    """Free pages for those that want one, bool ``[n]``, as far as there are → (pages int64 ``[given]``, given bool ``[n]``)."""
+    free = int(state.free)
+    order = wanting.cumsum(0)
+    given = wanting & (order <= free)
+    if not torch.equal(given, wanting):
+        state.failed.bitwise_or_(NO_PAGE)
+    pages = state.stack[free - order[given]].long()
+    state.free.sub_(len(pages))
+    state.owners[pages] = 1
+    return pages, given

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 
 from dmc.kernels.pages.exact import exact_piece, store_piece
+from dmc.kernels.pages.paged import Paged
 
 
-def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
-    """Fills the pieces of `dmc.kernels.decode.gpu.decode` for ``paged.kind == "gear"``."""
-    fields, pages = paged.encoded, paged.gear
+def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
+    """Fills the segments of `dmc.kernels.decode.gpu.decode` for pages of a `dmc.kernels.formats.minmax.format.MinMaxFormat`."""
+    fields, pages = paged.encoded, paged.format
     bytes_of = {x.stride(0) * x.element_size() for x in fields.values()}
     scales = {fields[name].dtype for name in ("k_scale", "v_scale")}
-    if len(bytes_of) > 1 or scales != {torch.bfloat16} or pages.page & (pages.page - 1) or pages.page < 16:
+    if len(bytes_of) > 1 or scales != {torch.bfloat16} or not pages.triton_reads:
         raise ValueError(
             f"the kernel takes GEAR pages of one pool with bf16 scales and a power of two of at least 16 entries, not "
             f"{pages.page} entries, strides {sorted(bytes_of)} and scales {scales}; choose kernels=sdpa"
@@ -29,17 +30,15 @@ def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> No
     sides = {}
     for part, upper in (("k", "K"), ("v", "V")):
         groups, size = pages.groups(part)
-        outliers = fields.get(f"{part}_outliers")
         sides |= {
             f"{upper}_CHANNEL": pages.channel(part), f"{upper}_GROUPS": groups, f"{upper}_GROUP": size,
-            f"{upper}_OUTLIERS": 0 if outliers is None else outliers.shape[-1],
+            f"{upper}_OUTLIERS": pages.count(f"{part}_outliers"),
         }
     names = ("codes", "scale", "zero", "outliers", "places", "left", "right")
     pointers = {f"{part}_{name}": fields.get(f"{part}_{name}", empty) for part in "kv" for name in names}
-    rank = fields["k_left"].shape[-1] if "k_left" in fields else 0
     _gear_pieces[grid](
-        **arguments, **pointers, page8=stride, page16=stride // 2, PAGE=pages.page, BITS=pages.bits, RANK=rank, **sides,
-        **constants | {"GROUPS": 1 if constants["G"] == 1 else constants["GROUPS"], "num_warps": 2},
+        **arguments, **pointers, page8=stride, page16=stride // 2, PAGE=pages.page, BITS=pages.bits, RANK=pages.count("k_left"),
+        **sides, **constants | {"GROUPS": 1 if constants["G"] == 1 else constants["GROUPS"], "num_warps": 2},
     )
 
 

@@ -7,25 +7,20 @@ import triton
 import triton.language as tl
 
 from dmc.kernels.pages.exact import attend_piece, exact_piece, page_words, store_piece
-from dmc.kernels.pages.paged import KINDS, Paged
+from dmc.kernels.pages.paged import Paged
 
 
 def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
-    """Fills the pieces of `dmc.kernels.decode.gpu.decode` for pages of kind "dense", "int8" and "fp8"."""
-    keys, values = (paged.encoded[name] for name in _sides(paged.kind))
+    """Fills the segments of `dmc.kernels.decode.gpu.decode` for pages of a `dmc.kernels.formats.plain.format.PlainFormat`."""
+    keys, values = (paged.encoded[paged.format.main(part)] for part in "kv")
     key_scale, value_scale = (paged.encoded.get(f"{part}_scale") for part in "kv")
-    if paged.kind == "fp8":
+    if paged.format.name == "fp8":
         keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
     _pieces[grid](
         **arguments, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale, kp=page_words(keys),
         vp=page_words(values), ksp=0 if key_scale is None else key_scale.stride(0),
         vsp=0 if value_scale is None else value_scale.stride(0), PAGE=paged.page, SCALED=key_scale is not None, **constants,
     )
-
-
-def _sides(kind: str) -> tuple[str, str]:
-    names = KINDS[kind]
-    return names[0], names[len(names) // 2]
 
 
 @triton.jit

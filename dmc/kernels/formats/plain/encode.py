@@ -6,28 +6,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmc.kernels.pages.encoding import KINDS, Encoding
 from dmc.kernels.pages.floats import as_bits, load_float, store_float
-from dmc.kernels.pages.full_rows import ROUND, exact_at, first_of, new_pages
+from dmc.kernels.pages.full_rows import ROUND, exact_at, first_of, new_pages, rows_of_a_program
+from dmc.kernels.pages.paged import Growing
 
 _STORED = {"dense": 0, "int8": 1, "fp8": 2}
 _DENSE, _INT8 = tl.constexpr(0), tl.constexpr(1)
 
 
-def launch(grid: int, table: dict, opened: dict, sinks: int, encoding: Encoding, **constants: int) -> None:
+def launch(table: dict, opened: dict, state: Growing) -> None:
     """Encodes into the pages that were taken; ``table`` and ``opened`` as `dmc.kernels.encode.gpu.encode` has them."""
-    _plain[(grid, 2)](
-        **table, **opened, **_fields(encoding), sinks=sinks, KIND=_STORED[encoding.kind], TILE=16, **constants, num_warps=4,
+    each = rows_of_a_program()
+    _plain[(triton.cdiv(table["R"], each), 2)](
+        **table, **opened, **_fields(state), sinks=state.sinks, KIND=_STORED[state.format.name], TILE=16, PAGE=state.page,
+        ROWS=each, D=state.head_size, BLOCK=triton.next_power_of_2(state.head_size), num_warps=4,
     )
 
 
-def _fields(encoding: Encoding) -> dict[str, Tensor | int]:
+def _fields(state: Growing) -> dict[str, Tensor | int]:
     """Pointers and strides of a page's fields, in elements; scales as bits."""
-    names = KINDS[encoding.kind]
     out = {}
-    for part, name in (("k", names[0]), ("v", names[len(names) // 2])):
-        codes = as_bits(encoding.fields[name])
-        scale = as_bits(encoding.fields.get(f"{part}_scale", encoding.fields[name]))
+    for part in "kv":
+        codes = as_bits(state.encoded[state.format.main(part)])
+        scale = as_bits(state.encoded.get(f"{part}_scale", codes))
         out |= {f"{part}_to": codes, f"{part}_scale": scale, f"{part}t": codes.stride(0), f"{part}s": scale.stride(0)}
     return out
 

@@ -1,10 +1,15 @@
-"""CPU kernels that read the codes of int8 and fp8 pages (`dmc.kernels.decode.loop`)."""
+"""CPU kernels that read dense, int8 and fp8 pages: a `dmc.kernels.pages.format.CpuReader`'s functions."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dmc.kernels.cpu.compiled import compiled
+from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, singles_at, words_at
+from dmc.kernels.cpu.compiled import compiled, widen
+from dmc.kernels.cpu.products import add, score, times
+
+FULL, HALF, INT8, FP8 = range(4)  # dense fp32 and bf16, and the two with a scale per entry
+FACTS = ("stored", "page", "head_size", "k", "k_scale", "v", "v_scale")  # the last four: where these fields begin in a page
 
 
 @compiled()
@@ -25,7 +30,43 @@ def e4m3(source, bits, out):  # noqa: ANN001, ANN201
 
 
 @compiled()
-def look_up(source, table, out):  # noqa: ANN001, ANN201
-    """``table[source]``."""
-    for i in range(len(source)):
-        out[i] = table[source[i]]
+def _entries(stored, at, count, room):  # noqa: ANN001, ANN202
+    """Entries without their scales, fp32: where they lie, or unpacked."""
+    if stored == FULL:
+        return singles_at(at, count)
+    numbers = singles_at(room, count)
+    if stored == HALF:
+        widen(halves_at(at, count), words_at(room, count))
+    elif stored == INT8:
+        whole(bytes_at(at, count), numbers)
+    else:
+        e4m3(bytes_at(at, count), words_at(room, count), numbers)
+    return numbers
+
+
+@compiled()
+def _scale(at, count, room):  # noqa: ANN001, ANN202
+    widen(halves_at(at, count), words_at(room, count))
+    return singles_at(room, count)
+
+
+@callback
+def keys(page, facts, constants, queries, groups, scores, room):  # noqa: ANN001, ANN201, PLR0913, D103
+    known = longs_at(facts, 7)
+    stored, entries, size, main, scale = known[0], known[1], known[2], known[3], known[4]
+    out = singles_at(scores, groups * entries).reshape(groups, entries)
+    there = _entries(stored, page + main, entries * size, room).reshape(entries, size)
+    score(singles_at(queries, groups * size).reshape(groups, size), there, out)
+    if stored >= INT8:
+        times(out, _scale(page + scale, entries, room))
+
+
+@callback
+def values(page, facts, constants, weights, groups, sums, room):  # noqa: ANN001, ANN201, PLR0913, D103
+    known = longs_at(facts, 7)
+    stored, entries, size, main, scale = known[0], known[1], known[2], known[5], known[6]
+    weight = singles_at(weights, groups * entries).reshape(groups, entries)
+    if stored >= INT8:
+        times(weight, _scale(page + scale, entries, room))
+    there = _entries(stored, page + main, entries * size, room).reshape(entries, size)
+    add(weight, there, singles_at(sums, groups * size).reshape(groups, size))

@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 
 from dmc.kernels.formats.trellis import general, grouped, single
+from dmc.kernels.pages.paged import Paged
 
 
-def launch(grid: tuple[int, int], arguments: dict, paged, constants: dict) -> None:  # noqa: ANN001
-    """Fills the pieces of `dmc.kernels.decode.gpu.decode` for ``paged.kind == "trellis"``."""
-    fields, pages, sides = paged.encoded, paged.gear, {}
+def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
+    """Fills the segments of `dmc.kernels.decode.gpu.decode` for a `dmc.kernels.formats.trellis.format.TrellisFormat`."""
+    fields, pages, sides = paged.encoded, paged.format, {}
     stride = _check(fields, pages)
     for part, upper in (("k", "K"), ("v", "V")):
         (count, bits), *rest = pages.stretches(part)

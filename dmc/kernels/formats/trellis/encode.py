@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dmc.kernels.backend import interpreted
-from dmc.kernels.pages.encoding import Encoding
 from dmc.kernels.pages.floats import bf16_bits, load_float
 from dmc.kernels.pages.full_rows import ROUND, exact_at, first_of, new_pages
 from dmc.kernels.pages.layout import NO_SCALE, PLANES, SCALE_STEPS
+from dmc.kernels.pages.paged import Growing
 
 _NONE, _STEPS = tl.constexpr(NO_SCALE), tl.constexpr(float(SCALE_STEPS))
 _LARGEST = tl.constexpr(torch.finfo(torch.bfloat16).max)
@@ -28,22 +28,22 @@ _TILE = 16  # entries that are rotated at a time
 CHANNELS = tl.constexpr(16)  # at a time, of up to `SIDE` entries
 
 
-def launch(table: dict, opened: dict, sinks: int, page: int, size: int, encoding: Encoding) -> None:
+def launch(table: dict, opened: dict, state: Growing) -> None:
     """Encodes into the pages that were taken; ``table`` and ``opened`` as `dmc.kernels.encode.gpu.encode` has them."""
-    layout, rows, device = encoding.trellis, table["R"], table["exact"].device
+    layout, page, size, rows, device = state.format, state.page, state.head_size, table["R"], table["exact"].device
     each = triton.next_power_of_2(triton.cdiv(rows, _programs(device)))
     programs = triton.cdiv(rows, each)
     lanes, sides = max(_TILE, triton.next_power_of_2(page)), {}
     for part, upper in (("k", "K"), ("v", "V")):
-        (count, bits), *rest = layout.key if part == "k" else layout.value
+        (count, bits), *rest = layout.stretches(part)
         below = rest[0][1] if rest else 0
         sides |= {
             f"{upper}_FIRST": count, f"{upper}_BITS": bits, f"{upper}_REST": below,
-            f"{upper}_MEAN": f"{part}_mean" in encoding.fields,
+            f"{upper}_MEAN": f"{part}_mean" in layout.fields,
             f"{part}_levels": layout.levels[bits], f"{part}_below": layout.levels[below or bits],
         }
     _trellis[(programs, 2)](
-        **table, **opened, **_fields(encoding.fields), **sides, rotation=layout.rotation.contiguous(), sinks=sinks,
+        **table, **opened, **_fields(state.encoded), **sides, rotation=layout.rotation.contiguous(), sinks=state.sinks,
         **_scratch(programs, size, lanes, page, device), PAGE=page, ROWS=each, D=size,
         BLOCK=max(16, triton.next_power_of_2(size)), LANES=lanes, TILE=_TILE, SIDE=min(64, lanes),
         UNROLL=4 if size % 4 == 0 else 2, num_warps=4,

@@ -26,7 +26,7 @@ def launch(
     Args:
         grid: programs.
         shared, constants: see above.
-        key, value: see `dmc.kernels.pages.paged.Trellis`.
+        key, value: see `dmc.kernels.formats.trellis.format.TrellisFormat`.
     """
     pairs = len(key), len(value)
     most = max(count for count, _ in key + value)

@@ -1,0 +1,78 @@
+"""Pages of the published GEAR and of KIVI: codes of min/max groups, and with them maybe outliers and a low rank.
+
+``x = code * scale + zero``, plus the outliers of each vector, plus ``A Bᵀ`` (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.kernels.pages.format import PageFormat
+from dmc.kernels.pages.layout import unpacked
+from dmc.kernels.pages.paged import Paged
+
+
+@dataclass(frozen=True, eq=False)
+class MinMaxFormat(PageFormat):
+    """See the head of this file.
+
+    Fields of a side: codes uint8 (packed), scale and zero bf16; with outliers ``outliers`` bf16 and ``places`` uint8, each
+    ``[vectors, count]``; with a low rank ``left`` bf16 ``[P, r]`` and ``right`` bf16 ``[D, r]``.
+
+    Attributes:
+        bits: 2, 3, 4 or 8, of a code.
+        key_channel, value_channel: whether a vector that shares scales is a channel over the entries, or an entry.
+        group: values at most that share a scale; None: the whole vector.
+    """
+
+    bits: int
+    key_channel: bool
+    value_channel: bool
+    group: int | None
+
+    def channel(self, part: str) -> bool:
+        """Whether the vectors of "k" or "v" are channels."""
+        return self.key_channel if part == "k" else self.value_channel
+
+    def groups(self, part: str) -> tuple[int, int]:
+        """(groups of a vector, values of a group) for "k" or "v"."""
+        length = self.page if self.channel(part) else self.head_size
+        count = 1 if self.group is None else -(-length // self.group)
+        return count, -(-length // count)
+
+    def count(self, name: str) -> int:
+        """Outliers of a vector ("k_outliers", "v_outliers") or the rank ("k_left"): the last size of a field; 0 without it."""
+        return self.fields[name][1][-1] if name in self.fields else 0
+
+    def reference(self, fields: dict[str, Tensor], part: str, work: torch.dtype) -> Tensor:
+        """See `PageFormat.reference`: base, outliers and low rank added up."""
+        fields = self.side(fields, part)
+        total, (groups, size) = self.page * self.head_size, self.groups(part)
+        index = torch.arange(total, device=fields["codes"].device)
+        codes, _ = unpacked(fields["codes"], 0, total, self.bits)
+        vectors, length = (self.head_size, self.page) if self.channel(part) else (self.page, self.head_size)
+        at = index // length * groups + index % length // size
+        x = codes.to(work) * fields["scale"].to(work)[..., at] + fields["zero"].to(work)[..., at]
+        x = x.unflatten(-1, (vectors, length))
+        x = x.transpose(-1, -2) if self.channel(part) else x  # [..., P, D]
+        if "outliers" in fields:
+            side = x.transpose(-1, -2).clone() if part == "k" else x.clone()
+            side.scatter_add_(-1, fields["places"].long(), fields["outliers"].to(work))
+            x = side.transpose(-1, -2) if part == "k" else side
+        if "left" in fields:
+            x = x + fields["left"].to(work) @ fields["right"].to(work).transpose(-1, -2)
+        return x
+
+    @property
+    def triton_reads(self) -> bool:
+        """Whether the kernel reads these pages: a power of two of at least 16 entries."""
+        return self.page >= 16 and not self.page & (self.page - 1)
+
+    def triton_read(self, grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
+        """See `PageFormat.triton_read`."""
+        from dmc.kernels.formats.minmax.decode import launch
+
+        launch(grid, arguments, paged, constants)

@@ -1,0 +1,81 @@
+"""Dense, int8 and fp8 pages: one number for each value, and a scale for each entry of the last two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmc.kernels.pages.format import CpuReader, PageFormat
+from dmc.kernels.pages.paged import Growing, Paged
+
+MAIN = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers"}
+"""Name → the field of a side that holds its values: any float dtype; int8; uint8 that holds E4M3 numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlainFormat(PageFormat):
+    """See the head of this file.
+
+    Fields: keys and values ``[P, D]`` as `MAIN` names them, and ``k_scale``, ``v_scale`` bf16 ``[P]`` of int8 and fp8.
+    """
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.name not in MAIN:
+            raise ValueError(f"plain pages are {', '.join(MAIN)}, not {self.name!r}")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether entries have a scale."""
+        return self.name != "dense"
+
+    def main(self, part: str) -> str:
+        """Name of the field with the numbers of a side."""
+        return MAIN[self.name].format(part)
+
+    def reference(self, fields: dict[str, Tensor], part: str, work: torch.dtype) -> Tensor:
+        """See `PageFormat.reference`."""
+        numbers = fields[self.main(part)]
+        numbers = numbers.view(torch.float8_e4m3fn) if self.name == "fp8" else numbers
+        return numbers.to(work) * fields[f"{part}_scale"].to(work)[..., None] if self.scaled else numbers.to(work)
+
+    @property
+    def cpu_reads(self) -> bool:
+        """Whether the CPU kernels read these pages: dense ones in fp32 and bf16."""
+        return self.scaled or self.fields["k"][0] in (torch.float32, torch.bfloat16)
+
+    def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
+        """See `PageFormat.cpu_reader`."""
+        from dmc.kernels.formats.plain import loop
+
+        stored = {"dense": loop.FULL, "int8": loop.INT8, "fp8": loop.FP8}[self.name]
+        if self.name == "dense" and self.fields["k"][0] == torch.bfloat16:
+            stored = loop.HALF
+        begins = [(offsets[self.main(part)], offsets.get(f"{part}_scale", 0)) for part in "kv"]
+        facts = np.array([stored, self.page, self.head_size, *begins[0], *begins[1]], np.int64)
+        return CpuReader(loop.keys, loop.values, facts, np.zeros(1, np.float32), 4 * self.page * self.head_size)
+
+    @property
+    def triton_reads(self) -> bool:
+        """True: of any number of entries."""
+        return True
+
+    def triton_read(self, grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
+        """See `PageFormat.triton_read`."""
+        from dmc.kernels.formats.plain.decode import launch
+
+        launch(grid, arguments, paged, constants)
+
+    @property
+    def triton_writes(self) -> bool:
+        """True: of any number of entries."""
+        return True
+
+    def triton_write(self, table: dict, opened: dict, state: Growing) -> None:
+        """See `PageFormat.triton_write`."""
+        from dmc.kernels.formats.plain.encode import launch
+
+        launch(table, opened, state)
