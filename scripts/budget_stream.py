@@ -150,32 +150,32 @@ def stream(args: argparse.Namespace, model: Path, given: dict) -> dict:
             given = given | {"decisions": _for_model(given["decisions"], copy)}
         llm = _load(copy, given, max_batch=1)
         if llm.cache.policy.max_entries is not None:  # not a page more than admission reserves for any length
-            memory = llm.cache.worst_pages(args.tokens + TRAINED) * llm.cache.rows.pool.page_bytes
+            memory = llm.cache.worst_pages(args.tokens + TRAINED) * llm.cache.page_bytes
             llm = _load(copy, given, max_batch=1, kv_memory=memory)
         prompt = _windows(args.base, prompt=128, scored=1, count=1).tokens[0, :128].tolist()
         return {"tokens": args.tokens, **_streamed(llm, prompt, args.tokens)}
 
 
 def _streamed(llm: LLM, prompt: list[int], tokens: int) -> dict:
-    engine, pool, points = llm.engine, llm.cache.rows.pool, []
+    engine, cache, points = llm.engine, llm.cache, []
     (sequence,) = llm.sequences(prompt, SamplingParams(max_tokens=tokens, temperature=1.0, seed=0, ignore_eos=True))
     engine.add(sequence)
     peak, recorded, started = 0, 0, time.perf_counter()
     while engine.busy:
         engine.step()
-        peak = max(peak, pool.used)
+        peak = max(peak, cache.used_pages)
         count = len(sequence.tokens)
         if sequence.slot is not None and count >= recorded + max(1, tokens // POINTS):
             entries, recorded = llm.cache.entries(sequence.slot), count
             points.append({
-                "tokens": count, "pages": pool.used, "entries_mean": round(float(entries.double().mean()), 1),
+                "tokens": count, "pages": cache.used_pages, "entries_mean": round(float(entries.double().mean()), 1),
                 "entries_max": int(entries.max()), "held_bytes": sum(llm.cache.held(sequence.slot).values()),
                 "seconds": round(time.perf_counter() - started, 1),
             })
     output = sequence.output()
     return {
         "finish_reason": output.finish_reason, "generated": len(output.token_ids), "preemptions": engine.preemptions,
-        "pages_peak": peak, "pages_limit": pool.limit, "page_bytes": pool.page_bytes, "points": points,
+        "pages_peak": peak, "pages_limit": cache.page_limit, "page_bytes": cache.page_bytes, "points": points,
     }
 
 

@@ -271,6 +271,43 @@ def test_floors_of_the_cache(house):
     assert floors(rooms) <= 4
 
 
+INSIDE = ("rows", "pool")  # parts of a KVCache that are its own business
+MEASURES = {"scripts/bench_decode.py"}  # times the kernels on rows of a cache, without an engine
+
+
+def reaches(source: str) -> list[str]:
+    """Where a file takes the parts of a cache: ``cache.rows``, ``self._cache.rows``, ``llm.cache.rows.pool``, also by getattr."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in INSIDE:
+            owner = node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "attrgetter", "operator.attrgetter"):
+            names = [part for one in node.args if isinstance(one, ast.Constant) for part in str(one.value).split(".")]
+            owner = node.args[0] if set(names) & set(INSIDE) else None
+        else:
+            continue
+        name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+        if name.strip("_").endswith("cache") or (name.strip("_") in ("own", "rows") and isinstance(node, ast.Attribute)):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nobody_reaches_through_the_cache():
+    """What others need of a cache's rows, `KVCache` says itself."""
+    files = [path for tree in ("dmc", "scripts", "checkpoints", "data") for path in (ROOT / tree).rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix(): reaches(path.read_text()) for path in files}
+    found = {path: where for path, where in found.items() if where and not path.startswith("dmc/cache/")}
+    assert len(files) > 200 and set(found) == MEASURES, found
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ("pool = llm.cache.rows.pool", 2), ("self._cache.rows.error", 1), ("cache.rows", 1), ("getattr(cache, 'rows')", 1),
+    ("self._own.rows", 1), ("cache.used_pages", 0), ("table.rows", 0), ("from dmc.kernels.rows.rows import gate", 0),
+])
+def test_a_reach_through_the_cache_is_found(source, found):
+    assert len(reaches(source)) == found
+
+
 def test_every_folder_is_a_package():
     """setup.py installs packages alone: a folder without __init__.py would be missing from a wheel."""
     folders = {path.parent for path in (ROOT / "dmc").rglob("*.py")}

@@ -117,7 +117,7 @@ def choices(
 
 
 def _probe(model: Llama, cache: KVCache, windows: Sequence[Sequence[int]]) -> Probe:
-    return Probe(model, cache, windows, scored=max(1, len(windows[0]) // SCORED_SHARE), sinks=cache.rows.storage.sink_tokens)
+    return Probe(model, cache, windows, scored=max(1, len(windows[0]) // SCORED_SHARE), sinks=cache.sink_tokens)
 
 
 @dataclass(frozen=True)

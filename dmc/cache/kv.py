@@ -117,6 +117,21 @@ class KVCache:
         return sizes[0] if len(set(sizes)) == 1 else sizes
 
     @property
+    def sink_tokens(self) -> int:
+        """First entries of each row that stay in full precision."""
+        return self.rows.storage.sink_tokens
+
+    @property
+    def window(self) -> int:
+        """Newest entries of each row that always stay in full precision."""
+        return self.rows.storage.window
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Of full-precision entries."""
+        return self.rows.storage.exact_dtype
+
+    @property
     def free_slots(self) -> int:
         """Sequences that can still be opened."""
         return len(self._slots)
@@ -197,6 +212,46 @@ class KVCache:
         return self._slots.pop()
 
     # ------------------------------------------------------------------------------------ accounting
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page; all pages have the same."""
+        return self.rows.pool.page_bytes
+
+    @property
+    def page_limit(self) -> int | None:
+        """Pages of the pool at most; None: it grows as needed."""
+        return self.rows.pool.limit
+
+    @property
+    def pages(self) -> int:
+        """Pages of the pool now, free or not."""
+        return self.rows.pool.capacity
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that sequences hold, shared ones counted once. Any thread may ask: pages that kernels took in a step are counted
+        when `free_pages` is asked next."""
+        return self.rows.pool.used
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be taken without growing the pool; after a step this waits for the device, once.
+
+        Raises:
+            RuntimeError: if a step found no room for its entries though it was counted; the cache is lost.
+        """
+        return self.rows.pool.free
+
+    @property
+    def codec_error(self) -> tuple[float, float]:
+        """Of keys and values: Frobenius norm of the error / of the entries, over a sample of encoded pages; 0 before any."""
+        return self.rows.error.relative
+
+    @property
+    def codec_error_sums(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Squared error of keys and values, and their squares: what `codec_error` of several caches is made of."""
+        return self.rows.error.sums
 
     def worst_pages(self, tokens: int) -> int:
         """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged but what a bound of entries

@@ -61,7 +61,7 @@ class Engine:
         Raises:
             ValueError: with the arithmetic, if the request needs more positions or memory than there are.
         """
-        config, pool = self.runner.model.config, self.cache.rows.pool
+        config, limit = self.runner.model.config, self.cache.page_limit
         prompt, new = len(sequence.prompt), sequence.params.max_tokens
         if prompt + new > config.positions:
             raise ValueError(
@@ -69,14 +69,14 @@ class Engine:
                 f"{config.positions} positions of the model{config.rope.why_limited}; shorten the prompt or lower max_tokens"
             )
         pages = self.predictor.pages(sequence.most_tokens)
-        if pool.limit is not None and pages > pool.limit:
+        if limit is not None and pages > limit:
             bound = self.cache.policy.max_entries
             about, at, lower = ("about", f"a compression ratio of {self.predictor.cr:.2f}", "max_tokens") if bound is None else (
                 "up to", f"max_entries={bound}", "max_entries or max_tokens"
             )
             raise ValueError(
-                f"{prompt} prompt tokens + max_tokens {new} need {about} {pages} pages of {pool.page_bytes} bytes at {at}, but "
-                f"kv_memory holds {pool.limit}; give it more, or lower {lower}"
+                f"{prompt} prompt tokens + max_tokens {new} need {about} {pages} pages of {self.cache.page_bytes} bytes at "
+                f"{at}, but kv_memory holds {limit}; give it more, or lower {lower}"
             )
 
     def add(self, sequence: Sequence) -> None:
@@ -142,7 +142,7 @@ class Engine:
 
     def _admit(self) -> list[Sequence]:
         """Takes from the queue what fits → those whose prompt was read already, which have their first token now."""
-        admitted, limit = [], self.cache.rows.pool.limit
+        admitted, limit = [], self.cache.page_limit
         active = [*self.running, *self.reading]
         promised = sum(self.predictor.final_pages(sequence) for sequence in active) if limit is not None else 0
         while self.waiting and not self.away and len(active) < self.max_batch:

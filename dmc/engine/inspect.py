@@ -27,13 +27,13 @@ def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 
     outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True))
     if any(output.finish_reason == "memory" for output in outputs):
         raise ValueError("kv_memory is too small for these texts; give it more")
-    stats, pool, storage = total_stats(outputs, 0.0), llm.cache.rows.pool, llm.cache.rows.storage
+    stats, cache = total_stats(outputs, 0.0), llm.cache
     return {
-        "policy": llm.cache.policy.name, "codec": llm.cache.codec_name,
-        "page_size": llm.cache.page_size, "page_bytes": pool.page_bytes,
-        "sink_tokens": storage.sink_tokens, "window": storage.window,
+        "policy": cache.policy.name, "codec": cache.codec_name,
+        "page_size": cache.page_size, "page_bytes": cache.page_bytes,
+        "sink_tokens": cache.sink_tokens, "window": cache.window,
         "tokens": stats.cached_tokens, "entries": int(stats.entries.sum()), "cr": stats.cr,
-        "pages": (stats.held["pages"] + stats.held["exact"]) // pool.page_bytes,
+        "pages": (stats.held["pages"] + stats.held["exact"]) // cache.page_bytes,
         "held": stats.held, "held_bytes": stats.held_bytes, "shared_bytes": stats.shared_bytes,
         "dense_bytes": stats.dense_bytes, "byte_ratio": stats.ratio,
         "codec_error": dict(zip(("keys", "values"), stats.codec_error, strict=True)),

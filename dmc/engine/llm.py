@@ -193,7 +193,7 @@ class LLM:
             raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
         if self.engine.busy:
             raise ValueError("score needs the cache to itself; wait until the requests that run have ended")
-        limit = self.cache.rows.pool.limit
+        limit = self.cache.page_limit
         batch = self.engine.max_batch
         for tokens in sequences:
             self._check_tokens(tokens, least=2)

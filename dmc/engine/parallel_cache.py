@@ -99,7 +99,6 @@ class TeamCache:
         self._team, self._own, self.policy, self.codec = team, own, own.policy, own.codec
         part = own.shape
         self.shape = Shape(part.layers, part.heads * team.ranks, part.head_size, part.dtype)
-        self.rows = _Rows(team, own)
 
     @property
     def codec_name(self) -> str:
@@ -110,6 +109,55 @@ class TeamCache:
     def page_size(self) -> int | list[int]:
         """See `KVCache.page_size`."""
         return self._own.page_size
+
+    @property
+    def sink_tokens(self) -> int:
+        """See `KVCache.sink_tokens`."""
+        return self._own.sink_tokens
+
+    @property
+    def window(self) -> int:
+        """See `KVCache.window`."""
+        return self._own.window
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """See `KVCache.exact_dtype`."""
+        return self._own.exact_dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """See `KVCache.page_bytes`."""
+        return self._own.page_bytes
+
+    @property
+    def page_limit(self) -> int | None:
+        """Pages of a rank's pool at most; None: it grows as needed."""
+        return self._own.page_limit
+
+    # Numbers of the last reply, which any thread may read at any time.
+
+    @property
+    def pages(self) -> int:
+        """Pages of all ranks."""
+        return sum(state.capacity for state in self._team.states)
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that sequences hold on all ranks."""
+        return sum(state.used for state in self._team.states)
+
+    @property
+    def free_pages(self) -> int:
+        """Free pages of the scarcest rank."""
+        return min(state.free for state in self._team.states)
+
+    @property
+    def codec_error(self) -> tuple[float, float]:
+        """See `KVCache.codec_error`; of all ranks together."""
+        sums = [(sum(state.lost[i] for state in self._team.states), sum(state.whole[i] for state in self._team.states))
+                for i in (0, 1)]
+        return tuple((lost / whole) ** 0.5 if whole else 0.0 for lost, whole in sums)
 
     @property
     def free_slots(self) -> int:
@@ -144,7 +192,7 @@ class TeamCache:
 
     def can_append(self, slots: Tensor) -> bool:
         """See `KVCache.can_append`."""
-        return self.rows.pool.limit is None or all(reply.value for reply in self._team.call("can_append", slots.tolist()))
+        return self.page_limit is None or all(reply.value for reply in self._team.call("can_append", slots.tolist()))
 
     def can_return(self, swapped: Handle, *, beside: bool) -> bool:
         """See `KVCache.can_return`."""
@@ -187,43 +235,3 @@ class TeamCache:
             raise PoolExhausted(f"{sum(reply.short for reply in replies)} of {self._team.ranks} ranks have too few free pages")
         assert len({reply.value for reply in replies}) == 1, "ranks have given a sequence different slots"
         return replies[0].value
-
-
-class _Rows:
-    """What others read of `KVCache.rows`: plain numbers of the last reply, at any time, from any thread."""
-
-    def __init__(self, team: Team, own: KVCache) -> None:
-        self._team, self._own = team, own
-        self.storage, self.pool, self.error = own.rows.storage, self, self
-
-    @property
-    def limit(self) -> int | None:
-        """Pages of a rank's pool."""
-        return self._own.rows.pool.limit
-
-    @property
-    def page_bytes(self) -> int:
-        """Of a page."""
-        return self._own.rows.pool.page_bytes
-
-    @property
-    def free(self) -> int:
-        """Pages of the scarcest rank."""
-        return min(state.free for state in self._team.states)
-
-    @property
-    def used(self) -> int:
-        """Pages of all ranks."""
-        return sum(state.used for state in self._team.states)
-
-    @property
-    def capacity(self) -> int:
-        """Pages of all ranks."""
-        return sum(state.capacity for state in self._team.states)
-
-    @property
-    def relative(self) -> tuple[float, float]:
-        """See `CodecError.relative`."""
-        sums = [(sum(state.lost[i] for state in self._team.states), sum(state.whole[i] for state in self._team.states))
-                for i in (0, 1)]
-        return tuple((lost / whole) ** 0.5 if whole else 0.0 for lost, whole in sums)

@@ -99,8 +99,8 @@ class Rank:
             if name not in ("load", "fork", "swap_in"):  # elsewhere another rank would be left waiting
                 raise
             value, short, self._taken = None, True, None
-        pool, error = self._cache.rows.pool, self._cache.rows.error
-        return Reply(value, short, State(pool.free, pool.used, pool.capacity, *error.sums))
+        cache = self._cache
+        return Reply(value, short, State(cache.free_pages, cache.used_pages, cache.pages, *cache.codec_error_sums))
 
     # ------------------------------------------------------------------------------------ commands
 

@@ -83,7 +83,7 @@ def measure(
         held=cache.held(slot),
         dense_bytes=cache.dense_bytes(cached_tokens),
         shared_bytes=cache.shared_bytes(slot),
-        codec_error=cache.rows.error.relative,
+        codec_error=cache.codec_error,
         preemptions=preemptions,
     )
 

@@ -163,7 +163,7 @@ def _scored(runner: Runner, each: _Running) -> Scored:
 
 def _check(llm: LLM, requests: Sequence[Request]) -> int:
     """How many requests can run together."""
-    config, limit, batch = llm.model.config, llm.cache.rows.pool.limit, llm.engine.max_batch
+    config, limit, batch = llm.model.config, llm.cache.page_limit, llm.engine.max_batch
     if llm.engine.busy:
         raise ValueError("scoring needs the cache to itself; wait until the requests that run have ended")
     for request in requests:

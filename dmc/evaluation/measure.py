@@ -186,7 +186,7 @@ def _force(
 
 def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: list[Prompt] | None) -> int:
     """How many windows can run together."""
-    config, pool = llm.model.config, llm.cache.rows.pool
+    config, limit = llm.model.config, llm.cache.page_limit
     check_fits(windows, config.vocab_size, config.positions, llm.path)
     if llm.engine.busy:
         raise ValueError("measuring needs the cache to itself; wait until the requests that run have ended")
@@ -199,11 +199,11 @@ def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: lis
         )
     if prompts is not None and len(prompts) != len(windows.tokens):
         raise ValueError(f"{len(windows.tokens)} windows need as many prompts, got {len(prompts)}")
-    if pool.limit is None:
+    if limit is None:
         return llm.engine.max_batch
-    batch = min(llm.engine.max_batch, pool.limit // llm.cache.worst_pages(windows.tokens.shape[1] - 1))
+    batch = min(llm.engine.max_batch, limit // llm.cache.worst_pages(windows.tokens.shape[1] - 1))
     if batch == 0:
-        raise ValueError(f"kv_memory of {pool.limit} pages cannot hold a window; give it more, or ask for shorter windows")
+        raise ValueError(f"kv_memory of {limit} pages cannot hold a window; give it more, or ask for shorter windows")
     return batch
 
 
@@ -236,7 +236,7 @@ def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[
         held_end={kind: sum(end[kind] for end in ends) / count for kind in ends[0]},
         cr=count * tokens * entries.numel() / int(entries.sum()),
         cr_per_layer=(count * tokens * entries.shape[1] / entries.sum(1)).tolist(),
-        codec_error=cache.rows.error.relative, seconds=seconds, device=llm.model.device.type,
+        codec_error=cache.codec_error, seconds=seconds, device=llm.model.device.type,
         dtype=str(llm.model.dtype).removeprefix("torch."), commit=commit(), versions=versions(),
     )
 
@@ -247,11 +247,11 @@ def _perplexity(logprobs: Tensor) -> float:
 
 def cache_settings(llm: LLM) -> dict[str, dict | list[dict]]:
     """What policy and codec (or each layer's) were made with, where it is a number or a word, and the cache's own."""
-    storage, codec = llm.cache.rows.storage, llm.cache.codec
+    cache, codec = llm.cache, llm.cache.codec
     made = _plain(codec) if isinstance(codec, Codec) else [_plain(one) for one in codec]
-    return {"policy": _plain(llm.cache.policy), "codec": made, "cache": {
-        "page_size": llm.cache.page_size, "sink_tokens": storage.sink_tokens, "window": storage.window,
-        "exact_dtype": str(storage.exact_dtype).removeprefix("torch."),
+    return {"policy": _plain(cache.policy), "codec": made, "cache": {
+        "page_size": cache.page_size, "sink_tokens": cache.sink_tokens, "window": cache.window,
+        "exact_dtype": str(cache.exact_dtype).removeprefix("torch."),
     }}
 
 

@@ -227,10 +227,9 @@ def _event(body: dict) -> bytes:
 
 
 def _too_big(progress: Progress, llm: LLM) -> str:
-    pool = llm.cache.rows.pool
     return (
-        f"the {len(progress.output.prompt_token_ids)} tokens of the prompt need more than the {pool.limit} pages of "
-        f"{pool.page_bytes} bytes that kv_memory holds"
+        f"the {len(progress.output.prompt_token_ids)} tokens of the prompt need more than the "
+        f"{llm.cache.page_limit} pages of {llm.cache.page_bytes} bytes that kv_memory holds"
     )
 
 

@@ -82,16 +82,16 @@ class _Gauges:
 
     def collect(self) -> Iterator[Metric]:
         engine, cache = self.service.llm.engine, self.service.llm.cache
-        pool, running = cache.rows.pool, list(engine.running)
+        running, used, pages = list(engine.running), cache.used_pages, cache.pages
         tokens = sum(sequence.position for sequence in running)
-        held, dense = pool.used * pool.page_bytes, cache.dense_bytes(tokens)
-        keys, values = cache.rows.error.relative
+        held, dense = used * cache.page_bytes, cache.dense_bytes(tokens)
+        keys, values = cache.codec_error
         for name, text, value in (
             ("num_requests_running", "Sequences that run or whose prompt is being read.", len(running) + len(engine.reading)),
             ("num_requests_waiting", "Sequences that wait to be admitted.", self.service.waiting),
             ("num_requests_swapped", "Sequences in host memory.", len(engine.away)),
             ("kv_cache_usage_perc", "Pages in use / pages (of a pool that grows: those it has now).",
-             pool.used / pool.capacity),
+             used / pages),
             ("kv_held_bytes", "Bytes of pages in use, shared ones counted once.", held),
             ("kv_dense_bytes", "Bytes of an uncompressed bf16 cache of the running sequences.", dense),
             ("kv_byte_ratio", "kv_dense_bytes / kv_held_bytes; 0 while nothing runs.", dense / held if held else 0.0),

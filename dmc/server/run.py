@@ -27,9 +27,9 @@ def serve(llm: LLM, settings: Settings) -> int:
     exit code is 1. Logs go where `dmc.server.logs.start` sent them.
     """
     service = Service(llm, max_waiting=settings.max_waiting)
-    pool = llm.cache.rows.pool
-    if pool.limit is not None:
-        logs.event("page pool", pages=pool.limit, bytes=pool.limit * pool.page_bytes)
+    pages = llm.cache.page_limit
+    if pages is not None:
+        logs.event("page pool", pages=pages, bytes=pages * llm.cache.page_bytes)
     app = create_app(llm, settings, service)
     server = _Server(config(app, settings), service, settings)
     service.on_death = server.died

@@ -65,7 +65,7 @@ def run(llm, prompts=PROMPTS, each=EACH, check=True):
         llm.engine.step()
         if check and number % 4 == 0:
             llm.cache.check_integrity()
-    assert llm.cache.rows.pool.used == 0 and llm.cache.free_slots == llm.engine.max_batch + 4
+    assert llm.cache.used_pages == 0 and llm.cache.free_slots == llm.engine.max_batch + 4
     return [sequence.output() for sequence in sequences]
 
 
@@ -87,7 +87,7 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
         settings = settings | {"decisions": random_decisions(window=9, model=model_hash(directory))}
     one = LLM(directory, device="cpu", page_size=8, **settings)
     expected = run(one)
-    page = one.cache.rows.pool.page_bytes
+    page = one.cache.page_bytes
     most = max(sum(output.stats.held[part] for part in ("pages", "exact")) for output in expected) // page
     tight = {"kv_memory": (most // 2 + 4 * heads) * page, "prefill_tokens": 20}
     two = LLM(directory, device="cpu", page_size=8, tensor_parallel=2, **tight, **settings)
@@ -98,7 +98,7 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
         tokens = [list(range(3, 40)), list(range(20, 50))]
         for ours, theirs in zip(two.score(tokens, prompt_tokens=9), one.score(tokens, prompt_tokens=9), strict=True):
             torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=0)
-        assert two.cache.rows.error.relative == pytest.approx(one.cache.rows.error.relative, abs=0.05)
+        assert two.cache.codec_error == pytest.approx(one.cache.codec_error, abs=0.05)
         (traced,) = two.sequences("abcabc", EACH[0])
         traced.trace = []
         two.engine.add(traced)
@@ -121,7 +121,7 @@ def test_ranks_share_the_memory_of_a_machine_and_have_pools_of_one_size(director
     llm, one = (LLM(directory, device="cpu", page_size=8, kv_memory="auto", tensor_parallel=n) for n in (2, 1))
     try:
         pages = [state.capacity for state in llm._team.states]
-        assert pages == [llm.cache.rows.pool.limit] * 2 and 2 * pages[0] == one.cache.rows.pool.limit
+        assert pages == [llm.cache.page_limit] * 2 and 2 * pages[0] == one.cache.page_limit
         whole = [reply.value for reply in llm._team.call("automatic", 1)]
         half = [reply.value for reply in llm._team.call("automatic", 2)]
         assert all(0.4 < b / a < 0.6 for a, b in zip(whole, half, strict=True))

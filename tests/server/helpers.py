@@ -43,10 +43,10 @@ class Running:
         """Returns once nothing runs and no page is held; an error if that takes longer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if not self.service.busy and self.llm.cache.rows.pool.used == 0:
+            if not self.service.busy and self.llm.cache.used_pages == 0:
                 return
             time.sleep(0.01)
-        raise AssertionError(f"{self.llm.cache.rows.pool.used} pages are held, busy: {self.service.busy}")
+        raise AssertionError(f"{self.llm.cache.used_pages} pages are held, busy: {self.service.busy}")
 
 
 @contextlib.contextmanager
