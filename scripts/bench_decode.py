@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from dmc.cache import KVCache, Shape, codec, policy  # noqa: E402
 from dmc.cache.reading import growing  # noqa: E402
+from dmc.cache.reading.onpages import OnPages  # noqa: E402
 from dmc.cache.storage.pages import Layout  # noqa: E402
 from dmc.kernels.append.append import append_tokens  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
@@ -116,11 +117,12 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
     rows.z.fill_(1.0)
     alpha = torch.where((spread == page - 1) | (torch.rand(count, generator=g) < 1 / cr), 0.0, 1.0).to(device)
     growing.make_room(rows, index[None])
-    kernels = growing.grown(rows, packing)
+    kernels = OnPages(packing, cache.backend, writes=True)
+    state = kernels.growing(rows)
     query = torch.randn(count, args.heads // args.kv_heads, size, device=device, dtype=work)
     places, table = torch.ones(args.batch, dtype=torch.int64, device=device), torch.randn(2, 2, size, device=device)
     key, value = torch.randn(2, count, size, device=device, dtype=work)
-    changed = [getattr(kernels.state, name) for name in (
+    changed = [getattr(state, name) for name in (
         "numerators", "z", "exact_count", "encoded_count", "open_table", "encoded_table", "stack", "free", "owners")]
     kept = [x.clone() for x in changed]
 
@@ -130,19 +132,19 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
 
     def appended() -> tuple[Tensor, Tensor]:
         back()
-        return append_tokens(kernels.state, index, key, value, alpha, 1 - alpha / 2, places, tuple(table))
+        return append_tokens(state, index, key, value, alpha, 1 - alpha / 2, places, tuple(table))
 
     def encoded() -> tuple[Tensor, Tensor]:
         own = appended()
-        encode_pages(kernels.state, index)
+        encode_pages(state, index)
         return own
 
     def attended() -> Tensor:
-        return kernels.attend(index, query, *encoded())
+        return kernels.attend(rows, index, query, *encoded())[0]
 
     runs = (back, appended, encoded, attended)
     found = [times(_graphed(run, device), device, repeats=args.repeats) for run in runs]
-    if int(kernels.state.failed) or int((kernels.state.encoded_count[:count] > kept[3][:count]).sum()) < count // page:
+    if int(state.failed) or int((state.encoded_count[:count] > kept[3][:count]).sum()) < count // page:
         raise SystemExit("error: the cache did not grow as it was meant to; its numbers would mean nothing")
     before, append, encode, last = (one["ms"] for one in found)
     return {"batch": args.batch, **found[3], "put back ms": before, "append ms": append - before, "encode ms": encode - append,

@@ -98,7 +98,7 @@ class Bench:
         base = list(self._both("attention", "plain: PyTorch's causal attention", causal, plain, bound, 3.5))
         yield from base
         inputs = [*plain, *(x.detach().requires_grad_() for x in (self.alpha, self.omega, self.log_keep))]
-        for name in ["triton", "sdpa"] if self.triton else ["sdpa"]:
+        for name in ["triton", "torch"] if self.triton else ["torch"]:
             def at_once(q, k, v, a, w, keep, name=name):  # noqa: ANN001, ANN202
                 return dmc_attention(q, k, v, a, w, rope=self.rope, log_keep=keep, backend=name)
 

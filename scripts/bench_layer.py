@@ -87,7 +87,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     triton = choose(torch.empty(1, args.hidden // args.heads, device=device, dtype=dtype)) == "triton"
     rows: list[dict] = []
-    for backend in (None, *(("triton", "sdpa") if triton else ("sdpa",))):
+    for backend in (None, *(("triton", "torch") if triton else ("torch",))):
         rows.append(measure(args, device, dtype, backend, rows[0] if rows else None))
     results = {"environment": environment(device), "roofline": roofline(device, small=args.small), "rows": rows}
     write(args.out, "layer", results, COLUMNS, value="ms", label="what")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dmc.cache.codecs import Codec
 from dmc.cache.policies import Policy
-from dmc.cache.reading import growing, onpages
+from dmc.cache.reading import growing
+from dmc.cache.reading.choose import choose_readers
 from dmc.cache.reading.late_prompt import LatePrompt
 from dmc.cache.reading.prompt import Layer, Prompt
 from dmc.cache.reading.step import Rope, Step
@@ -83,7 +84,7 @@ class KVCache:
             raise ValueError(
                 f"kv memory of {memory} bytes holds no page of {self.rows.pool.page_bytes} bytes; give it more"
             )
-        onpages.prepare(self.rows)
+        self.backend, self.readers = choose_readers(self.rows, policy.watches)
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
     def bound(self, memory: int, *, tokens: int) -> None:
@@ -138,14 +139,16 @@ class KVCache:
 
     def prompt(self) -> Prompt | LatePrompt:
         """A new prompt, to go through `step` in chunks and then into the pool by `load`."""
-        return (Prompt if self.policy.ring is None else LatePrompt)(self.shape.layers, self.policy)
+        if self.policy.ring is not None:
+            return LatePrompt(self.shape.layers, self.policy)
+        return Prompt(self.shape.layers, self.policy, self.backend)
 
     def step(
         self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *,
         merges: bool = True, trace: bool = False,
     ) -> Step:
         """What the model attends through for new tokens of sequences and chunks of prompts; see `Step`."""
-        return Step(self.rows, self.policy, slots, positions, chunks, rope, merges=merges, trace=trace)
+        return Step(self.rows, self.policy, self.readers, slots, positions, chunks, rope, merges=merges, trace=trace)
 
     def load(self, prompt: Prompt | LatePrompt, *, donor: int | None = None, common: int = 0) -> int:
         """A new sequence out of a prompt that is done, its pages encoded → its slot; one must be free.

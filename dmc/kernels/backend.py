@@ -1,10 +1,10 @@
-"""Which implementation runs: the project's Triton kernels, or one of the PyTorch forms beside them.
+"""Which implementation runs: the project's Triton kernels, its CPU kernels (numba), or PyTorch. It is asked here alone.
 
-The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` argument of a call, from
-`using`, from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and
-is else "auto": Triton on a CUDA device that can run it, PyTorch elsewhere; for serving on a CPU
-loops that numba compiles (`cpu.py` of each operation). That "auto" falls back to PyTorch is said
-once, on stderr. A setting that is not "auto" is obeyed or refused, never replaced.
+The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` argument of a call (None: none), from `using`,
+from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and is else "auto": Triton on a
+CUDA device that can run it; on a CPU the CPU kernels where an operation has some (serving) and numba is installed; PyTorch
+elsewhere. Where "auto" leaves training to PyTorch, that is said once, on stderr. A setting that is not "auto" is obeyed or
+refused, never replaced. What runs is a `Backend`.
 
 Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" runs on CPU
 tensors too, slowly: that is how the kernels are tested without a GPU.
@@ -13,39 +13,58 @@ tensors too, slowly: that is how the kernels are tested without a GPU.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+
+class Backend(enum.StrEnum):
+    """What runs. `TORCH` and `REFERENCE` differ in training alone; in serving PyTorch's form is the reference implementation."""
+
+    TRITON = "triton"
+    CPU = "cpu"
+    TORCH = "torch"
+    REFERENCE = "reference"
+
+
+BACKENDS = ("auto", *Backend)
+"""Settings."""
+FORMER = {"sdpa": "torch"}
+"""Names of version 0.1 → names of today; they work for one more version, with a warning."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_HEAD_SIZE = 128
 _LEAST_CAPABILITY = (8, 0)  # bf16 tensor cores
 
 _log = logging.getLogger("dmc.kernels")
 _default: str | None = None
+_given_up = False
 
 
 def check_backend(name: str) -> str:
-    """The name itself, if it is one of `BACKENDS`.
+    """The name itself, if it is one of `BACKENDS`; of a name of `FORMER` today's, with a warning.
 
     Raises:
         ValueError: naming it and the known ones.
     """
+    if name in FORMER:
+        say(f"kernels {name!r} are now called {FORMER[name]!r}; the next version does not know the old name")
+        return FORMER[name]
     if name not in BACKENDS:
         raise ValueError(f"unknown kernels {name!r}; known: {', '.join(BACKENDS)}")
-    return name
+    return str(name)
 
 
 def set_default(name: str) -> None:
     """Sets what runs from now on where a call does not say it; "auto" leaves it to ``DMC_KERNELS``."""
     global _default
-    _default = None if check_backend(name) == "auto" else name
+    name = check_backend(name)
+    _default = None if name == "auto" else name
 
 
 @contextlib.contextmanager
@@ -59,31 +78,73 @@ def using(name: str) -> Iterator[None]:
         _default = before
 
 
-def choose(x: Tensor, backend: str | None = None) -> str:
-    """What runs on tensors like ``x``: a name of `BACKENDS` other than "auto".
+def choose(x: Tensor, backend: str | None = None, *, cpu: Sequence[torch.dtype] = ()) -> Backend:
+    """What runs on tensors like ``x``.
 
     Args:
         x: ``[..., D]``, on the device and in the dtype of the computation.
-        backend: a name that overrides every default.
+        backend: a setting that overrides every default; None: the default.
+        cpu: dtypes that the operation's CPU kernels take; none: it has no CPU kernels.
 
     Raises:
-        ValueError: if Triton was asked for by name and cannot run on ``x``, or the name is unknown.
+        ValueError: if Triton or the CPU kernels were asked for by name and cannot run on ``x``, or the name is unknown.
     """
     name = check_backend(backend or chosen_name())
+    if name == "cpu" and (reason := _no_cpu_kernels(x, cpu)):
+        raise ValueError(f"CPU kernels were asked for, but {reason}; choose auto or torch")
+    if name == "cpu" or (name == "auto" and _no_cpu_kernels(x, cpu) is None):
+        return Backend.CPU
     if name not in ("auto", "triton"):
-        return name
+        return Backend(name)
     reason = _refusal(x.device.type, x.device.index, x.dtype, x.shape[-1], name == "triton" and interpreted())
     if reason is None:
-        return "triton"
+        return Backend.TRITON
     if name == "triton":
-        raise ValueError(f"Triton kernels were asked for, but {reason}; choose auto or sdpa")
-    say(f"attention runs in PyTorch (sdpa): {reason}")
-    return "sdpa"
+        raise ValueError(f"Triton kernels were asked for, but {reason}; choose auto or torch")
+    if not cpu:
+        say(f"attention runs in PyTorch: {reason}")
+    return Backend.TORCH
 
 
 def chosen_name() -> str:
     """The setting where a call names none: one of `BACKENDS`, "auto" included."""
-    return _default or os.environ.get("DMC_KERNELS") or "auto"
+    return _default or check_backend(os.environ.get("DMC_KERNELS") or "auto")
+
+
+def _no_cpu_kernels(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why CPU kernels that take some dtypes cannot run on such tensors; None where they can."""
+    if not dtypes:
+        return "this operation has none"
+    if x.device.type != "cpu":
+        return f"they need a CPU, not {x.device.type}"
+    if x.dtype not in dtypes:
+        return f"they take {', '.join(map(str, dtypes))} here, not {x.dtype}"
+    if _given_up or not _numba():
+        return "numba is not there or cannot compile them"
+    return None
+
+
+def give_up_cpu_kernels(why: object) -> None:
+    """From now on PyTorch does in this process what the CPU kernels cannot; says so."""
+    global _given_up
+    _given_up = True
+    _say_numba("compile the loops", why)
+
+
+def _say_numba(what: str, why: object) -> None:
+    _log.warning("dmc: PyTorch does what compiled loops would: numba cannot %s (%s)", what, why)
+
+
+@functools.cache
+def _numba() -> bool:
+    try:
+        from numba import config
+    except ImportError as error:  # not installed, or not made for the numpy that is
+        if importlib.util.find_spec("numba") is None:
+            return False
+        _say_numba("be imported", error)
+        return False
+    return not config.DISABLE_JIT
 
 
 def in_reach(x: Tensor) -> Tensor:

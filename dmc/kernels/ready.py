@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from dmc.kernels.cpu.runs import give_up_loops
+from dmc.kernels.backend import give_up_cpu_kernels
 from dmc.kernels.formats.plain.format import PlainFormat
 from dmc.kernels.pages.format import PageFormat
 from dmc.kernels.pages.paged import Paged
@@ -35,7 +35,7 @@ def compiles(*which: str, formats: Iterable[PageFormat] = ()) -> bool:
                 prepare_format(one)
         return True
     except Exception as error:  # of the compiler, or of what it keeps on disk
-        give_up_loops(f"{type(error).__name__}: {error}")
+        give_up_cpu_kernels(f"{type(error).__name__}: {error}")
         return False
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from dmc.kernels.backend import BACKENDS
+from dmc.kernels.backend import BACKENDS, FORMER
 from dmc.training.rules import RULES, Rule
 
 DMS_WINDOW = 64
@@ -152,7 +152,7 @@ class RunConfig:
     peer_timeout: float = 120.0  # seconds without a sign of life from a rank after which all end; 0: collective timeouts alone
     seed: int = 0  # of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
-    kernels: str = "auto"  # of attention: "auto" (Triton on CUDA, else sdpa), "triton", "sdpa", "reference"
+    kernels: str = "auto"  # of attention: "auto" (Triton on CUDA, else PyTorch), "triton", "torch", "reference"
     transformer_engine: str = "never"  # linear layers of transformer-engine: "never", "always", or "auto" (where it can be used)
     threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
 
@@ -267,7 +267,7 @@ def _check_fields(config: Config) -> None:
     _one_of("optim.name", o.name, ("adamw", "muon"))
     _one_of("parallel.recompute", p.recompute, ("none", "selective", "full"))
     _one_of("run.precision", r.precision, ("fp32", "bf16"))
-    _one_of("run.kernels", r.kernels, BACKENDS)
+    _one_of("run.kernels", FORMER.get(r.kernels, r.kernels), BACKENDS)
     _one_of("run.transformer_engine", r.transformer_engine, ("never", "auto", "always"))
     _one_of("run.init", r.init, ("pretrained", "random"))
     if not (math.isfinite(d.target_cr) and d.target_cr >= 1):

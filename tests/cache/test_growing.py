@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dmc import LLM, SamplingParams
 from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, codec, policy
 from dmc.cache.reading import growing
+from dmc.cache.reading.onpages import OnPages
 from dmc.cache.storage.pages import PagePool
 from dmc.engine.predict import Predictor
-from dmc.kernels.backend import interpreted, using
+from dmc.kernels.backend import Backend, interpreted, using
 from dmc.kernels.decode import gpu as decode_triton
 from dmc.kernels.encode import gpu as encode_triton
 from dmc.kernels.formats.trellis import encode as encode_trellis_triton
@@ -82,10 +83,10 @@ NAMES = [("dense", True), ("int8", False), ("tcq-4bit", True), ("layered", True)
 def test_steps_leave_what_pytorch_leaves(name, merges):
     starts, steps = [3, 33, 50], 9
     texts, chunked, both = [tokens(60, seed=seed) for seed in range(3)], tokens(20, seed=9), []
-    for backend in ("triton", "sdpa"):
+    for backend in ("triton", "torch"):
         with using(backend):
             cache = layered() if name == "layered" else make(name, policy_name="dmc" if merges else "full", **SETTINGS)
-            assert all(growing.grows(cache.rows, packing) == (backend == "triton") for packing in cache.rows.packings)
+            assert all(reader.writes == (backend == "triton") for reader in cache.readers)
             both.append((cache, *run(cache, texts, starts, steps, merges=merges, chunked=chunked)))
             cache.check_integrity()
     for ours, theirs in zip(both[0][2], both[1][2], strict=True):
@@ -102,7 +103,7 @@ def test_what_the_codec_loses_is_sampled(monkeypatch):
     """One page of every layer that encodes some, its error as PyTorch's way measures it; the heads take turns."""
     monkeypatch.setattr("dmc.cache.storage.error._SAMPLED", 2)
     text, found = tokens(70, seed=4), []
-    for backend in ("triton", "sdpa"):
+    for backend in ("triton", "torch"):
         with using(backend):
             cache = make("int8", page_size=4, policy_name="full")
             monkeypatch.setattr(cache.rows.error, "due", lambda: True)
@@ -171,7 +172,7 @@ def test_no_layer_waits_for_the_device(merges, monkeypatch):
     monkeypatch.undo()
     assert launched == LAYERS * ["_append", "_take", "_trellis", "_settle", "_trellis_pieces", "_together"]
     assert waits.seen == []
-    with using("sdpa"), Waits() as waits:  # that the count sees anything: PyTorch's way waits several times a layer
+    with using("torch"), Waits() as waits:  # that the count sees anything: PyTorch's way waits several times a layer
         other = make("tcq-4bit", **SETTINGS)
         slot = other.load(prefill(other, text, 30))
         waits.seen.clear()
@@ -196,14 +197,15 @@ def test_a_step_needs_no_more_than_was_counted(lengths, page, sinks, window, see
         pages, columns = growing.needs(cache.rows, index)
         cache.rows.widen(columns)
         cache.rows.pool.reserve(pages)
-        kernels = growing.grown(cache.rows, cache.rows.packings[0])
-        kernels.state.free.fill_(pages)
+        kernels = OnPages(cache.rows.packings[0], Backend.REFERENCE, writes=True)
+        state = kernels.growing(cache.rows)
+        state.free.fill_(pages)
         every, (one, zero) = index.flatten(), (torch.ones(index.numel()), torch.zeros(index.numel()))
         vectors = torch.randn(2, index.numel(), SIZE)
         places = torch.tensor(lengths).repeat(LAYERS)
-        kernels.append(every, *vectors, zero, one, places, ROPE(torch.arange(64)))
-        kernels.encode(cache.rows, cache.rows.packings[0], every)
-        assert int(kernels.state.failed) == 0
+        kernels.append(cache.rows, every, *vectors, zero, one, places, ROPE(torch.arange(64)))
+        kernels.encode(cache.rows, every)
+        assert int(state.failed) == 0
         assert int((cache.rows.closed[every]).max()) <= columns
 
 
@@ -225,15 +227,15 @@ def test_rows_that_no_kernel_writes():
     others = [name for name in CODECS if name not in GROWN]
     for name in others:
         cache = make(name, page_size=16)
-        assert not any(growing.grows(cache.rows, packing) for packing in cache.rows.packings)
+        assert not any(reader.writes for reader in cache.readers)
     evicting = make("int8", policy_name="tova", policy_settings={"budget": 12}, page_size=16)
-    assert not growing.grows(evicting.rows, evicting.rows.packings[0])
+    assert not evicting.readers[0].writes
     for name in GROWN:
         cache = make(name, page_size=16)
-        assert growing.grows(cache.rows, cache.rows.packings[0])
+        assert cache.readers[0].writes
     with using("auto"):
         cache = make("int8", page_size=16)
-        assert not growing.grows(cache.rows, cache.rows.packings[0])
+        assert not cache.readers[0].writes
 
 
 def test_what_kernels_could_not_do_is_not_lost():
@@ -255,14 +257,14 @@ def test_an_engine_whose_memory_is_short(codec_name, tmp_path, monkeypatch):
     prompts = [[7, 8, 9], list(range(3, 30)), list(range(3, 28)) + [5] * 4]
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, n=2)
     common = {"codec": codec_name, "page_size": 4, "sink_tokens": 0, "dtype": "fp32"}
-    with using("sdpa"):
+    with using("torch"):
         roomy = LLM(directory, **common)
         wanted = roomy.generate(prompts, params)
     pool, held = roomy.cache.rows.pool, max(x.stats.held["pages"] + x.stats.held["exact"] for x in wanted)
     memory = max(roomy.cache.worst_pages(29 + 12) * pool.page_bytes, 2 * held)
     monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)
     short = LLM(directory, kv_memory=memory, **common)
-    assert all(growing.grows(short.cache.rows, packing) for packing in short.cache.rows.packings)
+    assert all(reader.writes for reader in short.cache.readers)
     got = short.generate(prompts, params)
     assert [x.token_ids for x in got] == [x.token_ids for x in wanted]
     assert [x.stats.entries.tolist() for x in got] == [x.stats.entries.tolist() for x in wanted]
@@ -279,7 +281,7 @@ def test_a_cache_that_is_dropped_is_gone():
     gc.disable()
     try:
         cache = make("int8")
-        growing.grown(cache.rows, cache.rows.packings[0])
+        cache.readers[0].growing(cache.rows)
         pool = weakref.ref(cache.rows.pool)
         del cache
         assert pool() is None

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dmc import LLM, SamplingParams
-from dmc.cache.reading import growing, row_attention, step
+from dmc.cache.reading.gathered import Gathered
+from dmc.cache.reading.pagewise import PageByPage
 from dmc.kernels.backend import interpreted, using
 from dmc.kernels.decode import gpu as decode_triton
 from dmc.kernels.encode import gpu as encode_triton
@@ -25,7 +26,7 @@ def run(backend, name, codec, window, *, most=None, prompt=10, length=16, ahead=
     """Two texts, one of them behind a full ring from the start → cache, slots, texts, outputs by text and layer."""
     with using(backend):
         cache = make(codec, name=name, window=window, most=most, sink_tokens=1, page_size=16 if "tcq" in codec else 4)
-        assert all(growing.grows(cache.rows, packing) == (backend == "triton") for packing in cache.rows.packings)
+        assert all(reader.writes == (backend == "triton") for reader in cache.readers)
         texts, outs = [tokens(length, seed, ahead) for seed in (3, 4)], [[[] for _ in range(LAYERS)] for _ in range(2)]
         slots = [cache.load(prefill(cache, text, prompt, 9, outs[n])) for n, text in enumerate(texts)]
         for position in range(prompt, length):
@@ -56,7 +57,7 @@ def test_decode_is_the_dense_definition(name, window, most, ahead):
 def test_encoded_pages_are_those_of_pytorch(name, codec):
     """Same outputs as by PyTorch, over pages that were encoded on the way."""
     length = 70 if "tcq" in codec else 20
-    (ours, _, _, got), (theirs, _, _, wanted) = (run(b, name, codec, 4, length=length) for b in ("triton", "sdpa"))
+    (ours, _, _, got), (theirs, _, _, wanted) = (run(b, name, codec, 4, length=length) for b in ("triton", "torch"))
     assert ours.rows.closed.sum() == theirs.rows.closed.sum() > 0
     for mine, other in zip(sum(got, []), sum(wanted, []), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-4)
@@ -88,8 +89,8 @@ def test_a_layer_reads_the_ring_in_one_pass_and_waits_for_nothing(name, most, mo
             for kernel in ("_append", "_take", "_plain", "_settle", "_together", "_pieces"):
                 if hasattr(module, kernel):
                     monkeypatch.setattr(module, kernel, Silent(kernel))
-        for module in (row_attention, step):
-            monkeypatch.setattr(module, "row_attention", lambda *_, **__: pytest.fail("PyTorch gathers the row"))
+        for reader in (Gathered, PageByPage):
+            monkeypatch.setattr(reader, "attend", lambda *_, **__: pytest.fail("PyTorch gathers the row"))
         for way in ("tolist", "cpu", "numpy", "item"):
             monkeypatch.setattr(torch.Tensor, way, lambda x, *_, way=way: pytest.fail(f"a layer reads the device: {way}"))
         with Waits() as waits:
@@ -118,10 +119,10 @@ def test_an_engine_gives_the_same_tokens(kind, tmp_path):
         "policy_settings": {"merge": True, "length": 40},
     }
     both, params = [], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
-    for backend in ("triton", "sdpa"):
+    for backend in ("triton", "torch"):
         with using(backend):
             llm = LLM(directory, codec="dense", page_size=4, dtype="fp32", device="cpu", **given)
-            assert growing.grows(llm.cache.rows, llm.cache.rows.packings[0]) == (backend == "triton")
+            assert llm.cache.readers[0].writes == (backend == "triton")
             both.append(llm.generate([list(range(3, 20))], params))
     for ours, theirs in zip(*both, strict=True):
         assert ours.token_ids == theirs.token_ids and torch.equal(ours.stats.entries, theirs.stats.entries)

@@ -6,7 +6,6 @@ import torch
 from hypothesis import example, given, settings
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.cache.reading import onpages
 from dmc.cache.storage.evict import entries
 from dmc.kernels.backend import using
 from dmc.kernels.decode import cpu as decode_cpu
@@ -39,8 +38,7 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
             Shape(len(names), HEADS, SIZE, torch.float32), chosen, codecs,
             slots=2 * SEQUENCES, memory=memory, page_size=page_size, sink_tokens=2, window=1, exact_dtype=exact,
         )
-        watch = cache.policy.watches
-        assert all(onpages.reads(cache.rows, packing, watch=watch) == (backend == "auto") for packing in cache.rows.packings)
+        assert all(reader.on_pages == (backend == "auto") for reader in cache.readers)
         g = torch.Generator().manual_seed(3)
         normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
         texts = [
@@ -82,13 +80,13 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
 @example(["fp8"], "streaming", 4, None, False)
 def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
     arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
-    torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(outs("auto", *arguments), outs("torch", *arguments), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("policy_name", ["h2o", "tova"])
 def test_threads_write_the_scores_of_their_own_rows(policy_name, threads):
     arguments = ["tcq", "dense"], policy_name, 4, None, None
-    torch.testing.assert_close(outs("auto", *arguments), outs("sdpa", *arguments), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(outs("auto", *arguments), outs("torch", *arguments), rtol=1e-4, atol=2e-5)
 
 
 def test_a_row_comes_out_the_same_whatever_is_beside_it():
@@ -99,10 +97,9 @@ def test_a_row_comes_out_the_same_whatever_is_beside_it():
         index = rows.index(0, torch.tensor([slot]))
         rows.load(index, *torch.randn(2, 1, count, SIZE, generator=g), torch.tensor([count]), {})
     inputs = torch.randn(2, 3, SIZE, generator=g), *torch.randn(2, 2, SIZE, generator=g)
-    from dmc.cache.reading.row_attention import row_attention
-
-    both = row_attention(rows, torch.tensor([0, 1]), *inputs)[0]
-    alone = row_attention(rows, torch.tensor([0]), *(x[:1] for x in inputs))[0]
+    attend = cache.readers[0].attend
+    both = attend(rows, torch.tensor([0, 1]), *inputs)[0]
+    alone = attend(rows, torch.tensor([0]), *(x[:1] for x in inputs))[0]
     assert torch.equal(both[:1], alone)
 
 
@@ -110,14 +107,14 @@ def test_fp16_entries_and_other_codecs_are_left_to_pytorch():
     shape = Shape(1, 1, SIZE, torch.float32)
     for name, exact in (("kivi", None), ("rotated", None), ("svd", None), ("int8", "fp16")):
         cache = KVCache(shape, policy("full"), codec(name), slots=1, page_size=16, exact_dtype=exact)
-        assert not onpages.reads(cache.rows, cache.rows.packings[0])
+        assert not cache.readers[0].on_pages
 
 
 @pytest.mark.parametrize("name", ["tova", "h2o"])
 def test_scores_that_the_loops_write_are_pytorchs(name):
     """After steps in which no entry is evicted, of every entry: on encoded pages, in the exact part, and the open one."""
     found = []
-    for backend in ("auto", "sdpa"):
+    for backend in ("auto", "torch"):
         with using(backend):
             cache = KVCache(Shape(1, HEADS, SIZE, torch.float32), policy(name, share=1.0), codec("dense"), slots=1, page_size=4)
             g = torch.Generator().manual_seed(1)

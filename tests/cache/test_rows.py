@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dmc.cache import CODECS, KVCache, PoolExhausted, Shape, policy
-from dmc.cache.reading import gathered
-from dmc.cache.reading import row_attention as attention
+from dmc.cache.reading import plan
+from dmc.cache.reading.gathered import Gathered
+from dmc.cache.reading.pagewise import PageByPage
 from dmc.functional import accumulate, rotate
 from dmc.rope import Rope
 from tests.cache.stored import frequencies, stored
@@ -215,10 +216,11 @@ def test_padded_rows_are_ragged_rows(name, lengths, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(6, *shape, generator=generator) for shape in ((2, SIZE), (SIZE,), (SIZE,)))
     for values, alike in ((1, 1.0), (1 << 20, 1.0), (1 << 20, 0.0)):
-        monkeypatch.setattr(gathered, "_VALUES", {"cpu": values})
-        monkeypatch.setattr(gathered, "_ALIKE", alike)
-        seen.append(attention.row_attention(cache.rows, index, query, key, value)[0])
-    seen.append(attention._ragged(cache.rows, index, query * SIZE**-0.5, key, value, None)[0])
+        monkeypatch.setattr(plan, "_VALUES", {"cpu": values})
+        monkeypatch.setattr(plan, "_ALIKE", alike)
+        seen.append(Gathered(cache.rows.packings[1]).attend(cache.rows, index, query, key, value)[0])
+    seen.append(PageByPage(cache.rows.packings[1]).attend(cache.rows, index, query, key, value)[0])
+    seen.append(cache.readers[1].attend(cache.rows, index, query, key, value)[0])
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=1e-4, atol=1e-5)
 

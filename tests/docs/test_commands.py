@@ -153,7 +153,7 @@ GOOD = [
     "for bits in 2 4; do   # comment; with $(things) 'in it\n  dmc generate DIR --prompt x --codec kivi:bits=4\ndone",
     "python scripts/prepare_data.py some/dataset --tokenizer DIR --output corpora/x\n"
     "torchrun train.py data.text=corpora/x --model DIR --output runs/b",
-    'DMC_KERNELS=sdpa dmc generate DIR --prompt "a # b" \\\n    --codec int8 [--max-tokens 3]',
+    'DMC_KERNELS=torch dmc generate DIR --prompt "a # b" \\\n    --codec int8 [--max-tokens 3]',
     "torchrun ... train.py --config R.yaml --resume auto --output \"$out\" || { [ -e \"$out/stopped\" ] && scontrol requeue 1; }",
     "torchrun -m dmc.cli serve DIR --tensor-parallel 2",
 ]

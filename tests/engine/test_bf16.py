@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dmc import LLM, SamplingParams
-from dmc.cache.reading import onpages
 from dmc.kernels.backend import using
 from tests.model import tiny
 
@@ -42,10 +41,10 @@ def test_no_further_from_fp64_than_transformers_in_bf16(directory, prompt_tokens
 def test_the_loops_are_pytorchs_form(directory, codec):
     settings = dict(dtype="bf16", device="cpu", page_size=8, codec=codec)
     llm = LLM(directory, **settings)
-    assert llm.cache.rows.storage.exact_dtype == torch.bfloat16 and onpages.reads(llm.cache.rows, llm.cache.rows.packings[0])
-    with using("sdpa"):
+    assert llm.cache.rows.storage.exact_dtype == torch.bfloat16 and llm.cache.readers[0].on_pages
+    with using("torch"):
         plain = LLM(directory, **settings)
-        assert not onpages.reads(plain.cache.rows, plain.cache.rows.packings[0])
+        assert not plain.cache.readers[0].on_pages
         expected = logprobs(plain, 1)
     difference = (logprobs(llm, 1) - expected).abs()
     assert difference.mean() < 0.01 and difference.max() < 0.1

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dmc import LLM, SamplingParams
-from dmc.cache.reading import onpages
 from tests.model import tiny
 
 PROMPTS = [[7, 8, 9], list(range(3, 45)), [5] * 30]
@@ -21,7 +20,7 @@ def directory(tmp_path_factory, request):
 def test_scores_and_tokens_are_those_of_the_cpu(directory, codec):
     """fp32: log-probabilities fed one by one, and greedy tokens as far as the CPU's are clearly ahead."""
     both = [LLM(directory, codec=codec, page_size=16, device=device, dtype="fp32") for device in ("cuda", "cpu")]
-    assert onpages.reads(both[0].cache.rows, both[0].cache.rows.packings[0])
+    assert both[0].cache.readers[0].on_pages
     tokens = [prompt + list(range(10, 60)) for prompt in PROMPTS]
     ours, theirs = (llm.score(tokens, prompt_tokens=2) for llm in both)
     for a, b in zip(ours, theirs, strict=True):

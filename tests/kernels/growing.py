@@ -5,10 +5,11 @@ import dataclasses
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.cache.reading.growing import grown
+from dmc.cache.reading.onpages import OnPages
 from dmc.cache.storage.rows import ragged
 from dmc.functional import rotate
 from dmc.kernels.append.append import append_tokens
+from dmc.kernels.backend import Backend
 from dmc.rope import Rope
 from tests.cache.stored import frequencies
 from tests.kernels.conftest import DEVICE
@@ -74,7 +75,7 @@ def growing(held):
     def encode(keys, values):
         return {name: x.to(DEVICE) for name, x in packing.codec.encode(keys.cpu(), values.cpu()).tensors.items()}
 
-    state = grown(held.rows, packing).state
+    state = OnPages(packing, Backend.TRITON, writes=True).growing(held.rows)
     return dataclasses.replace(state, format=dataclasses.replace(state.format, encode=encode))
 
 

@@ -118,8 +118,8 @@ def whole(backend, attention, tokens, groups, spans=None):
 @pytest.mark.parametrize("attention", [dmc_attention, plain_attention])
 @pytest.mark.parametrize("spans", [None, [(5, 17), (40, 61)]])
 def test_the_dispatchers_agree_whatever_runs(attention, spans):
-    """The trainer's two calls, also for the spans of context parallelism: reference, sdpa and Triton."""
-    reference, *others = (whole(backend, attention, 61, 2, spans) for backend in ("reference", "sdpa", "triton"))
+    """The trainer's two calls, also for the spans of context parallelism: reference, PyTorch and Triton."""
+    reference, *others = (whole(backend, attention, 61, 2, spans) for backend in ("reference", "torch", "triton"))
     for other in others:
         for a, b in zip(other, reference, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, b.abs().max().item()))

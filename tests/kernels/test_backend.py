@@ -30,20 +30,20 @@ def on_cpu(size=64, dtype=torch.float32):
 def test_auto_on_a_cpu_is_pytorch_and_says_so_once(caplog):
     """Also under Triton's interpreter, which is for tests and far too slow for anything else."""
     with caplog.at_level(logging.WARNING, "dmc.kernels"):
-        assert [backend.choose(on_cpu()) for _ in range(3)] == ["sdpa"] * 3
-    said = "dmc: attention runs in PyTorch (sdpa): Triton needs a CUDA device, not cpu"
+        assert [backend.choose(on_cpu()) for _ in range(3)] == ["torch"] * 3
+    said = "dmc: attention runs in PyTorch: Triton needs a CUDA device, not cpu"
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_argument_over_block_over_default_over_environment(monkeypatch):
     monkeypatch.setenv("DMC_KERNELS", "reference")
     assert backend.choose(on_cpu()) == "reference"
-    backend.set_default("sdpa")
-    assert backend.choose(on_cpu()) == "sdpa"
+    backend.set_default("torch")
+    assert backend.choose(on_cpu()) == "torch"
     with backend.using("reference"):
         assert backend.choose(on_cpu()) == "reference"
-        assert backend.choose(on_cpu(), "sdpa") == "sdpa"
-    assert backend.choose(on_cpu()) == "sdpa"
+        assert backend.choose(on_cpu(), "torch") == "torch"
+    assert backend.choose(on_cpu()) == "torch"
     backend.set_default("auto")
     assert backend.choose(on_cpu()) == "reference"
 
@@ -51,12 +51,36 @@ def test_argument_over_block_over_default_over_environment(monkeypatch):
 @pytest.mark.parametrize("where", ["argument", "environment", "default"])
 @pytest.mark.parametrize("name", ["cuda", "flash", "flex"])  # the last two existed once
 def test_an_unknown_name_is_refused_and_the_known_ones_listed(monkeypatch, where, name):
-    with pytest.raises(ValueError, match=f"unknown kernels '{name}'; known: auto, triton, sdpa, reference"):
+    with pytest.raises(ValueError, match=f"unknown kernels '{name}'; known: auto, triton, cpu, torch, reference"):
         if where == "environment":
             monkeypatch.setenv("DMC_KERNELS", name)
         elif where == "default":
             backend.set_default(name)
         backend.choose(on_cpu(), name if where == "argument" else None)
+
+
+def test_a_former_name_works_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setenv("DMC_KERNELS", "sdpa")
+    assert [backend.choose(on_cpu()) for _ in range(3)] == ["torch"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "dmc: kernels 'sdpa' are now called 'torch'; the next version does not know the old name"
+    ]
+
+
+def test_cpu_kernels_run_where_an_operation_has_some(monkeypatch, caplog):
+    """No setting and "auto" mean one thing; by name they are refused where they cannot run."""
+    fp32 = (torch.float32,)
+    assert backend.choose(on_cpu(), cpu=fp32) is backend.choose(on_cpu(), "auto", cpu=fp32) is backend.Backend.CPU
+    assert backend.choose(on_cpu(), "cpu", cpu=fp32) == "cpu" and backend.choose(on_cpu(), "torch", cpu=fp32) == "torch"
+    assert backend.choose(on_cpu(dtype=torch.float64), cpu=fp32) == "torch" and not caplog.records
+    wrong = (torch.float32, (), "this operation has none"), (torch.bfloat16, fp32, "they take torch.float32")
+    for dtype, dtypes, reason in wrong:
+        with pytest.raises(ValueError, match=f"CPU kernels were asked for, but {reason}.*; choose auto or torch"):
+            backend.choose(on_cpu(dtype=dtype), "cpu", cpu=dtypes)
+    monkeypatch.setattr(backend, "_numba", lambda: False)
+    assert backend.choose(on_cpu(), cpu=fp32) == "torch"
+    with pytest.raises(ValueError, match="numba is not there"):
+        backend.choose(on_cpu(), "cpu", cpu=fp32)
 
 
 @pytest.mark.parametrize(("x", "interpreter", "installed", "reason"), [
@@ -69,7 +93,7 @@ def test_an_unknown_name_is_refused_and_the_known_ones_listed(monkeypatch, where
 def test_triton_by_name_is_never_replaced(monkeypatch, x, interpreter, installed, reason):
     monkeypatch.setenv("TRITON_INTERPRET", interpreter)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    with pytest.raises(ValueError, match=f"Triton kernels were asked for, but .*{reason}; choose auto or sdpa"):
+    with pytest.raises(ValueError, match=f"Triton kernels were asked for, but .*{reason}; choose auto or torch"):
         backend.choose(x, "triton")
 
 
@@ -85,7 +109,7 @@ def test_the_cpu_path_needs_no_triton():
     """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = "dmc: attention runs in PyTorch (sdpa): triton is not installed (pip install -e '.[kernels]' in the checkout)"
+    said = "dmc: attention runs in PyTorch: triton is not installed (pip install -e '.[kernels]' in the checkout)"
     assert done.stderr.count(said) == 1
 
 

@@ -11,8 +11,8 @@ from tests.training.helpers import ROOT
 
 EXPECTED = {
     "decode": {"CR 1 dense", "CR 4 dense", "CR 4 int8", "CR 4 fp8", "CR 4 tcq-4bit", "CR 4 gear"},
-    "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: sdpa", "late merging: sdpa", "plain: all keys"},
-    "layer": {"plain", "DMC: sdpa"},
+    "kernels": {"twin", "plain: PyTorch's causal attention", "DMC: torch", "late merging: torch", "plain: all keys"},
+    "layer": {"plain", "DMC: torch"},
 }
 
 

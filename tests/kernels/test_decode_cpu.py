@@ -10,9 +10,9 @@ import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.codecs import trellis
+from dmc.kernels import backend
 from dmc.kernels import ready as compile_cpu
 from dmc.kernels.backend import using
-from dmc.kernels.cpu import runs as loops
 from dmc.kernels.cpu.runs import runs_on_cpu
 from dmc.kernels.decode import cpu as decode_cpu
 from dmc.kernels.decode.decode import decode_attention
@@ -122,15 +122,15 @@ def test_a_numba_that_cannot_be_imported_is_done_without(monkeypatch, caplog, tm
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "numba")
-    loops._numba.cache_clear()
+    backend._numba.cache_clear()
     try:
         assert not runs_on_cpu(torch.zeros(2, 8)) and "cannot be imported (Numba needs another NumPy)" in caplog.text
     finally:
-        loops._numba.cache_clear()
+        backend._numba.cache_clear()
 
 
 def test_loops_that_do_not_compile_are_done_without(monkeypatch, caplog):
-    monkeypatch.setattr(loops, "_given_up", False)
+    monkeypatch.setattr(backend, "_given_up", False)
     monkeypatch.setattr(compile_cpu, "prepare", lambda _: 1 / 0)
     KVCache(Shape(1, 1, 8, torch.float32), policy("full"), codec("int8"), slots=1)
     assert "cannot compile the loops (ZeroDivisionError" in caplog.text and not runs_on_cpu(torch.zeros(2, 8))
@@ -152,11 +152,11 @@ def test_what_runs_by_default(monkeypatch):
     monkeypatch.setattr(decode_cpu, "decode", lambda *args: calls.append(args))
     cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 1, 8)
     decode_attention(*inputs, torch.arange(4), cache)
-    with using("sdpa"):
+    with using("torch"):
         assert not runs_on_cpu(x)
         decode_attention(*inputs, torch.arange(4), cache)
     decode_attention(*inputs, torch.arange(4), cache, backend="reference")
-    monkeypatch.setattr("dmc.kernels.cpu.runs._numba", lambda: False)
+    monkeypatch.setattr("dmc.kernels.backend._numba", lambda: False)
     assert not runs_on_cpu(x)
     decode_attention(*inputs, torch.arange(4), cache)
     assert len(calls) == 1

@@ -199,7 +199,7 @@ def check_errors(settings, size, page, exact):
 
 def test_pages_that_no_kernel_writes_are_refused():
     state = growing(cache("kivi"))
-    with pytest.raises(ValueError, match="the Triton kernels do not write kivi pages; choose kernels=sdpa"):
+    with pytest.raises(ValueError, match="the Triton kernels do not write kivi pages; choose kernels=torch"):
         encode_pages(state, torch.arange(2, device=DEVICE), backend="triton")
 
 

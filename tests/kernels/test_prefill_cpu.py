@@ -6,7 +6,7 @@ import torch
 
 from dmc.cache.policies import policy
 from dmc.cache.reading.prompt_attention import Seen, prompt_attention
-from dmc.kernels.backend import using
+from dmc.kernels.backend import Backend, using
 from dmc.kernels.cpu import tiles as tiles_numba
 from dmc.kernels.cpu.compiled import compiled
 from dmc.kernels.prefill import cpu as prefill_cpu
@@ -112,7 +112,7 @@ def test_what_runs_by_default(monkeypatch):
         prefill_attention(*problem(5, (5,), 8, 1, dtype=dtype))
     arguments = problem(5, (5,), 8, 1)
     prefill_attention(*arguments, backend="reference")
-    with using("sdpa"):
+    with using("torch"):
         prefill_attention(*arguments)
     assert calls == [torch.float32, torch.bfloat16, torch.float16]
 
@@ -124,9 +124,7 @@ def test_prompts_are_the_same_in_pytorch(merged):
     if not merged:
         keys, values, places[:] = own_keys[:, :-1], own_values[:, :-1], torch.arange(89)
     seen = Seen(keys, values, places, own_keys, own_values, positions.long(), merged)
-    ours, _ = prompt_attention(query.flatten(0, 1), seen, policy("dmc"))
-    with using("sdpa"):
-        theirs, _ = prompt_attention(query.flatten(0, 1), seen, policy("dmc"))
+    ours, theirs = (prompt_attention(query.flatten(0, 1), seen, policy("dmc"), one)[0] for one in (Backend.CPU, Backend.TORCH))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -176,7 +176,7 @@ CHOICES = {
     "dmc.method": "dmc, dms, none", "dmc.decision": "neuron, head, all, periodic, random", "dmc.cr_loss": "soft, hard",
     "optim.name": "adamw, muon",
     "parallel.recompute": "none, selective, full", "run.precision": "fp32, bf16",
-    "run.kernels": "auto, triton, sdpa, reference", "run.init": "pretrained, random",
+    "run.kernels": "auto, triton, cpu, torch, reference", "run.init": "pretrained, random",
 }
 AT_LEAST_0 = (
     "dmc.repurpose_steps", "dmc.ramp_steps_per_unit", "dmc.hold_steps", "dmc.integer_hold_steps", "dmc.cr_weight",

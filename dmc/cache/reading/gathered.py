@@ -1,115 +1,50 @@
-"""Attention of one new token over rows whose pages are gathered: a few rows at a time, those of about one length together.
-
-What is gathered, and with which rows, follows from the counts and the tables alone: a `Plan`. Where nothing is merged
-all layers have the same counts, and one look at them makes the plans of all.
-"""
+"""Attention of new tokens over rows whose pages are gathered: a few rows at a time, those of about one length together."""
 
 from __future__ import annotations
-
-from bisect import bisect_right
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dmc.cache.codecs import Blocks
+from dmc.cache.reading.plan import Group, Plan, plans
+from dmc.cache.reading.reader import Reader
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
 
-_VALUES = {"cpu": 1 << 19}  # keys gathered at once: measured, see docs/results/serve.md
-_VALUES_ELSEWHERE = 1 << 24
-_ALIKE = 0.75  # rows are gathered together if they are at least so long as the longest of them ...
-_NEAR = 64  # ... or not more entries shorter
 
+class Gathered(Reader):
+    """Copies of pages, read by their codec in PyTorch.
 
-@dataclass(frozen=True)
-class Group:
-    """Rows ``start`` to ``end`` of a plan, gathered together.
-
-    Attributes:
-        pages: int32 ``[r * C]``, C of each row; empty if the rows have none.
-        columns: C.
-        gone: bool ``[r or 1, 1, C * P]``, True where a row has no entry; None: nowhere.
+    Args:
+        packing: of the layers.
     """
 
-    start: int
-    end: int
-    pages: Tensor
-    columns: int
-    gone: Tensor | None
+    plans = True
 
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
 
-@dataclass(frozen=True)
-class Plan:
-    """How the rows of one layer are read.
-
-    Attributes:
-        packing: of the layer's encoded pages.
-        order, back: int64 ``[R]``, from the caller's order to the plan's, and back; None if they are the same.
-        groups: that cover all rows.
-        exact_pages: int32 ``[R * O]``, pages of exact entries; None if the groups read them too.
-        exact_gone: bool ``[R, 1, O * per page]``, as `Group.gone`.
-    """
-
-    packing: Packing
-    order: Tensor | None
-    back: Tensor | None
-    groups: list[Group]
-    exact_pages: Tensor | None
-    exact_gone: Tensor | None
-
-
-def plans(rows: Rows, index: Tensor) -> list[Plan]:
-    """Plans of layers that are stored alike and whose rows hold equally many entries: row r of each, ``index [L, R]``."""
-    packing = rows.packing(index[0])
-    size, joined = packing.page_size, rows.joined(packing)
-    closed, exact = rows.closed[index[0]].long(), rows.exact[index[0]].long()
-    entries = closed * size + exact * joined
-    lengths, order, back = entries.tolist(), None, None
-    if min(lengths) < max(lengths):
-        order = entries.argsort(descending=True, stable=True)
-        back, index = order.argsort(), index[:, order]
-        closed, exact, entries = closed[order], exact[order], entries[order]
-        lengths.sort(reverse=True)
-    columns = -(-lengths[0] // size)
-    table = _joined(rows, index, closed, columns) if joined else rows.closed_table[:, :columns][index]
-    parts = []
-    most = _VALUES.get(index.device.type, _VALUES_ELSEWHERE) // rows.shape.head_size
-    for start, end in _cuts(lengths, most):
-        columns = -(-lengths[start] // size)
-        pages = table[:, start:end, :columns].flatten(1).unbind()
-        gone = _gone(entries[start:end], lengths[start], lengths[end - 1], columns * size)
-        parts.append([Group(start, end, some, columns, gone) for some in pages])
-    exact_pages, exact_gone = [None] * len(index), None
-    if not joined:
-        longest = int(exact.max())
-        opened = rows.open_pages(longest)
-        exact_pages = rows.open_table[:, :opened][index].flatten(1).unbind()
-        exact_gone = _gone(exact, longest, int(exact.min()), opened * rows.per_open_page)
-    groups = zip(*parts, strict=True)
-    return [
-        Plan(packing, order, back, list(group), pages, exact_gone)
-        for group, pages in zip(groups, exact_pages, strict=True)
-    ]
-
-
-def attend(rows: Rows, plan: Plan, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:
-    """Scaled queries ``[R, G, D]`` over what rows hold and their own states ``[R, D]`` → ``[R, G, D]``."""
-    if plan.order is not None:
-        query, own_key, own_value = query[plan.order], own_key[plan.order], own_value[plan.order]
-    scores, values = query @ own_key[:, :, None], own_value[:, None]
-    if plan.exact_pages is not None:
-        keys, exact_values = rows.read_open(plan.exact_pages, len(query))
-        exact = query @ keys.to(query.dtype).transpose(-1, -2)
-        if plan.exact_gone is not None:
-            exact = exact.masked_fill_(plan.exact_gone, -torch.inf)
-        scores, values = torch.cat([exact, scores], dim=-1), torch.cat([exact_values.to(query.dtype), values], dim=1)
-    if len(plan.groups) == 1:
-        out = _group(rows, plan, plan.groups[0], query, scores, values)
-    else:
-        cut = ((group, slice(group.start, group.end)) for group in plan.groups)
-        out = torch.cat([_group(rows, plan, group, query[at], scores[at], values[at]) for group, at in cut])
-    return out if plan.back is None else out[plan.back]
+    def attend(
+        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Reader.attend`."""
+        plan = plans(rows, index[None])[0] if plan is None else plan
+        query = query * query.shape[-1] ** -0.5
+        if plan.order is not None:
+            query, own_key, own_value = query[plan.order], own_key[plan.order], own_value[plan.order]
+        scores, values = query @ own_key[:, :, None], own_value[:, None]
+        if plan.exact_pages is not None:
+            keys, exact_values = rows.read_open(plan.exact_pages, len(query))
+            exact = query @ keys.to(query.dtype).transpose(-1, -2)
+            if plan.exact_gone is not None:
+                exact = exact.masked_fill_(plan.exact_gone, -torch.inf)
+            scores, values = torch.cat([exact, scores], dim=-1), torch.cat([exact_values.to(query.dtype), values], dim=1)
+        if len(plan.groups) == 1:
+            out = _group(rows, plan, plan.groups[0], query, scores, values)
+        else:
+            cut = ((group, slice(group.start, group.end)) for group in plan.groups)
+            out = torch.cat([_group(rows, plan, group, query[at], scores[at], values[at]) for group, at in cut])
+        return (out if plan.back is None else out[plan.back]), None
 
 
 def _group(rows: Rows, plan: Plan, group: Group, query: Tensor, scores: Tensor, values: Tensor) -> Tensor:
@@ -126,33 +61,3 @@ def _group(rows: Rows, plan: Plan, group: Group, query: Tensor, scores: Tensor, 
     weights = torch.cat([paged, scores], dim=-1).softmax(-1)
     width = paged.shape[-1]
     return torch.baddbmm(codec.row_combine(blocks, weights[..., :width]), weights[..., width:], values)
-
-
-def _cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
-    """Cuts rows of falling lengths into groups of at most ``most`` entries, unless one row has more."""
-    cuts, start = [], 0
-    while start < len(lengths):
-        longest = lengths[start]
-        least = min(_ALIKE * longest, longest - _NEAR)
-        alike = bisect_right(lengths, -least, key=lambda length: -length)
-        end = min(alike, start + max(1, most // max(1, longest)))
-        cuts.append((start, end))
-        start = end
-    return cuts
-
-
-def _gone(counts: Tensor, longest: int, shortest: int, width: int) -> Tensor | None:
-    """Where rows of so many entries, padded to ``width``, have none; one row for all that are equally long."""
-    if shortest == width:
-        return None
-    counts = counts[:1] if shortest == longest else counts
-    return (torch.arange(width, device=counts.device) >= counts[:, None])[:, None]
-
-
-def _joined(rows: Rows, index: Tensor, closed: Tensor, columns: int) -> Tensor:
-    """Encoded pages and after them those of exact entries, ``[L, R, C]``."""
-    widest = int(closed.max())
-    both = torch.cat([rows.closed_table[:, :widest][index], rows.open_table[index]], dim=-1)
-    place = torch.arange(columns, device=index.device).expand(len(closed), -1)
-    place = torch.where(place < closed[:, None], place, place - closed[:, None] + widest)
-    return both.gather(-1, place.clamp_(max=both.shape[-1] - 1).expand(len(index), -1, -1))

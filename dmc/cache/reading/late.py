@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
-from dmc.cache.reading.growing import Grown
+from dmc.cache.reading.onpages import OnPages
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
 from dmc.functional import rotate
@@ -76,7 +76,7 @@ def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 def leave(
     rows: Rows, packing: Packing, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor,
-    logits: Tensor, omega: Tensor, late: Tensor | None, kernels: Grown | None,
+    logits: Tensor, omega: Tensor, late: Tensor | None, kernels: OnPages | None,
 ) -> Tensor:
     """After attention, in layers that are stored alike: the oldest tokens leave their rings and the newest ones enter.
 
@@ -89,7 +89,7 @@ def leave(
         key, turned, value: ``[R, D]`` of the newest tokens, the key before and after its rotation.
         logits, omega: ``[R]`` of them, in the dtype of `Rows.z`; a logit above 0 merges or drops.
         late: ``[R]``, what they add to the logits of the tokens that leave; None without a look ahead.
-        kernels: that append and encode; None: PyTorch does.
+        kernels: reader of the layers, if it writes; None: PyTorch does.
 
     Returns:
         bool ``[R]``, True where a token that left was merged or dropped.
@@ -116,7 +116,7 @@ def leave(
     entering = there if policy.merges else there & ~yes
     omega = policy.weigh(logits, omega) if policy.merges else torch.ones_like(omega)
     if kernels is not None:
-        _by_kernels(rows, packing, index, gone, kernels, entering, old_key, old_value, alpha, omega)
+        _by_kernels(rows, index, gone, kernels, entering, old_key, old_value, alpha, omega)
     else:
         _by_torch(rows, index, gone, policy, entering, old_key, old_value, alpha, omega)
     return yes
@@ -151,18 +151,18 @@ def _by_torch(
 
 
 def _by_kernels(
-    rows: Rows, packing: Packing, index: Tensor, gone: Leaving, kernels: Grown, entering: Tensor, key: Tensor, value: Tensor,
+    rows: Rows, index: Tensor, gone: Leaving, kernels: OnPages, entering: Tensor, key: Tensor, value: Tensor,
     alpha: Tensor, omega: Tensor,
 ) -> None:
-    """`_by_torch` through the kernels of `dmc.cache.reading.growing`: nothing waits for the device."""
+    """`_by_torch` through the kernels of `dmc.cache.reading.onpages`: nothing waits for the device."""
     window = rows.storage.ring
-    mean = kernels.append(torch.where(entering, index, -1), key, value, alpha, omega, gone.places, gone.table)
+    mean = kernels.append(rows, torch.where(entering, index, -1), key, value, alpha, omega, gone.places, gone.table)
     slot = torch.full_like(index, window)
     old = rows.read_exact(index, slot)[:2]
     mean = [torch.where(entering[:, None], new.to(held.dtype), held) for new, held in zip(mean, old, strict=True)]
     _write(rows, index, slot, *mean, slot)
     _count(rows, index, gone, window)
-    kernels.encode(rows, packing, index)
+    kernels.encode(rows, index)
 
 
 def _write(rows: Rows, index: Tensor, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:

@@ -1,77 +1,114 @@
-"""The rows of a layer as the attention kernels read them where they lie (`dmc.kernels`)."""
+"""Rows that kernels read where they are (`dmc.kernels.decode`), and write to (`dmc.kernels.append`, `dmc.kernels.encode`).
+
+No layer waits for the device: the kernels that write take and give pages of the pool themselves. Before a step the host counts
+once what the step can take at most (`dmc.cache.reading.growing`) and makes that room.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
+from dmc.cache.reading.plan import Plan
+from dmc.cache.reading.reader import Reader
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
-from dmc.kernels.backend import choose, chosen_name
-from dmc.kernels.cpu.runs import runs_on_cpu
-from dmc.kernels.pages.paged import CPU_DTYPES, Paged
-from dmc.kernels.ready import compiles
+from dmc.kernels.append.append import append_tokens
+from dmc.kernels.backend import Backend
+from dmc.kernels.decode.decode import decode_attention, decode_watched
+from dmc.kernels.encode.encode import encode_pages
+from dmc.kernels.pages.paged import Growing, Paged
 
 
-def runs(like: Tensor) -> bool:
-    """Whether the serving kernels are to be used on tensors like this: on a GPU that can, or where Triton is asked for.
+class OnPages(Reader):
+    """Kernels on pages.
 
-    Raises:
-        ValueError: if Triton is asked for by name and cannot run.
+    Args:
+        packing: of the layers.
+        backend: Triton, the CPU kernels, or in tests the reference implementation.
+        watch: `Policy.watches`.
+        writes: whether kernels write these rows as well.
     """
-    if like.device.type != "cuda" and chosen_name() != "triton":
-        return False
-    return like.dtype != torch.float64 and choose(like) == "triton"
+
+    on_pages = True
+
+    def __init__(self, packing: Packing, backend: Backend, *, watch: str | None = None, writes: bool = False) -> None:
+        self.packing, self.backend, self.watch, self.writes = packing, backend, watch, writes
+
+    def attend(
+        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Reader.attend`; Triton's kernels compute in the model's dtype, the CPU kernels in fp32."""
+        work = rows.shape.dtype if self.backend is Backend.TRITON else query.dtype
+        parts = *(x.to(work) for x in (query, own_key, own_value)), index, self.view(rows)
+        if self.watch is not None:
+            out, mass = decode_watched(*parts, watch=self.watch)
+            return out.to(query.dtype), mass
+        return decode_attention(*parts, backend=self.backend).to(query.dtype), None
+
+    def append(
+        self, rows: Rows, index: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """`dmc.kernels.append.append.append_tokens`; `encode` must follow."""
+        return append_tokens(self.growing(rows), index, key, value, alpha, omega, positions, rope, backend=self.backend)
+
+    def encode(self, rows: Rows, index: Tensor) -> None:
+        """Encodes the pages that this filled; now and then one of them is compared with what was encoded."""
+        state, codec = self.growing(rows), self.packing.codec
+        full = _full(rows, state, index) if codec.lossy and rows.error.due() else None
+        encode_pages(state, index, backend=self.backend)
+        if full is not None:
+            row, (keys, values) = full
+            page = rows.closed_table[row, rows.closed[row] - 1].long()
+            rows.error.compare(codec, rows.blocks(page[None], self.packing), keys, values)
+
+    # ------------------------------------------------------------------------------------ views of the rows
+
+    def view(self, rows: Rows) -> Paged:
+        """Tables and pages of all rows; kept until the pool grows or a table is widened."""
+        parts = rows.pool.memory, rows.closed_table, rows.open_table, rows.closed, rows.exact
+        known = rows.pool.kept.get(id(self.packing))
+        if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+            rows.pool.kept[id(self.packing)] = known = parts, self._view(rows)
+        return known[1]
+
+    def growing(self, rows: Rows) -> Growing:
+        """The same with what kernels need that write; the free pages are theirs until the host takes, gives or counts some."""
+        lent, read = rows.pool.lend(), self.view(rows)
+        key = "growing", id(self.packing)
+        known = rows.pool.kept.get(key)
+        if known is None or known[0] is not read:
+            rows.pool.kept[key] = known = read, _growing(rows, read, *lent)
+        return known[1]
+
+    def _view(self, rows: Rows) -> Paged:
+        views, open_views = rows.pool.views(self.packing.layout), rows.pool.views(rows.open_layout)
+        encoded = {name: view for name, view in views.items() if name in self.packing.fields}
+        opened = {part: open_views[part] for part in "kv"}
+        if rows.storage.holes:
+            encoded["place"] = views["e_place"]
+        if rows.storage.scored:
+            encoded["score"], opened["score"] = views["e_score"], open_views["e_score"]
+        made = self.packing.format(rows.z.device)
+        return Paged(made, encoded, opened, rows.closed_table, rows.open_table, rows.closed, rows.exact)
 
 
-def paged(rows: Rows, packing: Packing) -> Paged | None:
-    """Tables and pages of all rows, for layers of one packing; None where the kernels do not read such pages.
-
-    Kept until the pool grows or a table is widened.
-    """
-    parts = rows.pool.memory, rows.closed_table, rows.open_table, rows.closed, rows.exact
-    known = rows.pool.kept.get(id(packing))
-    if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
-        rows.pool.kept[id(packing)] = known = parts, _paged(rows, packing)
-    return known[1]
+def _growing(rows: Rows, read: Paged, stack: Tensor, free: Tensor, failed: Tensor) -> Growing:
+    parts = {field.name: getattr(read, field.name) for field in dataclasses.fields(read)}
+    return Growing(
+        **parts, sinks=rows.storage.first, window=rows.storage.window, numerators=rows.numerators, z=rows.z,
+        memory=rows.pool.memory, stack=stack, free=free, owners=rows.pool.owners, failed=failed,
+    )
 
 
-def _paged(rows: Rows, packing: Packing) -> Paged | None:
-    if rows.storage.holes and not runs_on_cpu(rows.z):
+def _full(rows: Rows, state: Growing, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """One of the rows to be encoded, and the exact keys and values ``[P, D]`` of its page; this waits for the device."""
+    full = index[state.exact_count[index] == state.most]
+    if not len(full):
         return None
-    views, open_views = rows.pool.views(packing.layout), rows.pool.views(rows.open_layout)
-    encoded = {name: view for name, view in views.items() if name in packing.fields}
-    opened = {part: open_views[part] for part in "kv"}
-    if rows.storage.holes:
-        encoded["place"] = views["e_place"]
-    if rows.storage.scored:
-        encoded["score"], opened["score"] = views["e_score"], open_views["e_score"]
-    made = packing.format(rows.z.device)
-    return Paged(made, encoded, opened, rows.closed_table, rows.open_table, rows.closed, rows.exact)
-
-
-def reads(rows: Rows, packing: Packing, *, watch: str | None = None) -> bool:
-    """Whether the decode kernels run on the rows of a layer: Triton's in the model's dtype, or the loops for CPUs in fp32.
-
-    The loops alone take pages with holes, and tell what entries weigh (``watch``).
-    """
-    like = torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device)
-    if not runs_on_cpu(rows.z) and (rows.storage.holes or watch is not None or not runs(like)):
-        return False
-    made = packing.format(like.device)
-    if not runs_on_cpu(rows.z):
-        return made.triton_reads
-    return made.cpu_reads and rows.storage.exact_dtype in CPU_DTYPES
-
-
-def prepare(rows: Rows) -> None:
-    """What takes long the first time, before any request waits for it."""
-    if not runs_on_cpu(rows.z.float()):
-        return
-    needed = []
-    if runs_on_cpu(rows.z) and any(reads(rows, packing) for packing in rows.packings):
-        needed.append("decode")
-    if runs_on_cpu(rows.z) and not rows.storage.holes:  # what evicting policies read of a prompt is PyTorch's
-        needed.append("prefill")
-    needed += [name for packing in rows.packings for name in packing.codec.compiles]
-    compiles(*dict.fromkeys(needed), formats={packing.format(rows.z.device) for packing in rows.packings if reads(rows, packing)})
+    row = full[rows.error.pages % len(full)]  # heads that fill together alternate
+    places = torch.arange(state.sinks, state.sinks + state.page, device=index.device)
+    return row, rows.read_exact(row.expand_as(places), places)[:2]

@@ -14,6 +14,7 @@ from torch import Tensor
 from dmc.cache.policies import Entries, Policy
 from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
 from dmc.functional import accumulate_numerators, rotate
+from dmc.kernels.backend import Backend
 
 NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
 
@@ -45,14 +46,15 @@ class Prompt:
     Args:
         layers: L.
         policy: which entries exist.
+        backend: what its attention runs with.
 
     Attributes:
         done: tokens that have gone through all layers.
         layers: state of each, None before the first chunk.
     """
 
-    def __init__(self, layers: int, policy: Policy) -> None:
-        self.policy, self.done = policy, 0
+    def __init__(self, layers: int, policy: Policy, backend: Backend) -> None:
+        self.policy, self.backend, self.done = policy, backend, 0
         self.layers: list[Layer | None] = [None] * layers
 
     @property
@@ -102,7 +104,7 @@ class Prompt:
         rising = past is None or not self.policy.merges
         seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising)
         turned = rotated(query.transpose(0, 1), tuple(part[lead:] for part in table))
-        out, gathered = prompt_attention(turned, seen, self.policy)
+        out, gathered = prompt_attention(turned, seen, self.policy, self.backend)
         scores, tail_score = self._scores(past, gathered, closes, counts)
         tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
         self.layers[number] = self._forget(Layer(*entries, scores, *tail, tail_score), first + tokens)

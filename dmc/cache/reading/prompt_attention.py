@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.cache.policies import Policy
-from dmc.cache.reading import onpages
-from dmc.kernels.prefill.prefill import loops_read, prefill_attention
+from dmc.kernels.backend import Backend
+from dmc.kernels.prefill.prefill import prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, 16 queries at least: the fewer, the fewer keys are met in vain
@@ -59,8 +59,10 @@ class Seen:
     rising: bool = True
 
 
-def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Queries ``[Hq, T, D]`` of a prompt, rotated, over what they see; softmax in fp32 at least.
+def prompt_attention(
+    query: Tensor, seen: Seen, policy: Policy, backend: Backend,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries ``[Hq, T, D]`` of a prompt, rotated, over what they see; softmax in fp32 at least. ``backend``: of the cache.
 
     Returns:
         ``(out [Hq, T, D], gathered)``: what `Policy.watches` asks for, of entries ``[H, N]`` and of own states
@@ -69,9 +71,10 @@ def prompt_attention(query: Tensor, seen: Seen, policy: Policy) -> tuple[Tensor,
     heads, tokens = seen.own_keys.shape[:2]
     query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
     plain, causal = policy.watches is None and not policy.evicts, not seen.merged and seen.keys.shape[1] == tokens - 1
-    if plain and (loops_read(query) or (not causal and seen.keys.shape[1] and onpages.runs(query))):
+    by_triton = backend is Backend.TRITON and not causal and seen.keys.shape[1]
+    if plain and (backend is Backend.CPU or by_triton):
         own = seen.own_keys, seen.own_values, seen.queries.int()
-        return prefill_attention(query, *_rising(seen), *own).flatten(0, 1), None
+        return prefill_attention(query, *_rising(seen), *own, backend=backend).flatten(0, 1), None
     if plain and not seen.merged:
         return _unmerged(query, seen).flatten(0, 1), None
     if plain and query.device.type == "cpu":

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
-from dmc.cache.reading import growing, late, onpages
-from dmc.cache.reading.gathered import Plan, plans
+from dmc.cache.reading import growing, late
+from dmc.cache.reading.plan import Plan, plans
 from dmc.cache.reading.prompt import Prompt
-from dmc.cache.reading.row_attention import row_attention
+from dmc.cache.reading.reader import Reader
 from dmc.cache.storage.evict import entries, evict
 from dmc.cache.storage.rows import Rows
 
@@ -22,13 +22,14 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Step:
     """Called once a layer by the model, layer after layer, with the tokens of all parts one after the other.
 
-    Where kernels write the rows (`dmc.cache.reading.growing`), a layer appends its tokens, encodes what they fill and attends,
+    Where kernels write the rows (`dmc.cache.reading.onpages`), a layer appends its tokens, encodes what they fill and attends,
     and nothing of it waits for the device. Elsewhere PyTorch does; and where nothing merges, the open entries of all layers close
     when the step is made, and the new ones are written after the last layer, so each layer has only its attention to do.
     Behind a window tokens leave their rings after the last layer, in all layers at once.
 
     Args:
         rows, policy: of the cache.
+        readers: of each layer.
         slots: int64 ``[S]``, running sequences: one token each, first.
         positions: int64 ``[S]`` of these tokens, at least 1: a prompt went before.
         chunks: prompts and how many of their tokens follow, at least 1 each. The last layer adds it to `Prompt.done`.
@@ -42,13 +43,14 @@ class Step:
     """
 
     def __init__(
-        self, rows: Rows, policy: Policy, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt, int]], rope: Rope,
-        *, merges: bool = True, trace: bool = False,
+        self, rows: Rows, policy: Policy, readers: Sequence[Reader], slots: Tensor, positions: Tensor,
+        chunks: Sequence[tuple[Prompt, int]], rope: Rope, *, merges: bool = True, trace: bool = False,
     ) -> None:
         self.merges: list[Tensor] | None = [] if trace else None
         self.entering: list[tuple] = []  # with a window: the new tokens of each layer so far
         self.left: list[list[Tensor]] = []  # with a window: what became of the prompts' tokens that left it, by layer
-        self.rows, self.policy, self.slots = rows, policy, slots
+        self.rows, self.policy, self.readers, self.slots = rows, policy, readers, slots
+        self.grows = all(reader.writes for reader in readers)
         self.chunks = []
         for prompt, tokens in chunks:
             places = prompt.positions(tokens, slots.device)
@@ -58,7 +60,6 @@ class Step:
             self._prepare_late(slots, positions, rope)
         elif len(slots):
             self.index = rows.indices(slots)  # [L, S * H]
-            self.grows = all(growing.grows(rows, rows.packings[numbers[0]]) for numbers in rows.layers_alike())
             if self.grows:
                 growing.make_room(rows, self.index)
                 self.places = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
@@ -121,20 +122,19 @@ class Step:
     def _grown(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
     ) -> Tensor:
-        index, size, packing = self.index[layer], query.shape[-1], self.rows.packings[layer]
+        index, size, reader = self.index[layer], query.shape[-1], self.readers[layer]
         alpha, omega = self.settle or (alpha.flatten(), omega.flatten())
-        kernels = growing.grown(self.rows, packing)
-        own = kernels.append(index, key.reshape(-1, size), value.reshape(-1, size), alpha, omega, self.places, self.table)
-        kernels.encode(self.rows, packing, index)
+        key, value = key.reshape(-1, size), value.reshape(-1, size)
+        own = reader.append(self.rows, index, key, value, alpha, omega, self.places, self.table)
+        reader.encode(self.rows, index)
         query = _turn(query.to(own[0].dtype), self.now).to(self.rows.shape.dtype)
-        return kernels.attend(index, query.view(len(index), -1, size), *own).view(query.shape)
+        return reader.attend(self.rows, index, query.view(len(index), -1, size), *own)[0].view(query.shape)
 
     # ------------------------------------------------------------------------------------ behind a window
 
     def _prepare_late(self, slots: Tensor, positions: Tensor, rope: Rope) -> None:
         rows = self.rows
         self.index = rows.indices(slots)
-        self.grows = all(growing.grows(rows, rows.packings[numbers[0]]) for numbers in rows.layers_alike())
         if self.grows:
             growing.make_room(rows, self.index)
         self.now = _signed(rope(positions))
@@ -146,11 +146,7 @@ class Step:
         rows, index, size, work = self.rows, self.index[layer], query.shape[-1], self.rows.z.dtype
         turned, values = _turn(key.to(work), self.now).reshape(-1, size), value.to(work).reshape(-1, size)
         queries = _turn(query.to(work), self.now)
-        kernels = growing.grown(rows, rows.packings[layer]) if self.grows else None
-        if kernels is None:
-            out, _ = row_attention(rows, index, queries.view(len(index), -1, size), turned, values)
-        else:
-            out = kernels.attend(index, queries.to(rows.shape.dtype).view(len(index), -1, size), turned, values)
+        out, _ = self.readers[layer].attend(rows, index, queries.view(len(index), -1, size), turned, values)
         self.entering.append((key.reshape(-1, size), turned, values, logits.flatten(), omega.flatten(), ahead))
         if layer == rows.shape.layers - 1:
             self._leave()
@@ -164,10 +160,9 @@ class Step:
             entering = zip(*(self.entering[number] for number in numbers), strict=True)
             parts = [None if part[0] is None else torch.cat([x.flatten() for x in part]).to(work) for part in entering]
             parts[:3] = [part.view(-1, rows.shape.head_size) for part in parts[:3]]
-            packing = rows.packings[numbers[0]]
             merged = late.leave(
-                rows, packing, self.policy, self.index[numbers].flatten(), self.gone.repeat(len(numbers)), *parts,
-                growing.grown(rows, packing) if self.grows else None,
+                rows, rows.packings[numbers[0]], self.policy, self.index[numbers].flatten(), self.gone.repeat(len(numbers)),
+                *parts, self.readers[numbers[0]] if self.grows else None,
             )
             for number, each in zip(numbers, (merged & self.policy.merges).view(shape), strict=True):
                 self.gone_merged[number] = each
@@ -187,7 +182,7 @@ class Step:
         if rows.storage.scored:
             marks["score"] = rows.tail_score[index]
         rows.append(index, keys, values, marks)
-        if not rows.storage.holes and not onpages.reads(rows, rows.packing(index)):
+        if self.readers[numbers[0]].plans:
             for number, plan in zip(numbers, plans(rows, self.index[numbers]), strict=True):
                 self.plans[number] = plan
 
@@ -244,9 +239,8 @@ class Step:
         """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction."""
         rows, index, size = self.rows, self.index[layer], query.shape[-1]
         queries = _turn(query.to(own_key.dtype), self.now).view(len(index), -1, size)  # [S * H, G, D]
-        out, weight = row_attention(
-            rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), watch=self.policy.watches,
-            plan=self.plans[layer],
+        out, weight = self.readers[layer].attend(
+            rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), self.plans[layer],
         )
         if rows.storage.scored:
             self._score(index, alpha.flatten(), weight)

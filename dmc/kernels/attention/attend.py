@@ -6,10 +6,10 @@ says which of these runs:
     triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan.merge`), and attention with a
                 bias for each key, exempt band and borders of documents; late merging in the same softmax
                 (`dmc.kernels.attention.gpu`)
-    sdpa        PyTorch's fused causal attention, below: what runs on a CPU
+    torch       PyTorch's fused causal attention, below: what runs on a CPU
 
 To these kernels the two methods are one: every key has a bias, which queries up to ``window`` tokens after it are exempt
-from. In DMC the window is 0: the query's own state alone. Two facts let an ordinary causal kernel (sdpa) compute it:
+from. In DMC the window is 0: the query's own state alone. Two facts let an ordinary causal kernel compute it:
 
 - the per-key bias is one more feature of the keys, met by a constant feature of the queries;
 - what is exempt becomes an extra key in front (the **anchor**), whose score for query i is made to be the
@@ -17,7 +17,7 @@ from. In DMC the window is 0: the query's own state alone. Two facts let an ordi
   carries a marker. Shifted so that query i sees the anchor and the keys j < i - window, the marker's share of the
   output is the weight of what is exempt.
 
-Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. In sdpa's form the anchor stands for
+Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. With PyTorch the anchor stands for
 the band and the accumulating entry together (`late_attention`).
 """
 
@@ -33,7 +33,7 @@ from dmc import functional_dms as dms
 from dmc.kernels.attention.band import band_attention
 from dmc.kernels.attention.rotate import rotate
 from dmc.kernels.attention.sdpa import _anchored, band_exempt, causal_attention, in_span, own_exempt
-from dmc.kernels.backend import choose
+from dmc.kernels.backend import Backend, choose
 from dmc.kernels.scan.merge import merge
 
 
@@ -44,7 +44,7 @@ def dmc_attention(
 ) -> Tensor:
     """`dmc.functional.attention` (same arguments and result), differentiable in every tensor argument.
 
-    Merging is in fp32; the attention product is in the dtype of ``query``. In sdpa's form, in bf16 and fp16, the
+    Merging is in fp32; the attention product is in the dtype of ``query``. In PyTorch's form, in bf16 and fp16, the
     bias and the diagonal's score travel as two features each, so that they keep 16 bits of mantissa.
 
     Args:
@@ -95,7 +95,7 @@ def late_attention(
 ) -> Tensor:
     """`dmc.functional.attention` with a window (same arguments and result), differentiable in every tensor argument.
 
-    Merging is in fp32. In sdpa's form the band and the accumulating entry are too; other products of attention are in the
+    Merging is in fp32. In PyTorch's form the band and the accumulating entry are too; other products of attention are in the
     query's dtype.
 
     Args:
@@ -143,7 +143,8 @@ def plain_attention(
         return _reference(fn.attention, query, key, value, alpha, alpha + 1, spans, rope=rope, starts=starts, scale=scale)
     query, key = rotate(query, _tables_at(rope, spans), backend=backend), rotate(key, rope, backend=backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _attend("sdpa" if starts is None and backend == "triton" else backend, starts, spans, scale, query, key, value, None)
+    backend = Backend.TORCH if starts is None and backend == "triton" else backend
+    return _attend(backend, starts, spans, scale, query, key, value, None)
 
 
 def _reference(attend: Callable[..., Tensor], query: Tensor, key: Tensor, *rest: Tensor, **options) -> Tensor:  # noqa: ANN003

@@ -110,6 +110,12 @@ def singles_at(address, count):  # noqa: ANN001, ANN201
 
 
 @compiled.compiled()
+def matrix_at(address, rows, columns):  # noqa: ANN001, ANN201
+    """fp32 ``[rows, columns]``, where they lie."""
+    return carray(_singles(np.int64(address)), (rows, columns))
+
+
+@compiled.compiled()
 def longs_at(address, count):  # noqa: ANN001, ANN201
     """int64 ``[count]``, where they lie."""
     return carray(_longs(np.int64(address)), (count,))

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dmc.kernels.backend import choose
-from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.backend import Backend, choose
 from dmc.kernels.decode.reference import decode_reference
 from dmc.kernels.pages.paged import Paged
 
@@ -29,18 +29,19 @@ def decode_attention(
         index: ``[R]``, rows of ``paged``'s tables.
         paged: the cache.
         scale: of the scores, ``1 / sqrt(D)`` if None.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin. None: the default, which on a CPU is loops that
-            numba compiles (`dmc.kernels.decode.cpu`), where it is installed and they know the pages.
+        backend: see `dmc.kernels.backend`. The CPU kernels take fp32; what they do not read, and what is neither "triton" nor
+            "cpu", is the reference implementation's.
 
     Returns:
         ``[R, G, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend is None and runs_on_cpu(query) and paged.cpu_reads:
+    chosen = choose(query, backend, cpu=(torch.float32,))
+    if chosen is Backend.CPU and paged.cpu_reads:
         from dmc.kernels.decode import cpu
 
         return cpu.decode(query, own_key, own_value, index, paged, scale)
-    if choose(query, backend) == "triton":
+    if chosen is Backend.TRITON:
         from dmc.kernels.decode.gpu import decode
 
         return decode(query, own_key, own_value, index, paged, scale)

@@ -85,7 +85,7 @@ class PageFormat:
         Args:
             offsets: bytes from the beginning of a page to each field.
         """
-        raise ValueError(f"the CPU kernels do not read {self.name} pages of {self.page} entries; choose kernels=sdpa")
+        raise ValueError(f"the CPU kernels do not read {self.name} pages of {self.page} entries; choose kernels=torch")
 
     @property
     def triton_reads(self) -> bool:
@@ -100,7 +100,7 @@ class PageFormat:
             arguments, constants: of the kernel.
             paged: `dmc.kernels.pages.paged.Paged`, the rows.
         """
-        raise ValueError(f"the Triton kernels do not read {self.name} pages of {self.page} entries; choose kernels=sdpa")
+        raise ValueError(f"the Triton kernels do not read {self.name} pages of {self.page} entries; choose kernels=torch")
 
     @property
     def triton_writes(self) -> bool:
@@ -114,4 +114,4 @@ class PageFormat:
             table, opened: arguments of the kernel: the table of encoded pages, and the full-precision entries.
             state: `dmc.kernels.pages.paged.Growing`, the rows.
         """
-        raise ValueError(f"the Triton kernels do not write {self.name} pages; choose kernels=sdpa")
+        raise ValueError(f"the Triton kernels do not write {self.name} pages; choose kernels=torch")

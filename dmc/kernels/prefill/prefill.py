@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmc.kernels.backend import choose
-from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.backend import Backend, choose
+
+CPU_DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def prefill_attention(
@@ -28,28 +29,23 @@ def prefill_attention(
         own_keys, own_values: ``[R, T, D]``, the state after each query's own token, key rotated.
         positions: int32 ``[T]``, rising, of the queries.
         scale: of the scores, ``1 / sqrt(D)`` if None.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin. None: the default, which on a CPU is loops that
-            numba compiles (`dmc.kernels.prefill.cpu`), where it is installed, but for fp64.
+        backend: see `dmc.kernels.backend`; what is neither "triton" nor "cpu" is the reference implementation.
 
     Returns:
         ``[R, G, T, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, keys, values, places, own_keys, own_values, positions)
-    if backend is None and loops_read(query):
+    chosen = choose(query, backend, cpu=CPU_DTYPES)
+    if chosen is Backend.CPU:
         from dmc.kernels.prefill import cpu
 
         return cpu.prefill(*arguments, scale)
-    if choose(query, backend) == "triton":
+    if chosen is Backend.TRITON:
         from dmc.kernels.prefill.gpu import prefill
 
         return prefill(*arguments, scale)
     return prefill_reference(*arguments, scale=scale)
-
-
-def loops_read(query: Tensor) -> bool:
-    """Whether the loops for CPUs take queries like this: any but fp64."""
-    return runs_on_cpu(query, torch.bfloat16, torch.float16)
 
 
 def prefill_reference(

@@ -23,7 +23,7 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
     if len(bytes_of) > 1 or scales != {torch.bfloat16} or not pages.triton_reads:
         raise ValueError(
             f"the kernel takes GEAR pages of one pool with bf16 scales and a power of two of at least 16 entries, not "
-            f"{pages.page} entries, strides {sorted(bytes_of)} and scales {scales}; choose kernels=sdpa"
+            f"{pages.page} entries, strides {sorted(bytes_of)} and scales {scales}; choose kernels=torch"
         )
     empty = fields["k_scale"]  # stands for fields that are not there
     stride = bytes_of.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, singles_at, words_at
+from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, matrix_at, singles_at, words_at
 from dmc.kernels.cpu.compiled import compiled, widen
 from dmc.kernels.cpu.products import add, score, times
 
@@ -30,10 +30,11 @@ def e4m3(source, bits, out):  # noqa: ANN001, ANN201
 
 
 @compiled()
-def _entries(stored, at, count, room):  # noqa: ANN001, ANN202
-    """Entries without their scales, fp32: where they lie, or unpacked."""
+def _entries(stored, at, entries, size, room):  # noqa: ANN001, ANN202
+    """Entries ``[P, D]`` without their scales: where they lie, or unpacked."""
     if stored == FULL:
-        return singles_at(at, count)
+        return matrix_at(at, entries, size)
+    count = entries * size
     numbers = singles_at(room, count)
     if stored == HALF:
         widen(halves_at(at, count), words_at(room, count))
@@ -41,7 +42,7 @@ def _entries(stored, at, count, room):  # noqa: ANN001, ANN202
         whole(bytes_at(at, count), numbers)
     else:
         e4m3(bytes_at(at, count), words_at(room, count), numbers)
-    return numbers
+    return matrix_at(room, entries, size)
 
 
 @compiled()
@@ -54,9 +55,9 @@ def _scale(at, count, room):  # noqa: ANN001, ANN202
 def keys(page, facts, constants, queries, groups, scores, room):  # noqa: ANN001, ANN201, PLR0913, D103
     known = longs_at(facts, 7)
     stored, entries, size, main, scale = known[0], known[1], known[2], known[3], known[4]
-    out = singles_at(scores, groups * entries).reshape(groups, entries)
-    there = _entries(stored, page + main, entries * size, room).reshape(entries, size)
-    score(singles_at(queries, groups * size).reshape(groups, size), there, out)
+    out = matrix_at(scores, groups, entries)
+    there = _entries(stored, page + main, entries, size, room)
+    score(matrix_at(queries, groups, size), there, out)
     if stored >= INT8:
         times(out, _scale(page + scale, entries, room))
 
@@ -65,8 +66,8 @@ def keys(page, facts, constants, queries, groups, scores, room):  # noqa: ANN001
 def values(page, facts, constants, weights, groups, sums, room):  # noqa: ANN001, ANN201, PLR0913, D103
     known = longs_at(facts, 7)
     stored, entries, size, main, scale = known[0], known[1], known[2], known[5], known[6]
-    weight = singles_at(weights, groups * entries).reshape(groups, entries)
+    weight = matrix_at(weights, groups, entries)
     if stored >= INT8:
         times(weight, _scale(page + scale, entries, room))
-    there = _entries(stored, page + main, entries * size, room).reshape(entries, size)
-    add(weight, there, singles_at(sums, groups * size).reshape(groups, size))
+    there = _entries(stored, page + main, entries, size, room)
+    add(weight, there, matrix_at(sums, groups, size))

@@ -55,10 +55,10 @@ def _check(fields: dict[str, torch.Tensor], pages) -> int:  # noqa: ANN001
     counts = [count for part in "kv" for count, _ in pages.stretches(part)]
     places = [fields[f"{part}_codes"].storage_offset() % 4 for part in "kv"]
     if "v_mean" in fields:
-        raise ValueError("the kernel takes trellis pages with a mean of the keys alone, not of the values; choose kernels=sdpa")
+        raise ValueError("the kernel takes trellis pages with a mean of the keys alone, not of the values; choose kernels=torch")
     if len(bytes_of) > 1 or pages.page & (pages.page - 1) or pages.page < 16 or any(x % 4 for x in (*bytes_of, *counts, *places)):
         raise ValueError(
             f"the kernel takes trellis pages of one pool with a power of two of at least 16 entries, and codes in whole "
-            f"words, not {pages.page} entries, strides {sorted(bytes_of)} and stretches of {counts} codes; choose kernels=sdpa"
+            f"words, not {pages.page} entries, strides {sorted(bytes_of)} and stretches of {counts} codes; choose kernels=torch"
         )
     return bytes_of.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, singles_at, words_at
+from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, matrix_at, singles_at, words_at
 from dmc.kernels.cpu.compiled import compiled, dot, half
 from dmc.kernels.cpu.products import add, score, times
 from dmc.kernels.formats.trellis.codes_loop import trellis
@@ -40,7 +40,7 @@ def _entries(page, facts, constants, part, room):  # noqa: ANN001, ANN202
     begins, nbytes = facts[_SIDE + 5 * part + _CODES], lines[-1, 4] + (entries * lines[-1, 1] * lines[-1, 2] + 7) // 8
     table = singles_at(constants, facts[3])
     trellis(bytes_at(page + begins, nbytes), entries, size, table, lines, code, path, last, levels)
-    return levels.reshape(entries, size), last_at + _wide(64 * entries)
+    return matrix_at(room, entries, size), last_at + _wide(64 * entries)
 
 
 @compiled()
@@ -78,8 +78,7 @@ def keys(page, facts, constants, queries, groups, scores, room):  # noqa: ANN001
     head = longs_at(facts, _LINES)
     known = longs_at(facts, _LINES + 6 * head[2])
     entries, size = known[0], known[1]
-    query, out = singles_at(queries, groups * size).reshape(groups, size), singles_at(scores, groups * entries)
-    out = out.reshape(groups, entries)
+    query, out = matrix_at(queries, groups, size), matrix_at(scores, groups, entries)
     levels, rest = _entries(page, known, constants, 0, room)
     score(query, levels, out)
     times(out, _scales(page, known, constants, 0, rest))
@@ -93,7 +92,7 @@ def values(page, facts, constants, weights, groups, sums, room):  # noqa: ANN001
     head = longs_at(facts, _LINES)
     known = longs_at(facts, _LINES + 6 * head[2])
     entries, size = known[0], known[1]
-    weight = singles_at(weights, groups * entries).reshape(groups, entries)
+    weight = matrix_at(weights, groups, entries)
     levels, rest = _entries(page, known, constants, 1, room)
     times(weight, _scales(page, known, constants, 1, rest))
-    add(weight, levels, singles_at(sums, groups * size).reshape(groups, size))
+    add(weight, levels, matrix_at(sums, groups, size))

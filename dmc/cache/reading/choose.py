@@ -1,0 +1,71 @@
+"""Which readers a cache has: chosen once, when it is made, by its device, dtypes, codecs and policy."""
+
+from __future__ import annotations
+
+import torch
+
+from dmc.cache.reading.gathered import Gathered
+from dmc.cache.reading.onpages import OnPages
+from dmc.cache.reading.pagewise import PageByPage
+from dmc.cache.reading.reader import Reader
+from dmc.cache.storage.packing import Packing
+from dmc.cache.storage.rows import Rows
+from dmc.kernels.backend import Backend, choose
+from dmc.kernels.cpu.runs import runs_on_cpu
+from dmc.kernels.pages.paged import CPU_DTYPES
+from dmc.kernels.prefill.prefill import CPU_DTYPES as MODEL_DTYPES
+from dmc.kernels.ready import compiles
+
+
+def choose_readers(rows: Rows, watch: str | None) -> tuple[Backend, list[Reader]]:
+    """What runs, and the reader of each layer; layers that are stored alike share one.
+
+    CPU kernels that will be needed are compiled here, before any request waits for them. If that fails, PyTorch takes over.
+
+    Args:
+        rows: of a new cache.
+        watch: `Policy.watches`.
+
+    Raises:
+        ValueError: if Triton or the CPU kernels are asked for by name and cannot run.
+    """
+    backend, readers = _choose(rows, watch)
+    return (backend, readers) if _compiled(rows, backend, readers) else _choose(rows, watch)
+
+
+def _choose(rows: Rows, watch: str | None) -> tuple[Backend, list[Reader]]:
+    backend = _backend(rows)
+    known = {id(packing): _reader(rows, packing, backend, watch) for packing in rows.packings}
+    return backend, [known[id(packing)] for packing in rows.packings]
+
+
+def _backend(rows: Rows) -> Backend:
+    if rows.z.dtype == torch.float64:
+        return Backend.TORCH
+    return choose(torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device), cpu=MODEL_DTYPES)
+
+
+def _reader(rows: Rows, packing: Packing, backend: Backend, watch: str | None) -> Reader:
+    """Kernels where they know the format: Triton's in the model's dtype, the CPU's in fp32.
+
+    The CPU kernels alone read pages with evicted slots and say what entries weigh. Triton's also write rows, but not entries
+    that carry more than key and value (policies that evict, the eigen codec).
+    """
+    made, store = packing.format(rows.z.device), rows.storage
+    if backend is Backend.CPU and made.cpu_reads and store.exact_dtype in CPU_DTYPES:
+        return OnPages(packing, backend, watch=watch)
+    if backend is Backend.TRITON and made.triton_reads and watch is None and not store.holes:
+        return OnPages(packing, backend, writes=made.triton_writes and not store.marks)
+    return Gathered(packing) if watch is None and not store.holes else PageByPage(packing, watch)
+
+
+def _compiled(rows: Rows, backend: Backend, readers: list[Reader]) -> bool:
+    """Compiles the CPU kernels; False if they do not compile."""
+    if not runs_on_cpu(rows.z.float()):
+        return True
+    on_pages = [reader for reader in readers if reader.on_pages and backend is Backend.CPU]
+    needed = ["decode"] if on_pages else []
+    if backend is Backend.CPU and not rows.storage.holes:  # policies that evict read prompts with PyTorch
+        needed.append("prefill")
+    needed += [name for packing in rows.packings for name in packing.codec.compiles]
+    return compiles(*dict.fromkeys(needed), formats={reader.packing.format(rows.z.device) for reader in on_pages})

@@ -1,0 +1,122 @@
+"""Which pages are gathered, and with which rows (`dmc.cache.reading.gathered`): a `Plan`.
+
+It follows from the counts and the tables alone. Where nothing is merged all layers have the same counts, and one look at them
+makes the plans of all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmc.cache.storage.packing import Packing
+from dmc.cache.storage.rows import Rows
+
+_VALUES = {"cpu": 1 << 19}  # keys gathered at once: measured, see docs/results/serve.md
+_VALUES_ELSEWHERE = 1 << 24
+_ALIKE = 0.75  # rows are gathered together if they are at least so long as the longest of them ...
+_NEAR = 64  # ... or not more entries shorter
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows ``start`` to ``end`` of a plan, gathered together.
+
+    Attributes:
+        pages: int32 ``[r * C]``, C of each row; empty if the rows have none.
+        columns: C.
+        gone: bool ``[r or 1, 1, C * P]``, True where a row has no entry; None: nowhere.
+    """
+
+    start: int
+    end: int
+    pages: Tensor
+    columns: int
+    gone: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one layer are read.
+
+    Attributes:
+        packing: of the layer's encoded pages.
+        order, back: int64 ``[R]``, from the caller's order to the plan's, and back; None if they are the same.
+        groups: that cover all rows.
+        exact_pages: int32 ``[R * O]``, pages of exact entries; None if the groups read them too.
+        exact_gone: bool ``[R, 1, O * per page]``, as `Group.gone`.
+    """
+
+    packing: Packing
+    order: Tensor | None
+    back: Tensor | None
+    groups: list[Group]
+    exact_pages: Tensor | None
+    exact_gone: Tensor | None
+
+
+def plans(rows: Rows, index: Tensor) -> list[Plan]:
+    """Plans of layers that are stored alike and whose rows hold equally many entries: row r of each, ``index [L, R]``."""
+    packing = rows.packing(index[0])
+    size, joined = packing.page_size, rows.joined(packing)
+    closed, exact = rows.closed[index[0]].long(), rows.exact[index[0]].long()
+    entries = closed * size + exact * joined
+    lengths, order, back = entries.tolist(), None, None
+    if min(lengths) < max(lengths):
+        order = entries.argsort(descending=True, stable=True)
+        back, index = order.argsort(), index[:, order]
+        closed, exact, entries = closed[order], exact[order], entries[order]
+        lengths.sort(reverse=True)
+    columns = -(-lengths[0] // size)
+    table = _joined(rows, index, closed, columns) if joined else rows.closed_table[:, :columns][index]
+    parts = []
+    most = _VALUES.get(index.device.type, _VALUES_ELSEWHERE) // rows.shape.head_size
+    for start, end in _cuts(lengths, most):
+        columns = -(-lengths[start] // size)
+        pages = table[:, start:end, :columns].flatten(1).unbind()
+        gone = _gone(entries[start:end], lengths[start], lengths[end - 1], columns * size)
+        parts.append([Group(start, end, some, columns, gone) for some in pages])
+    exact_pages, exact_gone = [None] * len(index), None
+    if not joined:
+        longest = int(exact.max())
+        opened = rows.open_pages(longest)
+        exact_pages = rows.open_table[:, :opened][index].flatten(1).unbind()
+        exact_gone = _gone(exact, longest, int(exact.min()), opened * rows.per_open_page)
+    groups = zip(*parts, strict=True)
+    return [
+        Plan(packing, order, back, list(group), pages, exact_gone)
+        for group, pages in zip(groups, exact_pages, strict=True)
+    ]
+
+
+def _cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
+    """Cuts rows of falling lengths into groups of at most ``most`` entries, unless one row has more."""
+    cuts, start = [], 0
+    while start < len(lengths):
+        longest = lengths[start]
+        least = min(_ALIKE * longest, longest - _NEAR)
+        alike = bisect_right(lengths, -least, key=lambda length: -length)
+        end = min(alike, start + max(1, most // max(1, longest)))
+        cuts.append((start, end))
+        start = end
+    return cuts
+
+
+def _gone(counts: Tensor, longest: int, shortest: int, width: int) -> Tensor | None:
+    """Where rows of so many entries, padded to ``width``, have none; one row for all that are equally long."""
+    if shortest == width:
+        return None
+    counts = counts[:1] if shortest == longest else counts
+    return (torch.arange(width, device=counts.device) >= counts[:, None])[:, None]
+
+
+def _joined(rows: Rows, index: Tensor, closed: Tensor, columns: int) -> Tensor:
+    """Encoded pages and after them those of exact entries, ``[L, R, C]``."""
+    widest = int(closed.max())
+    both = torch.cat([rows.closed_table[:, :widest][index], rows.open_table[index]], dim=-1)
+    place = torch.arange(columns, device=index.device).expand(len(closed), -1)
+    place = torch.where(place < closed[:, None], place, place - closed[:, None] + widest)
+    return both.gather(-1, place.clamp_(max=both.shape[-1] - 1).expand(len(index), -1, -1))
