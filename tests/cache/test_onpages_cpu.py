@@ -17,7 +17,7 @@ POLICIES = {
     "dmc": {}, "full": {}, "streaming": dict(sinks=1, recent=11), "h2o": dict(heavy=7, recent=6), "tova": dict(budget=13),
     "dms": dict(window=7),
 }
-CODECS = {"dense": {}, "int8": {}, "fp8": {}, "tcq": {"bits": 4}, "tcq-3bit": {}, "tcq-2bit": {}}
+CODECS = {"dense": {}, "int8": {}, "fp8": {}, "tcq": {"bits": 4}, "tcq-3bit": {}, "tcq-2bit": {}, "gear": {}, "kivi": {}}
 ROPE = Rope(frequencies(SIZE, 100.0))
 
 
@@ -78,6 +78,8 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
 @example(["int8"], "tova", 4, None, False)
 @example(["tcq"], "dms", 4, "bf16", False)
 @example(["fp8"], "streaming", 4, None, False)
+@example(["gear", "kivi"], "dmc", 12, None, False)
+@example(["gear"], "h2o", 4, None, False)
 def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
     arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
     torch.testing.assert_close(outs("auto", *arguments), outs("torch", *arguments), rtol=1e-4, atol=2e-5)
@@ -105,7 +107,7 @@ def test_a_row_comes_out_the_same_whatever_is_beside_it():
 
 def test_fp16_entries_and_other_codecs_are_left_to_pytorch():
     shape = Shape(1, 1, SIZE, torch.float32)
-    for name, exact in (("kivi", None), ("rotated", None), ("svd", None), ("int8", "fp16")):
+    for name, exact in (("rotated", None), ("svd", None), ("int8", "fp16")):
         cache = KVCache(shape, policy("full"), codec(name), slots=1, page_size=16, exact_dtype=exact)
         assert not cache.readers[0].on_pages
 

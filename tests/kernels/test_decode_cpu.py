@@ -25,7 +25,7 @@ pytest.importorskip("triton")  # the pages of its tests
 from dmc.kernels.cpu.compiled import exponential  # noqa: E402
 from dmc.kernels.formats.plain.loop import e4m3  # noqa: E402
 from tests.kernels.conftest import assert_close_enough  # noqa: E402
-from tests.kernels.test_decode import LENGTHS, TRELLISES, gear_pages, paged, queries  # noqa: E402
+from tests.kernels.test_decode import GEARS, LENGTHS, TRELLISES, gear_pages, paged, queries  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -51,6 +51,16 @@ def test_equals_the_twin_whatever_the_lengths(kind, size, groups, dtype):
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (40, 1, 12, torch.float32)])
 def test_trellis_pages(settings, size, groups, page, dtype):
+    check(gear_pages(size, page, dtype=dtype, **settings)[0], queries(3, groups, size), [2, 0, 1])
+
+
+@pytest.mark.parametrize("settings", [
+    *(dict(rank=2, outliers=0.1) | settings for settings in GEARS), dict(bits=8, backbone="kivi", rank=3, outliers=0.0, group=8),
+    dict(bits=3, backbone="kivi", rank=0, outliers=0.0, group=7), dict(bits=4, backbone="kcvt", rank=0, outliers=0.2),
+], ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (20, 3, 13, torch.float32)])
+def test_gear_pages(settings, size, groups, page, dtype):
+    """Codes, groups that do not divide, outliers and low rank; pages of any number of entries."""
     check(gear_pages(size, page, dtype=dtype, **settings)[0], queries(3, groups, size), [2, 0, 1])
 
 

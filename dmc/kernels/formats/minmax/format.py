@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dmc.kernels.pages.format import PageFormat
+from dmc.kernels.pages.format import CpuReader, PageFormat
 from dmc.kernels.pages.layout import unpacked
 from dmc.kernels.pages.paged import Paged
 
@@ -65,6 +68,26 @@ class MinMaxFormat(PageFormat):
         if "left" in fields:
             x = x + fields["left"].to(work) @ fields["right"].to(work).transpose(-1, -2)
         return x
+
+    @property
+    def cpu_reads(self) -> bool:
+        """Whether the CPU kernels read these pages: positions of outliers in bytes."""
+        return all(self.fields[name][0] == torch.uint8 for name in ("k_places", "v_places") if name in self.fields)
+
+    def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
+        """See `PageFormat.cpu_reader`."""
+        from dmc.kernels.formats.minmax import loop
+
+        facts = [self.page, self.head_size, self.bits, self.count("k_left")]
+        for part in "kv":
+            facts += [self.channel(part), *self.groups(part), self.count(f"{part}_outliers")]
+            facts += [offsets.get(f"{part}_{name}", 0) for name in loop.FIELDS]
+        scales, outliers = (
+            max(math.prod(self.fields[name][1]) for name in names if name in self.fields) if names[0] in self.fields else 0
+            for names in (("k_scale", "v_scale"), ("k_outliers", "v_outliers"))
+        )
+        room = loop.room(self.page, self.head_size, scales, outliers, self.count("k_left"))
+        return CpuReader(loop.keys, loop.values, np.array(facts, np.int64), np.zeros(1, np.float32), room)
 
     @property
     def triton_reads(self) -> bool:
