@@ -48,6 +48,12 @@ class KVCache:
             below what the codec loses.
         device: of everything.
 
+    Attributes:
+        shape, policy, codec: as given.
+        backend: what runs on this cache (`dmc.kernels.backend`), chosen when it is made.
+        readers: how new tokens attend in each layer (`dmc.cache.reading.reader`), chosen when it is made.
+        rows: tables, counts and pages. Nobody outside of `dmc.cache` reaches for them (tests/test_house.py).
+
     Raises:
         ValueError: if a size is out of range, there are not as many codecs as layers, the memory is less than one page, or
             the policy bounds the entries of a row by less than ``sink_tokens`` + 1.

@@ -65,6 +65,18 @@ def test_a_changed_constant_is_not_hidden_by_what_was_kept(package, tmp_path):
     assert run(tmp_path, cache) == ["15.0", "True", "0"]
 
 
+def test_a_changed_file_outside_of_the_package_is_compiled_again(package, tmp_path):
+    """As that of a page format which somebody else has: the package's digest does not know it."""
+    (package / "caller.py").write_text("from other import twice\n")
+    other = tmp_path / "other.py"
+    other.write_text(HEAD + "@compiled()\ndef twice(x):\n    return x * 2\n")
+    cache = tmp_path / "cache"
+    assert run(tmp_path, cache) == ["6.0", "True", "0"]
+    assert run(tmp_path, cache) == ["6.0", "True", "1"]
+    other.write_text(other.read_text().replace("* 2", "* 5"))
+    assert run(tmp_path, cache) == ["15.0", "True", "0"]
+
+
 PROJECT = Path(dmc.__file__).parent
 MAKERS = {"compiled", "callback", "njit", "jit", "cfunc", "vectorize", "guvectorize", "intrinsic", "overload"}
 

@@ -143,6 +143,6 @@ class Codec(ABC):
         return weights @ values.to(weights.dtype)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _page_format(codec: Codec, entries: int, head_size: int, dtype: torch.dtype, device: torch.device) -> PageFormat:
     return codec.make_page_format(entries, head_size, codec.layout(entries, head_size, dtype), device)
