@@ -46,7 +46,8 @@ def test_a_block_runs(block, tmp_path):
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored, symlinks=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy"), "PATH": path, "OMP_NUM_THREADS": "1", "DMC_KERNELS": "sdpa"}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy"), "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment["DMC_KERNELS"] = "torch"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text], cwd=tmp_path / "copy", env=environment, capture_output=True, text=True,
     )
@@ -117,7 +118,7 @@ BAD = [
     ("dmc generate DIR --prompt x --policy lru", "unknown policy 'lru'"),
     ("dmc generate DIR --prompt x --codec eigen:file=no.safetensors", "where no.safetensors comes from"),
     ("dmc frontier --out runs/f --codecs zip", "unknown codec 'zip'"),
-    ("DMC_KERNEL=sdpa dmc generate DIR --prompt x", "nothing reads the environment variable DMC_KERNEL"),
+    ("DMC_KERNEL=torch dmc generate DIR --prompt x", "nothing reads the environment variable DMC_KERNEL"),
     ("RETROFIT='dmc.hold=160' bash scripts/retrofit_smollm2.sh data", "unknown config key 'dmc.hold'"),
     ("bash scripts/retrofit_smollm2.sh dta", "knows no dta"),
     ("B='python scripts/bench_serve.py SmolLM2-135M'\n$B --batchs 8", "unrecognized arguments: --batchs"),
