@@ -1,4 +1,4 @@
-"""Writes a retrofitted Llama as a self-contained Hugging Face directory.
+"""Writes a retrofitted model as a self-contained Hugging Face directory.
 
 The directory holds safetensors, config.json with `auto_map`, the model code of `checkpoints.hf_model`, the
 tokenizer, generation_config.json and a model card. It appears under its name complete or not at all. Weights that
@@ -16,19 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, PreTrainedConfig
 
+from checkpoints import family_code
 from checkpoints.files import SHARD_BYTES, write_weights
-from checkpoints.hf_model.configuration_dmc_llama import DmcLlamaConfig
-from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from checkpoints.model_card import model_card
+from dmc.families import by_type
 
-_CODE = Path(__file__).parent / "hf_model"
-_CODE_FILES = (
-    "configuration_dmc_llama.py", "cache_dmc_llama.py", "entries_dmc_llama.py", "eviction_dmc_llama.py", "late_dmc_llama.py",
-    "step_dmc_llama.py", "modeling_dmc_llama.py",
-)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
     *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
@@ -46,7 +42,7 @@ def export(
     """Write the model to `out`, with the gain of training folded into the weights.
 
     Args:
-        state_dict: every tensor under Llama's Hugging Face names, and with the decision head also
+        state_dict: every tensor under its Hugging Face name, and with the decision head also
             `model.layers.{i}.self_attn.decision.weight` [2H, hidden] (DMS: [H, hidden]); with `looks_ahead` H more rows,
             and `model.layers.{i}.self_attn.decision.bias`; the gain not applied. Each is looked up once, when its turn
             comes; a `meta` method, as of `checkpoints.trained.TrainedWeights`, tells shapes before that.
@@ -75,13 +71,18 @@ def export(
     dmc = {"method": method, "decision": decision, "offset": offset, "target_cr": target_cr, "measured_cr": measured_cr}
     if method == "dms" or window is not None:
         dmc |= {"window": window, "decide": "late" if looks_ahead else "arrival"}
-    config = _config(hf_config, dmc, dtype)
-    plan = _plan(state_dict, config, DmcLlamaForCausalLM, dtype)
+    family = by_type(hf_config.get("model_type", "llama"), "the model's configuration")
+    settings, model = family_code.classes(family)
+    code = family_code.auto_map(family)
+    config = settings(
+        dmc=dmc, architectures=[model.__name__], auto_map=code, dtype=dtype, **_kept(hf_config),
+    )
+    plan = _plan(state_dict, config, model, dtype)
     fold = folding(config, gain)
     text = card if isinstance(card, str) else model_card(out.name, config, card)
     with staged(out) as staging:
         write_weights(staging, plan, lambda name: fold(name, state_dict[name]), max_shard_bytes)
-        _write_rest(staging, config, tokenizer_dir, text)
+        _write_rest(staging, config, tokenizer_dir, text, family_code.files(family))
     return out
 
 
@@ -89,17 +90,18 @@ def export_plain(
     state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, tokenizer_dir: str | Path, card: str,
     dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write an uncompressed model (pretrained, or the control of a retrofit) as an ordinary Llama directory.
+    """Write an uncompressed model (pretrained, or the control of a retrofit) as an ordinary directory of its family.
 
     Arguments, result and errors as those of `export`.
     """
     out, tokenizer_dir = free(out), _with_tokenizer(tokenizer_dir)
-    fields = {key: value for key, value in hf_config.items() if key not in _NOT_COPIED and not key.startswith("_")}
-    config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype=dtype, **fields)
-    plan = _plan(state_dict, config, LlamaForCausalLM, dtype)
+    title = by_type(hf_config.get("model_type", "llama"), "the model's configuration").title
+    settings, model = (getattr(transformers, f"{title}{kind}") for kind in ("Config", "ForCausalLM"))
+    config = settings(architectures=[model.__name__], dtype=dtype, **_kept(hf_config))
+    plan = _plan(state_dict, config, model, dtype)
     with staged(out) as staging:
         write_weights(staging, plan, state_dict.__getitem__, max_shard_bytes)
-        _write_rest(staging, config, tokenizer_dir, card, code=())
+        _write_rest(staging, config, tokenizer_dir, card, {})
     return out
 
 
@@ -144,20 +146,24 @@ def copy_tokenizer(source: str | Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tensor]:
+def folding(config: PreTrainedConfig, gain: float) -> Callable[[str, Tensor], Tensor]:
     """The function (name, tensor) → tensor that multiplies the decision and importance logits by `gain`.
 
-    With the neuron these are the first rows of every key and query head (DMS: of the first query head of each group),
-    with the head all of its rows. What it changes is a copy in fp32, the rest the tensor itself.
+    With the neuron these are the first rows of every key and query head (DMS: of the first query head of each group), or the
+    first weight of their norms where the family has them; with the head all of its rows. What it changes is a copy in
+    fp32, the rest the tensor itself.
 
     Raises:
         ValueError: if `gain` is not a positive finite number.
     """
     if not 0 < gain < float("inf"):
         raise ValueError(f"gain must be a positive finite number, got {gain}")
-    rows, step = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias"), config.head_dim
+    rows = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias")
+    step = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.dmc["decision"] == "head":
         rows, step = (".decision.weight", ".decision.bias"), 1
+    elif config.qk_norm:
+        rows = (".q_norm.weight", ".k_norm.weight")
     elif config.dmc["method"] == "dms":
         rows = (".q_proj.weight", ".q_proj.bias")
         step *= config.num_attention_heads // config.num_key_value_heads
@@ -172,8 +178,8 @@ def folding(config: DmcLlamaConfig, gain: float) -> Callable[[str, Tensor], Tens
     return fold
 
 
-def _readable_before_5(config: LlamaConfig) -> str:
-    """config.json of an ordinary Llama, with its rotary settings also in the two fields that readers before
+def _readable_before_5(config: PreTrainedConfig) -> str:
+    """config.json of an ordinary model, with its rotary settings also in the two fields that readers before
     transformers 5 (and others that go by them) know: without these they take rope_theta 10000 and no scaling, unsaid.
     """
     fields = json.loads(config.to_json_string())
@@ -183,15 +189,9 @@ def _readable_before_5(config: LlamaConfig) -> str:
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
-def _config(hf_config: Mapping, dmc: dict, dtype: torch.dtype) -> DmcLlamaConfig:
-    kind = hf_config.get("model_type", "llama")
-    if kind != "llama":
-        raise ValueError(f"only a Llama (model_type 'llama') can be exported, got model_type {kind!r}")
-    fields = {key: value for key, value in hf_config.items() if key not in _NOT_COPIED and not key.startswith("_")}
-    code = {"AutoConfig": "configuration_dmc_llama.DmcLlamaConfig"}
-    code["AutoModelForCausalLM"] = "modeling_dmc_llama.DmcLlamaForCausalLM"
-    architectures = [code["AutoModelForCausalLM"].split(".")[1]]
-    return DmcLlamaConfig(dmc=dmc, architectures=architectures, auto_map=code, dtype=dtype, **fields)
+def _kept(hf_config: Mapping) -> dict:
+    """The fields that an export takes from the model's config.json."""
+    return {key: value for key, value in hf_config.items() if key not in _NOT_COPIED and not key.startswith("_")}
 
 
 def _with_tokenizer(directory: str | Path) -> Path:
@@ -201,7 +201,7 @@ def _with_tokenizer(directory: str | Path) -> Path:
     return directory
 
 
-def _plan(state_dict: Mapping[str, Tensor], config: LlamaConfig, model: type, dtype: torch.dtype) -> dict[str, Tensor]:
+def _plan(state_dict: Mapping[str, Tensor], config: PreTrainedConfig, model: type, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors to write, on the meta device, after a comparison of names and shapes with the model's own."""
     with torch.device("meta"):
         wanted = {name: torch.empty_like(x, dtype=dtype) for name, x in model(config).state_dict().items()}
@@ -226,13 +226,13 @@ def _plan(state_dict: Mapping[str, Tensor], config: LlamaConfig, model: type, dt
 
 
 def _write_rest(
-    directory: Path, config: LlamaConfig, tokenizer_dir: Path, card: str, code: tuple[str, ...] = _CODE_FILES,
+    directory: Path, config: PreTrainedConfig, tokenizer_dir: Path, card: str, code: Mapping[str, str],
 ) -> None:
     settings = config.to_json_string() if code else _readable_before_5(config)  # the model code needs transformers 5
     (directory / "config.json").write_text(settings)
     (directory / "README.md").write_text(card)
-    for name in code:
-        shutil.copyfile(_CODE / name, directory / name)
+    for name, text in code.items():
+        (directory / name).write_text(text)
     copy_tokenizer(tokenizer_dir, directory)
     generation = tokenizer_dir / "generation_config.json"
     if generation.is_file():

@@ -15,27 +15,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.convert import read_config
 from checkpoints.export_hf import copy_tokenizer
 from checkpoints.files import HfWeights, write_weights
+from dmc.families import read_shape
 
 _POOLED = tuple(f"self_attn.{letter}_proj.{kind}" for letter in "kv" for kind in ("weight", "bias"))
 
 
 def convert(source: Path, out: Path, kv_heads: int, *, dtype: torch.dtype | None, limit: int) -> None:
-    """Write the Llama of `source` with `kv_heads` key/value heads to the existing, empty directory `out`.
+    """Write the model of `source` with `kv_heads` key/value heads to the existing, empty directory `out`.
 
     Args:
-        source: a Hugging Face Llama directory.
+        source: a Hugging Face model directory.
         out: gets safetensors, config.json, the tokenizer's files and generation_config.json if `source` has one.
         kv_heads: key/value heads of the result; divides those of `source`.
         dtype: of the weights written; None keeps every tensor's own. The mean is taken in fp32.
         limit: bytes a shard of weights holds at most; also about what is held in memory.
 
     Raises:
-        ValueError: if `source` is no readable Llama, or `kv_heads` does not divide its key/value heads.
+        ValueError: if `source` is no readable model, or `kv_heads` does not divide its key/value heads.
     """
-    hf, weights = read_config(source), HfWeights(source)
+    hf, weights = read_shape(source), HfWeights(source)
     heads = hf.num_key_value_heads
     if kv_heads < 1 or kv_heads >= heads or heads % kv_heads:
         smaller = ", ".join(str(n) for n in range(1, heads) if heads % n == 0) or "none"

@@ -60,17 +60,18 @@ def model_card(name: str, config: PreTrainedConfig, card: Mapping) -> str:
 
 
 def plain_card(name: str, meta: Mapping, policy: str | None = None) -> str:
-    """The model card of an ordinary Llama, from a checkpoint's meta data; ``policy``: what it was trained to be served with."""
+    """The model card of an ordinary model, from a checkpoint's meta data; ``policy``: what it was trained to be served with."""
     measured = {
         "held-out perplexity": round(meta["perplexity"], 4), "training steps": meta["step"],
         "training text": meta["corpus_hash"], "held-out text": meta["held_out_hash"],
     }
-    text = "A Llama, trained by dmc.\n"
+    kind = meta["hf_config"].get("model_type", "llama")
+    text = f"A {kind} model, trained by dmc.\n"
     if policy is not None:
         measured = {"compression ratio": meta["measured_cr"]} | measured
-        text = f"A Llama, trained by dmc to be served with `--policy {policy}`; the numbers are with that policy.\n"
+        text = f"A {kind} model, trained by dmc to be served with `--policy {policy}`; the numbers are with that policy.\n"
     table = _table([{"measured": key, "value": value} for key, value in measured.items()])
-    return "\n".join([_front_matter({}).replace("- dynamic-memory-compression\n", "- llama\n"), f"# {name}\n",
+    return "\n".join([_front_matter({}).replace("- dynamic-memory-compression\n", f"- {kind}\n"), f"# {name}\n",
                       text, table])
 
 
@@ -81,7 +82,7 @@ def _front_matter(card: Mapping) -> str:
 
 
 def _summary(config: PreTrainedConfig, card: Mapping) -> str:
-    source = f"`{card['base_model']}`" if card.get("base_model") else "A Llama"
+    source = f"`{card['base_model']}`" if card.get("base_model") else f"A {config.model_type.removeprefix('dmc_')} model"
     read = "neuron 0 of its keys and queries" if config.dmc["decision"] == "neuron" else "a small linear layer"
     text = (
         f"{source}, retrofitted with Dynamic Memory Compression (arXiv 2403.09636): every key/value head merges\n"

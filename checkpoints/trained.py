@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata, ReadItem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from transformers import LlamaConfig
 
 from checkpoints import names
+from dmc.families import ModelShape
 
 _STACKED = "decoder.layers."
 
@@ -28,7 +28,7 @@ class TrainedWeights(Mapping[str, Tensor]):
     kept until each was asked for once.
     """
 
-    def __init__(self, checkpoint: str | Path, hf: LlamaConfig) -> None:
+    def __init__(self, checkpoint: str | Path, hf: ModelShape) -> None:
         self._hf = hf
         self._reader = FileSystemReader(str(checkpoint))
         self._metadata = self._reader.read_metadata()

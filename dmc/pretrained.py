@@ -21,16 +21,31 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: one sentence, if there is none, it is damaged, or it needs Python code of the directory.
     """
-    from transformers import AutoTokenizer, LlamaConfig
+    from transformers import AutoTokenizer
 
     try:
         # transformers reads config.json, and asks about its code, unless it is given a configuration.
         return AutoTokenizer.from_pretrained(
-            str(directory), config=LlamaConfig(), local_files_only=True, trust_remote_code=False
+            str(directory), config=_any_configuration(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # its parsers raise many types, bare Exception among them
         said = " ".join(str(error).split())
         raise ValueError(f"the tokenizer in {directory} cannot be read ({type(error).__name__}: {said})") from None
+
+
+def _any_configuration(directory: str | Path):  # noqa: ANN202
+    """A configuration of the family that config.json names, and of a Llama if there is none: where tokenizer_config.json names
+    no class, transformers takes the family's."""
+    import transformers
+
+    from dmc.families import by_type, families, read_fields
+
+    path = Path(directory) / "config.json"
+    try:
+        family = by_type(read_fields(path).get("model_type"), path, exports=True)
+    except ValueError:
+        family = families()["llama"]
+    return getattr(transformers, f"{family.title}Config")()
 
 
 def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -46,6 +61,6 @@ def load_model(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
         raise ValueError(
-            f"transformers cannot load {directory} with its own code: name a plain Llama directory, such as the model that "
+            f"transformers cannot load {directory} with its own code: name a plain model directory, such as the model that "
             f"an export was made from ({type(error).__name__}: {said})"
         ) from None

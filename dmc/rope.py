@@ -1,13 +1,14 @@
 """Rotary position tables: frequencies and attention factor from transformers, one table for all of dmc.
 
 The serving model, training and the eigen codec look positions up in a `Rope`. What the rotary settings of a config.json
-mean is decided by transformers alone (`LlamaRotaryEmbedding`); the exported model code calls the same class.
+mean is decided by transformers alone (`LlamaRotaryEmbedding`, which is that of every family here); the exported model code
+calls the same class.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # transformers takes seconds to import
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
-_FIELDS = (  # of a config.json: all that the rotary settings of a Llama depend on
-    "hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings", "rope_parameters", "rope_scaling",
-    "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "layer_types",
-)
 _START = 64  # positions of the first table
 
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """The rotary embedding of a Llama, as transformers computes it for sequences of up to `positions` tokens.
+    """The rotary embedding of a model, as transformers computes it for sequences of up to `positions` tokens.
 
     Attributes:
         rope_type: name of the scaling method, "default" if there is none.
@@ -54,26 +51,8 @@ class RopeSettings:
         )
 
 
-def read_settings(fields: Mapping) -> RopeSettings:
-    """The rotary settings of a config.json's fields, read as transformers reads them.
-
-    Two forms in one file (`rope_parameters`, `rope_scaling` with `rope_theta`) are resolved by transformers.
-
-    Raises:
-        ValueError: if transformers' Llama cannot compute with them; one sentence.
-    """
-    from transformers import LlamaConfig
-
-    given = {name: copy.deepcopy(fields[name]) for name in _FIELDS if name in fields}
-    try:
-        config = LlamaConfig(**given)
-    except Exception as error:  # whatever its validators raise
-        raise ValueError(f"the rotary settings cannot be read: {_said(error)}") from None
-    return settings_of(config)
-
-
-def settings_of(config: LlamaConfig) -> RopeSettings:
-    """The rotary settings of a LlamaConfig.
+def settings_of(config: PreTrainedConfig) -> RopeSettings:
+    """The rotary settings of a model's configuration.
 
     Raises:
         ValueError: if transformers' Llama cannot compute with them; one sentence.
@@ -94,9 +73,10 @@ def settings_of(config: LlamaConfig) -> RopeSettings:
         raise ValueError(f"the rotary settings of rope_type {kind!r} lack {error.args[0]!r}") from None
     except (ArithmeticError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"transformers cannot compute rope_type {kind!r} of {parameters}: {_said(error)}") from None
-    if 2 * len(frequencies) != config.head_dim:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if 2 * len(frequencies) != size:
         raise ValueError(
-            f"rope_type {kind!r} rotates {2 * len(frequencies)} of the {config.head_dim} dimensions of a head "
+            f"rope_type {kind!r} rotates {2 * len(frequencies)} of the {size} dimensions of a head "
             f"(partial_rotary_factor {parameters.get('partial_rotary_factor')}), which transformers' Llama cannot run: "
             "only rope_type 'proportional' rotates a part of a Llama's head"
         )

@@ -28,7 +28,7 @@ from dmc.kernels.attention.attend import dmc_attention, late_attention  # noqa: 
 from dmc.kernels.backend import choose  # noqa: E402
 from dmc.kernels.prefill.prefill import prefill_attention  # noqa: E402
 from dmc.kernels.scan.merge import merge, merge_reference  # noqa: E402
-from dmc.rope import Rope, read_settings  # noqa: E402
+from dmc.rope import Rope  # noqa: E402
 
 SECTIONS = ("scan", "attention", "prefill")
 COLUMNS = ["section", "what", "pass", "ms", "of bound", "of plain"]
@@ -75,8 +75,8 @@ class Bench:
         self.hard = fn.mask_starts((logits > 0).float(), None)
         self.alpha, self.log_keep = torch.sigmoid(logits), F.logsigmoid(-logits)
         self.omega = torch.sigmoid(torch.randn(1, heads, tokens, device=device, generator=g) + 2)
-        settings = read_settings({"hidden_size": size, "num_attention_heads": 1, "max_position_embeddings": tokens})
-        self.rope = Rope.of(settings, dtype=torch.float32, device=device)(torch.arange(tokens, device=device))
+        frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
+        self.rope = Rope(frequencies, dtype=torch.float32, device=device)(torch.arange(tokens, device=device))
         self.triton = choose(self.query) == "triton"
 
     def scan(self) -> Iterator[dict]:

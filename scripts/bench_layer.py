@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from dmc.kernels.attention.attend import dmc_attention, plain_attention  # noqa: E402
 from dmc.kernels.backend import choose  # noqa: E402
 from dmc.kernels.decisions.decide import Drawn, soft_decisions  # noqa: E402
-from dmc.rope import Rope, read_settings  # noqa: E402
+from dmc.rope import Rope  # noqa: E402
 
 COLUMNS = ["what", "tokens", "ms", "of plain", "peak MB", "memory of plain", "tokens/s"]
 
@@ -100,8 +100,8 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, 
     layers = nn.ModuleList(Layer(*shape) for _ in range(args.layers)).to(device, dtype)
     x = torch.randn(1, args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
     size = args.hidden // args.heads
-    settings = read_settings({"hidden_size": size, "num_attention_heads": 1, "max_position_embeddings": args.tokens})
-    rope = Rope.of(settings, dtype=torch.float32, device=device)(torch.arange(args.tokens, device=device))
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    rope = Rope(frequencies, dtype=torch.float32, device=device)(torch.arange(args.tokens, device=device))
     weight = torch.randn_like(x)
 
     def step() -> None:

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from dmc import functional as fn
 from dmc.extras import needed_by_script
+from dmc.families import ModelShape, shape_of
 from dmc.kernels.attention.attend import dmc_attention, late_attention, plain_attention
 
 with needed_by_script("the measurement"):
@@ -55,11 +55,11 @@ LATE = {"late": "dmc", "late+teacher": "dmc+teacher"}  # late merging, with --wi
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     args = _arguments()
-    hf = LlamaConfig(
-        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_size,
+    hf = shape_of(dict(
+        model_type="llama", vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.ffn,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_size,
         max_position_embeddings=args.length, tie_word_embeddings=True,
-    )
+    ))
     settings = [
         f"data.sequence_length={args.length}", f"optim.micro_batch={args.batch}", f"optim.global_batch={args.batch}",
         f"run.precision={args.precision}", f"run.threads={args.threads}", f"dmc.decision={args.decision}",
@@ -105,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _trainer(config: Config, hf: LlamaConfig) -> Trainer:
+def _trainer(config: Config, hf: ModelShape) -> Trainer:
     random = (lambda *_: {}) if config.dmc.compresses and config.distill.weight else None
     return Trainer(
         config, hf, batches=pretend.Noise(config, hf.vocab_size, Batch), store=None, meta={}, loader=None, teacher_loader=random,

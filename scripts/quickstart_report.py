@@ -31,10 +31,11 @@ from dmc.analysis.decisions import decisions
 from dmc.analysis.plots import plot_heads, plot_training
 from dmc.analysis.segments import segments_html
 from dmc.extras import needed_by_script, required
+from dmc.families import read_shape
 from dmc.model import Llama
 
 with needed_by_script("the report"):
-    from checkpoints.convert import load_hf_state, read_config
+    from checkpoints.convert import load_hf_state
     from checkpoints.export_hf import export, export_plain
     from checkpoints.model_card import plain_card
     from data import tokens as token_files
@@ -200,7 +201,7 @@ def _table(rows: list[dict], context: int) -> str:
 
 def _held_out(settings: dict, context: int, sequences: int) -> list[list[int]]:
     data, model = settings["data"], settings["run"]["model"]
-    tokenizer = token_files.load_tokenizer(model, read_config(model).vocab_size)
+    tokenizer = token_files.load_tokenizer(model, read_shape(model).vocab_size)
     _, corpus = token_files.corpora(data["text"], data["held_out"], tokenizer, data["cache"], data.get("bos", "auto"))
     batch = Sequences(corpus, context).within_documents(sequences)
     return torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1).tolist()

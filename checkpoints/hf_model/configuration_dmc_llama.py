@@ -1,4 +1,4 @@
-"""Configuration of a Llama whose key/value cache compresses itself (Dynamic Memory Compression or Sparsification)."""
+"""Configuration of a Llama, or of a model built like one, whose key/value cache compresses itself (DMC or DMS)."""
 
 import math
 
@@ -8,8 +8,8 @@ METHODS = ("dmc", "dms")
 DECISIONS = ("neuron", "head")
 
 
-class DmcLlamaConfig(LlamaConfig):
-    """Llama's configuration and, under `dmc`, what its decisions need.
+class DmcFields:
+    """What a configuration says beside its family's own fields: under `dmc`, what decisions need.
 
     Args:
         dmc: a dict with
@@ -19,18 +19,18 @@ class DmcLlamaConfig(LlamaConfig):
                 stay as they are before they are merged, at least 0 (None: tokens are merged at once);
             `decide`: "arrival", or "late": decisions also read the hidden state `window` tokens later (default "arrival");
             `decision`: "neuron" reads the decision from neuron 0 of the keys and the importance from neuron 0
-                of the queries, both before RoPE (of "dms": from neuron 0 of the first query head of each group);
-                "head" reads them from a small linear layer beside k_proj;
+                of the queries, both before RoPE (of "dms": from neuron 0 of the first query head of each group), after the
+                norms of queries and keys where the family has them; "head" reads them from a small linear layer beside k_proj;
             `offset`: a token is merged or marked where its decision logit exceeds it (default 5.0);
             `target_cr`, `measured_cr`: compression ratios (tokens per cache entry) aimed at and reached when
                 the model was trained; information only.
-        kwargs: everything that `LlamaConfig` takes.
+        kwargs: everything that the family's configuration takes.
 
     Raises:
         ValueError: if `method` or `decision` is unknown, `offset` is no finite number or `window` none that counts.
     """
 
-    model_type = "dmc_llama"
+    qk_norm = False  # whether queries and keys are normed before they are rotated
 
     def __init__(self, dmc: dict | None = None, **kwargs) -> None:
         """See the class."""
@@ -51,3 +51,23 @@ class DmcLlamaConfig(LlamaConfig):
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
             raise ValueError(f"dmc.offset must be a finite number, got {offset!r}")
         super().__init__(**kwargs)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections of queries, keys and values have biases."""
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.attention_bias
+
+
+class DmcLlamaConfig(DmcFields, LlamaConfig):
+    """Llama's configuration and, under `dmc`, what its decisions need: see `DmcFields`."""
+
+    model_type = "dmc_llama"
+
+    def __init__(self, dmc: dict | None = None, **kwargs) -> None:
+        """See the class."""
+        super().__init__(dmc, **kwargs)

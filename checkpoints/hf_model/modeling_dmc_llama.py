@@ -1,5 +1,5 @@
-"""A Llama whose key/value cache compresses itself: Dynamic Memory Compression (DMC, arXiv 2403.09636), described here,
-or Dynamic Memory Sparsification (`eviction_dmc_llama`), as `config.dmc["method"]` says.
+"""A Llama, or a model built like one, whose key/value cache compresses itself: Dynamic Memory Compression (DMC, arXiv
+2403.09636), described here, or Dynamic Memory Sparsification (`eviction_dmc_llama`), as `config.dmc["method"]` says.
 
 Every key/value head of every layer decides for each token whether to merge it into the newest entry of its
 cache (a weighted mean of keys and of values) or to open a new entry. An entry that a later token did not merge
@@ -36,14 +36,18 @@ class DmcLlamaAttention(nn.Module):
 
     def __init__(self, config: DmcLlamaConfig, layer_idx: int) -> None:
         super().__init__()
-        hidden, size, bias = config.hidden_size, config.head_dim, config.attention_bias
+        hidden, queries = config.hidden_size, config.num_attention_heads
+        size, bias = getattr(config, "head_dim", None) or hidden // queries, config.qkv_bias
         self.layer_idx, self.head_dim, self.heads = layer_idx, size, config.num_key_value_heads
         self.offset, self.dropout = float(config.dmc["offset"]), config.attention_dropout
         self.window, self.evicts = config.dmc.get("window"), config.dmc["method"] == "dms"
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=bias)
+        self.q_proj = nn.Linear(hidden, queries * size, bias=bias)
         self.k_proj = nn.Linear(hidden, self.heads * size, bias=bias)
         self.v_proj = nn.Linear(hidden, self.heads * size, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=bias)
+        self.o_proj = nn.Linear(queries * size, hidden, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (LlamaRMSNorm(size, eps=config.rms_norm_eps) for _ in range(2))
+        self.normed = config.qk_norm
         self.decision = None
         if config.dmc["decision"] == "head":
             ahead = config.dmc.get("decide") == "late"
@@ -53,9 +57,10 @@ class DmcLlamaAttention(nn.Module):
     def forward(self, hidden: Tensor, step: Step, cache: DmcCache | None) -> Tensor:
         """`[B, T, hidden]` to the same; fills the cache, where there is one."""
         split = (*hidden.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            project(hidden).view(split).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (project(hidden).view(split) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if self.evicts:
             out = self._mark_and_attend(hidden, query, key, value, step, cache)
             return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))

@@ -3,9 +3,9 @@
     dmc export CHECKPOINT OUT
 
 OUT then loads with AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) where only torch and
-transformers are installed. A checkpoint of an uncompressed run (dmc.method=none) becomes an ordinary Llama; so does one
-trained for a fixed window (dmc.decision=all), with the policy to serve it with in its card. The weights are read one
-tensor at a time; memory holds one file of the output.
+transformers are installed. A checkpoint of an uncompressed run (dmc.method=none) becomes an ordinary model of its family; so
+does one trained for a fixed window (dmc.decision=all), with the policy to serve it with in its card. The weights are read
+one tensor at a time; memory holds one file of the output.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from checkpoints.convert import load_hf_state
 from checkpoints.export_hf import export, export_plain
 from checkpoints.files import DTYPES, SHARD_BYTES, parse_size
 from checkpoints.model_card import plain_card
+from dmc.families import by_type
 from dmc.training.config import recorded
 
 
@@ -43,12 +44,13 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export")
         dtype = DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
         policy = served_with(meta)
         if policy is not None or not meta["compressed"]:
+            title = by_type(meta["hf_config"].get("model_type", "llama"), args.checkpoint).title
             card = plain_card(Path(args.out).name, meta, policy)
             out = export_plain(
                 tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
                 max_shard_bytes=limit,
             )
-            print(f"wrote {out}: an ordinary Llama, " + (
+            print(f"wrote {out}: an ordinary {title}, " + (
                 f"trained to be served with --policy {policy}" if policy else "since the checkpoint is not compressed"
             ))
             return 0

@@ -1,7 +1,7 @@
-"""`dmc train`: retrofit a pretrained Llama with Dynamic Memory Compression or Sparsification, or pretrain one.
+"""`dmc train`: retrofit a pretrained model with Dynamic Memory Compression or Sparsification, or pretrain one.
 
     torchrun train.py --target-cr 4                              # the small base model, on this machine
-    torchrun train.py --model DIR --target-cr 4 data.text=my.txt # any Hugging Face Llama directory
+    torchrun train.py --model DIR --target-cr 4 data.text=my.txt # any directory of a known family (docs/families.md)
     torchrun train.py --method dms --target-cr 4                 # eviction (DMS) instead of merging (DMC)
     torchrun train.py --config configs/quickstart.yaml           # a recipe
     torchrun train.py --config R.yaml run.resume=auto            # go on where it stopped
@@ -22,14 +22,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import LlamaConfig
 
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, mixture, opening, tokens
+from dmc.families import ModelShape, check_names, count, read_shape
 from dmc.fitted import FittedDecisions
 from dmc.model.fingerprint import model_hash
-from dmc.rope import settings_of
 from dmc.training import backends, dryrun, flops, llama, peers, setup
 from dmc.training import config as configuration
 from dmc.training.config import Config
@@ -55,7 +54,7 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--config", help="YAML recipe, see configs/")
     parser.add_argument("--target-cr", help="compression ratio to reach, tokens per cache entry (dmc.target_cr)")
     parser.add_argument("--method", help="dmc, dms, or none for plain pretraining (dmc.method)")
-    parser.add_argument("--model", help="Hugging Face Llama directory to start from (run.model)")
+    parser.add_argument("--model", help="Hugging Face model directory to start from (run.model)")
     parser.add_argument("--output", help="directory of the run (run.output)")
     parser.add_argument("--resume", help="auto, or a checkpoint directory (run.resume)")
     parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan, try a small step (run.dry_run)")
@@ -79,12 +78,13 @@ def build(config: Config) -> Trainer:
     Raises:
         ValueError: one sentence, for anything that the user can mend.
     """
-    hf = convert.read_config(config.run.model)
+    hf = read_shape(config.run.model)
     check_length(config, hf)
     teacher, teacher_hf = None, None
     if flops.distils(config):
         directory = config.distill.teacher or config.run.model
-        teacher, teacher_hf = convert.HfWeights(directory), convert.read_config(directory)
+        teacher, teacher_hf = convert.HfWeights(directory), read_shape(directory)
+        check_names(teacher_hf, list(teacher), directory)
         check_length(config, teacher_hf)
     fitted = FittedDecisions.load(config.dmc.init) if config.dmc.init else None
     if fitted is not None:
@@ -92,7 +92,10 @@ def build(config: Config) -> Trainer:
     output = Path(config.run.output)
     checkpoints = store.CheckpointStore(output / "checkpoints", keep_last=config.run.keep_last)
     tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
-    weights = None if config.run.init == "random" else convert.HfWeights(config.run.model)
+    weights = None
+    if config.run.init != "random":
+        weights = convert.HfWeights(config.run.model)
+        check_names(hf, list(weights), config.run.model)
     begin = opening.opening(tokenizer, config.data.bos)
     training, held_out = tokens.corpora(
         config.data.text, config.data.held_out, tokenizer, config.data.cache, config.data.bos
@@ -104,7 +107,7 @@ def build(config: Config) -> Trainer:
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
     meta = {
-        "config": configuration.to_dict(config), "hf_config": hf.to_dict(), "corpus_hash": training.hash,
+        "config": configuration.to_dict(config), "hf_config": dict(hf.fields), "corpus_hash": training.hash,
         "held_out_hash": held_out.hash, "model_hash": model_hash(config.run.model, config.run.init, together=True),
         "tokenizer_dir": str(Path(config.run.model).resolve()),
         "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
@@ -120,7 +123,7 @@ def build(config: Config) -> Trainer:
     )
     characters = held_out.characters_per_token
     reporter.say(
-        f"model {config.run.model} ({convert.count(hf) / 1e6:.2f}M parameters)  text {training.hash} "
+        f"model {config.run.model} ({count(hf) / 1e6:.2f}M parameters)  text {training.hash} "
         f"({training.tokens} tokens, held out {held_out.hash} {held_out.tokens}, {characters:.2f} characters each)"
         f"  {trainer.schedule.steps} steps  output {output}"
     )
@@ -146,18 +149,18 @@ def dry_run(config: Config) -> None:
     """
     directory = Path(config.run.model)
     if directory.is_dir() or not config.plan.shape:
-        hf, source = convert.read_config(directory), str(directory)
+        hf, source = read_shape(directory), str(directory)
     else:
-        hf = convert.read_config(config.plan.shape)
+        hf = read_shape(config.plan.shape)
         source = f"{directory} is not on this machine: the shape is that of {config.plan.shape} (plan.shape)"
     check_length(config, hf)
-    print(f"model      {source}, {convert.count(hf) / 1e6:.2f}M parameters", flush=True)
+    print(f"model      {source}, {count(hf) / 1e6:.2f}M parameters", flush=True)
     for line in dryrun.run(config, hf, batch=batches.Batch):
         print(line, flush=True)
     print(f"not tried  data.text ({config.data.text}) was not read, no weights were loaded, nothing was written", flush=True)
 
 
-def check_length(config: Config, hf: LlamaConfig) -> None:
+def check_length(config: Config, hf: ModelShape) -> None:
     """Refuse sequences that the model's positions do not cover.
 
     Raises:
@@ -166,7 +169,7 @@ def check_length(config: Config, hf: LlamaConfig) -> None:
     length, longest = config.data.sequence_length, hf.max_position_embeddings
     if length > longest:
         raise ValueError(f"data.sequence_length {length} exceeds the model's max_position_embeddings {longest}")
-    llama.check_length(settings_of(hf), length)
+    llama.check_length(hf.rope, length)
 
 
 def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | None:

@@ -1,4 +1,7 @@
-"""Llama as served: plain PyTorch, with the decisions of DMC or DMS, and attention left to the cache."""
+"""The decoder as served: plain PyTorch, with the decisions of DMC or DMS, and attention left to the cache.
+
+One class for all families (`dmc.families`), which differ in sizes, biases and norms of queries and keys.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmc.families import check_names
 from dmc.functional import importance, round_alpha
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.fitted_heads import FittedHeads
@@ -28,10 +32,13 @@ ahead, ``late`` [N, H] follows: what each token adds to the logit of the one ``w
 
 @dataclass
 class Layer:
-    """Weights of one block. ``qkv`` gives queries, keys, values; ``decision`` is there in the head variant only."""
+    """Weights of one block. ``qkv`` gives queries, keys, values; ``decision`` is there in the head variant only, the norms of
+    queries and keys in families that have them."""
 
     input_norm: Tensor
     qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
     decision: Tensor | None
     decision_bias: Tensor | None
     output: Linear
@@ -41,7 +48,7 @@ class Layer:
 
 
 class Llama:
-    """A Llama, plain or with the decisions of DMC or DMS, for inference.
+    """A model of any family, plain or with the decisions of DMC or DMS, for inference.
 
     Args:
         config: its sizes.
@@ -52,13 +59,14 @@ class Llama:
         fitted: heads of fitted decisions, which a plain Llama then makes as a model with a window does; None: no decisions.
 
     Raises:
-        ValueError: if a tensor is missing or has the wrong shape.
+        ValueError: if a tensor is missing, has the wrong shape, or is one that the model has not.
     """
 
     def __init__(
         self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        check_names(config, weights, weights.directory, added=_decision_names(config))
         self.fitted: FittedHeads | None = None
         self.rope = Rope.of(config.rope, dtype=_work(dtype), device=device)
 
@@ -79,7 +87,7 @@ class Llama:
         """Reads a Hugging Face directory.
 
         Raises:
-            ValueError: if it is not a complete Llama; see `read_config` and `Weights`.
+            ValueError: if it is not a complete model; see `read_config` and `Weights`.
         """
         return cls(read_config(directory), Weights(directory), dtype=dtype, device=device)
 
@@ -122,6 +130,11 @@ class Llama:
         query_heads, heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         states = layer.qkv(x).unflatten(-1, (-1, size))  # [N, Hq + 2H, D]
         query, key, value = states.split([query_heads, heads, heads], dim=1)
+        if layer.query_norm is not None:
+            query, key = (
+                F.rms_norm(part.to(_work(part.dtype)), (size,), eps=config.rms_norm_eps).to(part.dtype) * weight
+                for part, weight in ((query, layer.query_norm), (key, layer.key_norm))
+            )
         out = attend(index, query, key, value, *self._decide(index, layer, x, query, key))
         return layer.output(out.flatten(1))
 
@@ -159,6 +172,12 @@ def _work(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _decision_names(config: ModelConfig) -> list[str]:
+    """Tensors that a retrofit with decision heads has beside those of its shape."""
+    kinds = () if config.decision != "head" else ("weight", "bias") if config.looks_ahead else ("weight",)
+    return [f"model.layers.{i}.self_attn.decision.{kind}" for i in range(config.num_hidden_layers) for kind in kinds]
+
+
 def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Layer:
     hidden, inner, size = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -169,7 +188,6 @@ def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Lay
             return Linear(weight, None)
         return Linear(weight, torch.cat([tensor(f"{name}.{part}.bias", rows) for part, rows in outputs.items()]))
 
-    attention, mlp = config.attention_bias, config.mlp_bias
     decision = decision_bias = None
     if config.decision == "head":
         decision = tensor(f"{name}.self_attn.decision.weight", config.logits_per_head * config.num_key_value_heads, hidden)
@@ -178,13 +196,15 @@ def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Lay
             decision_bias = tensor(f"{name}.self_attn.decision.bias", decision.shape[0]).to(decision.dtype)
     return Layer(
         input_norm=tensor(f"{name}.input_layernorm.weight", hidden),
-        qkv=linear(attention, hidden, **{
+        qkv=linear(config.qkv_bias, hidden, **{
             "self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys,
         }),
+        query_norm=tensor(f"{name}.self_attn.q_norm.weight", size) if config.qk_norm else None,
+        key_norm=tensor(f"{name}.self_attn.k_norm.weight", size) if config.qk_norm else None,
         decision=decision,
         decision_bias=decision_bias,
-        output=linear(attention, queries, **{"self_attn.o_proj": hidden}),
+        output=linear(config.output_bias, queries, **{"self_attn.o_proj": hidden}),
         post_norm=tensor(f"{name}.post_attention_layernorm.weight", hidden),
-        gate_up=linear(mlp, hidden, **{"mlp.gate_proj": inner, "mlp.up_proj": inner}),
-        down=linear(mlp, inner, **{"mlp.down_proj": hidden}),
+        gate_up=linear(config.mlp_bias, hidden, **{"mlp.gate_proj": inner, "mlp.up_proj": inner}),
+        down=linear(config.mlp_bias, inner, **{"mlp.down_proj": hidden}),
     )

@@ -8,6 +8,7 @@ and need none. Embedding and head are cut by vocabulary: one more sum at the beg
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,7 +103,16 @@ class ShardWeights:
     """
 
     def __init__(self, weights: Weights, rank: int, ranks: int, vocabulary: int, *, logits: int = 2) -> None:
+        self.directory = weights.directory
         self._weights, self._rank, self._ranks, self._vocabulary, self._logits = weights, rank, ranks, vocabulary, logits
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the whole model."""
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        """How many tensors the whole model has."""
+        return len(self._weights)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """This rank's part of a tensor, which must have ``shape``.

@@ -1,4 +1,4 @@
-"""Weights of a Llama directory, from one safetensors file or several."""
+"""Weights of a model directory, from one safetensors file or several."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
         return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._files)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor, which must have ``shape``.

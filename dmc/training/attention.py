@@ -37,7 +37,7 @@ def row_info(samples: Tensor, starts: Tensor) -> Tensor:
 
 
 class DmcSelfAttention(SelfAttention):
-    """Llama attention that runs plain, repurposing, with soft or with hard decisions (`LayerState.mode`)."""
+    """Attention that runs plain, repurposing, with soft or with hard decisions (`LayerState.mode`)."""
 
     def __init__(self, config, *args, **kwargs) -> None:  # noqa: ANN001, ANN002, ANN003
         super().__init__(config, *args, **kwargs)

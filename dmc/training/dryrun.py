@@ -6,16 +6,16 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import LlamaConfig
 
-from dmc.training import flops, llama, planning, pretend
+from dmc.families import ModelShape
+from dmc.training import flops, llama, planning, pretend, setup
 from dmc.training.config import Config
 from dmc.training.metrics import clock
 from dmc.training.planning import GIB, Layout
 from dmc.training.schedule import Schedule
 
 
-def run(config: Config, hf: LlamaConfig, *, batch: Callable) -> Iterator[str]:
+def run(config: Config, hf: ModelShape, *, batch: Callable) -> Iterator[str]:
     """The lines of the report, as they come.
 
     Args:
@@ -30,6 +30,7 @@ def run(config: Config, hf: LlamaConfig, *, batch: Callable) -> Iterator[str]:
     world = config.plan.world or int(os.environ.get("WORLD_SIZE", "1"))
     layout = Layout.of(config, world)
     llama.check_layout(hf, config.parallel)
+    setup.check_decisions(config, hf)
     yield _layout_line(config, layout)
     yield from _memory_lines(config, hf, layout)
     yield from _cost_lines(config, hf, layout)
@@ -48,7 +49,7 @@ def _layout_line(config: Config, layout: Layout) -> str:
     )
 
 
-def _memory_lines(config: Config, hf: LlamaConfig, layout: Layout) -> Iterator[str]:
+def _memory_lines(config: Config, hf: ModelShape, layout: Layout) -> Iterator[str]:
     gpu = flops.find_gpu(_gpu_name(config))
     on_gpu = gpu is not None or torch.cuda.is_available()
     worst = 0
@@ -74,7 +75,7 @@ def _memory_lines(config: Config, hf: LlamaConfig, layout: Layout) -> Iterator[s
         )
 
 
-def _cost_lines(config: Config, hf: LlamaConfig, layout: Layout) -> Iterator[str]:
+def _cost_lines(config: Config, hf: ModelShape, layout: Layout) -> Iterator[str]:
     schedule, peak = Schedule(config), flops.peak_tflops(config, _gpu_name(config))
     cost = planning.cost(config, hf, layout, peak_tflops=peak)
     phases = ", ".join(f"{name} {count}" for name, count in cost.steps.items())
@@ -93,7 +94,7 @@ def _cost_lines(config: Config, hf: LlamaConfig, layout: Layout) -> Iterator[str
     )
 
 
-def _step_lines(config: Config, hf: LlamaConfig, layout: Layout, batch: Callable) -> Iterator[str]:
+def _step_lines(config: Config, hf: ModelShape, layout: Layout, batch: Callable) -> Iterator[str]:
     # the first rank of a stage: the last stage has the loss, the first the embedding
     for stage in sorted({0, layout.pipeline - 1}):
         rank = stage * (layout.world // layout.pipeline)

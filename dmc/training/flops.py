@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig
 
+from dmc.families import ModelShape
 from dmc.training.config import Config
 
 
@@ -49,18 +49,24 @@ def peak_tflops(config: Config, gpu: str = "") -> float | None:
     return known.bf16_tflops if known and config.run.precision == "bf16" else None
 
 
-def layer_matrices(hf: LlamaConfig) -> int:
+def layer_matrices(hf: ModelShape) -> int:
     """Weights of one layer that every token is multiplied with (norms and decision head not counted)."""
     attention = 2 * hf.hidden_size * hf.head_dim * (hf.num_attention_heads + hf.num_key_value_heads)
     return attention + 3 * hf.hidden_size * hf.intermediate_size
 
 
-def attention_flops(hf: LlamaConfig, tokens: int) -> int:
+def layer_vectors(hf: ModelShape, tensor: int) -> int:
+    """Biases of one layer and norms of its queries and keys, on one of ``tensor`` tensor-parallel ranks."""
+    rows = hf.head_dim * (hf.num_attention_heads + 2 * hf.num_key_value_heads) // tensor
+    return hf.qkv_bias * rows + hf.qk_norm * 2 * hf.head_dim
+
+
+def attention_flops(hf: ModelShape, tokens: int) -> int:
     """Scores and weighted values of one layer, per token: the causal half of a sequence of ``tokens``."""
     return 2 * hf.num_attention_heads * hf.head_dim * tokens
 
 
-def forward_flops(hf: LlamaConfig, tokens: int) -> int:
+def forward_flops(hf: ModelShape, tokens: int) -> int:
     """Of one token's forward pass in a sequence of ``tokens``: matrices, causal attention and logits.
 
     Norms, rotation, the merge scan and the decisions are not counted: this is the model's work, by which MFU
@@ -74,6 +80,6 @@ def distils(config: Config) -> bool:
     return bool(config.dmc.compresses and config.distill.weight or config.distill.teacher)
 
 
-def model_flops(config: Config, hf: LlamaConfig) -> int:
+def model_flops(config: Config, hf: ModelShape) -> int:
     """Per trained token: forward, backward (twice the forward) and a teacher's forward; nothing recomputed."""
     return (4 if distils(config) else 3) * forward_flops(hf, config.data.sequence_length)

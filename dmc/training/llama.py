@@ -1,4 +1,4 @@
-"""A Llama built on megatron-core from a Hugging Face ``config.json``.
+"""A decoder built on megatron-core from the shape of a Hugging Face model, of any family (`dmc.families`).
 
 The layers need neither transformer-engine nor apex: an RMSNorm that permits sequence parallelism, megatron's
 own parallel linear layers, and `DmcSelfAttention`.
@@ -19,9 +19,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
-from dmc.rope import Rope, RopeSettings, settings_of
+from dmc.families import ModelShape
+from dmc.rope import Rope, RopeSettings
 from dmc.training import cpu
 from dmc.training.attention import DmcSelfAttention
 from dmc.training.backends import Layers
@@ -31,7 +31,7 @@ from dmc.training.state import LayerState
 
 
 class RMSNorm(nn.Module):
-    """Llama's norm; its gradient is summed over the tensor-parallel group under sequence parallelism."""
+    """The norm of every family; its gradient is summed over the tensor-parallel group under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class RMSNorm(nn.Module):
 
 
 def build(
-    hf: LlamaConfig, parallel: ParallelConfig, state: LayerState, *, sequence_length: int, dtype: torch.dtype,
+    hf: ModelShape, parallel: ParallelConfig, state: LayerState, *, sequence_length: int, dtype: torch.dtype,
     layers: Layers | None = None,
 ) -> list[Stage]:
     """The chunks of the model that this rank holds, with random weights: one, or ``parallel.virtual`` of them.
 
     Args:
-        hf: configuration of the Llama.
+        hf: the model's shape.
         parallel: the layout; megatron's process groups must have been initialised with it.
         state: shared by all attention layers of this model, and kept in its configuration.
         sequence_length: longest sequence, for the rotary tables.
@@ -59,7 +59,7 @@ def build(
         layers: which library's linear layers to use; None takes megatron-core's own.
 
     Raises:
-        ValueError: if the layout does not divide the model, or the model has parts that Llama has not.
+        ValueError: if the layout does not divide the model, or the model has parts that cannot be trained here.
     """
     check_layout(hf, parallel)
     config = transformer_config(hf, parallel, dtype)
@@ -72,10 +72,10 @@ def build(
 
 
 def _chunk(
-    hf: LlamaConfig, config: TransformerConfig, state: LayerState, tokens: int, index: int | None, layers: Layers,
+    hf: ModelShape, config: TransformerConfig, state: LayerState, tokens: int, index: int | None, layers: Layers,
 ) -> Stage:
     spec = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(layers)] * get_num_layers_to_build(config, vp_stage=index), layer_norm=RMSNorm
+        layer_specs=[_layer_spec(layers, hf)] * get_num_layers_to_build(config, vp_stage=index), layer_norm=RMSNorm
     )
     stage = Stage(
         config, spec, vocab_size=hf.vocab_size, max_sequence_length=tokens, parallel_output=True,
@@ -87,18 +87,13 @@ def _chunk(
     return stage.to(cpu.device())
 
 
-def check_layout(hf: LlamaConfig, parallel: ParallelConfig) -> None:
+def check_layout(hf: ModelShape, parallel: ParallelConfig) -> None:
     """Refuse what this builder cannot build.
 
     Raises:
         ValueError: naming the numbers.
     """
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    if hf.num_key_value_heads < 1 or hf.num_attention_heads % hf.num_key_value_heads:
-        raise ValueError(
-            f"the model's num_attention_heads {hf.num_attention_heads} is not a multiple of its num_key_value_heads "
-            f"{hf.num_key_value_heads}: its config.json is wrong"
-        )
     for name, value in (
         ("num_key_value_heads", hf.num_key_value_heads), ("num_attention_heads", hf.num_attention_heads),
         ("intermediate_size", hf.intermediate_size), ("vocab_size", hf.vocab_size),
@@ -108,14 +103,16 @@ def check_layout(hf: LlamaConfig, parallel: ParallelConfig) -> None:
     if hf.num_hidden_layers % (pipeline * parallel.virtual):
         chunks = f" x parallel.virtual {parallel.virtual}" if parallel.virtual > 1 else ""
         raise ValueError(f"parallel.pipeline {pipeline}{chunks} does not divide the model's {hf.num_hidden_layers} layers")
-    if hf.attention_bias or hf.mlp_bias:
-        raise ValueError("the model has attention_bias or mlp_bias: only Llamas without biases are supported")
-    if hf.hidden_act != "silu":
-        raise ValueError(f"the model's hidden_act is {hf.hidden_act!r}: a Llama uses silu")
+    if hf.output_bias or hf.mlp_bias:
+        which = "attention_bias" if hf.output_bias else "mlp_bias"
+        raise ValueError(
+            f"the model has {which}: biases are trained on queries, keys and values alone (as in Qwen2), not on the output "
+            "projection or the MLP"
+        )
 
 
-def transformer_config(hf: LlamaConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's view of a Llama."""
+def transformer_config(hf: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's view of a model."""
     recompute = {}
     if parallel.recompute == "full":
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -126,7 +123,7 @@ def transformer_config(hf: LlamaConfig, parallel: ParallelConfig, dtype: torch.d
         num_layers=hf.num_hidden_layers, hidden_size=hf.hidden_size, ffn_hidden_size=hf.intermediate_size,
         num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads,
         kv_channels=hf.head_dim, normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps,
-        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=False,
+        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=hf.qkv_bias, qk_layernorm=hf.qk_norm,
         hidden_dropout=0.0, attention_dropout=0.0, init_method_std=spread,
         tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
@@ -141,15 +138,14 @@ def transformer_config(hf: LlamaConfig, parallel: ParallelConfig, dtype: torch.d
     )
 
 
-def rope_tables(hf: LlamaConfig, tokens: int) -> tuple[Tensor, Tensor]:
+def rope_tables(hf: ModelShape, tokens: int) -> tuple[Tensor, Tensor]:
     """(cos, sin), each ``[T, D]`` fp32, times the attention factor where the scaling has one.
 
     Raises:
-        ValueError: if transformers cannot compute them, or has other frequencies for as many tokens.
+        ValueError: if transformers has other frequencies for as many tokens.
     """
-    settings = settings_of(hf)
-    check_length(settings, tokens)
-    return Rope.of(settings, dtype=torch.float32, device=cpu.device())(torch.arange(tokens, device=cpu.device()))
+    check_length(hf.rope, tokens)
+    return Rope.of(hf.rope, dtype=torch.float32, device=cpu.device())(torch.arange(tokens, device=cpu.device()))
 
 
 def check_length(settings: RopeSettings, tokens: int) -> None:
@@ -165,7 +161,8 @@ def check_length(settings: RopeSettings, tokens: int) -> None:
         )
 
 
-def _layer_spec(layers: Layers) -> ModuleSpec:
+def _layer_spec(layers: Layers, hf: ModelShape) -> ModuleSpec:
+    head_norm = RMSNorm if hf.qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -174,7 +171,7 @@ def _layer_spec(layers: Layers) -> ModuleSpec:
                 module=DmcSelfAttention, params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=layers.column, core_attention=_NoCore, linear_proj=layers.row,
-                    q_layernorm=IdentityOp, k_layernorm=IdentityOp,
+                    q_layernorm=head_norm, k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=RMSNorm,

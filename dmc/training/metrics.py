@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import LlamaConfig
 
+from dmc.families import ModelShape
 from dmc.training import cpu, flops
 from dmc.training.config import Config, LogConfig
 
@@ -29,7 +29,7 @@ class Meter:
         world: ranks.
     """
 
-    def __init__(self, config: Config, hf: LlamaConfig, *, steps: int, world: int) -> None:
+    def __init__(self, config: Config, hf: ModelShape, *, steps: int, world: int) -> None:
         self._tokens = config.optim.global_batch * config.data.sequence_length
         self._steps, self._started, self._first = steps, time.perf_counter(), None
         peak = flops.peak_tflops(config)

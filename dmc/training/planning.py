@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from transformers import LlamaConfig
-
+from dmc.families import ModelShape
 from dmc.training import flops, setup
 from dmc.training.config import Config
 from dmc.training.schedule import Schedule
@@ -60,7 +59,7 @@ class Parameters:
 
     matrices: int  # hidden matrices
     embeddings: int  # embedding and output layer
-    vectors: int  # norms
+    vectors: int  # norms and biases
     decisions: int  # decision heads
 
     @property
@@ -87,7 +86,7 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def memory(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, on_gpu: bool = True) -> Memory:
+def memory(config: Config, hf: ModelShape, layout: Layout, stage: int, *, on_gpu: bool = True) -> Memory:
     """Of a rank of pipeline stage ``stage``.
 
     Args:
@@ -118,7 +117,7 @@ class Cost:
     seconds: float | None  # None where the speed of a rank is not known
 
 
-def cost(config: Config, hf: LlamaConfig, layout: Layout, *, peak_tflops: float | None) -> Cost:
+def cost(config: Config, hf: ModelShape, layout: Layout, *, peak_tflops: float | None) -> Cost:
     """Steps, tokens, FLOPs, and the time at ``plan.utilisation`` of ``peak_tflops`` of every rank."""
     schedule = Schedule(config)
     length = config.data.sequence_length
@@ -132,7 +131,7 @@ def cost(config: Config, hf: LlamaConfig, layout: Layout, *, peak_tflops: float 
     return Cost(schedule.phase_steps(), tokens, work, seconds)
 
 
-def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, decisions: bool = True) -> Parameters:
+def parameters(config: Config, hf: ModelShape, layout: Layout, stage: int, *, decisions: bool = True) -> Parameters:
     """What a rank of a stage holds; ``decisions=False`` leaves the decision heads out, as in a teacher."""
     layers, hidden, tensor = hf.num_hidden_layers // layout.pipeline, hf.hidden_size, layout.tensor
     head = decisions and config.dmc.compresses and config.dmc.decision == "head"
@@ -145,7 +144,7 @@ def parameters(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, d
     return Parameters(
         matrices=layers * flops.layer_matrices(hf) // tensor,
         embeddings=tables * table,
-        vectors=(2 * layers + last) * hidden,
+        vectors=(2 * layers + last) * hidden + layers * flops.layer_vectors(hf, tensor),
         decisions=layers * head * logits * hf.num_key_value_heads * per_logit // tensor,
     )
 
@@ -158,7 +157,7 @@ def optimizer_bytes(config: Config, own: Parameters, layout: Layout) -> int:
     return whole // (layout.data * layout.context) if layout.sharded else whole
 
 
-def activations(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, on_gpu: bool = True) -> int:
+def activations(config: Config, hf: ModelShape, layout: Layout, stage: int, *, on_gpu: bool = True) -> int:
     """Bytes that autograd keeps at the peak: micro-batches in flight, and one layer being recomputed."""
     whole, kept = layer_activations(config, hf, layout, on_gpu=on_gpu)
     layers = hf.num_hidden_layers // (layout.pipeline * layout.virtual)  # of a chunk
@@ -168,7 +167,7 @@ def activations(config: Config, hf: LlamaConfig, layout: Layout, stage: int, *, 
     return total
 
 
-def layer_activations(config: Config, hf: LlamaConfig, layout: Layout, *, on_gpu: bool = True) -> tuple[int, int]:
+def layer_activations(config: Config, hf: ModelShape, layout: Layout, *, on_gpu: bool = True) -> tuple[int, int]:
     """Bytes of one layer and one micro-batch: all that its forward pass keeps, and what recomputation leaves."""
     size, tokens = _size(config), _tokens(config, layout)
     hidden = size * tokens * hf.hidden_size // _shards(layout)  # its input
@@ -181,14 +180,14 @@ def layer_activations(config: Config, hf: LlamaConfig, layout: Layout, *, on_gpu
     return whole, left
 
 
-def logits(config: Config, hf: LlamaConfig, layout: Layout) -> int:
+def logits(config: Config, hf: ModelShape, layout: Layout) -> int:
     """Bytes of the logits and of the loss's fp32 temporaries at their peak, on a rank that computes the loss."""
     size = _size(config)
     each = 2 * size + 28 if flops.distils(config) else size + 12
     return _tokens(config, layout) * hf.vocab_size // layout.tensor * each
 
 
-def _attention(config: Config, hf: LlamaConfig, layout: Layout, on_gpu: bool) -> tuple[int, int]:
+def _attention(config: Config, hf: ModelShape, layout: Layout, on_gpu: bool) -> tuple[int, int]:
     """Bytes that the core of attention keeps, and those of its inputs (what is kept where it is recomputed).
 
     Under context parallelism keys, values and decisions are those of the whole sequence, queries the rank's.

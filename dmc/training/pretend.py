@@ -18,8 +18,8 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import LlamaConfig
 
+from dmc.families import ModelShape, shape_of
 from dmc.training import flops, setup
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
@@ -53,7 +53,7 @@ def world(config: Config, size: int, rank: int) -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def one_step(config: Config, hf: LlamaConfig, size: int, rank: int, *, batch: Callable) -> dict[str, dict]:
+def one_step(config: Config, hf: ModelShape, size: int, rank: int, *, batch: Callable) -> dict[str, dict]:
     """A training step of every phase of the schedule as that rank; the metrics by phase (their values mean nothing).
 
     Args:
@@ -78,21 +78,24 @@ def one_step(config: Config, hf: LlamaConfig, size: int, rank: int, *, batch: Ca
     return done
 
 
-def shrunken(config: Config, hf: LlamaConfig, size: int) -> tuple[Config, LlamaConfig]:
+def shrunken(config: Config, hf: ModelShape, size: int) -> tuple[Config, ModelShape]:
     """A run of the same layout that takes a second: a layer a chunk, narrow heads, two micro-batches or the pipeline's need.
 
-    Kept: query heads a key/value head, tied embeddings, rope scaling, norm epsilon.
+    Kept: the family with its biases and norms, query heads a key/value head, tied embeddings, rope scaling, norm epsilon.
     """
     small, p = copy.deepcopy(config), config.parallel
     heads = p.tensor * max(1, 2 // p.tensor)
     groups, depth = hf.num_attention_heads // hf.num_key_value_heads, 16
-    shape = copy.deepcopy(hf)
-    shape.num_hidden_layers = p.pipeline * p.virtual
-    shape.num_key_value_heads, shape.num_attention_heads, shape.head_dim = heads, heads * groups, depth
+    fields = copy.deepcopy({name: value for name, value in hf.fields.items() if name != "layer_types"})
     for name in ("short_factor", "long_factor"):  # of longrope: one for each frequency
-        if given := shape.rope_parameters.get(name):
-            shape.rope_parameters[name] = [given[i * len(given) // (depth // 2)] for i in range(depth // 2)]
-    shape.hidden_size, shape.intermediate_size, shape.vocab_size = 32 * p.tensor, 64 * p.tensor, 64 * p.tensor
+        if given := fields["rope_parameters"].get(name):
+            fields["rope_parameters"][name] = [given[i * len(given) // (depth // 2)] for i in range(depth // 2)]
+    queries = heads * groups
+    shape = shape_of(fields | {
+        "num_hidden_layers": p.pipeline * p.virtual, "num_key_value_heads": heads, "num_attention_heads": queries,
+        "head_dim": depth, "hidden_size": -(-32 * p.tensor // queries) * queries,  # a multiple, as transformers wants it
+        "intermediate_size": 64 * p.tensor, "vocab_size": 64 * p.tensor,
+    })
     small.data.sequence_length = 8 * p.tensor * p.context
     data = size // (p.tensor * p.pipeline * p.context)
     small.optim.global_batch = small.optim.micro_batch * data * (2 if p.pipeline == 1 else p.pipeline)

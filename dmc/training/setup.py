@@ -15,8 +15,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
-from transformers import LlamaConfig
 
+from dmc.families import ModelShape
 from dmc.fitted import FittedDecisions
 from dmc.kernels import backend
 from dmc.training import backends, cpu, llama
@@ -113,8 +113,13 @@ def layer_settings(config: Config) -> Settings:
     )
 
 
-def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) -> Student:
-    """The model of this rank, from ``loader`` or random (None), under megatron's DDP and the optimizer."""
+def build_student(config: Config, hf: ModelShape, loader: WeightLoader | None) -> Student:
+    """The model of this rank, from ``loader`` or random (None), under megatron's DDP and the optimizer.
+
+    Raises:
+        ValueError: see `check_decisions` and `llama.build`.
+    """
+    check_decisions(config, hf)
     dmc = config.dmc
     state = LayerState(
         layer_settings(config),
@@ -129,6 +134,21 @@ def build_student(config: Config, hf: LlamaConfig, loader: WeightLoader | None) 
     optimizer = optimizer_module.build(config.optim, config.parallel, ddp)
     _connect(config, chunks[0].config, ddp, optimizer)
     return Student(chunks, ddp, optimizer, state)
+
+
+def check_decisions(config: Config, hf: ModelShape) -> None:
+    """Refuse decisions that the model has no neuron for.
+
+    Raises:
+        ValueError: for DMS that reads a neuron of a model which norms its queries: the norm's weights are those of all heads, and
+            DMS takes the neuron of one head of a group.
+    """
+    dmc = config.dmc
+    if hf.qk_norm and dmc.compresses and dmc.method == "dms" and dmc.decision == "neuron":
+        raise ValueError(
+            f"dmc.method=dms with dmc.decision=neuron cannot be trained on a {hf.family.title}, which norms its queries with the "
+            "same weights in every head: set dmc.decision=head"
+        )
 
 
 def _data_parallel(config: Config, chunk: Stage, *, first: bool) -> DistributedDataParallel:
@@ -158,11 +178,11 @@ def _connect(
                 transformer.param_sync_func = each([part.start_param_sync for part in ddp])
 
 
-def attach_teacher(config: Config, hf: LlamaConfig, student: Student, loader: WeightLoader | None) -> None:
+def attach_teacher(config: Config, hf: ModelShape, student: Student, loader: WeightLoader | None) -> None:
     """Distil the student from a model in its layout: the loader's weights or, with None, the student's own frozen ones.
 
     Args:
-        hf: configuration of the teacher, which may be another than the student's (more key/value heads, more layers).
+        hf: shape of the teacher, which may be another than the student's (more key/value heads, more layers).
 
     Raises:
         ValueError: if the two do not share a vocabulary or, in a pipeline, a hidden size.
@@ -177,7 +197,7 @@ def attach_teacher(config: Config, hf: LlamaConfig, student: Student, loader: We
         own.attach_teacher(teacher)
 
 
-def _check_teacher(hf: LlamaConfig, student: Stage) -> None:
+def _check_teacher(hf: ModelShape, student: Stage) -> None:
     if hf.vocab_size != student.vocab_size:
         raise ValueError(
             f"distill.teacher has a vocabulary of {hf.vocab_size} tokens, the model one of {student.vocab_size}: its logits "
@@ -200,7 +220,7 @@ def freeze_base(chunk: Stage) -> None:
         chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)
 
 
-def _model(config: Config, hf: LlamaConfig, state: LayerState, loader: WeightLoader | None) -> list[Stage]:
+def _model(config: Config, hf: ModelShape, state: LayerState, loader: WeightLoader | None) -> list[Stage]:
     chunks = llama.build(
         hf, config.parallel, state, sequence_length=config.data.sequence_length, dtype=dtype_of(config),
         layers=backends.layers(config.run.transformer_engine),
@@ -212,7 +232,7 @@ def _model(config: Config, hf: LlamaConfig, state: LayerState, loader: WeightLoa
 
 
 def load_weights(model: Stage, loader: WeightLoader) -> None:
-    """Copy the loader's tensors into the model; its decision heads, which no Llama has, stay as they are."""
+    """Copy the loader's tensors into the model; its decision heads, which no pretrained model has, stay as they are."""
     own = dict(model.named_parameters())
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     for name, tensor in loader(list(own), get_transformer_layer_offset(model.config, model.vp_stage), rank, size):
@@ -267,14 +287,17 @@ def gather_weights(config: Config, student: Student) -> None:
 
 
 def zero_neurons(student: Student) -> None:
-    """Set the projection rows of the neurons that decisions are read from to 0 (the end of repurposing): neuron 0 of
-    every query and key head, or with DMS of the first query head of each group."""
+    """Set what the neurons that decisions are read from are made of to 0 (the end of repurposing): the projection rows and
+    biases of neuron 0 of every query and key head, or with DMS of the first query head of each group. Where queries and keys are
+    normed it is the norms' first weight: rows of 0 would change the norm of the other neurons."""
     read = slice(0, 1) if student.state.settings.method == "dms" else slice(None, -1)  # never the value head
     for chunk in student.chunks:
         config = chunk.config
         groups = config.num_query_groups // config.tensor_model_parallel_size
         for name, weight in chunk.named_parameters():
-            if name.endswith("linear_qkv.weight"):
-                rows = weight.data.view(groups, -1, config.kv_channels, weight.shape[-1])
+            if config.qk_layernorm and name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+                weight.data[0] = 0.0
+            elif not config.qk_layernorm and name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
+                rows = weight.data.view(groups, -1, config.kv_channels, *weight.shape[1:])
                 rows[:, read, 0] = 0.0
     student.optimizer.reload_model_params()  # the optimizer's own fp32 copies, where it keeps some

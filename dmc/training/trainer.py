@@ -13,8 +13,8 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from transformers import LlamaConfig
 
+from dmc.families import ModelShape
 from dmc.training import context, cpu, setup, sharded
 from dmc.training.attention import row_info
 from dmc.training.config import Config, recorded
@@ -70,9 +70,9 @@ class Trainer:
     """Runs a configured training on this rank. Construct after `setup.init_distributed`."""
 
     def __init__(
-        self, config: Config, hf: LlamaConfig, *, batches: Batches, store: Store, reporter: Reporter, meta: dict,
+        self, config: Config, hf: ModelShape, *, batches: Batches, store: Store, reporter: Reporter, meta: dict,
         loader: setup.WeightLoader | None, teacher_loader: setup.WeightLoader | None,
-        teacher_hf: LlamaConfig | None = None,
+        teacher_hf: ModelShape | None = None,
     ) -> None:
         self.config, self.hf, self.batches, self.store, self.reporter = config, hf, batches, store, reporter
         self.schedule = Schedule(config)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints import convert
+from dmc.families import count, read_shape, shape_of
 from dmc.training import llama, setup
 from tests.checkpoints.tiny import LLAMA3, tiny
 from tests.training.models import hf_config, megatron, weights
@@ -50,7 +51,7 @@ def test_there_and_back_is_bit_identical(process_group, shape, decision):
 
 def test_a_new_decision_head_is_not_asked_of_a_llama():
     names = ["decoder.layers.0.self_attention.decision.weight"]
-    assert list(convert.loader(LlamaConfig(), lambda _: 1 / 0)(names, 0, 0, 1)) == []
+    assert list(convert.loader(hf_config(tiny("neuron", heads=2)), lambda _: 1 / 0)(names, 0, 0, 1)) == []
 
 
 # How Megatron-LM cuts a Llama: q, k, v, gate and up and the vocabulary by rows, o and down by columns.
@@ -66,7 +67,7 @@ def test_the_parts_of_two_tensor_ranks_are_halves_of_every_tensor(process_group,
     model.config["vocab_size"] = 60
     hf = hf_config(model)
     names = [name for name, _ in megatron(model, "plain").named_parameters()]
-    half = LlamaConfig(**model.config | dict(
+    half = shape_of(model.config | dict(
         num_attention_heads=2, num_key_value_heads=hf.num_key_value_heads // 2, intermediate_size=32, vocab_size=30
     ))
     load = convert.loader(hf, model.state.__getitem__)
@@ -146,7 +147,7 @@ def test_weights_of_every_float_are_read(tmp_path, process_group, dtype):
     state = {name: tensor.to(dtype) for name, tensor in model.state.items()}
     save_file(state, directory / "model.safetensors")
     built = megatron(model, "plain")
-    setup.load_weights(built, convert.loader(convert.read_config(directory), convert.HfWeights(directory)))
+    setup.load_weights(built, convert.loader(read_shape(directory), convert.HfWeights(directory)))
     for name, tensor in convert.to_hf(hf_config(model), weights(built)).items():
         assert torch.equal(tensor, state[name].float()), name
 
@@ -180,7 +181,7 @@ def test_a_broken_index_is_named(tmp_path, text):
 
 def test_the_configuration_is_read(tmp_path):
     directory, model = llama_directory(tmp_path / "model", rope="llama3")
-    assert convert.read_config(directory).to_dict() == hf_config(model).to_dict()
+    assert read_shape(directory) == hf_config(model)
 
 
 V5 = LLAMA3 | {"rope_theta": 10000.0}
@@ -195,35 +196,39 @@ def test_rope_scaling_of_llama_3_is_read_in_every_form(tmp_path, fields):
     model = tiny("neuron", heads=2, rope="llama3")
     del model.config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(model.config | fields))
-    cos, sin = llama.rope_tables(convert.read_config(tmp_path), 200)
+    cos, sin = llama.rope_tables(read_shape(tmp_path), 200)
     angles = torch.outer(torch.arange(200).double(), model.inverse_frequencies).repeat(1, 2)
     torch.testing.assert_close(cos.cpu().double(), angles.cos(), rtol=0, atol=2e-5)
     torch.testing.assert_close(sin.cpu().double(), angles.sin(), rtol=0, atol=2e-5)
 
 
+def _json(**changes):
+    return json.dumps(tiny("neuron", heads=2).config | changes)
+
+
 @pytest.mark.parametrize(("text", "words"), [
-    ("{", "is not readable as JSON"), ("", "is not readable as JSON"), (b"\xff{}", "is not readable as JSON"),
-    ('{"model_type": "mistral"}', "model of type 'mistral'"), ("{}", "model of type None"), ("[1]", "model of type None"),
-    ('{"model_type": "llama", "hidden_size": "wide"}', "does not describe a Llama.*hidden_size"),
-    ('{"model_type": "llama", "hidden_size": 50}', "does not describe a Llama.*50"),
-    ('{"model_type": "llama", "rope_parameters": {"rope_type": "llama3"}}', "does not describe a Llama.*llama3"),
-    ('{"model_type": "llama", "rope_parameters": {"rope_type": "spiral"}}', "rope_type 'spiral': known are default, "),
-    ('{"model_type": "llama", "dtype": "float99"}', "does not describe a Llama.*float99"),
+    ("{", "is not valid JSON"), ("", "is not valid JSON"), (b"\xff{}", "is not valid JSON"),
+    ('{"model_type": "gpt2"}', "model of type 'gpt2'; known: llama, mistral, qwen2, qwen3"), ("{}", "model of type None"),
+    ("[1]", "does not hold a JSON object"), (_json(hidden_size="wide"), "does not give hidden_size as a whole number"),
+    (_json(hidden_size=50), "does not describe a Llama.*50"),
+    (_json(rope_parameters={"rope_type": "llama3"}), "does not describe a Llama.*llama3"),
+    (_json(rope_parameters={"rope_type": "spiral"}), "rope_type 'spiral': known are default, "),
+    (_json(dtype="float99"), "does not describe a Llama.*float99"),
 ])
 def test_bad_configurations_are_one_sentence(tmp_path, text, words):
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=words) as caught:
-        convert.read_config(tmp_path)
+        read_shape(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("directory", ["", "nowhere"])
 def test_no_configuration_is_said(tmp_path, directory):
     with pytest.raises(ValueError, match="is no model directory: it has no config.json"):
-        convert.read_config(tmp_path / directory)
+        read_shape(tmp_path / directory)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parameters_are_counted(shape):
     hf = hf_config(tiny("neuron", **shape))
-    assert convert.count(hf) == sum(p.numel() for p in LlamaForCausalLM(hf).parameters())
+    assert count(hf) == sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**hf.fields)).parameters())

@@ -132,7 +132,7 @@ def _without(model, name):
     (lambda m: m.state.update(extra=torch.ones(1)), {}, "does not know extra"),
     (lambda m: m.state.update({"model.norm.weight": torch.ones(3)}), {}, r"model.norm.weight has shape \(3,\)"),
     (lambda m: m.config.update(tie_word_embeddings=True), {}, "ties them"),
-    (lambda m: m.config.update(model_type="mistral"), {}, "mistral"),
+    (lambda m: m.config.update(model_type="gpt2"), {}, "gpt2"),
     (None, {"gain": 0.0}, "gain"),
     (None, {"decision": "both"}, "decision"),
     (None, {"offset": float("nan")}, "offset"),

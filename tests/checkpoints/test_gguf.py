@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from checkpoints.convert import HfWeights, read_config
+from checkpoints.convert import HfWeights
 from data.tokens import load_tokenizer
+from dmc.families import read_shape
 from scripts.gguf_to_hf import main
 
 gguf = pytest.importorskip("gguf")
@@ -94,13 +95,13 @@ def test_the_model_is_the_one_that_transformers_reads_from_the_gguf(tmp_path, ki
     file, out = tmp_path / "model.gguf", tmp_path / "model"
     write_gguf(file, kind=kind and gguf.GGMLQuantizationType[kind], tied=tied)
     assert main([str(file), str(out)]) == 0
-    config = read_config(out)
+    config = read_shape(out)
     fields = load_gguf_checkpoint(str(file))["config"]
-    assert config.rms_norm_eps == 1e-5 and config.rope_parameters["rope_theta"] == 50000.0
+    assert config.rms_norm_eps == 1e-5 and config.fields["rope_parameters"]["rope_theta"] == 50000.0
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"):
-        assert getattr(config, name) == fields[name], name
-    theirs = LlamaForCausalLM(config)
+        assert config.fields[name] == fields[name], name
+    theirs = LlamaForCausalLM(LlamaConfig(**config.fields))
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=theirs)["tensors"]
     read = HfWeights(out)
     assert set(read) == set(tensors)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from checkpoints.convert import HfWeights, load_hf_state, read_config
+from checkpoints.convert import HfWeights, load_hf_state
 from dmc import LLM
+from dmc.families import read_shape
 from scripts import export_hf, mha_to_gqa
 from tests.training.helpers import metrics, small_run, tiny_config, tiny_model
 
@@ -32,7 +33,7 @@ def test_every_head_is_the_mean_of_its_group(tmp_path, heads, groups):
     source = tiny_model(tmp_path / "in", num_key_value_heads=heads)
     out = convert(source, tmp_path / "out", groups)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
-    assert before.keys() == after.keys() and read_config(out).num_key_value_heads == groups
+    assert before.keys() == after.keys() and read_shape(out).num_key_value_heads == groups
     for name, tensor in before.items():
         if "k_proj" not in name and "v_proj" not in name:
             assert torch.equal(after[name], tensor), name
@@ -63,7 +64,7 @@ def test_two_steps_are_one(tmp_path):
     """4 → 2 → 1 heads is 4 → 1; bf16 weights stay bf16, and shards are written as asked."""
     source = tiny_model(tmp_path / "in", num_key_value_heads=4)
     half = convert(source, tmp_path / "half", 2, "--max-shard-size", "50KB", "--dtype", "bfloat16")
-    assert (half / "model.safetensors.index.json").is_file() and read_config(half).dtype == torch.bfloat16
+    assert (half / "model.safetensors.index.json").is_file() and read_shape(half).fields["dtype"] == "bfloat16"
     twice, once = convert(half, tmp_path / "twice", 1), convert(source, tmp_path / "once", 1)
     read = HfWeights(twice)
     for name in HfWeights(once):

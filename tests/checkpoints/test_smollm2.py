@@ -18,6 +18,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export, export_plain
 from checkpoints.files import HfWeights
 from checkpoints.trained import TrainedWeights
+from dmc.families import read_shape
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -42,7 +43,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def built(process_group):
-    hf = convert.read_config(SOURCE)
+    hf = read_shape(SOURCE)
     state = LayerState(Settings("neuron"), mode="plain")
     model = llama.build(hf, ParallelConfig(), state, sequence_length=256, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(hf, HfWeights(SOURCE)))
@@ -71,7 +72,7 @@ def test_round_trip_is_bit_identical(built, tmp_path):
     hf, model = built
     dist_checkpointing.save(model.sharded_state_dict(), str(fresh(tmp_path / "checkpoint")))
     out = export_plain(
-        TrainedWeights(tmp_path / "checkpoint", hf), hf.to_dict(), out=tmp_path / "out", tokenizer_dir=SOURCE, card="",
+        TrainedWeights(tmp_path / "checkpoint", hf), dict(hf.fields), out=tmp_path / "out", tokenizer_dir=SOURCE, card="",
         dtype=torch.float32, max_shard_bytes=10**8,
     )
     before, after = HfWeights(SOURCE), HfWeights(out)
@@ -85,13 +86,13 @@ def test_round_trip_is_bit_identical(built, tmp_path):
 
 def test_an_untrained_head_generates_what_the_model_does(theirs, ids, tmp_path):
     """A zero decision head merges nothing: greedy tokens of the export are the plain model's."""
-    hf, read = convert.read_config(SOURCE), HfWeights(SOURCE)
+    hf, read = read_shape(SOURCE), HfWeights(SOURCE)
     state = {name: read(name) for name in read}
     for layer in range(hf.num_hidden_layers):
         head = torch.zeros(2 * hf.num_key_value_heads, hf.hidden_size)
         state[f"model.layers.{layer}.self_attn.decision.weight"] = head
     out = export(
-        state, hf.to_dict(), out=tmp_path / "out", decision="head", offset=5.0, gain=1.0, target_cr=1.0, measured_cr=1.0,
+        state, dict(hf.fields), out=tmp_path / "out", decision="head", offset=5.0, gain=1.0, target_cr=1.0, measured_cr=1.0,
         tokenizer_dir=SOURCE, card="", dtype=torch.float32,
     )
     ours = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)

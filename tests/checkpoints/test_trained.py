@@ -95,11 +95,11 @@ from pathlib import Path
 import torch
 import dmc.training
 from megatron.core import dist_checkpointing
-from transformers import LlamaConfig
 from checkpoints import convert, gqa
 from checkpoints.export_hf import export_plain
 from checkpoints.files import write_weights
 from checkpoints.trained import TrainedWeights
+from dmc.families import shape_of
 from dmc.training import config, llama, setup
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
@@ -108,7 +108,7 @@ tmp = Path(sys.argv[1])
 torch.set_num_threads(1)
 sizes = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4,
              num_key_value_heads=4, tie_word_embeddings=True)
-hf = LlamaConfig(**sizes)
+hf = shape_of(dict(model_type="llama", **sizes))
 source = tmp / "in"
 source.mkdir()
 (source / "config.json").write_text(json.dumps(dict(model_type="llama", **sizes)))
@@ -159,7 +159,7 @@ out["a quarter"] = peak(quarter)
 dist_checkpointing.save(model.sharded_state_dict(), str(tmp / "checkpoint"))
 del model, held
 out["export"] = peak(lambda: export_plain(
-    TrainedWeights(tmp / "checkpoint", hf), hf.to_dict(), out=tmp / "hf", tokenizer_dir=source, card="",
+    TrainedWeights(tmp / "checkpoint", hf), dict(hf.fields), out=tmp / "hf", tokenizer_dir=source, card="",
     dtype=torch.float32, max_shard_bytes=4_000_000))
 (tmp / "gqa").mkdir()
 out["gqa"] = peak(lambda: gqa.convert(source, tmp / "gqa", 2, dtype=None, limit=4_000_000))

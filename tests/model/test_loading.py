@@ -26,13 +26,13 @@ def refusal(directory):
 
 
 def test_no_directory(tmp_path):
-    assert "config.json is missing" in refusal(tmp_path / "nowhere")
+    assert "has no config.json" in refusal(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"model_type": "mistral"}, "'mistral', which is not a Llama"),
+    ({"model_type": "gpt2"}, "'gpt2'; known: llama, mistral, qwen2, qwen3, dmc_llama, dmc_mistral"),
     ({"hidden_size": None}, "hidden_size"),
-    ({"num_key_value_heads": 3}, "no multiple"),
+    ({"num_key_value_heads": 3}, "not a multiple"),
     ({"hidden_act": "gelu"}, "'gelu'"),
     ({"dmc": {"decision": "oracle"}}, "neuron, head"),
     ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "default, dynamic, linear, llama3, longrope"),

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from checkpoints import convert
 from dmc import LLM, SamplingParams
+from dmc.families import read_shape
 from dmc.functional import rotate
 from dmc.model import read_config
 from dmc.rope import Rope, settings_of
@@ -34,7 +34,7 @@ def test_tables_of_serving_and_training_are_those_of_transformers(changes, tmp_p
     expected = [table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None])]
     for cos, sin in (
         Rope.of(settings, dtype=torch.float32, device="cpu")(torch.arange(length)),
-        llama.rope_tables(convert.read_config(directory), length),
+        llama.rope_tables(read_shape(directory), length),
     ):
         assert torch.equal(cos.cpu(), expected[0]) and torch.equal(sin.cpu(), expected[1])
 
@@ -44,7 +44,7 @@ def test_two_forms_that_contradict_each_other_are_read_as_transformers_reads_the
     directory = directory_of(tmp_path, **changes)
     config = LlamaConfig.from_pretrained(directory)
     settings = read_config(directory).rope
-    assert settings == settings_of(config) == settings_of(convert.read_config(directory))
+    assert settings == settings_of(config) == read_shape(directory).rope
     tokens = torch.randint(3, tiny.VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logs = LlamaForCausalLM.from_pretrained(directory)(tokens).logits[0, :-1].log_softmax(-1)
@@ -77,7 +77,7 @@ PARTIAL = {"partial_rotary_factor": 0.5}
 ])
 def test_what_transformers_llama_cannot_run_is_refused_by_serving_and_training(rope, said, tmp_path):
     directory = directory_of(tmp_path, rope_parameters=rope)
-    for read in (read_config, convert.read_config):
+    for read in (read_config, read_shape):
         with pytest.raises(ValueError) as caught:
             read(directory)
         message = str(caught.value)
@@ -95,7 +95,7 @@ def test_lengths_at_which_the_frequencies_change_are_refused(kind, limit, tmp_pa
         llm.generate([[*prompt, 5]], settings)
     with pytest.raises(ValueError, match=f"{limit} positions .rope_type '{kind}'"):
         llm.score([list(range(3, 4 + limit))])
-    hf = convert.read_config(directory)
+    hf = read_shape(directory)
     llama.rope_tables(hf, limit)
     with pytest.raises(ValueError, match=f"data.sequence_length {limit + 1} exceeds the {limit} positions .*'{kind}'"):
         llama.rope_tables(hf, limit + 1)

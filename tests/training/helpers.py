@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints.convert import load_hf_state
+from dmc.families import ModelShape, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "checkpoints" / "base"
@@ -26,6 +27,11 @@ def tiny_config(**changes) -> LlamaConfig:
         initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=1,
     )
     return LlamaConfig(**(settings | changes))
+
+
+def tiny_shape(**changes) -> ModelShape:
+    """The same as the training side reads it."""
+    return shape_of(tiny_config(**changes).to_dict())
 
 
 def tiny_model(directory: Path, seed: int = 0, **changes) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig
 
 from checkpoints import convert
+from dmc.families import ModelShape, shape_of
 from dmc.training import cpu, llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -15,8 +15,8 @@ from tests.checkpoints.tiny import GAIN, LAYERS, OFFSET
 LENGTH = 128  # of the rotary tables
 
 
-def hf_config(tiny) -> LlamaConfig:
-    return LlamaConfig(**tiny.config)
+def hf_config(tiny) -> ModelShape:
+    return shape_of(tiny.config)
 
 
 def megatron(tiny, mode: str, *, counts: bool = False, **settings):

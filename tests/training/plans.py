@@ -15,11 +15,11 @@ import warnings
 from pathlib import Path
 
 import dmc.training  # noqa: F401 - before anything of megatron
-from checkpoints import convert
 from data.batches import Batch
+from dmc.families import count, read_shape
 from dmc.training import dryrun, planning, pretend, setup
 from dmc.training.config import load
-from tests.training.helpers import ROOT, tiny_config
+from tests.training.helpers import ROOT, tiny_shape
 
 LAYOUTS = (
     (4, 0, ["parallel.tensor=2"]),
@@ -48,8 +48,8 @@ def recipe(path: Path) -> dict:
     """The dry run of a recipe, in its shape from configs/shapes wherever its model is."""
     try:
         config = load(path)
-        hf = convert.read_config(ROOT / (config.plan.shape or config.run.model))
-        return {"lines": list(dryrun.run(config, hf, batch=Batch)), "parameters": convert.count(hf)}
+        hf = read_shape(ROOT / (config.plan.shape or config.run.model))
+        return {"lines": list(dryrun.run(config, hf, batch=Batch)), "parameters": count(hf)}
     except Exception as error:  # noqa: BLE001 - reported, for the test to show
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -57,7 +57,7 @@ def recipe(path: Path) -> dict:
 def layout(size: int, rank: int, overrides: list[str]) -> dict:
     """Bytes of weights, gradient buffers and optimizer states of a rank: planned and measured."""
     config = load(overrides=["data.sequence_length=64", "optim.global_batch=8", "run.threads=1", *overrides])
-    hf = tiny_config(num_hidden_layers=4)
+    hf = tiny_shape(num_hidden_layers=4)
     shape = planning.Layout.of(config, size)
     plan = planning.memory(config, hf, shape, rank * shape.pipeline // size, on_gpu=False)
     with pretend.world(config, size, rank):

@@ -9,7 +9,7 @@ import torch
 from dmc.training import setup
 from dmc.training.config import GuardConfig, load
 from dmc.training.guard import Guard
-from tests.training.helpers import SMALL, metrics, tiny_config, tiny_model, tiny_text
+from tests.training.helpers import SMALL, metrics, tiny_model, tiny_shape, tiny_text
 
 SAMPLES = torch.arange(3)
 
@@ -19,7 +19,7 @@ SAMPLES = torch.arange(3)
 
 def student(*overrides):
     config = load(overrides=["dmc.method=none", "run.init=random", "data.sequence_length=64", *overrides])
-    built = setup.build_student(config, tiny_config(), None)
+    built = setup.build_student(config, tiny_shape(), None)
     for group in built.optimizer.param_groups:
         group["lr"] = 1e-2
     return built

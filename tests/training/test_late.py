@@ -12,8 +12,8 @@ from tests.training.helpers import (
     evaluations,
     metrics,
     small_run,
-    tiny_config,
     tiny_model,
+    tiny_shape,
     tiny_text,
     train,
     weights,
@@ -128,7 +128,7 @@ def test_a_start_from_fitted_decisions_decides_as_they_do(process_group, method)
     """The logit of every layer and head is above the offset where the fitted score is below the threshold, by its scale."""
     overrides = [f"dmc.window={WINDOW}", "data.sequence_length=64", "dmc.target_cr=2", "dmc.init=F", "run.threads=1"]
     overrides += [f"dmc.method={method}", "dmc.decide=late"]
-    config, hf = load(overrides=overrides), tiny_config(num_hidden_layers=3)
+    config, hf = load(overrides=overrides), tiny_shape(num_hidden_layers=3)
     student, fitted = setup.build_student(config, hf, None), fitted_for(config, hf)
     setup.start_from(config, student, fitted)
     hidden = torch.randn(20, 1, hf.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -156,7 +156,7 @@ def test_starts_that_cannot_work_are_one_sentence(overrides, words):
 
 def test_a_file_of_another_model_or_window_ends_before_anything_is_written(reference, tmp_path):
     tmp, _ = reference
-    made = fitted_for(None, tiny_config(num_hidden_layers=4))
+    made = fitted_for(None, tiny_shape(num_hidden_layers=4))
     made.save(tmp_path / "other.safetensors")
     held = f"data.held_out={tmp / 'held.jsonl'}"
     done = train(*arguments(tmp, tmp / "started"), *STEPS, held, f"dmc.init={tmp_path / 'other.safetensors'}", check=False)

@@ -8,6 +8,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export
 from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from dmc import LLM, functional
+from dmc.families import shape_of
 from dmc.kernels.decisions import noise
 from dmc.training import llama
 from dmc.training.config import ParallelConfig
@@ -47,7 +48,7 @@ def by_document(run, ids):
 
 
 def transformers_model(model, state=None):
-    whole = LlamaForCausalLM(hf_config(model)).eval()
+    whole = LlamaForCausalLM(LlamaConfig(**model.config)).eval()
     state = {k: v for k, v in (state or model.state).items() if "decision" not in k}
     lacking, unknown = whole.load_state_dict(state, strict=False)
     assert not unknown and set(lacking) <= ({"lm_head.weight"} if hf_config(model).tie_word_embeddings else set())
@@ -217,10 +218,10 @@ def test_a_new_decision_head_decides_nothing():
 ])
 def test_what_cannot_be_built_is_refused(model, parallel, words):
     base = dict(
-        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        model_type="llama", vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=8,
     )
-    llama.check_layout(LlamaConfig(**base), ParallelConfig(tensor=4, pipeline=2))
+    llama.check_layout(shape_of(base), ParallelConfig(tensor=4, pipeline=2))
     with pytest.raises(ValueError) as caught:
-        llama.check_layout(LlamaConfig(**base | model), ParallelConfig(**parallel))
+        llama.check_layout(shape_of(base | model), ParallelConfig(**parallel))
     assert all(word in str(caught.value) for word in words)

@@ -12,7 +12,7 @@ from dmc.training import flops
 from dmc.training import metrics as metrics_module
 from dmc.training.config import LogConfig, load
 from dmc.training.metrics import Meter, Reporter, progress_line
-from tests.training.helpers import ROOT, SMALL, tiny_config, tiny_model, tiny_text
+from tests.training.helpers import ROOT, SMALL, tiny_config, tiny_model, tiny_shape, tiny_text
 
 PLAIN = {"step": 3, "phase": "plain", "lr": 1e-3, "loss": 2.34567, "lm_loss": 2.34567, "grad_norm": 0.5,
          "tokens_per_s": 3120.4, "memory_gib": 1.26, "eta_s": 161.2}
@@ -214,11 +214,11 @@ def test_the_meter_tells_speed_memory_and_the_time_left(process_group, monkeypat
     clock = Clock()
     monkeypatch.setattr(metrics_module, "time", clock)
     config = load(overrides=["optim.global_batch=4", "data.sequence_length=64", "log.peak_tflops=2e-3"])
-    meter = Meter(config, tiny_config(), steps=13, world=2)
+    meter = Meter(config, tiny_shape(), steps=13, world=2)
     clock.now = 160.0  # a minute of loading, of which the ETA must know nothing
     first = meter(4, 2.0)  # resumed at step 3
     assert first["tokens_per_s"] == 128 and first["eta_s"] == 18
-    assert first["mfu"] == pytest.approx(128 * flops.model_flops(config, tiny_config()) / (2e9 * 2))
+    assert first["mfu"] == pytest.approx(128 * flops.model_flops(config, tiny_shape()) / (2e9 * 2))
     assert 0.05 < first["memory_gib"] < 64
     clock.now = 166.0  # two steps of 1 s, and 4 s of evaluation between them
     assert meter(5, 1.0)["eta_s"] == pytest.approx(8 * 8 / 2)
@@ -226,7 +226,7 @@ def test_the_meter_tells_speed_memory_and_the_time_left(process_group, monkeypat
 
 def test_without_a_known_peak_there_is_no_mfu(process_group, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "mfu" not in Meter(load(), tiny_config(), steps=3, world=1)(1, 1.0)
+    assert "mfu" not in Meter(load(), tiny_shape(), steps=3, world=1)(1, 1.0)
 
 
 def test_peaks_come_from_the_setting_or_from_the_gpus_name():
@@ -244,8 +244,8 @@ def test_model_flops_are_those_that_torch_counts(process_group):
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaForCausalLM
 
-    hf = tiny_config(tie_word_embeddings=False, attn_implementation="eager")
-    model, tokens = LlamaForCausalLM(hf), 64
+    hf = tiny_shape(tie_word_embeddings=False)
+    model, tokens = LlamaForCausalLM(tiny_config(tie_word_embeddings=False, attn_implementation="eager")), 64
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(ids).logits.sum().backward()
@@ -255,7 +255,7 @@ def test_model_flops_are_those_that_torch_counts(process_group):
 
 
 def test_a_teacher_adds_a_forward_pass():
-    hf = tiny_config()
+    hf = tiny_shape()
     plain, distilled = load(overrides=["dmc.method=none"]), load()
     assert 3 * flops.model_flops(distilled, hf) == 4 * flops.model_flops(plain, hf)
 

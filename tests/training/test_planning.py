@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from checkpoints import convert
+from dmc.families import read_shape
 from dmc.training import dryrun, llama, planning, pretend, setup
 from dmc.training.attention import row_info
 from dmc.training.config import load
 from dmc.training.losses import language_and_distillation
 from dmc.training.planning import Layout
-from tests.training.helpers import ROOT, tiny_config
+from tests.training.helpers import ROOT, tiny_shape
 from tests.training.plans import LAYOUTS, held, plans
 
 BASE = ["data.sequence_length=128", "optim.micro_batch=2", "optim.global_batch=2", "run.threads=1"]
 
 
 def model(**changes):
-    return tiny_config(**(dict(vocab_size=1024, hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+    return tiny_shape(**(dict(vocab_size=1024, hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
                                intermediate_size=200, num_hidden_layers=4, tie_word_embeddings=False) | changes))
 
 
@@ -113,7 +113,7 @@ def test_stages_in_front_hold_more_micro_batches():
 
 
 def test_recomputation_and_sequence_parallelism_save_what_they_should():
-    hf = convert.read_config(ROOT / "configs" / "shapes" / "llama2-7b")
+    hf = read_shape(ROOT / "configs" / "shapes" / "llama2-7b")
     sizes = []
     for extra in (["parallel.sequence=false"], [], ["parallel.recompute=selective"], ["parallel.recompute=full"]):
         config = load(ROOT / "configs" / "llama2-7b.yaml", extra)
@@ -126,7 +126,7 @@ def test_recomputation_and_sequence_parallelism_save_what_they_should():
 
 def test_the_published_run_of_7b():
     config = load(ROOT / "configs" / "llama2-7b.yaml")
-    hf = convert.read_config(ROOT / config.plan.shape)
+    hf = read_shape(ROOT / config.plan.shape)
     cost = planning.cost(config, hf, Layout.of(config, 32), peak_tflops=989)
     assert cost.steps == {"repurpose": 250, "ramp": 18000, "hold": 2000} and cost.tokens == 20250 * 1024 * 4096
     # 6 FLOPs a weight and token, the embedding apart, and the causal half of attention
@@ -158,7 +158,7 @@ def test_recomputation_costs_time_and_an_unknown_gpu_gives_none():
 def test_plans_that_do_not_work_are_one_sentence(world, overrides, words):
     config = load(ROOT / "configs" / "llama2-7b.yaml", [f"plan.world={world}", *overrides])
     with pytest.raises(ValueError) as caught:
-        list(dryrun.run(config, convert.read_config(ROOT / config.plan.shape), batch=None))
+        list(dryrun.run(config, read_shape(ROOT / config.plan.shape), batch=None))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
@@ -166,9 +166,9 @@ def test_the_shrunken_model_of_a_dry_run_keeps_longrope():
     """It has heads of another size, for which the lists of factors are cut."""
     factors = {"short_factor": [1.0 + i / 64 for i in range(64)], "long_factor": [1.0 + i for i in range(64)]}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
-    hf = tiny_config(head_dim=128, rope_parameters=rope)
+    hf = tiny_shape(head_dim=128, rope_parameters=rope)
     small, shape = pretend.shrunken(load(overrides=["data.sequence_length=64"]), hf, 1)
     cos, _ = llama.rope_tables(shape, small.data.sequence_length)
     assert cos.shape == (small.data.sequence_length, 16) and float(cos[0, 0]) > 1
-    assert shape.rope_parameters["long_factor"] == [1.0, 9.0, 17.0, 25.0, 33.0, 41.0, 49.0, 57.0]
-    assert len(hf.rope_parameters["long_factor"]) == 64
+    assert shape.fields["rope_parameters"]["long_factor"] == [1.0, 9.0, 17.0, 25.0, 33.0, 41.0, 49.0, 57.0]
+    assert len(hf.fields["rope_parameters"]["long_factor"]) == 64

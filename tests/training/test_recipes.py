@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from checkpoints import convert
+from dmc.families import read_shape
 from dmc.training import planning
 from dmc.training.config import load
 from dmc.training.schedule import Schedule
@@ -18,6 +18,8 @@ LARGE = ("llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "smollm2-135m")
 # Parameters as published with the models.
 PARAMETERS = {"llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
               "llama3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
+LATE = {"qwen3-8b": 8_190_735_360, "qwen3-4b": 4_022_468_096, "qwen2.5-7b": 7_615_616_512, "mistral-7b": 7_248_023_552,
+        "llama3.1-8b": 8_030_261_248, "llama3.2-1b": 1_235_814_400}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,6 +42,13 @@ def test_shapes_are_those_of_the_published_models(name):
     assert plans()["recipes"][f"{name}-distill.yaml"]["parameters"] == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", LATE)
+def test_recipes_of_the_families_merge_late_and_distil(name):
+    assert plans()["recipes"][f"{name}-distill.yaml"]["parameters"] == LATE[name]
+    config = load(ROOT / "configs" / f"{name}-distill.yaml")
+    assert (config.dmc.window, config.dmc.decide, config.dmc.decision, config.distill.weight) == (256, "late", "head", 1)
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_published_settings(name):
     config = load(ROOT / "configs" / f"{name}.yaml")
@@ -58,7 +67,7 @@ def test_the_fast_variant_distils(name):
     config, published = load(ROOT / "configs" / f"{name}-distill.yaml"), load(ROOT / "configs" / f"{name}.yaml")
     assert (config.distill.weight, config.distill.lm_weight, config.dmc.decision) == (1, 0, "head")
     assert config.dmc.target_cr == published.dmc.target_cr and config.run.model == published.run.model
-    hf = convert.read_config(ROOT / config.plan.shape)
+    hf = read_shape(ROOT / config.plan.shape)
     shape = planning.Layout.of(config, config.plan.world)
     tokens, before = (planning.cost(c, hf, shape, peak_tflops=None).tokens for c in (config, published))
     assert tokens < before / 20

@@ -1,5 +1,7 @@
 """What a rank needs before its first step; and that megatron-core finds the CPU where it asks for CUDA."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -71,8 +73,7 @@ def test_a_teacher_of_other_heads_serves_and_one_of_another_vocabulary_is_refuse
     trained = setup.build_student(config, hf_config(model), None)
     setup.attach_teacher(config, hf_config(other), trained, convert.loader(hf_config(other), other.state.__getitem__))
     assert trained.chunks[0]._teacher[0].config.num_query_groups == 4
-    strange = hf_config(model)
-    strange.vocab_size += 2
+    strange = dataclasses.replace(hf_config(model), vocab_size=hf_config(model).vocab_size + 2)
     with pytest.raises(ValueError, match=f"vocabulary of {strange.vocab_size} tokens, the model one of {strange.vocab_size - 2}"):
         setup.attach_teacher(config, strange, trained, convert.loader(strange, model.state.__getitem__))
 

@@ -4,10 +4,10 @@ import json
 from hashlib import sha256
 
 import pytest
-from transformers import LlamaConfig
 
 from checkpoints.store import MARKER, CheckpointStore
 from dmc.commands import train
+from dmc.families import shape_of
 from dmc.training.config import Config, load
 
 FLAGS = {
@@ -56,16 +56,21 @@ def test_bad_arguments_are_one_sentence(arguments, words):
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
+def _shape(**changes):
+    sizes = dict(vocab_size=8, hidden_size=256, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return shape_of({"model_type": "llama"} | sizes | changes)
+
+
 def test_sequences_longer_than_the_models_positions_are_refused():
     config = load(overrides=["data.sequence_length=513"])
-    train.check_length(config, LlamaConfig(max_position_embeddings=513))
+    train.check_length(config, _shape(max_position_embeddings=513))
     with pytest.raises(ValueError, match="data.sequence_length 513 exceeds the model's max_position_embeddings 512"):
-        train.check_length(config, LlamaConfig(max_position_embeddings=512))
+        train.check_length(config, _shape(max_position_embeddings=512))
 
 
 def test_sequences_at_which_longrope_changes_its_frequencies_are_refused():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
-    hf = LlamaConfig(max_position_embeddings=4096, rope_parameters=rope | {"original_max_position_embeddings": 512})
+    hf = _shape(max_position_embeddings=4096, rope_parameters=rope | {"original_max_position_embeddings": 512})
     train.check_length(load(overrides=["data.sequence_length=512"]), hf)
     with pytest.raises(ValueError, match="data.sequence_length 513 exceeds the 512 positions of the model .rope_type 'longrope'"):
         train.check_length(load(overrides=["data.sequence_length=513"]), hf)
