@@ -12,11 +12,12 @@ from dmc.cache import POLICIES, Codec, Policy, codec, policy
 from dmc.cache.codecs.layers import read_layers
 from dmc.cache.policies.gate import GatePolicy
 from dmc.engine import memory, parallel
-from dmc.engine.core import KEPT_PROMPTS, Engine
+from dmc.engine.core import Engine
 from dmc.engine.detokenizer import Detokenizer
 from dmc.engine.parallel_team import Team
 from dmc.engine.params import SamplingParams
 from dmc.engine.parts import Parts
+from dmc.engine.scheduler import KEPT_PROMPTS
 from dmc.engine.scoring import Score, score_batch
 from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total

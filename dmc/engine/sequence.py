@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from enum import Enum
 
 from torch import Tensor
 
 from dmc.cache import Prompt, Swapped
 from dmc.engine.detokenizer import Detokenizer
 from dmc.engine.params import SamplingParams
-from dmc.engine.sampler import Sampler, TokenLogprob, logprob
+from dmc.engine.sampler import Sampler, TokenLogprob
 from dmc.engine.stats import Stats
 
 
@@ -40,20 +41,43 @@ class Output:
     index: int = 0
 
 
+class State(Enum):
+    """What a completion is doing; `TRANSITIONS` says what comes after what."""
+
+    WAITING = "waiting"  # in the queue
+    PREFILLING = "prefilling"  # its prompt goes through the model, chunk by chunk
+    PREFILLED = "prefilled"  # its prompt has gone through, and waits for pages
+    RUNNING = "running"  # in the cache: each step feeds one token
+    SWAPPED = "swapped out"  # its part of the cache is in host memory
+    FINISHED = "finished"
+
+
+TRANSITIONS = {
+    State.WAITING: {State.PREFILLING, State.RUNNING, State.FINISHED},  # running: another one has read the same prompt
+    State.PREFILLING: {State.PREFILLED, State.FINISHED},
+    State.PREFILLED: {State.RUNNING, State.FINISHED},
+    State.RUNNING: {State.SWAPPED, State.FINISHED},
+    State.SWAPPED: {State.RUNNING, State.FINISHED},
+    State.FINISHED: set(),
+}
+
+
 @dataclass(eq=False)
 class Sequence:
-    """State of a completion: waiting, its prompt being read, running, away in host memory, or finished.
+    """A completion on its way through the engine.
 
     Attributes:
         prompt: token ids, at least one.
         ends: the model's end tokens.
         index: among the n completions of its prompt.
         arrival: its place in the order of arrival; given by the engine.
-        partial: its prompt while that is being read.
-        first: logits ``[V]`` after the prompt, while the pool has no room for its pages.
+        state: what it is doing.
+        partial: its prompt, while it is prefilling or prefilled.
+        logits: ``[V]`` that its next token is chosen from, once they are known.
         slot: of the cache, while it runs.
-        away: its part of the cache, while it is in host memory.
-        preemptions: how often it was sent there.
+        swapped: its part of the cache, while it is swapped out.
+        preemptions: how often it was swapped out.
+        sampler: chooses its tokens.
         trace: None, or a list that grows by a bool ``[L, H]`` for each token that is fed: where it was merged.
         times: "added", "admitted", "first" (token) and "finished", in seconds of `time.perf_counter`.
     """
@@ -64,10 +88,11 @@ class Sequence:
     text: Detokenizer
     index: int = 0
     arrival: int = -1
+    state: State = State.WAITING
     partial: Prompt | None = None
-    first: Tensor | None = None
+    logits: Tensor | None = None
     slot: int | None = None
-    away: Swapped | None = None
+    swapped: Swapped | None = None
     preemptions: int = 0
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -79,7 +104,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         """Makes the completion's own source of draws."""
-        self._sampler = Sampler(self.params, index=self.index, prompt=self.prompt)
+        self.sampler = Sampler(self.params, index=self.index, prompt=self.prompt)
         self._ends = set(self.params.stop_token_ids) | (set() if self.params.ignore_eos else set(self.ends))
 
     @property
@@ -92,13 +117,18 @@ class Sequence:
         """That can come to be cached: the last generated one is not fed back."""
         return len(self.prompt) + self.params.max_tokens - 1
 
-    def advance(self, logits: Tensor) -> None:
-        """Chooses the next token from logits ``[V]``, and says in `finish_reason` whether it is the last."""
-        token = self._sampler.choose(logits)
+    def become(self, state: State) -> None:
+        """Changes the state; anything but one of the `TRANSITIONS` is a fault of the engine."""
+        assert state in TRANSITIONS[self.state], f"a sequence that is {self.state.value} cannot become {state.value}"
+        self.state = state
+
+    def advance(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Takes the next token, and says in `finish_reason` whether it is the last."""
+        self.logits = None
         self.times.setdefault("first", time.perf_counter())
         self.tokens.append(token)
-        if self.params.logprobs is not None:
-            self.logprobs.append(logprob(logits, token, self.params.logprobs))
+        if logprob is not None:
+            self.logprobs.append(logprob)
         before = len(self.text.text)
         if token in self._ends:
             self.finish_reason = "eos"

@@ -152,7 +152,7 @@ class Service:
     @property
     def waiting(self) -> int:
         """Sequences that wait for admission."""
-        return self._arriving + len(self.llm.engine.waiting)
+        return self._arriving + len(self.llm.engine.scheduler.waiting)
 
     @property
     def busy(self) -> bool:

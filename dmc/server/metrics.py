@@ -82,21 +82,22 @@ class _Gauges:
 
     def collect(self) -> Iterator[Metric]:
         engine, cache = self.service.llm.engine, self.service.llm.cache
-        running, used, pages = list(engine.running), cache.used_pages, cache.pages
+        scheduler = engine.scheduler
+        running, used, pages = list(scheduler.running), cache.used_pages, cache.pages
         tokens = sum(sequence.position for sequence in running)
         held, dense = used * cache.page_bytes, cache.dense_bytes(tokens)
         keys, values = cache.codec_error
         for name, text, value in (
-            ("num_requests_running", "Sequences that run or whose prompt is being read.", len(running) + len(engine.reading)),
+            ("num_requests_running", "Sequences that run or are prefilling.", len(running) + len(scheduler.prefilling)),
             ("num_requests_waiting", "Sequences that wait to be admitted.", self.service.waiting),
-            ("num_requests_swapped", "Sequences in host memory.", len(engine.away)),
+            ("num_requests_swapped", "Sequences in host memory.", len(scheduler.swapped)),
             ("kv_cache_usage_perc", "Pages in use / pages (of a pool that grows: those it has now).",
              used / pages),
             ("kv_held_bytes", "Bytes of pages in use, shared ones counted once.", held),
             ("kv_dense_bytes", "Bytes of an uncompressed bf16 cache of the running sequences.", dense),
             ("kv_byte_ratio", "kv_dense_bytes / kv_held_bytes; 0 while nothing runs.", dense / held if held else 0.0),
-            ("kv_prompt_bytes", "Exact entries of prompts that are being read, outside the pool.",
-             sum(sequence.partial.nbytes for sequence in list(engine.reading) if sequence.partial)),
+            ("kv_prompt_bytes", "Full-precision entries of prompts that are prefilling, outside the pool.",
+             sum(sequence.partial.nbytes for sequence in list(scheduler.prefilling) if sequence.partial)),
             ("compression_ratio", "Tokens / entries as measured lately, over all layers and heads.", engine.predictor.cr),
             ("codec_error_keys", "Relative error of encoded keys, on a sample of pages.", keys),
             ("codec_error_values", "Relative error of encoded values, on a sample of pages.", values),

@@ -54,10 +54,10 @@ def test_admission_reserves_the_bound_and_nothing_is_preempted(models, kind):
         engine, most = llm.engine, 0
         for prompt in PROMPTS:
             engine.add(llm.sequences(prompt, params)[0])
-        sequences = list(engine.waiting)
+        sequences = list(engine.scheduler.waiting)
         while engine.busy:
             engine.step()
-            most = max(most, len(engine.running) + len(engine.reading))
+            most = max(most, len(engine.scheduler.running) + len(engine.scheduler.prefilling))
         llm.cache.check_integrity()
         assert most == together and engine.preemptions == 0
         assert [one.output().token_ids for one in sequences] == [one.token_ids for one in expected]

@@ -6,9 +6,10 @@ import torch
 import dmc
 from dmc import LLM, SamplingParams
 from dmc.engine import total_stats
-from dmc.engine.core import KEPT_PROMPTS
 from dmc.engine.runner import Chunk
-from dmc.engine.sampler import Sampler, logprob
+from dmc.engine.sampler import Sampler, choose, logprobs
+from dmc.engine.scheduler import KEPT_PROMPTS
+from dmc.engine.sequence import TRANSITIONS, State
 from tests.model import tiny
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
@@ -177,7 +178,7 @@ def test_sampling_follows_the_distribution():
     def shares(**settings):
         params = SamplingParams(seed=0, **settings)
         sampler = Sampler(params)
-        drawn = [sampler.choose(logits) for _ in range(4000)]
+        drawn = [chosen for _ in range(10) for chosen in choose([sampler] * 400, logits.expand(400, -1))]
         return torch.bincount(torch.tensor(drawn), minlength=5) / 4000
 
     torch.testing.assert_close(shares(), logits.softmax(0), atol=0.03, rtol=0)
@@ -187,7 +188,8 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(shares(top_p=0.8), cut, atol=0.03, rtol=0)  # .64 + .23 reach .8
     assert shares(top_p=0.1).argmax() == 4 and shares(top_p=0.1)[4] == 1
     assert shares(temperature=0)[4] == 1
-    assert logprob(logits, 2, 0).logprob == pytest.approx(logits.log_softmax(0)[2].item())
+    (found,) = logprobs(logits[None], [2], [0])
+    assert found.logprob == pytest.approx(logits.log_softmax(0)[2].item()) and logprobs(logits[None], [2], [None]) == [None]
 
 
 def test_cuts_and_penalties_are_those_of_transformers():
@@ -207,7 +209,7 @@ def test_cuts_and_penalties_are_those_of_transformers():
             expected = warper(ids, expected)
         drawn = []
         for seed in range(600):  # a new sampler each time: the penalty must not see its own draws
-            drawn.append(Sampler(SamplingParams(seed=seed, **settings), prompt=prompt).choose(logits))
+            drawn += choose([Sampler(SamplingParams(seed=seed, **settings), prompt=prompt)], logits[None])
         shares = torch.bincount(torch.tensor(drawn), minlength=60) / 600
         assert (shares[expected[0] == -torch.inf] == 0).all()
         torch.testing.assert_close(shares, expected[0].softmax(0), atol=0.08, rtol=0)
@@ -217,10 +219,40 @@ def test_penalties_of_the_output_and_bias():
     logits = torch.tensor([0.0, 1.0, 3.0, 2.9])
     sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=0.06, presence_penalty=0.05))
     # 3 against 2.9; 2.89 against 2.9; 2.89 against 2.79; 2.83 against 2.79; 2.77 against 2.79
-    assert [sampler.choose(logits) for _ in range(5)] == [2, 3, 2, 2, 3]
-    assert Sampler(SamplingParams(temperature=0, logit_bias={1: 5.0, 2: -100})).choose(logits) == 1
-    assert Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt=[2, 3]).choose(logits) == 2
-    assert Sampler(SamplingParams(temperature=0, repetition_penalty=4.0), prompt=[2, 3]).choose(logits) == 1
+    assert [choose([sampler], logits[None])[0] for _ in range(5)] == [2, 3, 2, 2, 3]
+    assert choose([Sampler(SamplingParams(temperature=0, logit_bias={1: 5.0, 2: -100}))], logits[None]) == [1]
+    assert choose([Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), prompt=[2, 3])], logits[None]) == [2]
+    assert choose([Sampler(SamplingParams(temperature=0, repetition_penalty=4.0), prompt=[2, 3])], logits[None]) == [1]
+
+
+def test_a_choice_does_not_depend_on_the_batch():
+    """Completions of all kinds at once, step by step, against each alone; flat rows need more than the sorted tokens."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = [
+        {}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5},
+        {"min_p": 0.1}, {"top_p": 0.5, "top_k": 700}, {"temperature": 0, "frequency_penalty": 1.0}, {"logit_bias": {3: 20.0}},
+    ]
+    params = [SamplingParams(seed=seed, **settings) for seed, settings in enumerate(kinds)]
+    together, alone = ([Sampler(each, prompt=[1, 2]) for each in params] for _ in range(2))
+    for step in range(6):
+        spread = torch.tensor([0.1, 5.0])[(torch.arange(len(kinds)) + step) % 2, None]
+        logits = torch.randn(len(kinds), 1500, generator=generator) * spread
+        expected = [choose([sampler], row[None])[0] for sampler, row in zip(alone, logits, strict=True)]
+        assert choose(together, logits) == expected
+
+
+def test_states_change_only_as_written_down(llm):
+    (sequence,) = llm.sequences("hello", GREEDY)
+    for state in (State.PREFILLED, State.SWAPPED, State.WAITING):
+        with pytest.raises(AssertionError, match=f"waiting cannot become {state.value}"):
+            sequence.become(state)
+    assert TRANSITIONS.keys() == set(State) and not TRANSITIONS[State.FINISHED]
+    llm.engine.add(sequence)
+    seen = [sequence.state]
+    while llm.engine.busy:
+        llm.engine.step()
+        seen.append(sequence.state)
+    assert list(dict.fromkeys(seen)) == [State.WAITING, State.RUNNING, State.FINISHED]  # prompt and pages in one step
 
 
 def test_stop_tokens(llm):

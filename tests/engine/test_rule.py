@@ -66,10 +66,10 @@ def run(llm, prompts, each, *, preempt=False):
     while engine.busy:
         engine.step()
         steps += 1
-        if preempt and steps % 5 == 0 and len(engine.running) > 1:
-            engine._preempt(engine.running[-1])
+        if preempt and steps % 5 == 0 and len(engine.scheduler.running) > 1:
+            engine.scheduler.preempt(engine.scheduler.running[-1])
         llm.cache.check_integrity()
-    assert llm.cache.rows.pool.used == 0 and not engine.kept
+    assert llm.cache.rows.pool.used == 0 and not engine.scheduler.kept
     return [sequence.output() for sequence in sequences]
 
 
@@ -162,13 +162,14 @@ def test_cancel_in_every_state(directory):
         llm.engine.add(sequence)
     for _ in range(9):
         llm.engine.step()
-    llm.engine._preempt(llm.engine.running[-1])
-    assert llm.engine.waiting and llm.engine.reading and llm.engine.running and llm.engine.away
-    for queue in ("away", "running", "reading", "waiting"):
-        victim = getattr(llm.engine, queue)[0]
+    scheduler = llm.engine.scheduler
+    scheduler.preempt(scheduler.running[-1])
+    assert scheduler.waiting and scheduler.prefilling and scheduler.running and scheduler.swapped
+    for queue in ("swapped", "running", "prefilling", "waiting"):
+        victim = getattr(scheduler, queue)[0]
         llm.engine.cancel(victim)
         llm.cache.check_integrity()
-        assert victim.output().finish_reason == "cancelled" and victim not in getattr(llm.engine, queue)
+        assert victim.output().finish_reason == "cancelled" and victim not in getattr(scheduler, queue)
     while llm.engine.busy:
         llm.engine.step()
         llm.cache.check_integrity()

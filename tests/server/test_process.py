@@ -20,7 +20,7 @@ import sys
 from dmc.engine.core import Engine
 step = Engine.step
 def broken(self):
-    if any(len(sequence.tokens) > 20 for sequence in self.running):
+    if any(len(sequence.tokens) > 20 for sequence in self.scheduler.running):
         raise RuntimeError("boom")
     return step(self)
 Engine.step = broken

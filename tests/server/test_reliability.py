@@ -45,9 +45,9 @@ def test_a_client_that_goes_away_frees_its_pages(server, stream, when):
         connection.sendall(raw(server, LONG | {"stream": stream}))
         if when == "while it runs":
             deadline = time.monotonic() + 20
-            while not server.llm.engine.running and time.monotonic() < deadline:
+            while not server.llm.engine.scheduler.running and time.monotonic() < deadline:
                 time.sleep(0.005)
-            assert server.llm.engine.running
+            assert server.llm.engine.scheduler.running
         connection.close()
     deadline = time.monotonic() + 10
     gauges = [f'dmc:num_requests_{what}{{model_name="tiny"}} 0.0' for what in ("running", "waiting")]
@@ -215,7 +215,7 @@ def test_the_engine_fails(directory):
         threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False, False)]
         for thread in threads:
             thread.start()
-        while len(broken.llm.engine.running) < 3:
+        while len(broken.llm.engine.scheduler.running) < 3:
             time.sleep(0.005)
 
         def explode():
