@@ -50,7 +50,6 @@ def prepare(which: str) -> None:
     _timed(which, known[which])
 
 
-@lru_cache(maxsize=256)
 def prepare_format(one: PageFormat) -> None:
     """The same for the functions that read pages of a format."""
     reader = one.cpu_reader(dict.fromkeys(one.fields, 0))
