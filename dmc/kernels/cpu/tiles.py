@@ -1,13 +1,8 @@
 """Small products of matrices for the loops on CPUs, written in vectors: numba's own loops do not keep sums in registers.
 
 A tile is some rows of A times all rows of some vectors of B's columns. Its sums stay in registers: at most 24 vectors where the
-CPU has 32 registers and 12 where it has 16, as high-performance BLAS has them. A and B hold, by `KINDS`:
-
-- ``SINGLES``: fp32;
-- ``HALVES``, ``FP16``: A fp32, B bf16 or fp16, which becomes fp32 in the registers;
-- ``PAIRS``: both pairs of bf16 in words of 32 bits, of two neighbours along the sum.
-
-`KNOWN` are those that the CPU has instructions for. Sums are fp32, along B's rows in their order: what a row of C is does not
+CPU has 32 registers and 12 where it has 16, as high-performance BLAS has them. A and B hold fp32, or where `PAIRED` pairs of bf16
+in words of 32 bits, of two neighbours along the sum. Sums are fp32, along B's rows in their order: what a row of C is does not
 depend on the other rows, nor on how many they are.
 """
 
@@ -23,19 +18,11 @@ from dmc.kernels.cpu.host import host
 
 LANES, _VECTORS, PAIRED = host().lanes, host().vectors, host().pairs
 ROWS, WIDTH = 6, LANES * _VECTORS
-SINGLES, HALVES, FP16, PAIRS = KINDS = range(4)
-KNOWN = {SINGLES, HALVES} | ({FP16} if LANES == 16 else set()) | ({PAIRS} if PAIRED else set())
 if PAIRED:
     binding.initialize_native_asmparser()  # instructions on bf16 are named as the CPU names them
 
-_SINGLE, _HALF, _WORD, _ADDRESS = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_SINGLES, _HALVES, _WORDS = (ir.VectorType(of, LANES) for of in (_SINGLE, _HALF, _WORD))
-_FP16 = ir.VectorType(ir.HalfType(), LANES)
-
-
-def bytes_of(kind: int) -> int:
-    """Of a number or pair of B."""
-    return 2 if kind in (HALVES, FP16) else 4
+_SINGLE, _WORD, _ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_SINGLES, _WORDS = (ir.VectorType(of, LANES) for of in (_SINGLE, _WORD))
 
 
 def far(builder, address, by, times=None):  # noqa: ANN001, ANN201
@@ -56,37 +43,33 @@ def store(builder, value, address, align=4) -> None:  # noqa: ANN001
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
-def sums_of(builder, rows, vectors, kind, a, a_row, b, b_row, steps, ahead=0) -> list[list]:  # noqa: ANN001, PLR0913
+def sums_of(builder, rows, vectors, paired, a, a_row, b, b_row, steps) -> list[list]:  # noqa: ANN001, PLR0913
     """The instructions of A's ``rows`` rows times ``vectors`` vectors of B's columns.
 
     Args:
         rows, vectors: numbers.
-        kind: of `KINDS`.
+        paired: whether A and B hold pairs of bf16.
         a, b: addresses.
         a_row, b_row: bytes from one row to the next.
         steps: rows of B, at least 1; of pairs, half as many.
-        ahead: bytes of B that are fetched before they are needed; 0 leaves it to the CPU.
 
     Returns:
         The sums, a list of vectors for each row.
     """
-    kind = kind if kind in KNOWN else SINGLES  # never run there
+    paired = paired and PAIRED  # elsewhere this is never run
     before, loop, done = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("done")
     builder.branch(loop)
     builder.position_at_end(loop)
     step = builder.phi(_ADDRESS)
     step.add_incoming(_ADDRESS(0), before)
     sums = [[builder.phi(_SINGLES) for _ in range(vectors)] for _ in range(rows)]
-    row, size = far(builder, b, b_row, step), bytes_of(kind) * LANES
-    for line in range(0, vectors * size if ahead else 0, 64):
-        _fetch(builder, far(builder, row, ahead + line))
-    columns = [_column(builder, far(builder, row, size * v), kind) for v in range(vectors)]
-    new, whole, one = [], _WORDS if kind == PAIRS else _SINGLES, _WORD if kind == PAIRS else _SINGLE
+    row, whole, one = far(builder, b, b_row, step), _WORDS if paired else _SINGLES, _WORD if paired else _SINGLE
+    columns, new = [load(builder, far(builder, row, 4 * LANES * v), whole) for v in range(vectors)], []
     for r, line in enumerate(sums):
         value = load(builder, far(builder, far(builder, a, a_row, r), 4, step), one)
         first = builder.insert_element(whole(ir.Undefined), value, _WORD(0))
         spread = builder.shuffle_vector(first, whole(ir.Undefined), _WORDS([0] * LANES))
-        new.append([_times(builder, kind, spread, column, old) for column, old in zip(columns, line, strict=True)])
+        new.append([_times(builder, paired, spread, column, old) for column, old in zip(columns, line, strict=True)])
     following = builder.add(step, _ADDRESS(1))
     step.add_incoming(following, loop)
     for line, values in zip(sums, new, strict=True):
@@ -98,19 +81,9 @@ def sums_of(builder, rows, vectors, kind, a, a_row, b, b_row, steps, ahead=0) ->
     return new
 
 
-def _column(builder, address, kind):  # noqa: ANN001, ANN202
-    """A vector of B, as it is multiplied."""
-    if kind == HALVES:
-        words = builder.zext(load(builder, address, _HALVES, 2), _WORDS)
-        return builder.bitcast(builder.shl(words, _WORDS([16] * LANES)), _SINGLES)
-    if kind == FP16:
-        return builder.fpext(load(builder, address, _FP16, 2), _SINGLES)
-    return load(builder, address, _WORDS if kind == PAIRS else _SINGLES)
-
-
-def _times(builder, kind, x, y, sums):  # noqa: ANN001, ANN202
+def _times(builder, paired, x, y, sums):  # noqa: ANN001, ANN202
     """``x y + sums``."""
-    if kind == PAIRS:
+    if paired:
         form = ir.FunctionType(_SINGLES, [_SINGLES, _WORDS, _WORDS])
         return builder.asm(form, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, x, y], False)
     if not host().fma:  # asked for all the same, a function would be called for each number
@@ -119,19 +92,11 @@ def _times(builder, kind, x, y, sums):  # noqa: ANN001, ANN202
     return builder.call(cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{LANES}f32"), [x, y, sums])
 
 
-def _fetch(builder, address) -> None:  # noqa: ANN001
-    """Asks for what lies there; there need not be anything."""
-    byte = ir.IntType(8).as_pointer()
-    form = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
-    function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(address, byte), _WORD(0), _WORD(3), _WORD(1)])  # to read, to keep, of data
-
-
 @intrinsic(prefer_literal=True)
-def _tile(context, vectors, kind, a, a_row, b, b_row, c, c_row, steps, add):  # noqa: ANN001, ANN202, PLR0913
+def _tile(context, vectors, paired, a, a_row, b, b_row, c, c_row, steps, add):  # noqa: ANN001, ANN202, PLR0913
     """C = A B, or C += A B with ``add``, of `ROWS` rows; rows of C lie ``c_row`` bytes apart, see `sums_of`."""
-    signature = types.void(vectors, kind, *[types.int64] * 7, types.boolean)
-    many, which = min(vectors.literal_value, _VECTORS), kind.literal_value
+    signature = types.void(vectors, paired, *[types.int64] * 7, types.boolean)
+    many, which = min(vectors.literal_value, _VECTORS), bool(paired.literal_value)
 
     def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
         _, _, a, a_row, b, b_row, c, c_row, steps, add = arguments
@@ -167,19 +132,19 @@ def product(a, a_row, b, b_row, c, c_row, steps, columns, paired, add):  # noqa:
         many = min(left, _VECTORS)
         if paired:
             if many == 4:
-                _tile(4, PAIRS, a, a_row, b, b_row, c, c_row, steps, add)
+                _tile(4, 1, a, a_row, b, b_row, c, c_row, steps, add)
             elif many == 3:
-                _tile(3, PAIRS, a, a_row, b, b_row, c, c_row, steps, add)
+                _tile(3, 1, a, a_row, b, b_row, c, c_row, steps, add)
             elif many == 2:
-                _tile(2, PAIRS, a, a_row, b, b_row, c, c_row, steps, add)
+                _tile(2, 1, a, a_row, b, b_row, c, c_row, steps, add)
             else:
-                _tile(1, PAIRS, a, a_row, b, b_row, c, c_row, steps, add)
+                _tile(1, 1, a, a_row, b, b_row, c, c_row, steps, add)
         elif many == 4:
-            _tile(4, SINGLES, a, a_row, b, b_row, c, c_row, steps, add)
+            _tile(4, 0, a, a_row, b, b_row, c, c_row, steps, add)
         elif many == 3:
-            _tile(3, SINGLES, a, a_row, b, b_row, c, c_row, steps, add)
+            _tile(3, 0, a, a_row, b, b_row, c, c_row, steps, add)
         elif many == 2:
-            _tile(2, SINGLES, a, a_row, b, b_row, c, c_row, steps, add)
+            _tile(2, 0, a, a_row, b, b_row, c, c_row, steps, add)
         else:
-            _tile(1, SINGLES, a, a_row, b, b_row, c, c_row, steps, add)
+            _tile(1, 0, a, a_row, b, b_row, c, c_row, steps, add)
         b, c, left = b + many * LANES * 4, c + many * LANES * 4, left - many

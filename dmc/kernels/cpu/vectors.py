@@ -76,10 +76,6 @@ class Vectors:
         value = self._halved(value) if half else value
         self.builder.store(value, self._at(address, i, value.type)).align = 2 if half else 4
 
-    def rounded(self, value, half: bool):  # noqa: ANN001, ANN201
-        """As the stretch would hold it."""
-        return self._widened(self._halved(value)) if half else value
-
     def all(self, number):  # noqa: ANN001, ANN201
         """A number, of Python or a value, in all lanes."""
         if isinstance(number, float | int):
@@ -116,14 +112,6 @@ class Vectors:
         if not host().fma:
             return self.builder.fadd(self.builder.fmul(x, y), z)
         return self._call("fma", x, y, z)
-
-    def select(self, which, x, y):  # noqa: ANN001, ANN201
-        """x in lanes where it holds, else y."""
-        return self.builder.select(which, x, y)
-
-    def magnitude(self, x):  # noqa: ANN001, ANN201
-        """|x|."""
-        return self._call("fabs", x)
 
     def exponential(self, x):  # noqa: ANN001, ANN201
         """exp(x) of numbers up to 0, to 2 units in the last place; 0 below -87; NaN of NaN. See `compiled.exponential`."""
