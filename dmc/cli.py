@@ -21,9 +21,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dmc import hub
 from dmc.commands import calibrate, frontier, inspect
 from dmc.commands import eval as evaluate
 from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = commands[options.command].flags()
         parser.error(f"unknown argument {unknown[0]} for {options.command}; its flags: {', '.join(known)}")
     try:
+        _locate(options)
         return COMMANDS[options.command][2](options) or 0
     except (ValueError, OSError) as error:
         print(f"dmc {options.command}: {error}", file=sys.stderr)
@@ -57,6 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"dmc {options.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _locate(options: argparse.Namespace) -> None:
+    """Directories in the place of names on the Hub; ``shown`` is how the model is called in outputs."""
+    if getattr(options, "directory", None) is not None:
+        options.shown = hub.shown(options.directory)
+        options.directory = str(hub.located(options.directory))
+    if getattr(options, "base", None) is not None:
+        options.base = str(hub.located(options.base))
 
 
 def _program(name: str, *arguments: str) -> int:
@@ -151,7 +161,7 @@ def _serve(options: argparse.Namespace) -> int:
     fields = ("host", "port", "max_waiting", "default_max_tokens", "max_body", "head_timeout", "body_timeout", "drain_timeout",
               "stall_timeout")
     settings = Settings(
-        name=options.name or Path(options.directory).resolve().name,
+        name=options.name or options.shown,
         api_key=options.api_key or os.environ.get("DMC_API_KEY") or None,
         **{name: getattr(options, name) for name in fields},
     )

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 TREES = ("dmc", "checkpoints", "data", "scripts", "train.py")
 
 MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope"}  # plain PyTorch, below everything else
-FILES = {"dmc.pretrained", "dmc.extras"}  # transformers' loaders; the sentence where a package is missing
+FILES = {"dmc.pretrained", "dmc.extras", "dmc.hub"}  # transformers' loaders; the sentence of a missing package; names on the Hub
 ENGINE = MATHS | FILES | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine"}  # and below
 DMC = ENGINE | {"dmc.server", "dmc.evaluation", "dmc.analysis", "dmc.training"}
 CHECKOUT = {"data", "checkpoints"}
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "dmc.rope": set(),  # frequencies from transformers, imported where a config is read
     "dmc.pretrained": {"dmc.families"},
     "dmc.extras": set(),
+    "dmc.hub": set(),
     "dmc.families": MATHS,
     "dmc.kernels": MATHS,
     "dmc.cache": MATHS | {"dmc.kernels"},
@@ -54,7 +55,8 @@ KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",
 CACHE_FLOORS = (("policies", "codecs"), ("storage",), ("reading",), ("kv",))
 TRAINING_ONLY = ("megatron", "datasets", "matplotlib")
 SERVING = (
-    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.families", "dmc.kernels",
+    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.hub", "dmc.families",
+    "dmc.kernels",
     "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
 )
 

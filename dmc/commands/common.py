@@ -19,7 +19,8 @@ _CODEC_FLAGS = ("bits", "backbone", "group", "rank", "outliers")
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The flags of whatever loads a model into a cache."""
-    parser.add_argument("directory", metavar="DIR", help="Hugging Face directory: an export of this project, or a model")
+    parser.add_argument("directory", metavar="DIR",
+                        help="directory of a model or of an export of this project, or its name on the Hub: org/name[@revision]")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--policy", metavar="NAME[:SETTING=VALUE,...]",
                        help="which entries exist: dmc or dms (default: what the model was retrofitted with; full for a "

@@ -19,6 +19,7 @@ from checkpoints.convert import load_hf_state
 from checkpoints.export_hf import export, export_plain
 from checkpoints.files import DTYPES, SHARD_BYTES, parse_size
 from checkpoints.model_card import plain_card
+from dmc import hub
 from dmc.families import by_type
 from dmc.training.config import recorded
 
@@ -36,34 +37,46 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export")
     parser.add_argument("checkpoint", help="directory of a training checkpoint")
     parser.add_argument("out", help="directory to create; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in training)")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload OUT to this repository of the Hugging Face Hub as well")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a repository that is made is private")
     parser.add_argument("--max-shard-size", default=str(SHARD_BYTES), help="of one file of weights, as in 4GB (4GB)")
     args = parser.parse_args(arguments)
     try:
         limit = parse_size(args.max_shard_size)
-        tensors, meta = load_hf_state(args.checkpoint)
-        dtype = DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
-        policy = served_with(meta)
-        if policy is not None or not meta["compressed"]:
-            title = by_type(meta["hf_config"].get("model_type", "llama"), args.checkpoint).title
-            card = plain_card(Path(args.out).name, meta, policy)
-            out = export_plain(
-                tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
-                max_shard_bytes=limit,
-            )
-            print(f"wrote {out}: an ordinary {title}, " + (
-                f"trained to be served with --policy {policy}" if policy else "since the checkpoint is not compressed"
-            ))
-            return 0
-        names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
-        out = export(
-            tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
-            card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit,
-        )
+        if args.push_to_hub is not None:
+            hub.check_name(args.push_to_hub)
+        elif args.private:
+            raise ValueError("--private is of the repository that --push-to-hub makes: give both, or leave it out")
+        print(_write(args, limit))
+        if args.push_to_hub is not None:
+            print(f"uploaded: {hub.push(args.out, args.push_to_hub, private=args.private)}")
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {out}")
     return 0
+
+
+def _write(args: argparse.Namespace, limit: int) -> str:
+    """Write the directory. → what was written, for the terminal."""
+    tensors, meta = load_hf_state(args.checkpoint)
+    dtype = DTYPES[args.dtype or ("bfloat16" if meta["config"]["run"]["precision"] == "bf16" else "float32")]
+    policy = served_with(meta)
+    if policy is not None or not meta["compressed"]:
+        title = by_type(meta["hf_config"].get("model_type", "llama"), args.checkpoint).title
+        card = plain_card(Path(args.out).name, meta, policy)
+        out = export_plain(
+            tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
+            max_shard_bytes=limit,
+        )
+        return f"wrote {out}: an ordinary {title}, " + (
+            f"trained to be served with --policy {policy}" if policy else "since the checkpoint is not compressed"
+        )
+    names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
+    out = export(
+        tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
+        card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit,
+    )
+    return f"wrote {out}"
 
 
 def served_with(meta: Mapping) -> str | None:

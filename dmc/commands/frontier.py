@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dmc import hub
 from dmc.evaluation.spec import named
 from dmc.extras import required
 
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     from dmc.evaluation.report import measured
     from dmc.model import read_config
 
-    base, models = Path(plan.base), [Path(model) for model in plan.models]
+    base, models = hub.located(plan.base), [hub.located(model) for model in plan.models]
     cells = grid.cells([base, *models], budgets=budgets, max_entries=most, **choices)
     windows = _windows(plan)
     config = read_config(base)

@@ -128,7 +128,7 @@ def _about(options: argparse.Namespace, texts: list[str], tokens: list[list[int]
 
     names = [*("--prompt" for _ in options.prompt), *(Path(name).name for name in options.prompt_file)]
     return {
-        "model": Path(options.directory).resolve().name,
+        "model": options.shown,
         "model_hash": model_hash(options.directory),
         "texts": [
             {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16], "tokens": len(own)}

@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import dmc.training  # noqa: F401 - before anything of megatron: makes it run without CUDA
 from checkpoints import convert, store
 from data import batches, mixture, opening, tokens
+from dmc import hub
 from dmc.families import ModelShape, check_names, count, read_shape
 from dmc.fitted import FittedDecisions
 from dmc.model.fingerprint import model_hash
@@ -54,7 +55,7 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--config", help="YAML recipe, see configs/")
     parser.add_argument("--target-cr", help="compression ratio to reach, tokens per cache entry (dmc.target_cr)")
     parser.add_argument("--method", help="dmc, dms, or none for plain pretraining (dmc.method)")
-    parser.add_argument("--model", help="Hugging Face model directory to start from (run.model)")
+    parser.add_argument("--model", help="directory of the model to start from, or its name on the Hub: org/name (run.model)")
     parser.add_argument("--output", help="directory of the run (run.output)")
     parser.add_argument("--resume", help="auto, or a checkpoint directory (run.resume)")
     parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan, try a small step (run.dry_run)")
@@ -78,11 +79,12 @@ def build(config: Config) -> Trainer:
     Raises:
         ValueError: one sentence, for anything that the user can mend.
     """
-    hf = read_shape(config.run.model)
+    model = hub.located(config.run.model)
+    hf = read_shape(model)
     check_length(config, hf)
     teacher, teacher_hf = None, None
     if flops.distils(config):
-        directory = config.distill.teacher or config.run.model
+        directory = hub.located(config.distill.teacher) if config.distill.teacher else model
         teacher, teacher_hf = convert.HfWeights(directory), read_shape(directory)
         check_names(teacher_hf, list(teacher), directory)
         check_length(config, teacher_hf)
@@ -91,11 +93,11 @@ def build(config: Config) -> Trainer:
         fitted.threshold(config.dmc.target_cr, config.data.sequence_length)  # the window must allow the target
     output = Path(config.run.output)
     checkpoints = store.CheckpointStore(output / "checkpoints", keep_last=config.run.keep_last)
-    tokenizer = tokens.load_tokenizer(config.run.model, hf.vocab_size)
+    tokenizer = tokens.load_tokenizer(model, hf.vocab_size)
     weights = None
     if config.run.init != "random":
-        weights = convert.HfWeights(config.run.model)
-        check_names(hf, list(weights), config.run.model)
+        weights = convert.HfWeights(model)
+        check_names(hf, list(weights), model)
     begin = opening.opening(tokenizer, config.data.bos)
     training, held_out = tokens.corpora(
         config.data.text, config.data.held_out, tokenizer, config.data.cache, config.data.bos
@@ -108,8 +110,8 @@ def build(config: Config) -> Trainer:
     prepare_output(output, config, resume=resume is not None, rank=rank)
     meta = {
         "config": configuration.to_dict(config), "hf_config": dict(hf.fields), "corpus_hash": training.hash,
-        "held_out_hash": held_out.hash, "model_hash": model_hash(config.run.model, config.run.init, together=True),
-        "tokenizer_dir": str(Path(config.run.model).resolve()),
+        "held_out_hash": held_out.hash, "model_hash": model_hash(model, config.run.init, together=True),
+        "tokenizer_dir": str(model.resolve()),
         "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
         "begin": begin,
     }
@@ -149,7 +151,8 @@ def dry_run(config: Config) -> None:
     """
     directory = Path(config.run.model)
     if directory.is_dir() or not config.plan.shape:
-        hf, source = read_shape(directory), str(directory)
+        directory = hub.located(config.run.model, weights=False)
+        hf, source = read_shape(directory), config.run.model
     else:
         hf = read_shape(config.plan.shape)
         source = f"{directory} is not on this machine: the shape is that of {config.plan.shape} (plan.shape)"

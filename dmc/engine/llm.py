@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dmc import hub
 from dmc.cache import POLICIES, Codec, Policy, codec, policy
 from dmc.cache.codecs.layers import read_layers
 from dmc.cache.policies.gate import GatePolicy
@@ -76,7 +77,7 @@ class LLM:
         prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
         rank_timeout: float = 120.0,
     ) -> None:
-        self.path = Path(path)
+        self.path = path = hub.located(path)
         for name, value in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

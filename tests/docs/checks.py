@@ -227,7 +227,7 @@ def _train(arguments: list[str], files: Files) -> Iterator[str]:
         yield f"train.py: {error}"
         return
     for path in [] if dry else [config.run.model, config.distill.teacher, *_texts(config.data.text)]:
-        if path and files.missing(path):
+        if path and not _is_on_hub(path) and files.missing(path):
             yield f"train.py: nothing says where {path} comes from"
     schedule, out = Schedule(config), config.run.output
     names = {name for step in range(schedule.steps) for name in schedule(step).saves} if schedule.steps < 10**6 else set()
