@@ -6,7 +6,6 @@ engine's prefill and decode = the export's `generate`; and cache lengths equal t
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +17,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export
 from dmc import LLM
 from dmc import functional as fn
+from dmc.families import shape_of
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -166,7 +166,7 @@ def test_functional_is_algorithm_1(case, expected):
 def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
     state = LayerState(Settings(made.decision, GAIN, OFFSET), mode="hard")
-    config = copy.deepcopy(made.config)
+    config = shape_of(made.config.to_dict())
     model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
     if made.decision == "head":

@@ -7,8 +7,6 @@ engine against itself: alone, in a batch, in chunks, preempted, and with a lossy
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from dmc import LLM, SamplingParams
 from dmc import functional_dms as dms
 from dmc.engine.predict import Predictor
 from dmc.engine.runner import Chunk
+from dmc.families import shape_of
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -128,7 +127,7 @@ def test_functional_is_a_cache_that_evicts(case, expected):
 def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
     state = LayerState(Settings(made.decision, GAIN, OFFSET, method="dms", window=WINDOW, looks_ahead=made.ahead), mode="hard")
-    config = copy.deepcopy(made.config)
+    config = shape_of(made.config.to_dict())
     model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
     if made.decision == "head":

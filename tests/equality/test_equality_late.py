@@ -7,8 +7,6 @@ padded, packed, in chunks.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export
 from dmc import LLM
 from dmc import functional as fn
+from dmc.families import shape_of
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -127,7 +126,7 @@ def test_functional_is_the_cache(case, expected):
 def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
     state = LayerState(Settings(made.decision, GAIN, OFFSET, window=WINDOW, looks_ahead=made.ahead), mode="hard")
-    config = copy.deepcopy(made.config)
+    config = shape_of(made.config.to_dict())
     model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
     heads = config.num_key_value_heads

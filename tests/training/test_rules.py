@@ -1,6 +1,5 @@
 """Baselines that decide by a rule of positions: against lists of entries written out here, and as runs of the trainer."""
 
-import copy
 import math
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import torch
 
 from checkpoints import convert
 from dmc import LLM
+from dmc.families import shape_of
 from dmc.kernels import backend
 from dmc.training import llama, rules, setup
 from dmc.training.attention import row_info
@@ -121,7 +121,7 @@ def built(case, method, name, target, mode):
         Settings(name, method=method, window=None if name == "all" else WINDOW, rule=rule(method, name)), mode=mode,
         target_cr=target, decisions=DecisionCounts(case.config.num_hidden_layers, case.config.num_key_value_heads),
     )
-    config = copy.deepcopy(case.config)
+    config = shape_of(case.config.to_dict())
     model = llama.build(config, ParallelConfig(), state, sequence_length=2 * LENGTH, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(config, case.weights.__getitem__))
     return model, state
