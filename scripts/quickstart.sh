@@ -51,7 +51,7 @@ fi
 trained=$SECONDS
 
 echo "== export, evaluation, pictures"
-python scripts/quickstart_report.py $OUT
+python scripts/quickstart_report.py $OUT ${COMPARE:+--all-budgets}
 
 PROMPT='class Queue:
     """A first-in, first-out queue."""

@@ -58,16 +58,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder with the runs retrofit and control")
     parser.add_argument("--context", type=int, default=0, help="tokens of a scored sequence (as in training)")
     parser.add_argument("--sequences", type=int, default=0, help="held-out sequences (as in training)")
+    parser.add_argument("--all-budgets", action="store_true", help="evicting caches also with a share of the tokens as budget")
     args = parser.parse_args()
     try:
         required("the report", "matplotlib")
-        report(args.runs, args.context, args.sequences)
+        report(args.runs, args.context, args.sequences, args.all_budgets)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def report(runs: Path, context: int, sequences: int) -> None:
+def report(runs: Path, context: int, sequences: int, all_budgets: bool) -> None:
     """Everything that follows the two training runs."""
     started = time.perf_counter()
     disable_progress_bar()
@@ -102,7 +103,7 @@ def report(runs: Path, context: int, sequences: int) -> None:
         entries = max(8, math.ceil(context / final["measured_cr"]))
         rows += _rows(pool, [
             (name, target, _evicting, base, held_out, policy, budget)
-            for name, policy, budget in _budgets(entries, final["measured_cr"])
+            for name, policy, budget in _budgets(entries, final["measured_cr"] if all_budgets else None)
         ])
 
     results = {
@@ -148,16 +149,18 @@ def _evicting(base: str, held_out: list[list[int]], policy: str, settings: dict)
     return _scored(LLM(base, policy=policy, policy_settings=settings, **dense).score(held_out, prompt_tokens=1))
 
 
-def _budgets(entries: int, cr: float) -> list[tuple[str, str, dict]]:
-    """(name of a row, policy, settings) of caches that hold as many entries as the retrofit: at every token, or at the end."""
-    at_every_token, half = {"share": 1 / cr}, entries // 2
+def _budgets(entries: int, cr: float | None) -> list[tuple[str, str, dict]]:
+    """(name of a row, policy, settings) of caches that hold as many entries as the retrofit at the end, which is the kinder
+    budget; with its CR also at every token."""
+    half = entries // 2
     at_the_end = {
         "streaming": dict(sinks=4, recent=entries - 4), "h2o": dict(heavy=half, recent=entries - half),
         "tova": dict(budget=entries),
     }
     rows = []
     for policy, name in (("streaming", "StreamingLLM"), ("h2o", "H2O"), ("tova", "TOVA")):
-        rows.append((f"base + {name}, as many entries at every token", policy, at_every_token))
+        if cr is not None:
+            rows.append((f"base + {name}, as many entries at every token", policy, {"share": 1 / cr}))
         rows.append((f"base + {name}, as many at the end", policy, at_the_end[policy]))
     return rows
 

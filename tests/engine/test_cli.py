@@ -73,7 +73,7 @@ def test_evicting_policies_by_name(capsys, directory, policy, entries):
     (("generate", "DIR", "--prompt", "x", "--kv-memory", "5parsec"), "'5parsec' is no size"),
     (("generate", "DIR", "--prompt", "x", "--max-tokens", "9999"), "10000 are more than the 256 positions"),
     (("generate", "DIR", "--prompt-file", "/no/such/file"), "/no/such/file cannot be read"),
-    (("generate", "/no/such/directory", "--prompt", "x"), "not a Hugging Face model directory"),
+    (("generate", "/no/such/directory", "--prompt", "x"), "is no model directory: it has no config.json"),
     (("generate", "DIR", "--prompt", ""), "at least 1"),
 ])
 def test_wrong_use(capsys, directory, arguments, said):

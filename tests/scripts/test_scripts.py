@@ -43,7 +43,7 @@ def test_report_of_two_runs(tmp_path):
     """Every row of the table, each scored on the same text, and the pictures."""
     retrofit = small_run(tmp_path, "retrofit", "--target-cr", 3)
     small_run(tmp_path, "control", "dmc.method=none", "run.steps=4")
-    done = run(sys.executable, ROOT / "scripts" / "quickstart_report.py", tmp_path)
+    done = run(sys.executable, ROOT / "scripts" / "quickstart_report.py", tmp_path, "--all-budgets")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
