@@ -33,9 +33,10 @@ MAY_IMPORT = {
     "dmc.pretrained": {"dmc.families"},
     "dmc.extras": set(),
     "dmc.hub": set(),
+    "dmc.plugins": set(),  # classes of other packages by their names
     "dmc.families": MATHS,
     "dmc.kernels": MATHS,
-    "dmc.cache": MATHS | {"dmc.kernels"},
+    "dmc.cache": MATHS | {"dmc.kernels", "dmc.plugins"},
     "dmc.model": MATHS | {"dmc.families", "dmc.kernels"},
     "dmc.engine": MATHS | FILES | {"dmc.families", "dmc.model", "dmc.cache"},
     "dmc.server": {"dmc.engine"},
@@ -55,9 +56,8 @@ KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",
 CACHE_FLOORS = (("policies", "codecs"), ("storage",), ("reading",), ("kv",))
 TRAINING_ONLY = ("megatron", "datasets", "matplotlib")
 SERVING = (
-    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.hub", "dmc.families",
-    "dmc.kernels",
-    "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
+    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.hub", "dmc.plugins",
+    "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
 )
 
 

@@ -15,9 +15,9 @@ The same sum gives 12.9 x at 2,000 tokens; with pages of 64 entries, as the pres
 they share the keys' mean among more entries, but twice as many wait for a full page.
 """
 
-from dmc.cache.codecs import CODECS, Blocks, Codec, codec
+from dmc.cache.codecs import CODECS, Blocks, Codec, codec, codec_class
 from dmc.cache.kv import KVCache
-from dmc.cache.policies import POLICIES, Entries, Policy, policy
+from dmc.cache.policies import POLICIES, Entries, Policy, policy, policy_class
 from dmc.cache.reading.prompt import Prompt
 from dmc.cache.reading.step import Step
 from dmc.cache.storage.packing import Packing, Storage
@@ -27,5 +27,5 @@ from dmc.cache.storage.swap import Swapped
 
 __all__ = [
     "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "Packing", "PagePool", "Policy", "PoolExhausted", "Prompt",
-    "Rows", "Shape", "Step", "Storage", "Swapped", "codec", "policy",
+    "Rows", "Shape", "Step", "Storage", "Swapped", "codec", "codec_class", "policy", "policy_class",
 ]

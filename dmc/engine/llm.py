@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dmc import hub
-from dmc.cache import POLICIES, Codec, Policy, codec, policy
+from dmc.cache import Codec, Policy, codec, policy, policy_class
 from dmc.cache.codecs.layers import read_layers
 from dmc.cache.policies.gate import GatePolicy
 from dmc.engine import memory, parallel
@@ -35,7 +35,7 @@ class LLM:
 
     Args:
         path: Hugging Face directory.
-        policy: which entries the cache keeps: a name of `dmc.cache.POLICIES`, or a policy that is ready made. None: that
+        policy: which entries the cache keeps: a name (`dmc.cache.policy_class`), or a policy that is ready made. None: that
             of the method which the model was retrofitted with ("dmc" or "dms"), "full" for a plain Llama.
         policy_settings: for a policy given by name, such as ``{"recent": 508}``. The window of "dms" is else the model's.
         decisions: file of `dmc calibrate --decisions`, or its content, for policy "gate": late eviction by fitted
@@ -45,7 +45,7 @@ class LLM:
         max_entries: entries of each key/value head behind the window of recent tokens, at most: a hard budget. Once a head has
             so many, what leaves the window is merged (dropped where the policy drops). For policies with such a window: late
             merging (a model retrofitted with dmc.window), "dms" and "gate". None: no bound.
-        codec: how full pages are stored: a name of `dmc.cache.CODECS`, or a codec that is ready made.
+        codec: how full pages are stored: a name (`dmc.cache.codec_class`), or a codec that is ready made.
         codec_settings: for a codec given by name, such as ``{"bits": 4}``.
         codec_layers: a file with settings for each layer, and the codec's name, in place of ``codec``: see
             `dmc.cache.codecs.layers.read_layers`.
@@ -298,7 +298,7 @@ def _with_budget(
         raise ValueError("max_entries goes with a policy's name, not with a policy that is ready made: make that one with it")
     if "max_entries" in (settings or {}):
         raise ValueError(f"max_entries is given twice, as a setting of policy {name} and next to it: give it once")
-    if name in POLICIES and not bounds(name, config):
+    if not bounds(name, config):
         raise ValueError(
             f"max_entries={max_entries} bounds the entries behind a window of recent tokens, and policy {name} has none for this "
             "model: leave it out, or use late merging (a model retrofitted with dmc.window), policy dms or policy gate"
@@ -308,7 +308,7 @@ def _with_budget(
 
 def bounds(name: str, config: ModelConfig) -> bool:
     """True if the policy of that name takes ``max_entries`` for a model: it has a window of recent tokens."""
-    known = POLICIES[name].settings()
+    known = policy_class(name).settings()
     return "max_entries" in known and (name != "dmc" or (config.method == "dmc" and config.window is not None))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmc.cache import CODECS, POLICIES, codec, policy
+from dmc.cache import CODECS, POLICIES, codec, codec_class, policy, policy_class
 from dmc.cache.codecs.former import current
 from dmc.engine.llm import bounds
 from dmc.model import read_config
@@ -127,7 +127,7 @@ def _of_today(choice: Choice) -> Choice:
     name, now, page, _ = current(choice.name, own)
     if (name, now) == (choice.name, own):
         return choice
-    return choose(name, **now | ({} if page in (None, CODECS[name].page_size) else {"page_size": page}) | cache)
+    return choose(name, **now | ({} if page in (None, codec_class(name).page_size) else {"page_size": page}) | cache)
 
 
 def runnable(model: Path) -> list[str]:
@@ -148,11 +148,11 @@ LEARNT = ("dmc", "dms")
 
 
 def _policies(model: Path, policies: Sequence[Choice] | None, budgets: Sequence[float]) -> Iterator[Choice]:
-    able = runnable(model)
+    able, plain = runnable(model), read_config(model).method is None
     for choice in policies or [choose(name) for name in able if name not in NAMED]:
-        if choice.name not in able:
+        if choice.name not in able and not (plain and choice.name not in POLICIES):  # of another package: a plain model's
             continue
-        if "share" in POLICIES[choice.name].settings() and not choice.settings:
+        if "share" in policy_class(choice.name).settings() and not choice.settings:
             yield from (choose(choice.name, share=budget) for budget in budgets)
         else:
             yield choice

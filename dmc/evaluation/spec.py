@@ -4,8 +4,11 @@ from __future__ import annotations
 
 
 def named(text: str) -> tuple[str, dict[str, float | int | str]]:
-    """``name:setting=value,...`` → (name, settings)."""
+    """``name:setting=value,...`` → (name, settings); a name may be ``module:Class``, with a capital."""
     name, _, rest = text.partition(":")
+    if rest[:1].isupper():
+        kind, _, rest = rest.partition(":")
+        name = f"{name}:{kind}"
     settings = {}
     for part in rest.split(",") if rest else ():
         setting, equals, value = part.partition("=")

@@ -296,7 +296,7 @@ def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):
     (["--codecs", "zip"], "unknown codec 'zip'"), (["--codecs", "gear:bits=7"], "bits must be one of"),
     (["--policies", "lru"], "unknown policy 'lru'"), (["--policies", "streaming:sinks"], "is no SETTING=VALUE"),
     (["--policies", "dmc"], "no model of these runs any of the policies dmc"), (["--windows", "99"], "give a longer text"),
-    (["--text", "no.txt"], "no.txt cannot be read"), (["--models", "nowhere"], "config.json is missing"),
+    (["--text", "no.txt"], "no.txt cannot be read"), (["--models", "nowhere"], "has no config.json"),
     (["--prompt", "300"], "give a longer text"), (["config.yaml"], "config.yaml cannot be read"),
 ])
 def test_wrong_use_is_one_sentence_and_leaves_nothing(base, text, tmp_path, monkeypatch, capsys, more, message):

@@ -17,6 +17,7 @@ from dmc.cache.codecs.presets import Gear2Bit, Gear4Bit, Tcq2Bit, Tcq3Bit, Tcq4B
 from dmc.cache.codecs.svd import SvdCodec
 from dmc.cache.codecs.tcq import TcqCodec
 from dmc.cache.codecs.turbo import RotatedCodec
+from dmc.plugins import find
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (
     DenseCodec,
@@ -35,7 +36,7 @@ CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (
     Tcq2Bit,
 )}
 
-__all__ = ["CODECS", "Blocks", "Codec", "codec", "make"]
+__all__ = ["CODECS", "Blocks", "Codec", "codec", "codec_class", "make"]
 
 
 def codec(name: str, **settings: object) -> Codec:
@@ -55,26 +56,34 @@ def codec(name: str, **settings: object) -> Codec:
 
 
 def make(name: str, settings: Mapping[str, object], page_size: int | None = None) -> Codec:
-    """A codec of `CODECS` by its name, and with another default page size where one is given.
+    """A codec by its name (see `codec_class`), and with another default page size where one is given.
 
     Raises:
         ValueError: if the name or a setting is unknown (the known ones are listed) or a value is not allowed.
     """
-    if name not in CODECS:
-        raise ValueError(f"unknown codec {name!r}; known: {', '.join(CODECS)}")
-    known = CODECS[name].settings()
+    kind = codec_class(name)
+    known = kind.settings()
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(f"the {name} codec has no setting {', '.join(unknown)}; it has: {', '.join(known)}")
-    made = CODECS[name](**{setting: _whole(name, setting, value) for setting, value in settings.items()})
+    made = kind(**{setting: _whole(name, kind, setting, value) for setting, value in settings.items()})
     if page_size is not None:
         made.page_size = page_size
     return made
 
 
-def _whole(name: str, setting: str, value: object) -> object:
+def codec_class(name: str) -> type[Codec]:
+    """The class of a codec by its name, that of an installed package, or ``module:Class``; see `dmc.plugins.find`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return find("codec", name, CODECS, Codec)
+
+
+def _whole(name: str, kind: type[Codec], setting: str, value: object) -> object:
     """2.0 as 2 where a whole number is meant, so that one setting has one name; a truth value is none."""
-    kinds = CODECS[name].__mro__  # a preset's settings are those of its base
+    kinds = kind.__mro__  # a preset's settings are those of its base
     signatures = (inspect.signature(kind.__init__).parameters for kind in kinds)
     parameter = next(known[setting] for known in signatures if setting in known)
     whole = type(parameter.default) is int or parameter.annotation in ("int", "int | None")

@@ -10,6 +10,7 @@ from dmc.cache.policies.gate import GatePolicy
 from dmc.cache.policies.h2o import H2OPolicy
 from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.cache.policies.tova import TovaPolicy
+from dmc.plugins import find
 
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     FullPolicy,
@@ -21,7 +22,16 @@ POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     GatePolicy,
 )}
 
-__all__ = ["POLICIES", "Entries", "Policy", "policy"]
+__all__ = ["POLICIES", "Entries", "Policy", "policy", "policy_class"]
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class of a policy by its name, that of an installed package, or ``module:Class``; see `dmc.plugins.find`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return find("policy", name, POLICIES, Policy)
 
 
 def policy(name: str, **settings: object) -> Policy:
@@ -30,12 +40,11 @@ def policy(name: str, **settings: object) -> Policy:
     Raises:
         ValueError: if the name or a setting is unknown (the known ones are listed) or a value is not allowed.
     """
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-    known = POLICIES[name].settings()
+    kind = policy_class(name)
+    known = kind.settings()
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(
             f"the {name} policy has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none at all'}"
         )
-    return POLICIES[name](**settings)
+    return kind(**settings)
