@@ -24,13 +24,8 @@ from dmc.families import by_type
 from dmc.training.config import recorded
 
 
-def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export") -> int:
-    """Export, and return the exit code: 0, or 2 with one sentence on standard error.
-
-    Args:
-        arguments: of the command; those of the process if None.
-        program: its name in help and errors.
-    """
+def make_parser(program: str = "dmc export") -> argparse.ArgumentParser:
+    """The flags of the command, whose name in help and errors is ``program``."""
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,7 +35,17 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload OUT to this repository of the Hugging Face Hub as well")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: a repository that is made is private")
     parser.add_argument("--max-shard-size", default=str(SHARD_BYTES), help="of one file of weights, as in 4GB (4GB)")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "dmc export") -> int:
+    """Export, and return the exit code: 0, or 2 with one sentence on standard error.
+
+    Args:
+        arguments: of the command; those of the process if None.
+        program: its name in help and errors.
+    """
+    args = make_parser(program).parse_args(arguments)
     try:
         limit = parse_size(args.max_shard_size)
         if args.push_to_hub is not None:

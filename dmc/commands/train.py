@@ -41,12 +41,8 @@ from dmc.training.trainer import Trainer
 STOPPED = "stopped"  # in run.output: a signal ended the run, which a job script sees and requeues itself
 
 
-def parse(argv: list[str]) -> Config:
-    """The configuration of a command line.
-
-    Raises:
-        ValueError: one sentence, for anything that is wrong with it.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(
         prog="dmc train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="configuration (section.key, default, meaning; more in docs/training.md):\n"
@@ -61,6 +57,16 @@ def parse(argv: list[str]) -> Config:
     parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan, try a small step (run.dry_run)")
     parser.add_argument("--world", help="ranks that the dry run plans for (plan.world)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
+    return parser
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration of a command line.
+
+    Raises:
+        ValueError: one sentence, for anything that is wrong with it.
+    """
+    parser = make_parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         known = ", ".join(sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--")))

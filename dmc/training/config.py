@@ -237,10 +237,17 @@ def describe() -> str:
     lines = []
     for section, owner in _types(Config).items():
         lines.append(f"  {section}.   {inspect.getdoc(owner)}")
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), flags=re.MULTILINE))
-        for item in dataclasses.fields(owner):
-            lines.append(f"    {item.name:<22}{_shown(item.default):<20}{comments.get(item.name, '')}".rstrip())
+        for name, _, default, comment in keys(owner):
+            lines.append(f"    {name:<22}{default:<20}{comment}".rstrip())
     return "\n".join(lines)
+
+
+def keys(section: type) -> list[tuple[str, str, str, str]]:
+    """(name, type, default, comment beside it in this file) of each field of a section's dataclass."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), flags=re.MULTILINE))
+    return [
+        (item.name, str(item.type), _shown(item.default), comments.get(item.name, "")) for item in dataclasses.fields(section)
+    ]
 
 
 def check(config: Config) -> None:

@@ -1,0 +1,130 @@
+"""Writes docs/reference: the configuration of training, the command line and the Python API, from the code.
+
+    python scripts/make_reference.py
+
+The pages are in the repository; `tests/docs/test_reference.py` fails where they are not current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import typing
+from pathlib import Path
+
+from dmc import cli
+from dmc.commands import export, train
+from dmc.training.config import Config, keys
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTE = "<!-- Written by scripts/make_reference.py: edit the code, then run it again. -->"
+EXIT_CODES = (
+    "Exit codes: 0; 2 with one sentence on stderr for wrong use; 1 if a rank died, a training run broke off or a cell of a "
+    "frontier failed; `dmc train` has 75 when a signal stopped it with a checkpoint to resume from. The flag `--help` of each "
+    "command prints the same arguments."
+)
+API = (
+    "dmc.LLM", "dmc.SamplingParams", "dmc.functional", "dmc.cache.Policy", "dmc.cache.Entries", "dmc.cache.Codec",
+    "dmc.families.Family",
+)
+
+
+def main() -> None:
+    """Write all pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    for name, text in pages().items():
+        path = ROOT / "docs" / "reference" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+def pages() -> dict[str, str]:
+    """Text of each page of docs/reference by its file name."""
+    return {"configuration.md": configuration(), "cli.md": command_line(), "api.md": api()}
+
+
+def configuration() -> str:
+    """Every key of the configuration of training."""
+    parts = [
+        "# Configuration of training", NOTE,
+        "Every key of a recipe in `configs/`. On the command line a key is set as `section.key=value`, after the flags of "
+        "[`dmc train`](cli.md#dmc-train). An unknown key is an error that lists the known ones. More in "
+        "[training](../training.md).",
+    ]
+    for section, owner in typing.get_type_hints(Config).items():
+        parts += [f"## {section}", inspect.getdoc(owner)]
+        rows = [(f"`{section}.{name}`", f"`{kind}`", f"`{default}`", _text(text)) for name, kind, default, text in keys(owner)]
+        parts.append(_table(("key", "type", "default", "meaning"), rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def command_line() -> str:
+    """Every command of `dmc` with its arguments, as its parser has them."""
+    _, parsers = cli._parsers()
+    summaries = {name: entry[0] for name, entry in (cli.PROGRAMS | cli.COMMANDS).items()}
+    parsers |= {"train": train.make_parser(), "export": export.make_parser()}
+    parts = ["# Command line", NOTE, EXIT_CODES]
+    parts.append(_table(("command", ""), [(f"[`dmc {name}`](#dmc-{name})", text) for name, text in summaries.items()]))
+    shown: dict[tuple, str] = {}
+    for name, summary in summaries.items():
+        parts += [f"## dmc {name}", f"{summary[0].upper()}{summary[1:]}."]
+        positional, options, *groups = parsers[name]._action_groups
+        own = [*_arguments(positional), *_arguments(options)]
+        if own:
+            parts.append(_table(("argument", "meaning"), own))
+        for group in groups:
+            rows = _arguments(group)
+            first = shown.setdefault((group.title, *rows), name)  # several commands have the same flags of the cache
+            title = f"**{group.title[0].upper()}{group.title[1:]}**"
+            parts += [title, _table(("argument", "meaning"), rows)] if first == name else [f"{title}: [as above](#dmc-{first})."]
+    return "\n\n".join(parts) + "\n"
+
+
+def api() -> str:
+    """The public Python API; mkdocstrings fills in each object on the site.
+
+    Raises:
+        AttributeError: if an object is not there.
+    """
+    rows, parts = [], []
+    for name in API:
+        owner, _, last = name.rpartition(".")
+        found = getattr(importlib.import_module(owner), last, None) or importlib.import_module(name)
+        rows.append((f"`{name}`", inspect.getdoc(found).split("\n\n")[0].replace("\n", " ")))
+        parts.append(f"::: {name}")
+    intro = "The site shows the docstrings of these objects below. In the repository, read them in the code."
+    return "\n\n".join(["# Python API", NOTE, intro, _table(("object", ""), rows), *parts]) + "\n"
+
+
+def _arguments(group: argparse._ArgumentGroup) -> list[tuple[str, str]]:
+    """(how it is written, what it means) of each argument of a group, `--help` left out."""
+    rows = []
+    for action in group._group_actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+        if action.choices is not None:
+            value = f"{{{','.join(map(str, action.choices))}}}"
+        many = " ..." if action.nargs in ("*", "+") else ""
+        rows.append((f"`{' '.join([*action.option_strings[-1:], value]).strip()}{many}`", _text(action.help)))
+    return rows
+
+
+def _text(text: str | None) -> str:
+    """Help or a comment as Markdown: what would be markup is escaped, but code spans stay."""
+    spans = re.split(r"(`[^`]*`)", (text or "").replace("%%", "%"))
+    return "".join(span if span.startswith("`") else re.sub(r"([\\*_<])", r"\\\1", span) for span in spans)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    first, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, "|" + "---|" * len(head), *rest])
+
+
+if __name__ == "__main__":
+    main()
