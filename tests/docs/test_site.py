@@ -1,0 +1,100 @@
+"""The site: every page is in its navigation, links out of docs/ are rewritten, and it builds without a warning."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from scripts.site_hooks import rewrite
+from tests.docs.blocks import ROOT
+from tests.docs.checks import setup_arguments
+
+NEEDED = ("mkdocs", "material", "mkdocstrings")
+
+
+class Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml without what its tags ``!!python/...`` name."""
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+SITE = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
+
+
+def pages(nav):
+    """The pages of a navigation, in order."""
+    for entry in nav:
+        for value in entry.values():
+            yield from [value] if isinstance(value, str) else pages(value)
+
+
+def test_every_page_is_in_the_navigation_once():
+    there = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    assert sorted(pages(SITE["nav"])) == there
+
+
+def test_the_groups():
+    groups = [name for entry in SITE["nav"] for name in entry]
+    assert groups == ["Home", "Tutorials", "How-to", "Reference", "Explanation", "Results", "Glossary"]
+
+
+TEXT = """See [the recipe](../../configs/a.yaml),
+[`tests/x.py`](../../tests/x.py), [rooms](../../dmc#parts), [page](../method.md).
+
+```bash
+echo '[no](../../configs/a.yaml)'
+```
+
+`[code](../../configs/a.yaml)`, ![plot](../../p.png) and [away](https://x.y/../../z)."""
+
+
+@pytest.mark.parametrize(("address", "first"), [
+    (None, "See the recipe (`configs/a.yaml`),\n`tests/x.py`, rooms (`dmc`), [page](../method.md)."),
+    ("https://h.z/o/r/", "See [the recipe](https://h.z/o/r/blob/main/configs/a.yaml),\n[`tests/x.py`](https://h.z/o/r/blob/main/"
+     "tests/x.py), [rooms](https://h.z/o/r/tree/main/dmc#parts), [page](../method.md)."),
+])
+def test_links_out_of_docs(address, first):
+    done = rewrite(TEXT, "docs/results", address, ROOT)
+    assert done.split("\n\n", 1) == [first, TEXT.split("\n\n", 1)[1]]
+
+
+def test_a_link_out_of_the_repository_is_left_for_mkdocs_to_report():
+    assert rewrite("[x](../../y)", "docs", None, ROOT) == "[x](../../y)"
+
+
+def test_no_address_is_made_up():
+    """There is no public repository yet; see mkdocs.yml."""
+    assert SITE["repo_url"] is None
+
+
+def test_what_builds_the_site_is_pinned():
+    pinned = dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints-docs.txt").read_text(), re.MULTILINE))
+    asked = [Requirement(line) for line in setup_arguments()["extras_require"]["docs"]]
+    assert asked and all(one.specifier.contains(pinned[one.name]) for one in asked)
+    both = set(pinned) & set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert both == set()
+
+
+@pytest.mark.slow
+def test_it_builds_without_a_warning(tmp_path):
+    """With this Python, or with that of a virtual environment that DMC_DOCS_PYTHON names."""
+    python = os.environ.get("DMC_DOCS_PYTHON", sys.executable)
+    if python == sys.executable and not all(map(importlib.util.find_spec, NEEDED)):
+        pytest.skip("mkdocs is not installed: pip install -c constraints.txt -c constraints-docs.txt -e '.[docs]'")
+    done = subprocess.run(
+        [python, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    assert {page.replace(".md", ".html") for page in pages(SITE["nav"])} <= built
+    text = (tmp_path / "site" / "reference" / "api.html").read_text()
+    assert 'id="dmc.cache.policies.base.Policy.keep"' in text
+    assert 'class="mermaid"' in (tmp_path / "site" / "explanation" / "merge-or-evict.html").read_text()
+    for page in (tmp_path / "site").rglob("*.html"):  # links and pictures lead to files of the site
+        for target in re.findall(r'(?:href|src)="([^"#?:]+)(?:#[^"]*)?"', page.read_text()):
+            assert page.name == "404.html" or (page.parent / target).exists(), f"{page.name}: {target}"
