@@ -57,7 +57,10 @@ def configuration() -> str:
     ]
     for section, owner in typing.get_type_hints(Config).items():
         parts += [f"## {section}", inspect.getdoc(owner)]
-        rows = [(f"`{section}.{name}`", f"`{kind}`", f"`{default}`", _text(text)) for name, kind, default, text in keys(owner)]
+        rows = [
+            (f"`{section}.{name}`", kind.replace(" | ", " or "), f"`{default}`", _text(text))
+            for name, kind, default, text in keys(owner)
+        ]
         parts.append(_table(("key", "type", "default", "meaning"), rows))
     return "\n\n".join(parts) + "\n"
 
