@@ -10,7 +10,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from scripts.site_hooks import rewrite
+from scripts.site_hooks import lists, rewrite
 from tests.docs.blocks import ROOT
 from tests.docs.checks import setup_arguments
 
@@ -64,6 +64,18 @@ def test_links_out_of_docs(address, first):
 
 def test_a_link_out_of_the_repository_is_left_for_mkdocs_to_report():
     assert rewrite("[x](../../y)", "docs", None, ROOT) == "[x](../../y)"
+
+
+@pytest.mark.parametrize(("text", "made"), [
+    ("words\n- a\n  b\n- c", "words\n\n- a\n    b\n- c"),
+    ("- a\n  - b\n    c\n- d\n\nwords", "- a\n    - b\n        c\n- d\n\nwords"),
+    ("1. a\n\n   | t |\n   |---|\n   words\n2. b", "1. a\n\n    | t |\n    |---|\n    words\n\n2. b"),
+    ("- a\n\n  ```x\n  - y\n    z\n  ```\n# h", "- a\n\n    ```x\n    - y\n      z\n    ```\n# h"),
+    ("```x\nw\n- y\n  - z\n```\n\n    code - x", "```x\nw\n- y\n  - z\n```\n\n    code - x"),
+    ("- a\nlazy\n\n  - b", "- a\n    lazy\n\n    - b"),
+])
+def test_lists(text, made):
+    assert lists(text) == made
 
 
 def test_no_address_is_made_up():
