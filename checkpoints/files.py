@@ -119,7 +119,7 @@ def parse_size(text: str) -> int:
     unit = (found and found[2] or "").lower()
     size = int(float(found[1]) * (1024 if "i" in unit else 1000) ** " kmgt".index(unit[:1] or " ")) if found else 0
     if size < 1:
-        raise ValueError(f"{text!r} is no size: give bytes or a number with a unit, as in 4GB or 500MB")
+        raise ValueError(f"{text!r} is not a size: give bytes or a number with a unit, as in 4GB or 500MB")
     return size
 
 
@@ -149,7 +149,7 @@ def _indexed(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights ({type(error).__name__}: {error}): fetch it again") from None
+        raise ValueError(f"{index} is not an index of weights ({type(error).__name__}: {error}): fetch it again") from None
 
 
 def _no_weights(directory: Path) -> str:

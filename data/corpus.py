@@ -94,7 +94,7 @@ def read_meta(directory: str | Path) -> dict:
     path = Path(directory) / "meta.json"
     if not path.is_file():
         raise ValueError(
-            f"{directory} is no prepared corpus: it has no meta.json; make one with scripts/prepare_data.py"
+            f"{directory} is not a prepared corpus: it has no meta.json; make one with scripts/prepare_data.py"
         )
     try:
         meta = json.loads(path.read_text())

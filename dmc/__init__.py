@@ -9,7 +9,7 @@ _MODULES = ("cache", "engine", "functional", "model")
 
 
 def __getattr__(name: str) -> object:
-    """The names that users call, from the rooms that define them."""
+    """Lazily import the public API."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     if name in _MODULES:

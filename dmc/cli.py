@@ -9,9 +9,8 @@
     dmc calibrate DIR --text text.txt --out eigen.safetensors
     dmc frontier --out runs/frontier
 
-Wrong use ends with one sentence on stderr and exit code 2, a rank that died with exit code 1. A command is a line in
-`COMMANDS`: its help, a function that adds its flags to a parser, and one that runs it. A command of `PROGRAMS` parses its
-arguments itself.
+Wrong usage gives one sentence on stderr and exit code 2; a dead rank gives exit code 1. A command is a line in `COMMANDS`: its
+help, a function that adds its flags to a parser, and one that runs it. A command of `PROGRAMS` parses its arguments itself.
 """
 
 from __future__ import annotations
@@ -94,15 +93,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_prompts(parser)
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, default=128, help="generated at most (128)")
-    sampling.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="likeliest tokens up to this probability (1.0)")
-    sampling.add_argument("--top-k", type=int, default=0, help="so many likeliest tokens (0: all)")
-    sampling.add_argument("--min-p", type=float, default=0.0, help="tokens at least this share as likely as the likeliest (0)")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what was there gets unlikely (1)")
+    sampling.add_argument("--max-tokens", type=int, default=128, help="maximum number of generated tokens (128)")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token (1.0)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="most likely tokens up to this total probability (1.0)")
+    sampling.add_argument("--top-k", type=int, default=0, help="number of most likely tokens to sample from (0: all)")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="minimum probability, relative to the most likely token (0)")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeated tokens become less likely (1)")
     sampling.add_argument("--n", type=int, default=1, help="completions of each prompt (1)")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the output; may repeat")
-    sampling.add_argument("--seed", type=int, help="of the draws (a new one each time)")
+    sampling.add_argument("--seed", type=int, help="random seed of the sampler (a new one each time)")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -140,17 +139,17 @@ def _figures(stats: Stats) -> str:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="to listen on (127.0.0.1: this machine only)")
-    server.add_argument("--port", type=int, default=8000, help="to listen on (8000; 0 takes a free one)")
-    server.add_argument("--name", help="of the model, as requests name it (the directory's)")
-    server.add_argument("--api-key", help="asked for everywhere but at /health (DMC_API_KEY of the environment, or none)")
-    server.add_argument("--max-waiting", type=int, default=256, help="sequences that may wait; more get 429 (256)")
-    server.add_argument("--default-max-tokens", type=int, default=512, help="of chat requests that do not say (512)")
-    server.add_argument("--max-body", type=memory, default=1 << 20, metavar="BYTES", help="of a request (1MiB)")
-    server.add_argument("--head-timeout", type=float, default=20.0, help="seconds until a request's head must be there (20)")
-    server.add_argument("--body-timeout", type=float, default=30.0, help="seconds until a request's body must be there (30)")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    server.add_argument("--port", type=int, default=8000, help="port to listen on (8000; 0: a free one)")
+    server.add_argument("--name", help="name of the model in requests (the directory's)")
+    server.add_argument("--api-key", help="key required by every route but /health (DMC_API_KEY of the environment, or none)")
+    server.add_argument("--max-waiting", type=int, default=256, help="maximum of queued sequences; more get 429 (256)")
+    server.add_argument("--default-max-tokens", type=int, default=512, help="max_tokens of chat requests that give none (512)")
+    server.add_argument("--max-body", type=memory, default=1 << 20, metavar="BYTES", help="maximum size of a request body (1MiB)")
+    server.add_argument("--head-timeout", type=float, default=20.0, help="seconds to receive the request headers (20)")
+    server.add_argument("--body-timeout", type=float, default=30.0, help="seconds to receive the request body (30)")
     server.add_argument("--drain-timeout", type=float, default=30.0, help="seconds for running requests after SIGTERM (30)")
-    server.add_argument("--stall-timeout", type=float, default=60.0, help="seconds without a step until /health is 503 (60)")
+    server.add_argument("--stall-timeout", type=float, default=60.0, help="seconds without a step until /health returns 503 (60)")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -165,7 +164,7 @@ def _serve(options: argparse.Namespace) -> int:
         api_key=options.api_key or os.environ.get("DMC_API_KEY") or None,
         **{name: getattr(options, name) for name in fields},
     )
-    logs.start()  # also of what is said while the model is loaded
+    logs.start()  # also for messages while the model is loaded
     return serve(load(options), settings)
 
 
@@ -177,14 +176,14 @@ COMMANDS = {
     "generate": ("continue a text from a compressed cache", _add_generate, _generate),
     "serve": ("answer OpenAI's HTTP interface from a compressed cache", _add_serve, _serve),
     "eval": ("perplexity, needle retrieval and tasks through a compressed cache", evaluate.add, evaluate.run),
-    "calibrate": ("find the bases of the eigen codec on a text", calibrate.add, calibrate.run),
-    "inspect": ("say what a compressed cache holds of a text, per layer and head", inspect.add, inspect.run),
+    "calibrate": ("compute the bases of the eigen codec, or fitted decisions, on a text", calibrate.add, calibrate.run),
+    "inspect": ("show what a compressed cache holds for a text, per layer and head", inspect.add, inspect.run),
     "frontier": ("measure policies x codecs x budgets on one text: table, plot and report", frontier.add, frontier.run),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage text."""
+    """Reports errors in one sentence, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)

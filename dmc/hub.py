@@ -60,7 +60,7 @@ def check_name(repository: str) -> None:
     """
     found = _NAME.fullmatch(repository)
     if not found or found[2]:
-        raise ValueError(f"{repository!r} is no name on the Hub: it is org/name")
+        raise ValueError(f"{repository!r} is not a name on the Hub: names have the form org/name")
 
 
 def push(directory: str | Path, repository: str, *, private: bool) -> str:

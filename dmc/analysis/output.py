@@ -20,9 +20,9 @@ def check_free(directory: str | Path) -> None:
     """
     path = Path(directory).absolute()
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent} is no directory that can be written to: give another --out")
+        raise ValueError(f"{path.parent} is not a writable directory: give another --out")
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / REPORT).is_file())):
-        raise ValueError(f"{path} exists and is no report of dmc inspect: give another --out, or remove it")
+        raise ValueError(f"{path} exists and is not a report of dmc inspect: give another --out, or remove it")
 
 
 @contextmanager

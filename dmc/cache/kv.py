@@ -248,7 +248,7 @@ class KVCache:
         """Pages that can be taken without growing the pool; after a step this waits for the device, once.
 
         Raises:
-            RuntimeError: if a step found no room for its entries though it was counted; the cache is lost.
+            RuntimeError: if the page reservation of a step was too small (an internal error); the KV cache is invalid.
         """
         return self.rows.pool.free
 

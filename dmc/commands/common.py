@@ -1,4 +1,4 @@
-"""Flags that several commands have in common, and what they stand for."""
+"""Flags shared by several commands, and their conversion to settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CODEC_FLAGS = ("bits", "backbone", "group", "rank", "outliers")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The flags of whatever loads a model into a cache."""
+    """Add the flags of commands that load a model into a cache."""
     parser.add_argument("directory", metavar="DIR",
                         help="directory of a model or of an export of this project, or its name on the Hub: org/name[@revision]")
     cache = parser.add_argument_group("cache")
@@ -28,7 +28,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                             "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens "
                             "instead; gate: fitted decisions (:decisions=FILE,target_cr=3,length=1024, and merge=true,power=1 "
                             "to merge)")
-    cache.add_argument("--decisions", metavar="FILE", help="of dmc calibrate --decisions, for --policy gate")
+    cache.add_argument("--decisions", metavar="FILE", help="output file of dmc calibrate --decisions, for --policy gate")
     cache.add_argument("--target-cr", type=float, metavar="CR",
                        help="tokens / entries, for --policy gate, at its setting length: by default that of the sequences "
                             "which the decisions were fitted on; longer texts reach a higher CR")
@@ -47,24 +47,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--rank", type=int, help="gear: of the low-rank part (4); svd: of the factors (16)")
     cache.add_argument("--outliers", type=float, help="gear: share of each vector kept in 16 bits (0.02)")
     cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
-    cache.add_argument("--sink-tokens", type=int, help="first entries that stay exact (4 for lossy codecs, else 0)")
-    cache.add_argument("--window", type=int, help="newest entries that always stay exact (the codec's own: 0; kivi 96)")
-    cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16, of entries outside encoded pages, and of dense ones")
+    cache.add_argument("--sink-tokens", type=int, help="first entries that stay in full precision (4 for lossy codecs, else 0)")
+    cache.add_argument("--window", type=int, help="newest entries that stay in full precision (the codec's own: 0; kivi 96)")
+    cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16: dtype of entries outside encoded pages, and of dense ones")
     cache.add_argument("--kv-memory", type=_pool_memory, default=AUTO, metavar="BYTES",
-                       help="of the page pool, such as 512MiB (auto: of a GPU 90 %% of what is free once the model is loaded; of "
-                            "a CPU's RAM half of what is available then, at most 16 GiB, taken as it is needed)")
+                       help="size of the page pool, such as 512MiB (auto: on a GPU 90 %% of the memory that is free after "
+                            "loading the model; on a CPU half of the available RAM, at most 16 GiB, allocated as needed)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--max-batch", type=int, default=16, help="sequences that run at a time (16)")
-    machine.add_argument("--prefill-tokens", type=int, default=512, help="of prompts in one step, at most (512)")
+    machine.add_argument("--max-batch", type=int, default=16, help="maximum number of running sequences (16)")
+    machine.add_argument("--prefill-tokens", type=int, default=512, help="maximum number of prompt tokens in one step (512)")
     machine.add_argument("--device", default="auto", help="cpu, cuda:0, ... (a GPU if there is one)")
-    machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks: processes, or GPUs, that share the "
-                         "heads and weights (1); --kv-memory is that of each")
-    machine.add_argument("--rank-timeout", type=float, default=120.0, help="seconds until a rank that hangs is given up (120)")
+    machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="number of ranks (processes, or GPUs) "
+                         "that share the heads and weights (1); --kv-memory is per rank")
+    machine.add_argument("--rank-timeout", type=float, default=120.0, help="seconds until a hanging rank counts as failed (120)")
     machine.add_argument("--dtype", default="auto", help="fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)")
 
 
 def load(options: argparse.Namespace) -> LLM:
-    """The model and cache that the flags of `add_model` ask for."""
+    """Load the model and cache that the flags of `add_model` describe."""
     from dmc.engine import LLM  # torch: not needed for --help
 
     policy, settings = named(options.policy) if options.policy else (None, None)
@@ -80,20 +80,20 @@ def load(options: argparse.Namespace) -> LLM:
 
 
 def codec_choice(options: argparse.Namespace) -> tuple[str, dict[str, float | int | str]]:
-    """Name and settings of the codec that the flags of `add_model` give."""
+    """Return the name and settings of the codec that the flags of `add_model` select."""
     name, own = named(options.codec)
     return name, own | {flag: value for flag in _CODEC_FLAGS if (value := getattr(options, flag)) is not None}
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """The flags of whatever takes texts."""
+    """Add the flags of commands that take texts."""
     text = parser.add_argument_group("prompts (at least one; several run as a batch)")
     text.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may repeat")
     text.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="file to continue; - is stdin")
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The texts that the flags of `add_prompts` give.
+    """Return the texts that the flags of `add_prompts` give.
 
     Raises:
         ValueError: if there is none, or a file cannot be read as UTF-8.
@@ -119,7 +119,7 @@ def memory(text: str) -> int:
     number = text.rstrip("KMGiB")
     unit = text[len(number) :]
     if not number.isdigit() or unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with {', '.join(_UNITS)[2:]}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes, or a number with {', '.join(_UNITS)[2:]}")
     return int(number) * _UNITS[unit]
 
 

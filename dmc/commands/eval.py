@@ -29,9 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_needle(parser)
     _add_tasks(parser)
     out = parser.add_argument_group("all")
-    out.add_argument("--seed", type=int, default=0, help="of needles, few-shot examples and sampling (0)")
+    out.add_argument("--seed", type=int, default=0, help="seed of needles, few-shot examples and sampling (0)")
     out.add_argument("--json", metavar="OUT", help="file for all figures, with hashes, commit, versions and settings")
-    out.add_argument("--no-progress", action="store_true", help="no bars (there are none anyway if stderr is no terminal)")
+    out.add_argument("--no-progress", action="store_true", help="no progress bars (off anyway if stderr is not a terminal)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -90,12 +90,12 @@ def _check(options: argparse.Namespace) -> None:
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("perplexity, and KL to the uncompressed model")
-    text.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8 texts, each by itself")
-    text.add_argument("--prompt-tokens", type=int, default=256, help="of each window, prefilled (256)")
-    text.add_argument("--scored-tokens", type=int, default=256, help="after them, fed one by one (256)")
-    text.add_argument("--windows", type=int, default=8, help="spread evenly over each text (8)")
-    text.add_argument("--base", metavar="DIR", help="the uncompressed model: what DIR was retrofitted from (DIR, if it is plain)")
-    text.add_argument("--references", metavar="DIR", help="where its predictions are kept (~/.cache/dmc/references)")
+    text.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8 texts, measured separately")
+    text.add_argument("--prompt-tokens", type=int, default=256, help="prefilled tokens of each window (256)")
+    text.add_argument("--scored-tokens", type=int, default=256, help="scored tokens after them, fed one by one (256)")
+    text.add_argument("--windows", type=int, default=8, help="number of windows, evenly spaced over each text (8)")
+    text.add_argument("--base", metavar="DIR", help="the uncompressed model that DIR was retrofitted from (DIR, if it is plain)")
+    text.add_argument("--references", metavar="DIR", help="cache of its predictions (~/.cache/dmc/references)")
 
 
 def _references(options: argparse.Namespace) -> list[tuple[str, Windows, Reference | None]]:
@@ -153,9 +153,9 @@ def _add_needle(parser: argparse.ArgumentParser) -> None:
                      help="UTF-8 texts (the Python standard library's prose)")
     hay.add_argument("--kinds", type=_list(str), default=("passkey", "fact"), help="passkey,fact (default), constant")
     hay.add_argument("--lengths", type=_list(int), default=(256, 512, 1024), help="tokens of the prompts (256,512,1024)")
-    hay.add_argument("--depths", type=_list(float), default=(0, 25, 50, 75, 100), help="of the needle in %% (0,25,50,75,100)")
+    hay.add_argument("--depths", type=_list(float), default=(0, 25, 50, 75, 100), help="needle depths in %% (0,25,50,75,100)")
     hay.add_argument("--trials", type=int, default=4, help="prompts of each kind, length and depth (4)")
-    hay.add_argument("--choices", type=int, default=10, help="answers that are compared, the right one among them (10)")
+    hay.add_argument("--choices", type=int, default=10, help="number of answers compared, including the right one (10)")
     hay.add_argument("--plot", metavar="PNG", help="file for a heat map")
 
 
@@ -187,15 +187,15 @@ def _needle(options: argparse.Namespace, llm: LLM) -> dict:
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install -e '.[eval]')")
-    tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="its names, or those of --task-dir")
-    tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (all that are usual)")
-    tasks.add_argument("--task-dir", metavar="DIR", help="task files of your own (YAML; data paths relative to DIR)")
-    tasks.add_argument("--limit", type=int, metavar="N", help="first examples of each task only")
-    tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (as the task says)")
+    tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="names of the harness, or of --task-dir")
+    tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (the usual ones)")
+    tasks.add_argument("--task-dir", metavar="DIR", help="your own task files (YAML; data paths relative to DIR)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="use only the first N examples of each task")
+    tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (the task's default)")
     tasks.add_argument("--apply-chat-template", "--apply_chat_template", nargs="?", const=True, default=False, metavar="NAME",
-                       help="prompts in the tokenizer's chat template, or in that of several which has this NAME")
-    tasks.add_argument("--system-instruction", "--system_instruction", metavar="TEXT", help="before each prompt")
-    tasks.add_argument("--allow-code", action="store_true", help="let tasks run code that the model wrote, on this machine")
+                       help="format prompts with the tokenizer's chat template (the one called NAME, if it has several)")
+    tasks.add_argument("--system-instruction", "--system_instruction", metavar="TEXT", help="system message before each prompt")
+    tasks.add_argument("--allow-code", action="store_true", help="let tasks execute code of the model on this machine")
 
 
 def _tasks(options: argparse.Namespace, llm: LLM) -> dict:
@@ -250,5 +250,5 @@ def _list(kind: type) -> Callable[[str], tuple]:
         try:
             return tuple(kind(part.strip()) for part in text.split(","))
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,2") from error
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 1,2") from error
     return parse

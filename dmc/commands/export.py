@@ -31,10 +31,10 @@ def make_parser(program: str = "dmc export") -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="directory of a training checkpoint")
     parser.add_argument("out", help="directory to create; must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in training)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in training)")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload OUT to this repository of the Hugging Face Hub as well")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a repository that is made is private")
-    parser.add_argument("--max-shard-size", default=str(SHARD_BYTES), help="of one file of weights, as in 4GB (4GB)")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: create the repository as private")
+    parser.add_argument("--max-shard-size", default=str(SHARD_BYTES), help="maximum size of one weights file, as in 4GB (4GB)")
     return parser
 
 

@@ -27,17 +27,17 @@ _PICTURE = "frontier.png"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured; each field is a key of the config file and a flag.
+    """The grid to measure; each field is a key of the config file and a flag.
 
     Attributes:
         base: directory of the uncompressed model.
-        models: directories of others beside it: retrofits of it, or the base after GQA up-training.
-        text: a UTF-8 file; "stdlib": the standard library's pages that training holds out.
+        models: directories of other models: retrofits of it, or the base after GQA up-training.
+        text: a UTF-8 file; "stdlib": the standard library's held-out pages.
         prompt, scored, windows: tokens of each window that are prefilled and scored, and how many windows.
-        policies, codecs: NAME[:SETTING=VALUE,...]; none: what is registered and makes sense.
+        policies, codecs: NAME[:SETTING=VALUE,...]; none: the registered ones that fit.
         budgets: of evicting policies, shares of the tokens.
         max_entries: hard budgets of policies with a window of recent tokens, each next to no bound; none: no bound alone.
-        device, dtype: as those of `dmc generate`.
+        device, dtype: as in `dmc generate`.
     """
 
     base: str = "checkpoints/base"
@@ -57,15 +57,15 @@ class Plan:
 _HELP = {
     "base": "the uncompressed model (checkpoints/base)",
     "models": "other models, compared with the base: retrofits of it, or the base after GQA up-training",
-    "text": "UTF-8 file; stdlib (default): the standard library's pages that training holds out",
+    "text": "UTF-8 file; stdlib (default): the standard library's held-out pages",
     "prompt": "tokens of a window that are prefilled (960)",
     "scored": "tokens of a window that are fed one by one and scored (64)",
-    "windows": "of the text (8)",
-    "policies": "such as full h2o streaming:sinks=4,recent=252 (all that are registered)",
-    "codecs": "such as int8 gear-4bit tcq:bits=2,page_size=32; also takes page_size, sink_tokens, window, exact_dtype (all that "
-              "are registered)",
+    "windows": "number of windows of the text (8)",
+    "policies": "such as full h2o streaming:sinks=4,recent=252 (all registered ones)",
+    "codecs": "such as int8 gear-4bit tcq:bits=2,page_size=32; also takes page_size, sink_tokens, window, exact_dtype (all "
+              "registered ones)",
     "budgets": "shares of the tokens that evicting policies keep (1/2 1/4 1/8 1/16)",
-    "max_entries": "hard budgets of late merging, dms and gate: entries of each head behind the window, at most (no bound)",
+    "max_entries": "hard budgets of late merging, dms and gate: maximum of entries per head behind the window (no bound)",
     "device": "cpu, cuda:0, ... (a GPU if there is one)",
     "dtype": "fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)",
 }
@@ -76,7 +76,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", type=Path,
                         help="YAML file with the settings below, which flags override")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True,
-                        help="results.jsonl, report.md and frontier.png; what is in results.jsonl is not measured again")
+                        help="results.jsonl, report.md and frontier.png; rows of results.jsonl are not measured again")
     for field in fields(Plan):
         many = isinstance(field.default, tuple)
         kind = int if isinstance(field.default, int) else str
@@ -156,7 +156,7 @@ def _share(text: str) -> float:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"budget {text!r} is no share of the tokens: write it as 1/4 or 0.25") from None
+        raise ValueError(f"budget {text!r} is not a share of the tokens: write it as 1/4 or 0.25") from None
 
 
 def _count(text: str) -> int:

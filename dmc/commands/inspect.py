@@ -21,18 +21,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Its flags."""
     add_model(parser)
     add_prompts(parser)
-    parser.add_argument("--max-tokens", type=int, default=1, help="generated greedily after the text or window (1)")
+    parser.add_argument("--max-tokens", type=int, default=1, help="tokens generated greedily after the text or window (1)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     report = parser.add_argument_group("report (--out: ranks, attention, compression and segments of every layer and head)")
     report.add_argument("--out", metavar="REPORT", help="directory to write: report.html, inspect.json, PNGs")
-    report.add_argument("--windows", type=int, default=4, help="pieces of the texts that are measured, spread evenly (4)")
-    report.add_argument("--window-tokens", type=int, default=1024, help="of each piece (1024)")
-    report.add_argument("--attention-tokens", type=int, default=512, help="first ones of a window for attention's rank (512)")
+    report.add_argument("--windows", type=int, default=4, help="number of windows of the texts, evenly spaced (4)")
+    report.add_argument("--window-tokens", type=int, default=1024, help="tokens per window (1024)")
+    report.add_argument("--attention-tokens", type=int, default=512, help="first tokens of a window for attention's rank (512)")
     report.add_argument("--recommend", action="store_true",
-                        help="divide the bytes of --codec among the layers by what each loses: layers.json, for --codec-layers")
+                        help="divide the bytes of --codec among the layers by loss; writes layers.json, for --codec-layers")
     report.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUE,...",
-                        help="of the codec, measured in each layer (key_bits and value_bits, one less and more); may repeat")
-    report.add_argument("--precision", default="fp64", help="of the singular values: fp64 (default) or fp32")
+                        help="setting and values to measure per layer (key_bits and value_bits, one less and more); may repeat")
+    report.add_argument("--precision", default="fp64", help="precision of the singular values: fp64 (default) or fp32")
 
 
 def run(options: argparse.Namespace) -> None:

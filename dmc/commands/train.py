@@ -4,11 +4,11 @@
     torchrun train.py --model DIR --target-cr 4 data.text=my.txt # any directory of a known family (docs/families.md)
     torchrun train.py --method dms --target-cr 4                 # eviction (DMS) instead of merging (DMC)
     torchrun train.py --config configs/quickstart.yaml           # a recipe
-    torchrun train.py --config R.yaml run.resume=auto            # go on where it stopped
+    torchrun train.py --config R.yaml run.resume=auto            # continue a stopped run
     dmc train ...                                                # the same, one process; so is python train.py
     dmc train --config R.yaml --dry-run --world 32               # the plan: layout, memory, time, one small step
 
-Anything of the configuration is set as section.key=value after the flags.
+Any configuration key is set as section.key=value after the flags.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dmc.training.schedule import Schedule
 from dmc.training.signals import Stopped
 from dmc.training.trainer import Trainer
 
-STOPPED = "stopped"  # in run.output: a signal ended the run, which a job script sees and requeues itself
+STOPPED = "stopped"  # file in run.output: a signal ended the run; a job script checks it and requeues
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,10 +80,10 @@ def parse(argv: list[str]) -> Config:
 
 
 def build(config: Config) -> Trainer:
-    """Everything of a run, wired together.
+    """Build the trainer and everything that it uses.
 
     Raises:
-        ValueError: one sentence, for anything that the user can mend.
+        ValueError: one sentence, for every error that the user can fix.
     """
     model = hub.located(config.run.model)
     hf = read_shape(model)
@@ -150,7 +150,7 @@ def build(config: Config) -> Trainer:
 
 
 def dry_run(config: Config) -> None:
-    """Print what the run would be, and try a step of a shrunken model in its layout; writes nothing, loads no weights.
+    """Print the plan of the run and try one step of a shrunken model in its layout; write nothing, load no weights.
 
     Raises:
         ValueError: one sentence, for anything that would stop the run.
@@ -170,10 +170,10 @@ def dry_run(config: Config) -> None:
 
 
 def check_length(config: Config, hf: ModelShape) -> None:
-    """Refuse sequences that the model's positions do not cover.
+    """Reject sequences longer than the model's positions.
 
     Raises:
-        ValueError: naming both lengths, and why, where it is not max_position_embeddings that ends them.
+        ValueError: naming both lengths, and the reason if the limit is not max_position_embeddings.
     """
     length, longest = config.data.sequence_length, hf.max_position_embeddings
     if length > longest:
@@ -192,18 +192,18 @@ def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | No
     found = checkpoints.newest()
     started = checkpoints.directory.is_dir() and any(checkpoints.directory.iterdir())
     if found is None and started and not config.run.overwrite:
-        raise ValueError(f"{checkpoints.directory} holds only incomplete or damaged checkpoints: run.overwrite=true starts anew")
+        raise ValueError(f"{checkpoints.directory} holds only incomplete or damaged checkpoints: run.overwrite=true starts again")
     return found
 
 
 def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> None:
-    """Make the run's directory; refuse one that holds another run."""
+    """Create the run's directory; reject a directory that holds another run."""
     failure: list[str | None] = [None]
     if rank == 0:
         if (output / "config.json").exists() and not resume:
             if config.run.overwrite:
                 shutil.rmtree(output)
-            elif config.run.resume == "auto":  # it ended before its first checkpoint: its steps come again
+            elif config.run.resume == "auto":  # the run ended before its first checkpoint: its steps are repeated
                 (output / "metrics.jsonl").unlink(missing_ok=True)
             else:
                 failure[0] = (
@@ -223,9 +223,8 @@ def prepare_output(output: Path, config: Config, *, resume: bool, rank: int) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments (those of the process if None), build, train.
 
-    Exit codes: 0 when the run is complete, 75 when a signal stopped it with a resume point, 2 and one sentence for
-    what the user can mend (a full disk among it), 1 and one sentence for a run that broke off (diverged, another
-    rank gone).
+    Exit codes: 0 when the run is complete; 75 when a signal stopped it and a checkpoint was saved; 2 with one sentence for
+    errors that the user can fix, including a full disk; 1 with one sentence for an aborted run (diverged, another rank died).
     """
     try:
         with peers.reported():
@@ -253,6 +252,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def leave() -> None:
-    """The ranks part."""
+    """Stop the watch over the other ranks and destroy the process group."""
     peers.close()
     torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
-"""One rank of a tensor-parallel model: its heads' part of the model and of the cache, and what it is told to do with them.
+"""One rank of a tensor-parallel model: its heads' part of the model and of the cache, and the commands that it runs on them.
 
-Rank 0 schedules, samples and speaks to clients. The others know no sequences, only slots, prompts and the order of what
-they are told, which is the same everywhere; so slots have the same numbers on all ranks. `main` is
+Rank 0 schedules, samples and handles requests. The other ranks know no sequences, only slots, prompts and commands. All ranks
+receive the same commands in the same order, so slots have the same numbers everywhere. `main` is
 such a rank as a program of its own, which `dmc.engine.parallel` starts.
 """
 
@@ -31,7 +31,7 @@ KEY = "DMC_RANK_KEY"  # of the environment
 
 @dataclass(frozen=True)
 class State:
-    """Of a rank's page pool and codec, sent with every reply.
+    """State of a rank's page pool and codec, sent with every reply.
 
     Attributes:
         free, used, capacity: pages.
@@ -47,11 +47,11 @@ class State:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a rank answers.
+    """Reply of a rank to a command.
 
     Attributes:
-        value: of the method.
-        short: whether the pool had too few pages; nothing was changed then.
+        value: return value of the method.
+        short: True if the pool had too few pages; then nothing was changed.
         state: afterwards.
     """
 
@@ -212,9 +212,9 @@ def own_device(kind: str, local_rank: int) -> torch.device:
 
 
 def work(store: dist.Store, address: tuple[str, int], key: bytes, rank: int, ranks: int, local_rank: int) -> int:
-    """Is a rank until rank 0 ends → the exit code.
+    """Run as a rank until rank 0 exits, and return the exit code.
 
-    SIGINT and SIGTERM are left to rank 0: it drains, and then says when it is over.
+    SIGINT and SIGTERM are ignored: rank 0 drains and then stops this rank.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

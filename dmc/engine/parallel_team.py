@@ -1,7 +1,7 @@
-"""Rank 0's hold of all ranks: it tells them what to do, over a link to each, and hears what came of it.
+"""Rank-0 controller: sends commands to workers and collects their replies, over one link per worker.
 
-Commands go over plain connections, so that an idle rank waits without a timeout and a dead one is noticed by its closed
-connection. Tensors go over torch.distributed (`dmc.model.group`).
+Commands go over plain connections, so that an idle rank waits without a timeout and a closed connection shows that a rank is
+dead. Tensors go over torch.distributed (`dmc.model.group`).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ class RankFailed(RuntimeError):
 
 
 class Team:
-    """Rank 0's hold of all ranks, itself included. One thread at a time may use it.
+    """Controller of all ranks, including rank 0 itself. Only one thread at a time may use it.
 
     Args:
-        own: what rank 0 does itself.
-        links: to the other ranks, in their order.
-        children: their processes, where rank 0 has started them.
-        timeout: seconds that an answer may take.
+        own: rank 0's own part of the model and the cache.
+        links: connections to the other ranks, in their order.
+        children: the processes of the other ranks, if rank 0 started them.
+        timeout: maximum seconds until a reply.
     """
 
     def __init__(self, own: Rank, links: list[Connection], children: list[subprocess.Popen], timeout: float) -> None:
         self.own, self.ranks, self.states = own, len(links) + 1, []
-        self.forgotten: deque[int] = deque()  # numbers of prompts and swapped sequences that nobody needs any more
+        self.forgotten: deque[int] = deque()  # numbers of prompts and swapped sequences to delete
         self._links, self._children, self._timeout = links, children, timeout
         self._failure: str | None = None
         self._end = weakref.finalize(self, end, links, children)
         self._collect(own.execute("nothing", (), ()), START_SECONDS)
 
     def call(self, name: str, *arguments: object) -> list[Reply]:
-        """Has every rank run a command of `Rank` → their replies, rank 0's first.
+        """Run a method of `Rank` on every rank and return the replies, rank 0's first.
 
         Raises:
-            RankFailed: if a rank cannot, has gone, or does not answer in time. So does every later call.
+            RankFailed: if a rank fails, has exited, or does not reply in time. Every later call raises it too.
         """
         if self._failure:
             raise RankFailed(self._failure)
@@ -56,23 +56,23 @@ class Team:
             return self._collect(self.own.execute(name, arguments, forgotten), self._timeout)
         except BaseException as error:
             failed = self._failed(error)
-            if not isinstance(error, Exception):  # Ctrl-C: the ranks are ended, and it stays what it is
+            if not isinstance(error, Exception):  # stop the workers, then re-raise KeyboardInterrupt
                 raise
             raise failed from error
 
     def check(self) -> None:
-        """Notices, while nothing is computed, that a rank has gone.
+        """Check between commands whether a rank has exited.
 
         Raises:
             RankFailed: if so.
         """
         if self._failure:
             raise RankFailed(self._failure)
-        if any(link.poll() for link in self._links):  # nothing was asked, so this is an end or an error
+        if any(link.poll() for link in self._links):  # no command is pending, so this is an exit or an error
             raise self._failed(EOFError())
 
     def close(self) -> None:
-        """Lets the other ranks end; more than once does no harm."""
+        """Stop the other ranks. Idempotent."""
         self._failure = self._failure or "the model was closed"
         self._end()
 
@@ -89,7 +89,7 @@ class Team:
         return replies
 
     def _failed(self, error: BaseException) -> RankFailed:
-        """Finds out which rank failed first, and ends the others: they could only wait."""
+        """Find the rank that failed first and stop the others, which would only wait."""
         if isinstance(error, RankFailed):
             self._failure = str(error)
         else:
@@ -101,7 +101,7 @@ class Team:
 
 
 def last_words(links: list[Connection], children: list[subprocess.Popen]) -> str | None:
-    """Which rank failed, and why, if one says so or has ended."""
+    """Name the rank that failed, with its reason; None if no rank reported an error or exited."""
     end = time.monotonic() + _LAST_WORDS
     while time.monotonic() < end:
         for rank, link in enumerate(links, 1):
@@ -120,13 +120,13 @@ def last_words(links: list[Connection], children: list[subprocess.Popen]) -> str
 
 
 def ended(rank: int, child: subprocess.Popen) -> str:
-    """How the process of a rank ended."""
+    """Describe how the process of a rank ended."""
     code = child.returncode
     return f"rank {rank} has ended {f'by signal {-code}' if code < 0 else f'with exit code {code}'}"
 
 
 def end(links: list[Connection], children: list[subprocess.Popen]) -> None:
-    """Tells ranks to end, and waits for those that are processes of this one."""
+    """Tell the ranks to stop, and wait for those that are child processes."""
     for link in links:
         try:
             send(link, None)

@@ -1,4 +1,4 @@
-"""How many pages a sequence will really need, from what sequences needed so far."""
+"""Prediction of the number of pages that a sequence will need, from the sequences so far."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from dmc.cache import KVCache
 from dmc.engine.sequence import Sequence
 
-_PRIOR_TOKENS = 512.0  # what the prior is worth
+_PRIOR_TOKENS = 512.0  # weight of the prior, in tokens
 _MOST_TOKENS = 65536.0  # older measurements fade beyond this
 _PRIOR_ENDS = 4.0
 
 
 class Predictor:
-    """Entries per token of each layer and head, and how much of ``max_tokens`` requests use, both as measured.
+    """Estimates of entries per token for each layer and head, and of the share of ``max_tokens`` that requests use.
 
     Args:
-        cache: whose pages are predicted.
-        cr: compression ratio to begin with: what the checkpoint reports of itself, 1 where nothing merges.
+        cache: the cache whose pages are predicted.
+        cr: initial compression ratio: the one that the checkpoint reports, 1 if nothing merges.
 
-    Where the newest tokens stay as they are, they are entries of any sequence; the ratio measured is that of the tokens
-    behind them. Where the policy bounds the entries of a row (``max_entries``), nothing is predicted: the pages are those that
-    a sequence can come to need at most, so none is ever preempted for memory.
+    If the policy has a ring of recent tokens, these are entries of every sequence, and the ratio is measured on the tokens behind
+    them. If the policy bounds the entries of a row (``max_entries``), nothing is predicted: the pages are the maximum that a
+    sequence can need, so no sequence is preempted for memory.
     """
 
     def __init__(self, cache: KVCache, cr: float) -> None:
@@ -53,7 +53,7 @@ class Predictor:
         return (self._tokens / self._entries).tolist()
 
     def learn(self, slot: int, tokens: int) -> None:
-        """Takes the entries of a sequence that has cached so many tokens."""
+        """Update the estimate of entries per token with a sequence of ``tokens`` cached tokens."""
         recent = min(tokens, self._recent)
         self._tokens += tokens - recent
         self._entries += self.cache.entries(slot).cpu().double() - recent
@@ -62,11 +62,11 @@ class Predictor:
             self._tokens = _MOST_TOKENS
 
     def learn_end(self, sequence: Sequence) -> None:
-        """Takes how many tokens a sequence generated of those that it might have."""
+        """Update the estimate of generated length / ``max_tokens``."""
         self._ends, self._used = self._ends * 0.98 + 1, self._used * 0.98 + len(sequence.tokens) / sequence.params.max_tokens
 
     def pages(self, tokens: int) -> int:
-        """Pages of a sequence of so many cached tokens."""
+        """Predicted pages of a sequence of ``tokens`` cached tokens."""
         if self.bounded:
             return self.cache.worst_pages(tokens)
         most, recent = max(1, self.cache.policy.most_entries(tokens)), min(tokens, self._recent)

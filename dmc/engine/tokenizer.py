@@ -140,6 +140,6 @@ def _checked(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text is no valid Unicode at character {error.start}: half a surrogate pair") from error
+        raise ValueError(f"the text is not valid Unicode at character {error.start}: half a surrogate pair") from error
     return text
 

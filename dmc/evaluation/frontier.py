@@ -85,12 +85,12 @@ def _measured(
                     prompts = (cell.model, cell.policy), prefill(llm, windows)
                 result = measure(llm, windows, reference=wanted, prompts=prompts[1], progress=bar.update)
                 row["result"], row["hardware"] = asdict(result), hardware(result.device)
-            except (ValueError, RuntimeError) as error:  # refused, or out of memory; anything else is a fault of the program
+            except (ValueError, RuntimeError) as error:  # rejected, or out of memory; other exceptions are bugs
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            bar.n = (number + 1) * steps  # a failed cell has not said that it is over
+            bar.n = (number + 1) * steps  # a failed cell did not complete its progress
             bar.refresh()
             row["seconds"] = round(time.perf_counter() - started, 2)
-            yield json.loads(json.dumps(row))  # as it will be read again
+            yield json.loads(json.dumps(row))  # as it will be read from the file
 
 
 def _load(cell: Cell, device: str, dtype: str, batch: int) -> LLM:
@@ -102,7 +102,7 @@ def _load(cell: Cell, device: str, dtype: str, batch: int) -> LLM:
 
 
 def _key(cell: Cell, windows: Windows, base: Path, device: str, dtype: str) -> str:
-    """Of everything that a row depends on but the code; see the row's commit for that."""
+    """Return the hash of everything that a row depends on, except the code (the row has the commit)."""
     parts = [model_hash(cell.model), str(cell.policy), str(cell.codec), windows.hash, model_hash(base), device, dtype]
     files = [*cell.codec.settings, *cell.policy.settings]
     parts += [_digest(value) for name, value in files if name in ("file", "decisions")]  # the content, not the path alone
@@ -110,7 +110,7 @@ def _key(cell: Cell, windows: Windows, base: Path, device: str, dtype: str) -> s
 
 
 def _digest(path: str) -> str | None:
-    """Of a file; None if it cannot be read, which is the cell's to say."""
+    """Return the SHA-256 of a file; None if it cannot be read (loading the cell then reports the error)."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -124,7 +124,7 @@ def _done(row: dict | None) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator:
-    """For reading and adding, locked against a second run; a line that a kill has cut short is taken off."""
+    """Open for reading and appending, locked against a second run; an incomplete last line is removed."""
     import fcntl
 
     with path.open("a+", encoding="utf-8") as file:
@@ -149,5 +149,5 @@ def _rows(file: object, device: str, dtype: str) -> dict[str, dict]:
             row = former.renamed(json.loads(line), device, dtype)
             rows[row["key"]] = row
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"line {number} of {file.name} is no result of a frontier: mend or remove it") from None
+            raise ValueError(f"line {number} of {file.name} is not a result of a frontier: fix or remove it") from None
     return rows

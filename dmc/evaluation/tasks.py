@@ -65,7 +65,7 @@ def run_tasks(
         raise ValueError(f"fewshot must be at least 0, got {fewshot}")
     folder = None if task_dir is None else Path(task_dir).resolve()
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"{task_dir} is no folder: --task-dir is one with task files (YAML)")
+        raise ValueError(f"{task_dir} is not a folder: --task-dir is a folder with task files (YAML)")
     with _needs_lm_eval():
         import lm_eval
         from lm_eval.api.group import Group
@@ -91,7 +91,7 @@ def check_tasks(names: Sequence[str], task_dir: str | Path | None) -> None:
     """Raises ValueError if the harness is missing, the folder is none, or no task has one of these names."""
     folder = None if task_dir is None else Path(task_dir).resolve()
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"{task_dir} is no folder: --task-dir is one with task files (YAML)")
+        raise ValueError(f"{task_dir} is not a folder: --task-dir is a folder with task files (YAML)")
     with _needs_lm_eval():
         import lm_eval  # noqa: F401
     with _quiet():

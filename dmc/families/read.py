@@ -71,7 +71,7 @@ def read_fields(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path.parent} is no model directory: it has no {path.name}")
+        raise ValueError(f"{path.parent} is not a model directory: it has no {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Which implementation runs: the project's Triton kernels, its CPU kernels (numba), or PyTorch. It is asked here alone.
+"""Which implementation runs: the project's Triton kernels, its CPU kernels (numba), or PyTorch; decided only here.
 
 The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` argument of a call (None: none), from `using`,
 from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and is else "auto": Triton on a
 CUDA device that can run it; on a CPU the CPU kernels where an operation has some (serving) and numba is installed; PyTorch
-elsewhere. Where "auto" leaves training to PyTorch, that is said once, on stderr. A setting that is not "auto" is obeyed or
-refused, never replaced. What runs is a `Backend`.
+elsewhere. If "auto" selects PyTorch for training, one line on stderr says why. A setting other than "auto" is used or
+rejected, never replaced. The choice is a `Backend`.
 
 Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" runs on CPU
 tensors too, slowly: that is how the kernels are tested without a GPU.
@@ -36,7 +36,7 @@ class Backend(enum.StrEnum):
 BACKENDS = ("auto", *Backend)
 """Settings."""
 FORMER = {"sdpa": "torch"}
-"""Names of version 0.1 → names of today; they work for one more version, with a warning."""
+"""Names of version 0.1 → current names; they work for one more version, with a warning."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_HEAD_SIZE = 128
 _LEAST_CAPABILITY = (8, 0)  # bf16 tensor cores
@@ -47,7 +47,7 @@ _given_up = False
 
 
 def check_backend(name: str) -> str:
-    """The name itself, if it is one of `BACKENDS`; of a name of `FORMER` today's, with a warning.
+    """Return the name if it is one of `BACKENDS`; for a name of `FORMER`, its current name, with a warning.
 
     Raises:
         ValueError: naming it and the known ones.
@@ -61,7 +61,7 @@ def check_backend(name: str) -> str:
 
 
 def set_default(name: str) -> None:
-    """Sets what runs from now on where a call does not say it; "auto" leaves it to ``DMC_KERNELS``."""
+    """Set the default for calls that name no backend; "auto" means that ``DMC_KERNELS`` decides."""
     global _default
     name = check_backend(name)
     _default = None if name == "auto" else name
@@ -125,14 +125,14 @@ def _no_cpu_kernels(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
 
 
 def give_up_cpu_kernels(why: object) -> None:
-    """From now on PyTorch does in this process what the CPU kernels cannot; says so."""
+    """Use PyTorch instead of the CPU kernels in this process from now on, and log it."""
     global _given_up
     _given_up = True
-    _say_numba("compile the loops", why)
+    _say_numba("compile the CPU kernels", why)
 
 
 def _say_numba(what: str, why: object) -> None:
-    _log.warning("dmc: PyTorch does what compiled loops would: numba cannot %s (%s)", what, why)
+    _log.warning("dmc: falling back to PyTorch CPU kernels: numba cannot %s (%s)", what, why)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def model_hash(directory: str | Path, init: str = "pretrained", *, together: boo
     directory = Path(directory)
     weights = sorted(directory.glob("*.safetensors")) if init == "pretrained" else []
     if not (directory / "config.json").is_file() or (init == "pretrained" and not weights):
-        raise ValueError(f"{directory} is no model directory: it needs config.json and safetensors weights")
+        raise ValueError(f"{directory} is not a model directory: it needs config.json and safetensors weights")
     digest = hashlib.sha256((directory / "config.json").read_bytes() + init.encode())
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     shares = [[_digest(path, path.stat().st_mtime_ns, path.stat().st_size) for path in weights[rank::ranks]]]

@@ -77,5 +77,5 @@ class Weights:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is no index of safetensors shards: {error!r}") from error
+            raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
         yield from (self.directory / shard for shard in sorted(shards))

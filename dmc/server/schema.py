@@ -100,7 +100,7 @@ class Sampling(Strict):
             ValueError: if a key of logit_bias is not a token id.
         """
         if wrong := [key for key in self.logit_bias if not (key.isascii() and key.isdigit())]:
-            raise ValueError(f"logit_bias: {wrong[0]!r} is no token id")
+            raise ValueError(f"logit_bias: {wrong[0]!r} is not a token id")
         same = ("temperature", "top_p", "n", "stop", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
                 "repetition_penalty", "stop_token_ids", "ignore_eos")
         return SamplingParams(

@@ -1,7 +1,7 @@
 """The configuration of a run: dataclasses with defaults, YAML, dotted overrides, checks.
 
-``load(path, overrides)`` reads a YAML file, applies ``section.key=value`` strings and checks the whole. An
-unknown key is refused and the known ones are listed.
+``load(path, overrides)`` reads a YAML file, applies ``section.key=value`` strings and checks the result. An unknown key is
+rejected with a list of the known keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dmc.kernels.backend import BACKENDS, FORMER
 from dmc.training.rules import RULES, Rule
 
 DMS_WINDOW = 64
-"""Default of dmc.window with dmc.method=dms; its paper's is 256, for longer texts."""
+"""Default of dmc.window with dmc.method=dms; the paper uses 256, for longer texts."""
 
 
 @dataclass
@@ -31,8 +31,8 @@ class DataConfig:
     text: str | list = "stdlib"  # "stdlib", "stdlib-plain", prepared corpus, files, or blend "0.7:A,0.3:B" (docs/data.md)
     held_out: str | list = ""  # the same for evaluation; "" holds out a share of `text` (docs/data.md)
     bos: bool | str = "auto"  # documents begin with a BOS token: true, false, or auto (follows the tokenizer, as prompts do)
-    sequence_length: int = 1024  # tokens a sequence
-    cache: str = "runs/data"  # where tokenised corpora are kept
+    sequence_length: int = 1024  # tokens per sequence
+    cache: str = "runs/data"  # directory of tokenised corpora
 
 
 @dataclass
@@ -45,17 +45,17 @@ class DmcConfig:
     sinks: int = 4  # first tokens of a document that a rule always keeps
     gain: float = 10.0  # the logit is gain * k[0] - offset; folded into the weights at export
     offset: float = 2.5  # c (the paper's is 5): alpha = sigmoid((logit - c + noise) / temperature), omega = sigmoid(logit + c)
-    temperature: float = 0.1  # of the relaxed decisions
+    temperature: float = 0.1  # temperature of the relaxed decisions
     cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
-    cr_weight: float = 3.0  # of the compression loss (the paper's is 1)
+    cr_weight: float = 3.0  # weight of the compression loss (the paper's is 1)
     train: str = "all"  # "all" weights, or "decision": an adapter, the added heads alone with the base model frozen
     repurpose_steps: int = 40  # only for decision=neuron
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
     hold_steps: int = 160  # steps at the final target
-    integer_hold_steps: int = 40  # steps at each integer CR below it, with a decay of their own, before crN is saved; 0: none
-    window: int | None = None  # newest tokens kept as they are; null: dmc merges at once (the paper's), dms evicts after 64
+    integer_hold_steps: int = 40  # steps at each integer CR below it, with their own decay, before crN is saved; 0: none
+    window: int | None = None  # newest tokens kept unmerged; null: dmc merges at once (the paper's), dms evicts after 64
     init: str = ""  # file of fitted decisions (dmc calibrate --decisions) that the added head starts from; "": from zero
-    init_scale: float = 3.0  # how steeply a fitted score away from the threshold of target_cr becomes a logit
+    init_scale: float = 3.0  # slope from a fitted score, relative to the threshold of target_cr, to a logit
     decide: str = "auto"  # "arrival": from a token's own state; "late": also from that `window` tokens later (decision=head)
 
     @property
@@ -69,13 +69,13 @@ class DmcConfig:
         return self.compresses and self.decision in RULES
 
     def rule(self, length: int) -> Rule | None:
-        """The rule that decides, for sequences of ``length`` tokens; None if the model does."""
+        """The rule that makes the decisions, for sequences of ``length`` tokens; None if the model makes them."""
         return Rule(self.decision, self.method == "dms", self.recent, self.sinks, length) if self.ruled else None
 
     @property
     def recent(self) -> int | None:
-        """The window in force: tokens behind a query that it sees as they are; None if merging is at once, or if the window
-        follows from the target CR (decision=all)."""
+        """The effective window: number of tokens before a query that it sees unmerged; None if merging is immediate, or if
+        the window follows from the target CR (decision=all)."""
         if self.ruled and self.decision == "all":
             return self.window
         if self.method == "dms":
@@ -99,8 +99,8 @@ class DmcConfig:
 class DistillConfig:
     """The loss: ``lm_weight`` * language modelling + ``weight`` * KL(original model || model)."""
 
-    weight: float = 1.0  # of KL(teacher || model)
-    lm_weight: float = 0.0  # of the language-modelling loss
+    weight: float = 1.0  # weight of KL(teacher || model)
+    lm_weight: float = 0.0  # weight of the language-modelling loss
     teacher: str = ""  # HF directory of the teacher; "" takes the original model
 
 
@@ -110,24 +110,24 @@ class OptimConfig:
 
     name: str = "adamw"  # "adamw" or "muon"
     lr: float = 1e-3
-    min_lr: float = 0.0  # at the end of the decay
+    min_lr: float = 0.0  # learning rate at the end of the decay
     warmup_steps: int = 10  # linear, from the first step
-    decay_steps: int = 120  # the last so many steps decay linearly to min_lr; 0 keeps the rate constant
+    decay_steps: int = 120  # number of last steps that decay linearly to min_lr; 0: constant learning rate
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95  # also Muon's momentum
     clip: float = 1.0  # global gradient norm
-    micro_batch: int = 2  # sequences a forward pass of one data-parallel rank
-    global_batch: int = 2  # sequences a step, over all ranks
+    micro_batch: int = 2  # sequences per forward pass of one data-parallel rank
+    global_batch: int = 2  # sequences per step, over all ranks
 
 
 @dataclass
 class ParallelConfig:
-    """The layout over ranks; data parallelism takes what is left."""
+    """The layout over ranks; the remaining factor is data parallelism."""
 
     tensor: int = 1  # ranks that share each layer
     pipeline: int = 1  # stages of layers
-    virtual: int = 1  # chunks of layers a stage holds; above 1 the schedule is interleaved
+    virtual: int = 1  # chunks of layers per stage; above 1 the schedule is interleaved
     context: int = 1  # ranks that share each sequence
     sequence: bool = False  # sequence parallelism, with tensor > 1
     distributed_optimizer: bool = False  # optimizer state and fp32 weights sharded over the data-parallel ranks
@@ -143,50 +143,50 @@ class RunConfig:
     init: str = "pretrained"  # "pretrained" or "random" (pretraining from scratch)
     output: str = "runs/retrofit"  # directory of the run
     resume: str = ""  # "auto" continues the newest complete checkpoint of `output`; or a checkpoint directory
-    overwrite: bool = False  # start anew in an output directory that holds a run
+    overwrite: bool = False  # start again in an output directory that holds a run
     dry_run: bool = False  # print the plan (`plan.`), try one step of a shrunken model, and write nothing
     steps: int = 100  # with method=none; a retrofit's steps follow from its phases
-    save_every: int = 0  # steps between resume points; 0: only at each integer CR and at the end
-    keep_last: int = 3  # resume points that stay; those of a CR and the final one always do. 0: all
-    async_save: bool = False  # write checkpoints while training goes on
-    peer_timeout: float = 120.0  # seconds without a sign of life from a rank after which all end; 0: collective timeouts alone
-    seed: int = 0  # of the data order, the noise and random weights
+    save_every: int = 0  # steps between checkpoints; 0: only at each integer CR and at the end
+    keep_last: int = 3  # number of step checkpoints kept; those of a CR and the final one are always kept. 0: all
+    async_save: bool = False  # write checkpoints while training continues
+    peer_timeout: float = 120.0  # seconds without a heartbeat after which all ranks stop; 0: only collective timeouts
+    seed: int = 0  # seed of the data order, the noise and random weights
     precision: str = "fp32"  # "fp32" or "bf16"
-    kernels: str = "auto"  # of attention: "auto" (Triton on CUDA, else PyTorch), "triton", "torch", "reference"
-    transformer_engine: str = "never"  # linear layers of transformer-engine: "never", "always", or "auto" (where it can be used)
-    threads: int = 0  # CPU threads of a process; 0: all cores shared among the processes of the machine
+    kernels: str = "auto"  # attention kernels: "auto" (Triton on CUDA, else PyTorch), "triton", "torch", "reference"
+    transformer_engine: str = "never"  # use transformer-engine's linear layers: "never", "always", or "auto" (if available)
+    threads: int = 0  # CPU threads per process; 0: all cores divided among the processes of the machine
 
 
 @dataclass
 class GuardConfig:
-    """What is done about a step whose loss or gradients cannot be right; its weights never change (docs/checkpoints.md)."""
+    """Numerics guard: skip or stop on NaN/Inf or outlier gradients; the bad step is never applied (docs/checkpoints.md)."""
 
     action: str = "stop"  # "stop" the run or "skip" the step, with a report in run.output/guard
-    max_norm_ratio: float = 0.0  # gradient norms above so many running medians are outliers; 0: only NaN and Inf are
-    window: int = 50  # accepted steps in the median; it counts once there are so many
-    max_skips: int = 5  # skipped steps in a row after which the run stops
+    max_norm_ratio: float = 0.0  # gradient norms above this multiple of the running median are outliers; 0: only NaN and Inf
+    window: int = 50  # accepted steps in the median; the check starts after this number of steps
+    max_skips: int = 5  # consecutive skipped steps after which the run stops
 
 
 @dataclass
 class LogConfig:
-    """What is reported when."""
+    """Logging and evaluation."""
 
     every: int = 10  # steps between progress lines
     eval_every: int = 0  # steps between evaluations; 0: only where a checkpoint is saved by the schedule
     eval_sequences: int = 16  # held-out sequences
     tensorboard: bool = False  # event files in the run's directory
     wandb: str = ""  # project name; "" for none. WANDB_MODE=offline works
-    peak_tflops: float = 0.0  # of one rank, for the MFU; 0: from the GPU's name in bf16, else no MFU is given
+    peak_tflops: float = 0.0  # peak of one rank, for the MFU; 0: from the GPU's name in bf16, otherwise no MFU
 
 
 @dataclass
 class PlanConfig:
-    """What ``--dry-run`` assumes of the machine; a training looks at none of it."""
+    """Assumptions of ``--dry-run`` about the machine; training ignores them."""
 
     world: int = 0  # ranks (GPUs); 0: torchrun's, else 1
-    gpu: str = ""  # of dmc/training/flops.py, such as h100; "": this machine's
-    utilisation: float = 0.35  # share of the peak that the ETA reckons with, recomputation counted as work
-    shape: str = ""  # directory of a config.json that stands in for run.model where that is not on this machine
+    gpu: str = ""  # a name of dmc/training/flops.py, such as h100; "": this machine's
+    utilisation: float = 0.35  # assumed share of the peak for the ETA, recomputation counted as work
+    shape: str = ""  # directory of a config.json that replaces run.model if that is not on this machine
 
 
 @dataclass
@@ -218,7 +218,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     for override in overrides or []:
         name, sign, text = override.partition("=")
         if not sign:
-            raise ValueError(f"{override!r} is no override: write section.key=value, e.g. optim.lr=1e-4")
+            raise ValueError(f"{override!r} is not an override: write section.key=value, e.g. optim.lr=1e-4")
         try:
             _assign(config, name, yaml.safe_load(text) if text else "")
         except yaml.YAMLError:
@@ -233,7 +233,7 @@ def to_dict(config: Config) -> dict:
 
 
 def describe() -> str:
-    """Every field with its default and the comment beside it in this file, for ``--help``."""
+    """Every field with its default and its comment in this file, for ``--help``."""
     lines = []
     for section, owner in _types(Config).items():
         lines.append(f"  {section}.   {inspect.getdoc(owner)}")
@@ -396,7 +396,7 @@ def _check_reach(config: Config) -> None:
 def recorded(settings: Mapping) -> DmcConfig:
     """The retrofit's settings from the ``dmc`` section that a checkpoint records, as they were in force.
 
-    Checkpoints of before late merging record a window for every method, and only DMS used it.
+    Checkpoints from before late merging record a window for every method, and only DMS used it.
     """
     known = {item.name for item in dataclasses.fields(DmcConfig)}
     found = DmcConfig(**{name: value for name, value in settings.items() if name in known})

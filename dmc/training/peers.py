@@ -1,8 +1,8 @@
-"""One rank's death ends every rank in bounded time, with a sentence that names it.
+"""Heartbeats between ranks: the death of one rank stops every rank in bounded time, with a sentence that names it.
 
-A collective call waits for a dead peer until its timeout, half an hour by default; torchrun ends the ranks of its
-own node only. So a thread of every rank keeps a counter moving in the store through which the ranks met, and
-looks for the failure of another there: noted by the failing rank itself, or for one whose counter stands.
+A collective call waits for a dead peer until its timeout, half an hour by default, and torchrun stops only the ranks of its own
+node. So a thread of every rank writes a heartbeat to the rendezvous store. It also reads there whether another rank has failed:
+a failing rank writes its reason, and a stale heartbeat shows a dead rank.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _watch: _Watch | None = None
 
 
 def watch(timeout: float) -> None:
-    """Begin to watch over the other ranks; after the process group exists, on every rank.
+    """Start to watch the other ranks. Call it on every rank after the process group is created.
 
     Args:
-        timeout: seconds without a sign of life after which a rank counts as dead; 0 watches over none.
+        timeout: seconds without a heartbeat after which a rank counts as dead; 0 disables the watch.
     """
     global _watch
     if timeout and torch.distributed.get_world_size() > 1:
@@ -33,15 +33,15 @@ def watch(timeout: float) -> None:
 
 
 class Lost(RuntimeError):
-    """A collective call failed because another rank is gone."""
+    """A collective call failed because another rank died."""
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Whatever ends the work inside ends every other rank too, with this rank's reason.
+    """Report an exception inside the block to every other rank, which then stops with this rank's reason.
 
     Raises:
-        Lost: instead of what torch.distributed says when another rank is gone.
+        Lost: instead of the exception of torch.distributed when another rank died.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def reported() -> Iterator[None]:
 
 
 def close() -> None:
-    """End the watch, on every rank together, before the ranks leave."""
+    """Stop the watch, on all ranks together, before the process group is destroyed."""
     global _watch
     if _watch is not None:
         _watch.close()
@@ -67,29 +67,29 @@ class _Watch:
     def __init__(self, timeout: float) -> None:
         self._timeout, self._interval = timeout, min(5.0, timeout / 8)
         self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # A connection of its own: calls of the main thread would hold the lock of a shared one.
+        # A separate connection: calls of the main thread would hold the lock of a shared one.
         self._store = torch.distributed.distributed_c10d._get_default_store().clone()
         self._store.add(self._key(self._rank), 1)
-        torch.distributed.barrier()  # every key is there
+        torch.distributed.barrier()  # every key exists
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
 
     def fail(self, reason: str, *, lost: bool) -> str | None:
-        """Note this rank's failure for the others; the one noted before, if another rank was first."""
+        """Write this rank's failure for the others; return the earlier failure if another rank was first."""
         self._ending.set()
         try:
-            for _ in range(10 if lost else 1):  # the rank that is gone may have said why
+            for _ in range(10 if lost else 1):  # the dead rank may have written its reason
                 if self._store.check([_FAILED]):
                     return self._store.get(_FAILED).decode()
                 time.sleep(0.1 * lost)
             self._store.set(_FAILED, f"rank {self._rank} failed: {reason}")
-        except RuntimeError:  # the store went with rank 0: the others see that themselves
+        except RuntimeError:  # the store died with rank 0: the other ranks notice it themselves
             pass
         return None
 
     def close(self) -> None:
-        """Stop, once all ranks no longer mind that the store goes."""
+        """Stop, after all ranks have stopped using the store."""
         self._ending.set()
         torch.distributed.barrier()
         self._thread.join()
@@ -107,9 +107,9 @@ class _Watch:
                 self._end(failure)
 
     def _look(self, seen: dict[int, tuple[int, float]]) -> None:
-        """Note a rank whose counter stands; ``seen`` holds each one's last value and when it moved.
+        """Report a rank with a stale heartbeat; ``seen`` holds each rank's last value and the time of its last change.
 
-        Rank 0 looks at all others, and they at rank 0.
+        Rank 0 checks all others, and they check rank 0.
         """
         others, now = range(1, self._ranks) if self._rank == 0 else [0], time.monotonic()
         counts = self._store.multi_get([self._key(rank) for rank in others])
@@ -122,7 +122,7 @@ class _Watch:
                 return
 
     def _end(self, failure: str) -> None:
-        """The main thread may be inside a collective call that never returns: leave without it."""
+        """Exit the process; the main thread may be inside a collective call that never returns."""
         print(f"error: rank {self._rank} ends: {failure}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)

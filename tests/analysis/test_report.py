@@ -122,7 +122,7 @@ def test_a_report_is_replaced_and_nothing_else_is(capsys, common, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     code, printed, err = run(capsys, *common, "--out", out)
-    assert code == 2 and printed == "" and "is no report of dmc inspect" in err and err.count("\n") == 1
+    assert code == 2 and printed == "" and "is not a report of dmc inspect" in err and err.count("\n") == 1
     (out / "mine.txt").rename(out / output.REPORT)
     with output.replaced(out) as fresh:
         (fresh / "new").write_text("new")

@@ -80,7 +80,7 @@ def test_the_names(package):
         ("oldest", "unknown policy 'oldest'; known: full, .*gate, .*newest.*; or module:Class of your own"),
         ("lost", "the policy lost .acme_kv:Lost. cannot be imported: AttributeError"),
         ("acme_nothing:Newest", "cannot be imported: ModuleNotFoundError"),
-        ("acme_kv:nothing", "is no subclass of dmc.cache.policies.base.Policy"), ("acme_kv:Mine", "is no subclass of"),
+        ("acme_kv:nothing", "is not a subclass of dmc.cache.policies.base.Policy"), ("acme_kv:Mine", "is not a subclass of"),
     ):
         with pytest.raises(ValueError, match=words):
             policy_class(name)

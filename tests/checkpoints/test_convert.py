@@ -175,7 +175,7 @@ def test_a_truncated_file_is_named(tmp_path, write, keep):
 def test_a_broken_index_is_named(tmp_path, text):
     directory, _ = sharded_directory(tmp_path / "model")
     (directory / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="index.json is no index of weights"):
+    with pytest.raises(ValueError, match="index.json is not an index of weights"):
         convert.HfWeights(directory)
 
 
@@ -224,7 +224,7 @@ def test_bad_configurations_are_one_sentence(tmp_path, text, words):
 
 @pytest.mark.parametrize("directory", ["", "nowhere"])
 def test_no_configuration_is_said(tmp_path, directory):
-    with pytest.raises(ValueError, match="is no model directory: it has no config.json"):
+    with pytest.raises(ValueError, match="is not a model directory: it has no config.json"):
         read_shape(tmp_path / directory)
 
 

@@ -169,7 +169,7 @@ def test_a_truncated_file_is_named(tmp_path, capsys, keep):
 def test_wrong_files_are_named(tmp_path, capsys):
     refused([str(tmp_path / "none.gguf"), str(tmp_path / "out")], capsys, "no file at")
     (tmp_path / "bad.whl").write_bytes(b"no zip")
-    refused([str(tmp_path / "bad.whl"), str(tmp_path / "out")], capsys, "is no wheel or zip file")
+    refused([str(tmp_path / "bad.whl"), str(tmp_path / "out")], capsys, "is not a wheel or zip file")
     zipfile.ZipFile(tmp_path / "empty.whl", "w").close()
     refused([str(tmp_path / "empty.whl"), str(tmp_path / "out")], capsys, "holds 0 GGUF files")
     refused([str(tmp_path / "none.whl"), str(tmp_path / "out")], capsys, "No such file")

@@ -84,7 +84,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "GB", "4 XB", "1e9", "0.5"])
 def test_no_sizes(text):
-    with pytest.raises(ValueError, match="is no size: give bytes"):
+    with pytest.raises(ValueError, match="is not a size: give bytes"):
         parse_size(text)
 
 

@@ -174,7 +174,7 @@ def test_a_broken_description_is_named(copy, text, words):
 
 def test_an_unfinished_corpus_is_none(copy):
     (copy / "meta.json").unlink()
-    with pytest.raises(ValueError, match="copy is no prepared corpus: it has no meta.json; make one with scripts/prepare_data"):
+    with pytest.raises(ValueError, match="copy is not a prepared corpus: it has no meta.json; make one with scripts/"):
         corpus.open_part(copy, "train")
 
 

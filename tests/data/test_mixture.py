@@ -99,7 +99,7 @@ def test_the_hash_of_a_blend_tells_shares_order_and_corpora_apart():
     ("{}/a", "{}/whole", "whole has no part 'held_out', only train"),
     ("{}/a/test", "{}/b", "no text file or prepared corpus at"),
     ("1:{}/a,1:{}/none", "", "no text file or prepared corpus at .*none"),
-    ("{}", "", "is no prepared corpus: it has no meta.json"),
+    ("{}", "", "is not a prepared corpus: it has no meta.json"),
     ("{}/a,{}/b", "", "a is a directory: several prepared corpora are given with weights, as in 0.5:A,0.5:B"),
 ])
 def test_what_cannot_be_read_is_named(made, tokenizer, tmp_path, text, held_out, words):

@@ -305,7 +305,7 @@ def test_the_command_prepares_and_verifies(tmp_path):
     (["a.txt", "--tokenizer", "T", "--output", "O", "--limit", "0"], "--limit is 0"),
     (["missing.txt", "--tokenizer", str(TOKENIZER), "--output", "O"], "no file, directory or dataset at missing.txt"),
     (["a.txt", "--tokenizer", "nowhere", "--output", "O"], "nowhere has no tokenizer.json"),
-    (["--verify", "nowhere"], "nowhere is no prepared corpus"),
+    (["--verify", "nowhere"], "nowhere is not a prepared corpus"),
 ])
 def test_wrong_use_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)

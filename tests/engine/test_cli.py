@@ -70,10 +70,10 @@ def test_evicting_policies_by_name(capsys, directory, policy, entries):
     (("generate", "DIR", "--prompt", "x", "--policy", "lru"), "known: full, dmc"),
     (("generate", "DIR", "--prompt", "x", "--policy", "h2o:heavy=none"), "heavy=none must be a whole number"),
     (("generate", "DIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
-    (("generate", "DIR", "--prompt", "x", "--kv-memory", "5parsec"), "'5parsec' is no size"),
+    (("generate", "DIR", "--prompt", "x", "--kv-memory", "5parsec"), "'5parsec' is not a size"),
     (("generate", "DIR", "--prompt", "x", "--max-tokens", "9999"), "10000 are more than the 256 positions"),
     (("generate", "DIR", "--prompt-file", "/no/such/file"), "/no/such/file cannot be read"),
-    (("generate", "/no/such/directory", "--prompt", "x"), "is no model directory: it has no config.json"),
+    (("generate", "/no/such/directory", "--prompt", "x"), "is not a model directory: it has no config.json"),
     (("generate", "DIR", "--prompt", ""), "at least 1"),
 ])
 def test_wrong_use(capsys, directory, arguments, said):

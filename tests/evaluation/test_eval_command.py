@@ -56,7 +56,7 @@ def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     ((), "nothing to measure: give --text FILE, --needle, --tasks"),
-    (("--needle", "--lengths", "1,x"), "'1,x' is no list of numbers"),
+    (("--needle", "--lengths", "1,x"), "'1,x' is not a list of numbers"),
     (("--needle", "--kinds", "pin"), "unknown kind of needle 'pin'; known: passkey"),
     (("--needle", "--depths", "140"), "needle depths must be"),
     (("--needle", "--lengths", "400"), "256 positions"),
@@ -69,7 +69,7 @@ def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
     (("--suite", "all"), "unknown suite 'all'"),
     (("--text", "TEXT", "--apply-chat-template"), "--apply-chat-template is for tasks: add --tasks or --suite"),
     (("--text", "TEXT", "--system-instruction", "x"), "--system-instruction is for tasks: add --tasks or --suite"),
-    (("--tasks", "x", "--task-dir", "/no/such"), "/no/such is no folder"),
+    (("--tasks", "x", "--task-dir", "/no/such"), "/no/such is not a folder"),
 ])
 def test_wrong_use(capsys, directory, text, arguments, said):
     named = {"TEXT": text, "DIR": directory}

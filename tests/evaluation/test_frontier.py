@@ -292,7 +292,7 @@ def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--budgets", "2"], "budget 2.0 must be above 0"), (["--budgets", "many"], "budget 'many' is no share"),
+    (["--budgets", "2"], "budget 2.0 must be above 0"), (["--budgets", "many"], "budget 'many' is not a share"),
     (["--codecs", "zip"], "unknown codec 'zip'"), (["--codecs", "gear:bits=7"], "bits must be one of"),
     (["--policies", "lru"], "unknown policy 'lru'"), (["--policies", "streaming:sinks"], "is no SETTING=VALUE"),
     (["--policies", "dmc"], "no model of these runs any of the policies dmc"), (["--windows", "99"], "give a longer text"),

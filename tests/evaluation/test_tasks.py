@@ -21,7 +21,8 @@ def test_usage_table():
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"limit": 0}, "limit must be at least 1"), ({"fewshot": -1}, "fewshot must be"), ({"task_dir": "/no/such"}, "is no folder"),
+    ({"limit": 0}, "limit must be at least 1"), ({"fewshot": -1}, "fewshot must be"),
+    ({"task_dir": "/no/such"}, "is not a folder"),
 ])
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):

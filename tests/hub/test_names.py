@@ -102,7 +102,7 @@ def test_a_retrofit_starts_from_a_name_and_its_export_is_uploaded(run, hub, tmp_
     assert hub.repositories["me/mine"]["main"].keys() == {path.name for path in (tmp_path / "b").iterdir()}
     assert b"base_model: acme/base" in hub.repositories["me/mine"]["main"]["README.md"]
     bad = run(*export, tmp_path / "c", "--push-to-hub", "mine")
-    assert bad.returncode == 2 and "'mine' is no name on the Hub: it is org/name" in bad.stderr
+    assert bad.returncode == 2 and "'mine' is not a name on the Hub: names have the form org/name" in bad.stderr
     assert not (tmp_path / "c").exists()
 
 

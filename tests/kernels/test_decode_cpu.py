@@ -143,7 +143,7 @@ def test_loops_that_do_not_compile_are_done_without(monkeypatch, caplog):
     monkeypatch.setattr(backend, "_given_up", False)
     monkeypatch.setattr(compile_cpu, "prepare", lambda _: 1 / 0)
     KVCache(Shape(1, 1, 8, torch.float32), policy("full"), codec("int8"), slots=1)
-    assert "cannot compile the loops (ZeroDivisionError" in caplog.text and not runs_on_cpu(torch.zeros(2, 8))
+    assert "cannot compile the CPU kernels (ZeroDivisionError" in caplog.text and not runs_on_cpu(torch.zeros(2, 8))
 
 
 def test_a_query_of_other_strides():

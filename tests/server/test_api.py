@@ -123,7 +123,7 @@ def test_stream_ends_with_done(server):
     ("completions", {"prompt": []}, 422, "prompt"),
     ("completions", {"prompt": [3, 97]}, 400, "token id 97 is outside"),
     ("completions", {}, 422, "prompt"),
-    ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "'a' is no token id"),
+    ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "'a' is not a token id"),
     ("completions", {"prompt": "x", "logit_bias": {"97": 1}}, 400, "token id 97"),
     ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options need stream"),
     ("completions", {"prompt": "x", "model": "gpt"}, 404, "'gpt' is not served here; 'tiny' is"),

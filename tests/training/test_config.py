@@ -120,7 +120,7 @@ def test_every_recipe_loads(path):
     ("optim.lrr=1", ["unknown config key 'optim.lrr'", *to_dict(Config())["optim"]]),
     ("optim=1", ["unknown config key 'optim'", "lr"]),
     ("optim.lr.x=1", ["unknown config key 'optim.lr.x'"]),
-    ("optim.lr", ["'optim.lr' is no override", "section.key=value"]),
+    ("optim.lr", ["'optim.lr' is not an override", "section.key=value"]),
     ("=3", ["unknown config section ''"]),
     ("optim.lr=fast", ["optim.lr is 'fast'", "a number"]),
     ("optim.lr=", ["optim.lr is ''", "a number"]),

@@ -48,7 +48,7 @@ def test_flags_and_overrides_may_mix_and_come_after_the_file(tmp_path):
     (["--target-cr", "four"], ["dmc.target_cr is 'four'", "a number"]),
     (["--target-cr", "nan"], ["dmc.target_cr is nan"]),
     (["--config", "none.yaml"], ["no config file at none.yaml"]),
-    (["retrofit"], ["'retrofit' is no override"]),
+    (["retrofit"], ["'retrofit' is not an override"]),
 ])
 def test_bad_arguments_are_one_sentence(arguments, words):
     with pytest.raises(ValueError) as caught:
@@ -116,7 +116,7 @@ def test_a_named_checkpoint_must_be_complete(checkpoints, tmp_path):
 
 def test_auto_never_starts_anew_over_damaged_checkpoints(checkpoints):
     (checkpoints.directory / "cr2" / MARKER).unlink()
-    with pytest.raises(ValueError, match="holds only incomplete or damaged checkpoints: run.overwrite=true starts anew"):
+    with pytest.raises(ValueError, match="holds only incomplete or damaged checkpoints: run.overwrite=true starts again"):
         resume(checkpoints, "run.resume=auto")
     assert resume(checkpoints, "run.resume=auto", "run.overwrite=true") is None
 

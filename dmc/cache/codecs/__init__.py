@@ -82,7 +82,7 @@ def codec_class(name: str) -> type[Codec]:
 
 
 def _whole(name: str, kind: type[Codec], setting: str, value: object) -> object:
-    """2.0 as 2 where a whole number is meant, so that one setting has one name; a truth value is none."""
+    """Normalise integral floats (2.0) to int for integer settings, so that each value has one spelling; reject bool."""
     kinds = kind.__mro__  # a preset's settings are those of its base
     signatures = (inspect.signature(kind.__init__).parameters for kind in kinds)
     parameter = next(known[setting] for known in signatures if setting in known)

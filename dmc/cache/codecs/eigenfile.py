@@ -75,7 +75,7 @@ def read(path: Path) -> EigenFile:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"eigen codec: {path} is damaged or no safetensors file: {error}") from error
     if notes.pop("format", None) != FORMAT:
-        raise ValueError(f"eigen codec: {path} is no file of `dmc calibrate` (format {FORMAT})")
+        raise ValueError(f"eigen codec: {path} is not a file of `dmc calibrate` (format {FORMAT})")
     try:
         count = (len(tensors) - 1) // 2
         layers = [Bases(tensors[f"layers.{i}.keys"], tensors[f"layers.{i}.values"]) for i in range(count)]

@@ -36,7 +36,7 @@ def read_layers(path: str | Path) -> list[Codec]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(read, dict) or read.get("format") not in (FORMAT, FORMER):
-        raise ValueError(f'{path} is no file of layers: it needs "format": "{FORMAT}"')
+        raise ValueError(f'{path} is not a file of layers: it needs "format": "{FORMAT}"')
     unknown = [key for key in read if key not in _KEYS and not key.startswith("_")]
     if unknown or not isinstance(read.get("codec"), str) or not isinstance(read.get("layers"), list) or not read["layers"]:
         wrong = f"has an unknown key {unknown[0]!r}" if unknown else "lacks a codec's name or a list of layers"

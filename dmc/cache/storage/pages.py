@@ -106,14 +106,14 @@ class PagePool:
         """Pages that can be taken without growing. After `lend` this waits for the device, once.
 
         Raises:
-            RuntimeError: if kernels that the pool was lent to could not do what was asked of them.
+            RuntimeError: if kernels that used the lent pool found too few reserved pages; the KV cache is invalid.
         """
         if self._lent:
             self._free, failed = self._counts.tolist()
             self._lent = False
             if failed:
                 raise RuntimeError(
-                    f"a step found no room for its entries though it was counted (failure bits {failed}); the cache is lost"
+                    f"internal error: page reservation too small (flags {failed}); the KV cache is invalid"
                 )
         return self._free
 

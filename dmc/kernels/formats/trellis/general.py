@@ -92,8 +92,8 @@ def _level(table, places, once, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.c
     place = (places >> (8 * j)) & 255
     if BITS == 8:
         place = 2 * place + ((once >> (8 * j)) & 1)
-    # Nothing is known of the places; said so along the words, the compiler gives the loads the words' own layout, where it
-    # would send every address through shared memory otherwise. Without a multiple it loads one by one, as it must.
+    # Hint of contiguity 1 along the words: the compiler then keeps the words' layout for the loads. Without it, every address
+    # goes through shared memory. There is no multiple, so loads are scalar, as they have to be.
     return tl.load(table + tl.max_contiguous(place, (1, 2))).to(dtype)
 
 
