@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import zipfile
@@ -56,8 +57,9 @@ def _convert(file: Path, out: Path, dtype: str) -> None:
 
     split = _checked(file)
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=DTYPES[dtype])
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        given = {"gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=DTYPES[dtype], trust_remote_code=False, **given)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **given)
     except (ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(f"transformers cannot read {file}: {' '.join(str(error).split())}") from None
     tied = model._tied_weights_keys if model.config.tie_word_embeddings else ()
@@ -94,6 +96,7 @@ def _checked(file: Path) -> str:
         raise ValueError("reading a GGUF file needs the package gguf: pip install gguf") from None
     if not file.is_file():
         raise ValueError(f"no file at {file}")
+    logging.getLogger("gguf.gguf_reader").setLevel(logging.ERROR)  # it warns of keys that a file has twice
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:

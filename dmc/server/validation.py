@@ -36,10 +36,9 @@ def explain(errors: Sequence[dict], body: object) -> tuple[str, str | None]:
         name = _name(path)
         return f"unknown parameter {name!r}: it is refused, not ignored", name
     if len(closest) > 1 and not best[1]:  # no type fits
-        while path and path[-1] not in FORMS:
-            path = path[:-1]
-        name = _name(path)
-        return f"{name}: must be {FORMS[path[-1]]}", name
+        known = next((path[:end] for end in range(len(path), 0, -1) if path[end - 1] in FORMS), None)
+        if known is not None:
+            return f"{_name(known)}: must be {FORMS[known[-1]]}", _name(known)
     if error["type"].startswith("union_tag"):  # a message's role, or a part's type
         name, known = _name((*path, error["ctx"]["discriminator"].strip("'"))), error["ctx"].get("expected_tags")
         return f"{name}: must be one of {known}" if known else f"{name}: Field required", name

@@ -48,7 +48,7 @@ def test_the_tokenizer_of_an_export_is_read_without_a_question(tmp_path, export,
 
 # https://github.com/ml-explore/mlx-lm/pull/383: a training command asked whether to run the code of the model directory.
 def test_a_model_with_code_of_its_own_is_refused_in_one_sentence(export, asked):
-    with pytest.raises(ValueError, match=f"cannot load {export} with its own code: name a plain Llama directory") as caught:
+    with pytest.raises(ValueError, match=f"cannot load {export} with its own code: name a plain model directory") as caught:
         pretrained.load_model(export, torch.float32)
     assert asked == [] and "\n" not in str(caught.value)
 

@@ -133,3 +133,9 @@ def test_names_in_a_chat(message, said, param):
     answer = explained(ChatRequest, {"model": "m", "messages": [USER, message]})
     assert answer[0].startswith(said) and answer[1] == param
     assert explained(ChatRequest, [])[1] is None
+
+
+def test_of_several_wrong_values_the_first_is_named():
+    wrong = {"role": "assistant", "content": "x", "name": 0.5}
+    said, param = explained(ChatRequest, {"model": "m", "messages": [wrong, USER, wrong | {"name": []}]})
+    assert said == "messages[0].name: Input should be a valid string" and param == "messages[0].name"
