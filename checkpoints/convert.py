@@ -12,7 +12,6 @@ from checkpoints import store
 from checkpoints.files import HfWeights
 from checkpoints.names import to_hf, to_megatron
 from checkpoints.trained import TrainedWeights
-from dmc import hub
 from dmc.families import ModelShape, shape_of
 from dmc.training.config import recorded
 
@@ -32,13 +31,14 @@ def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:
         ValueError: if the checkpoint is incomplete or damaged.
     """
     meta = store.verify(checkpoint)
-    tensors = TrainedWeights(checkpoint, shape_of(meta["hf_config"], where=checkpoint))
     settings = recorded(meta["config"]["dmc"])
+    scale = settings.lora_alpha / settings.lora_rank if settings.train == "lora" else None
+    tensors = TrainedWeights(checkpoint, shape_of(meta["hf_config"], where=checkpoint), lora_scale=scale)
     measured = {
         "held-out perplexity": round(meta["perplexity"], 4), "training text": meta["corpus_hash"],
         "held-out text": meta["held_out_hash"], "context, tokens": meta["config"]["data"]["sequence_length"],
     }
-    results = {"base_model": hub.shown(meta["config"]["run"]["model"]), "measured": measured}
+    results = {"base_model": meta.get("model_name") or Path(meta["config"]["run"]["model"]).name, "measured": measured}
     return tensors, meta | {
         "method": settings.method, "window": settings.recent, "looks_ahead": settings.looks_ahead,
         "decision": settings.decision, "offset": settings.offset, "gain": settings.gain, "results": results,

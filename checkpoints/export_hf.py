@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from checkpoints import family_code
+from checkpoints import family_code, peft
 from checkpoints.files import SHARD_BYTES, write_weights
 from checkpoints.model_card import model_card
 from dmc.families import by_type
@@ -37,7 +37,7 @@ def export(
     state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, decision: str, offset: float,
     gain: float, target_cr: float, measured_cr: float, tokenizer_dir: str | Path, card: Mapping | str,
     method: str = "dmc", window: int | None = None, looks_ahead: bool = False, dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES, adapter: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the model to `out`, with the gain of training folded into the weights.
 
@@ -60,6 +60,7 @@ def export(
         looks_ahead: whether decisions also read the hidden state `window` tokens later.
         dtype: of the weights written.
         max_shard_bytes: weights above this are spread over several files.
+        adapter: writes low-rank updates, which are in the weights already, to a directory inside (`checkpoints.peft`).
 
     Returns:
         `out`.
@@ -83,6 +84,8 @@ def export(
     with staged(out) as staging:
         write_weights(staging, plan, lambda name: fold(name, state_dict[name]), max_shard_bytes)
         _write_rest(staging, config, tokenizer_dir, text, family_code.files(family))
+        if adapter is not None:
+            adapter(staging / peft.FOLDER)
     return out
 
 
@@ -125,7 +128,10 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
-        for path in staging.iterdir():
+        for path in staging.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o777 & ~_umask())
+                continue
             path.chmod(0o666 & ~_umask())  # safetensors makes its files readable to their owner alone
             _sync(path)
         os.rename(staging, out)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from checkpoints import names
 from dmc.families import ModelShape
 
-_STACKED = "decoder.layers."
+_STACKED, _UPDATE = "decoder.layers.", ".lora_"
 
 
 class TrainedWeights(Mapping[str, Tensor]):
@@ -28,14 +28,17 @@ class TrainedWeights(Mapping[str, Tensor]):
     kept until each was asked for once.
     """
 
-    def __init__(self, checkpoint: str | Path, hf: ModelShape) -> None:
-        self._hf = hf
+    def __init__(self, checkpoint: str | Path, hf: ModelShape, *, lora_scale: float | None = None) -> None:
+        """Low-rank updates (`dmc.training.lora`) are merged into the weights by their scale; None: there are none."""
+        self._hf, self._scale = hf, lora_scale
         self._reader = FileSystemReader(str(checkpoint))
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._source: dict[str, str] = {}  # Hugging Face name → megatron name
         self._meta: dict[str, Tensor] = {}
         for name, shape, dtype in _unstacked(self._metadata):
+            if _UPDATE in name:
+                continue
             for key, part in names.to_hf(hf, {name: torch.empty(shape, dtype=dtype, device="meta")}).items():
                 if key != "lm_head.weight" or not hf.tie_word_embeddings:
                     self._source[key], self._meta[key] = name, part
@@ -45,7 +48,7 @@ class TrainedWeights(Mapping[str, Tensor]):
         """The tensor of that name; KeyError if the checkpoint has none."""
         if name not in self._fused:
             source = self._source[name]
-            self._fused = names.to_hf(self._hf, {source: self._read(source)})
+            self._fused = names.to_hf(self._hf, {source: self._merged(source)})
         return self._fused.pop(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -59,6 +62,33 @@ class TrainedWeights(Mapping[str, Tensor]):
     def meta(self, name: str) -> Tensor:
         """An empty tensor on the meta device of that name's shape and dtype; reads nothing."""
         return self._meta[name]
+
+    def updates(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(Hugging Face name of a weight, A ``[rank, inputs]``, B ``[outputs, rank]``) of every low-rank update, in fp32."""
+        for name, _, _ in _unstacked(self._metadata):
+            if _UPDATE in name and name.endswith(".a"):
+                weight = name.removesuffix(".a").replace(_UPDATE, ".linear_") + ".weight"
+                a, b = self._factors(weight)
+                yield from ((key, a, part) for key, part in names.to_hf(self._hf, {weight: b}).items())
+
+    def _merged(self, name: str) -> Tensor:
+        """A tensor with its low-rank update, where it has one, added in fp32."""
+        whole = self._read(name)
+        if self._scale is None or not name.endswith(".weight") or self._update_of(name) not in self._metadata.state_dict_metadata:
+            return whole
+        a, b = self._factors(name)
+        return (whole.float() + self._scale * (b @ a)).to(whole.dtype)
+
+    def _factors(self, weight: str) -> tuple[Tensor, Tensor]:
+        update = weight.removesuffix(".weight").replace(".linear_", _UPDATE)
+        return self._read(f"{update}.a").float(), self._read(f"{update}.b").float().flatten(0, 1)
+
+    @staticmethod
+    def _update_of(weight: str) -> str:
+        """The stored name of a weight's A."""
+        layer, local = names.layer_of(weight)
+        update = f"{local.removesuffix('.weight').replace('.linear_', _UPDATE)}.a"
+        return update if layer is None else _STACKED + update
 
     def _read(self, name: str) -> Tensor:
         """The whole tensor of a megatron name with a global layer number."""

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from checkpoints import peft
 from checkpoints.convert import load_hf_state
 from checkpoints.export_hf import export, export_plain
 from checkpoints.files import DTYPES, SHARD_BYTES, parse_size
@@ -77,11 +78,18 @@ def _write(args: argparse.Namespace, limit: int) -> str:
             f"trained to be served with --policy {policy}" if policy else "since the checkpoint is not compressed"
         )
     names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
+    settings, adapter = recorded(meta["config"]["dmc"]), None
+    if settings.train == "lora":
+        def adapter(directory: Path) -> None:
+            peft.write(
+                directory, tensors.updates(), base=meta["config"]["run"]["model"], rank=settings.lora_rank,
+                alpha=settings.lora_alpha, dtype=dtype,
+            )
     out = export(
         tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
-        card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit,
+        card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit, adapter=adapter,
     )
-    return f"wrote {out}"
+    return f"wrote {out}" + (f", its low-rank updates also as an adapter in {out / peft.FOLDER}" if adapter else "")
 
 
 def served_with(meta: Mapping) -> str | None:

@@ -117,7 +117,7 @@ def build(config: Config) -> Trainer:
     meta = {
         "config": configuration.to_dict(config), "hf_config": dict(hf.fields), "corpus_hash": training.hash,
         "held_out_hash": held_out.hash, "model_hash": model_hash(model, config.run.init, together=True),
-        "tokenizer_dir": str(model.resolve()),
+        "tokenizer_dir": str(model.resolve()), "model_name": hub.shown(config.run.model),
         "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
         "begin": begin,
     }

@@ -132,7 +132,7 @@ class Llama:
         query, key, value = states.split([query_heads, heads, heads], dim=1)
         if layer.query_norm is not None:
             query, key = (
-                F.rms_norm(part.to(_work(part.dtype)), (size,), eps=config.rms_norm_eps).to(part.dtype) * weight
+                rms_norm(part, weight, config.rms_norm_eps)
                 for part, weight in ((query, layer.query_norm), (key, layer.key_norm))
             )
         out = attend(index, query, key, value, *self._decide(index, layer, x, query, key))

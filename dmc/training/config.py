@@ -48,7 +48,10 @@ class DmcConfig:
     temperature: float = 0.1  # temperature of the relaxed decisions
     cr_loss: str = "soft"  # which measured ratio ends the hinge: "soft" alphas (eq. 10) or "hard" decisions
     cr_weight: float = 3.0  # weight of the compression loss (the paper's is 1)
-    train: str = "all"  # "all" weights, or "decision": an adapter, the added heads alone with the base model frozen
+    train: str = "all"  # "all" weights; with a frozen base model: "decision", the added heads alone, or "lora" (docs/training.md)
+    lora_rank: int = 16  # of the low-rank updates of q, k, v and o, with train=lora
+    lora_alpha: float = 32.0  # the updates are scaled by lora_alpha / lora_rank
+    lora_mlp: bool = False  # updates of the MLP too
     repurpose_steps: int = 40  # only for decision=neuron
     ramp_steps_per_unit: float = 80.0  # steps in which the target rises by 1
     hold_steps: int = 160  # steps at the final target
@@ -62,6 +65,11 @@ class DmcConfig:
     def compresses(self) -> bool:
         """True if the run is a retrofit."""
         return self.method != "none"
+
+    @property
+    def frozen(self) -> bool:
+        """True if the weights of the base model stay as they are."""
+        return self.train != "all"
 
     @property
     def ruled(self) -> bool:
@@ -268,7 +276,7 @@ def _check_fields(config: Config) -> None:
     _one_of("dmc.method", d.method, ("dmc", "dms", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head", *RULES))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))
-    _one_of("dmc.train", d.train, ("all", "decision"))
+    _one_of("dmc.train", d.train, ("all", "decision", "lora"))
     _one_of("dmc.decide", d.decide, ("auto", "arrival", "late"))
     _one_of("guard.action", config.guard.action, ("stop", "skip"))
     _one_of("optim.name", o.name, ("adamw", "muon"))
@@ -294,14 +302,15 @@ def _check_fields(config: Config) -> None:
     if d.window is not None:
         _at_least(1 if d.method == "dms" else 0, {"dmc.window": d.window})
     _at_least(1, {
-        "dmc.sinks": d.sinks, "data.sequence_length": config.data.sequence_length, "optim.micro_batch": o.micro_batch,
+        "dmc.sinks": d.sinks, "dmc.lora_rank": d.lora_rank, "data.sequence_length": config.data.sequence_length,
+        "optim.micro_batch": o.micro_batch,
         "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
         "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
         "guard.window": config.guard.window, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
     })
     for name, value in {
         "optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature,
-        "dmc.init_scale": d.init_scale,
+        "dmc.init_scale": d.init_scale, "dmc.lora_alpha": d.lora_alpha,
     }.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: it must be a positive number")
@@ -330,9 +339,9 @@ def _check_together(config: Config) -> None:
     distils = d.compresses and config.distill.weight > 0 or config.distill.teacher != ""
     if config.distill.weight == 0 and config.distill.lm_weight == 0 and (d.compresses or distils):
         raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
-    if d.train == "decision" and not (d.compresses and d.decision == "head"):
+    if d.frozen and not (d.compresses and d.decision == "head"):
         raise ValueError(
-            f"dmc.train=decision trains the added decision heads alone, and dmc.method={d.method} with "
+            f"dmc.train={d.train} trains the added decision heads beside a frozen model, and dmc.method={d.method} with "
             f"dmc.decision={d.decision} has none: set dmc.method=dmc (or dms) and dmc.decision=head, or dmc.train=all"
         )
     if r.init == "random" and d.compresses:

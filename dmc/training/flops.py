@@ -61,6 +61,19 @@ def layer_vectors(hf: ModelShape, tensor: int) -> int:
     return hf.qkv_bias * rows + hf.qk_norm * 2 * hf.head_dim
 
 
+def layer_updates(config: Config, hf: ModelShape, tensor: int) -> int:
+    """Weights of one layer's low-rank updates (`dmc.training.lora`), on one of ``tensor`` tensor-parallel ranks."""
+    if config.dmc.train != "lora":
+        return 0
+    hidden, inner, queries = hf.hidden_size, hf.intermediate_size, hf.num_attention_heads * hf.head_dim
+    cut = [(hidden, queries + 2 * hf.num_key_value_heads * hf.head_dim)]  # inputs, outputs; the outputs are cut
+    whole = [(queries, hidden)]  # the inputs are cut
+    if config.dmc.lora_mlp:
+        cut, whole = [*cut, (hidden, 2 * inner)], [*whole, (inner, hidden)]
+    numbers = sum(i + o // tensor for i, o in cut) + sum(i // tensor + o for i, o in whole)
+    return config.dmc.lora_rank * numbers
+
+
 def attention_flops(hf: ModelShape, tokens: int) -> int:
     """Scores and weighted values of one layer, per token: the causal half of a sequence of ``tokens``."""
     return 2 * hf.num_attention_heads * hf.head_dim * tokens

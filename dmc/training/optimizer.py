@@ -35,7 +35,7 @@ def build(config: OptimConfig, parallel: ParallelConfig, ddp: list[DistributedDa
 def _muon(config: OptimConfig, settings: OptimizerConfig, ddp: list[DistributedDataParallel]) -> MegatronOptimizer:
     matrices, vectors, embeddings = [], [], []
     for name, weight in ((n, w) for part in ddp for n, w in part.module.named_parameters() if w.requires_grad):
-        hidden = name.startswith("decoder.layers.") and ".decision." not in name
+        hidden = name.startswith("decoder.layers.") and not any(part in name for part in (".decision.", ".lora_"))
         target = vectors if weight.dim() < 2 else matrices if hidden else embeddings
         target.append(weight)
     # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both

@@ -61,11 +61,12 @@ class Parameters:
     embeddings: int  # embedding and output layer
     vectors: int  # norms and biases
     decisions: int  # decision heads
+    updates: int = 0  # low-rank, of the layers' matrices
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.matrices + self.embeddings + self.vectors + self.decisions
+        return self.matrices + self.embeddings + self.vectors + self.decisions + self.updates
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def memory(config: Config, hf: ModelShape, layout: Layout, stage: int, *, on_gpu
     """
     size = _size(config)
     own = parameters(config, hf, layout, stage)
-    adapter = config.dmc.train == "decision"
-    trained = Parameters(0, 0, 0, own.decisions) if adapter else own
-    # An adapter's frozen base model is its own teacher.
-    copies = flops.distils(config) and not (adapter and not config.distill.teacher)
+    frozen = config.dmc.frozen
+    trained = Parameters(0, 0, 0, own.decisions, own.updates) if frozen else own
+    # A frozen base model is its own teacher.
+    copies = flops.distils(config) and not (frozen and not config.distill.teacher)
     return Memory(
         weights=own.total * size, gradients=trained.total * 4, optimizer=optimizer_bytes(config, trained, layout),
         teacher=copies * parameters(config, hf, layout, stage, decisions=False).total * size,
@@ -146,6 +147,7 @@ def parameters(config: Config, hf: ModelShape, layout: Layout, stage: int, *, de
         embeddings=tables * table,
         vectors=(2 * layers + last) * hidden + layers * flops.layer_vectors(hf, tensor),
         decisions=layers * head * logits * hf.num_key_value_heads * per_logit // tensor,
+        updates=layers * flops.layer_updates(config, hf, tensor) if decisions else 0,
     )
 
 

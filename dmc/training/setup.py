@@ -19,7 +19,7 @@ from torch import Tensor
 from dmc.families import ModelShape
 from dmc.fitted import FittedDecisions
 from dmc.kernels import backend
-from dmc.training import backends, cpu, llama
+from dmc.training import backends, cpu, llama, lora
 from dmc.training import optimizer as optimizer_module
 from dmc.training.config import Config
 from dmc.training.stage import Stage
@@ -127,8 +127,12 @@ def build_student(config: Config, hf: ModelShape, loader: WeightLoader | None) -
     )
     torch.manual_seed(config.run.seed)
     chunks = _model(config, hf, state, loader)
-    if dmc.train == "decision":
+    if dmc.frozen:
         for chunk in chunks:
+            if dmc.train == "lora":
+                lora.install(
+                    chunk, state, rank=dmc.lora_rank, alpha=dmc.lora_alpha, mlp=dmc.lora_mlp, seed=config.run.seed
+                )
             freeze_base(chunk)
     ddp = [_data_parallel(config, chunk, first=i == 0) for i, chunk in enumerate(chunks)]
     optimizer = optimizer_module.build(config.optim, config.parallel, ddp)
@@ -212,9 +216,9 @@ def _check_teacher(hf: ModelShape, student: Stage) -> None:
 
 
 def freeze_base(chunk: Stage) -> None:
-    """Leave only the decision heads trainable."""
+    """Leave only the decision heads and low-rank updates trainable."""
     for name, weight in chunk.named_parameters():
-        weight.requires_grad_(".decision." in name)
+        weight.requires_grad_(".decision." in name or ".lora_" in name)
     if chunk.pre_process:
         # Activation recomputation follows gradients from its inputs, and frozen embeddings would bring none.
         chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_() if torch.is_grad_enabled() else out)

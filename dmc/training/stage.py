@@ -50,10 +50,11 @@ class Stage(GPTModel):
         if teacher is not self:
             teacher.set_input_tensor(self._received[1])
             return teacher(tokens, positions, rows)
-        mode, self.state.mode = self.state.mode, "plain"  # frozen weights: without decisions it is the original model
+        # Frozen weights: without decisions and low-rank updates it is the original model.
+        mode, self.state.mode, self.state.adapted = self.state.mode, "plain", False
         self.decoder.set_input_tensor(self._received[1])
         try:
             return self(tokens, positions, rows)
         finally:
-            self.state.mode = mode
+            self.state.mode, self.state.adapted = mode, True
             self.decoder.set_input_tensor(self._received[0])

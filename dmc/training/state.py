@@ -43,6 +43,7 @@ class LayerState:
     step: int = 0
     target_cr: float = 1.0  # in force; what a rule's decisions follow from
     neuron_scale: float = 1.0
+    adapted: bool = True  # whether low-rank updates are added (`dmc.training.lora`); False: the original model
     # d(loss)/d(alpha) of the compression loss, constant in eq. 10 while the hinge is open: added in backward.
     alpha_gradient: float = 0.0
     decisions: DecisionCounts | None = None

@@ -27,7 +27,8 @@ from dmc.training.signals import Stopped, StopSignals
 # What a resumed run must share with the checkpoint's; layout, the lengths of ramp and final hold, and reports may change.
 SAME_RUN = (
     "data.sequence_length", "dmc.method", "dmc.window", "dmc.decide", "dmc.decision", "dmc.sinks", "dmc.gain", "dmc.offset",
-    "dmc.temperature", "optim.name", "dmc.train", "optim.global_batch", "parallel.distributed_optimizer", "run.seed",
+    "dmc.temperature", "optim.name", "dmc.train", "dmc.lora_rank", "dmc.lora_alpha", "dmc.lora_mlp", "optim.global_batch",
+    "parallel.distributed_optimizer", "run.seed",
     "dmc.integer_hold_steps",
 )
 # Settings that came later: what a checkpoint without them was trained with, where it is not today's default.
@@ -80,7 +81,7 @@ class Trainer:
         self.distils = teacher_loader is not None
         if self.distils:
             # An adapter's frozen base model is the original one: no second copy is needed, unless another is asked for.
-            own = config.dmc.train == "decision" and not config.distill.teacher
+            own = config.dmc.frozen and not config.distill.teacher
             setup.attach_teacher(config, teacher_hf or hf, self.student, None if own else teacher_loader)
         self.guard = Guard(config.guard, Path(config.run.output) / "guard", self.student.optimizer, self.student.chunks)
         self.meta = meta

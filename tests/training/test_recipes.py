@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dmc.families import read_shape
-from dmc.training import planning
+from dmc.training import flops, planning
 from dmc.training.config import load
 from dmc.training.schedule import Schedule
 from tests.training.helpers import ROOT
@@ -47,6 +47,14 @@ def test_recipes_of_the_families_merge_late_and_distil(name):
     assert plans()["recipes"][f"{name}-distill.yaml"]["parameters"] == LATE[name]
     config = load(ROOT / "configs" / f"{name}-distill.yaml")
     assert (config.dmc.window, config.dmc.decide, config.dmc.decision, config.distill.weight) == (256, "late", "head", 1)
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-8b"])
+def test_lora_fits_one_gpu_of_48_gb_as_well(name):
+    """The plan's GiB, by the GPU that the recipe names and by a smaller one."""
+    lines = plans()["recipes"][f"{name}-lora.yaml"]["lines"]
+    total = next(float(line.rsplit("total ", 1)[1]) for line in lines if line.startswith("memory"))
+    assert total < flops.GPUS["l40s"].memory_gib and "teacher 0.00" in " ".join(lines)
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -226,7 +226,7 @@ def test_positions_count_from_each_start():
     (["dmc.method=dms", "dmc.decision=all", "dmc.window=64"], "dmc.window is 64, and with dmc.decision=all the window follows"),
     (["dmc.decision=random", "dmc.window=64", "dmc.init=F"], "leave dmc.init out"),
     (["dmc.decision=random", "dmc.window=64", "dmc.sinks=0"], "dmc.sinks is 0: it must be at least 1"),
-    (["dmc.decision=random", "dmc.window=64", "dmc.train=decision"], "dmc.train=decision trains the added decision heads alone"),
+    (["dmc.decision=random", "dmc.window=64", "dmc.train=decision"], "dmc.train=decision trains the added decision"),
 ])
 def test_settings_that_cannot_work_are_one_sentence(overrides, words):
     with pytest.raises(ValueError) as caught:
