@@ -42,7 +42,6 @@ WORDS = {
 }
 
 EXCEPTIONS = {
-    "glossary.md": ["the place of an entry in a page", "how many entries a head cache may hold"],
     "families.md": ["## What is refused"],  # other pages link to the heading
     "serving.md": ["a `refusal` without content", "`refusal` may be null"],  # the name of a field
 }
