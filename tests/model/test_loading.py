@@ -85,7 +85,7 @@ def test_missing_shard(parts, tmp_path):
     index.write_text(json.dumps({"weight_map": where}))
     assert "b.safetensors is missing" in refusal(tmp_path)
     index.write_text("[]")
-    assert "no index" in refusal(tmp_path)
+    assert "not an index" in refusal(tmp_path)
 
 
 def test_end_tokens(parts, tmp_path):
