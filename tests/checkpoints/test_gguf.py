@@ -1,6 +1,7 @@
 """GGUF → Hugging Face against transformers' own GGUF loader and the tokenizer the file was made from."""
 
 import json
+import logging
 import re
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from dmc.families import read_shape
 from scripts.gguf_to_hf import main
 
 gguf = pytest.importorskip("gguf")
+logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # it warns of keys that a test writes twice
 
 HIDDEN, FFN, HEADS, GROUPS, SIZE, LAYERS = 96, 128, 6, 2, 32, 2  # head size unlike hidden / heads
 TEXT = ["the cat sat on 1234 mats   7 times", "don't  stop\n\n  here 99", "a naïve 日本 ½ test"]
