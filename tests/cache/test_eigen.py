@@ -203,7 +203,7 @@ def test_settings_for_each_layer_from_a_file(directory, tmp_path, capsys):
     write(layers=[{"bits": 4}] * 2)
     assert len({id(one) for one in read_layers(file)}) == 1
     for change, said in (
-        ({"format": "x"}, "no file of layers"), ({"codec": 3}, "lacks a codec's name"), ({"layers": []}, "list of layers"),
+        ({"format": "x"}, "not a file of layers"), ({"codec": 3}, "lacks a codec's name"), ({"layers": []}, "list of layers"),
         ({"more": 1}, "unknown key 'more'"), ({"layers": [{}, {"bits": 9}]}, "layer 1: tcq codec: bits must be"),
         ({"layers": [3]}, "layer 0: settings must be an object"), ({"layers": [{}]}, "1 codecs were given"),
     ):
