@@ -17,7 +17,7 @@ from dmc.training.planning import Layout
 from tests.training.helpers import assert_same_run, metrics, small_run, tiny_model, tiny_shape, tiny_text, weights
 from tests.training.plans import held
 
-LORA = ("dmc.train=lora", "dmc.lora_rank=4", "dmc.lora_mlp=true", "dmc.hold_steps=6", "optim.lr=2e-3", "dmc.window=8")
+LORA = ("dmc.train=lora", "dmc.lora_rank=4", "dmc.lora_mlp=true", "dmc.hold_steps=4", "optim.lr=1e-3", "dmc.window=8")
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,15 @@ def run(tmp_path_factory):
     return tmp, small_run(tmp, "one", *LORA, f"data.held_out={tmp / 'held.jsonl'}")
 
 
-def same(run, name, *layout, processes=1, tolerance=1e-2):
-    """The run of one process: to rounding in its first steps, within ``tolerance`` where rounding has changed decisions."""
+def same(run, name, *layout, processes=1, tolerance=2e-5):
+    """The run of one process, to rounding: it ends before rounding changes a decision."""
     tmp, one = run
     output = small_run(tmp, name, *LORA, f"data.held_out={tmp / 'held.jsonl'}", *layout, processes=processes)
-    for mine, other in list(zip(metrics(output), metrics(one), strict=True))[:6]:
-        assert (mine["loss"], mine["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=2e-5, abs=1e-6)
-    assert_same_run(output, one, tolerance=tolerance, absolute=1e-5)
+    assert_same_run(output, one, tolerance=tolerance, absolute=1e-6)
     ours, theirs = weights(output), weights(one)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, rtol=1e-2, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
     return output
 
 
