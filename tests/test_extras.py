@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dmc.extras import needed_for, required
-from tests.docs.checks import setup_arguments
+from tests.docs.programs import setup_arguments
 from tests.model import tiny
 from tests.training.helpers import ROOT
 

