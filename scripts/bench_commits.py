@@ -147,6 +147,10 @@ def _options() -> argparse.Namespace:
         sys.exit(0)
     if len(options.checkouts) != 2:
         parser.error("two checkouts are needed: before and after")
+    if options.new < 2 or options.context < 1 or options.repeats < 1 or min(*options.batches, *options.threads, 1) < 1:
+        parser.error("--new must be at least 2, the other numbers at least 1: a decode step follows the first token")
+    for missing in (path for path in [*options.checkouts, *options.models] if not Path(path).is_dir()):
+        parser.error(f"{missing} is not a directory")
     return options
 
 
