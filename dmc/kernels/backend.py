@@ -4,7 +4,7 @@ The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` 
 from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and is else "auto": Triton on a
 CUDA device that can run it; on a CPU the CPU kernels where an operation has some (serving) and numba is installed; PyTorch
 elsewhere. If "auto" selects PyTorch for training, one line on stderr says why. A setting other than "auto" is used or
-rejected, never replaced. The choice is a `Backend`.
+rejected, never replaced, except in fp64 caches: no kernel computes in fp64, so they take PyTorch. The choice is a `Backend`.
 
 Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" runs on CPU
 tensors too, slowly: that is how the kernels are tested without a GPU.
