@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.codecs import Codec
+from dmc.cache.codecs.without_bias import without_key_bias
 from dmc.cache.policies import Policy
 from dmc.cache.reading import growing
 from dmc.cache.reading.choose import choose_readers
@@ -24,6 +25,7 @@ from dmc.cache.storage.check import check
 from dmc.cache.storage.packing import Storage
 from dmc.cache.storage.pages import PoolExhausted
 from dmc.cache.storage.rows import Rows, Shape
+from dmc.kernels.pages.key_bias import KeyBias
 
 _SINK_TOKENS = 4
 _EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +47,8 @@ class KVCache:
             codec's own.
         exact_dtype: "fp32", "bf16" or "fp16", of everything outside encoded pages but the tail. None: that of the
             dense codec, or the model's; but with a lossy codec and an fp32 model bf16, whose rounding (2^-9) is far
-            below what the codec loses.
+            below what the codec loses, unless keys have a bias.
+        key_bias: of the model's keys, if they have one: lossy codecs then see keys without it.
         device: of everything.
 
     Attributes:
@@ -62,9 +65,9 @@ class KVCache:
     def __init__(
         self, shape: Shape, policy: Policy, codec: Codec | Sequence[Codec], *, slots: int, memory: int | None = None,
         page_size: int | None = None, sink_tokens: int | None = None, window: int | None = None, exact_dtype: str | None = None,
-        device: torch.device | str = "cpu",
+        key_bias: KeyBias | None = None, device: torch.device | str = "cpu",
     ) -> None:
-        codecs = _per_layer(codec, shape)
+        codecs = without_key_bias(_per_layer(codec, shape), key_bias)
         lossy = any(one.lossy for one in codecs)
         sink_tokens = _SINK_TOKENS * lossy if sink_tokens is None else sink_tokens
         window = max(one.window for one in codecs) if window is None else window
@@ -78,7 +81,7 @@ class KVCache:
                 f"max_entries={policy.max_entries} holds nothing but the {sink_tokens} sinks (sink_tokens): give at least "
                 f"{sink_tokens + 1}, or fewer sinks"
             )
-        exact = _exact_dtype(exact_dtype, codecs, shape.dtype)
+        exact = _exact_dtype(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
         placed = policy.evicts or any(one.placed for one in codecs)
         storage = Storage(
             sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts, policy.ring,
@@ -374,13 +377,13 @@ def _per_layer(codec: Codec | Sequence[Codec], shape: Shape) -> list[Codec]:
     return [one.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer, one in enumerate(codec)]
 
 
-def _exact_dtype(name: str | None, codecs: Sequence[Codec], model: torch.dtype) -> torch.dtype:
+def _exact_dtype(name: str | None, codecs: Sequence[Codec], model: torch.dtype, *, biased: bool) -> torch.dtype:
     if name is not None:
         if name not in _EXACT_DTYPES:
             raise ValueError(f"exact_dtype must be one of {', '.join(_EXACT_DTYPES)}, got {name!r}")
         return _EXACT_DTYPES[name]
     if any(codec.lossy for codec in codecs):
-        return torch.bfloat16 if model.itemsize > 2 else model
+        return torch.bfloat16 if model.itemsize > 2 and not biased else model
     return getattr(codecs[0], "dtype", None) or model
 
 

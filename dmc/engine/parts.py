@@ -14,6 +14,7 @@ from dmc.engine.runner import Runner
 from dmc.model import Llama, Weights, read_config
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.group import Group
+from dmc.model.key_bias import key_bias
 from dmc.model.sharded import ShardedLlama
 
 
@@ -54,8 +55,10 @@ class Parts:
         heads = config.num_key_value_heads // (group.ranks if group else 1)
         shape = Shape(config.num_hidden_layers, heads, config.head_dim, self.dtype)
         settings = self.cache | ({"memory": None} if self.automatic else {})
-        cache = KVCache(shape, self.policy, self.codec, device=device, **settings)
         weights = Weights(self.path)
+        part = {"rank": group.rank, "ranks": group.ranks} if group else {}
+        bias = key_bias(config, weights, dtype=self.dtype, device=device, **part)
+        cache = KVCache(shape, self.policy, self.codec, key_bias=bias, device=device, **settings)
         if group:
             sharded = ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device)
             return Runner(self._decided(sharded, group.rank, group.ranks), cache)

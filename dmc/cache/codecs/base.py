@@ -81,7 +81,7 @@ class Codec(ABC):
 
         Args:
             keys, values: ``[..., N, D]``; keys rotated, each at its place.
-            heads: int64 ``[...]``, key/value head of each page.
+            heads: int64 ``[...]``, key/value head of each page, counted over all layers: ``layer * H + head``.
             places: int32 ``[..., N]``, position of each entry's newest token; -1 is an entry that nothing will read.
         """
         return self.encode(keys, values)

@@ -105,6 +105,7 @@ class EigenLayer(Codec):
 
     def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, places: Tensor) -> Blocks:
         """See `Codec.encode_at`; arithmetic in fp32."""
+        heads = heads % len(self._bases["k"])  # they are counted over all layers
         plain = rotate(keys.float(), self._rope.inverse(_held(places)))
         tensors = {PLACE: places.int(), "head": heads[..., None].to(torch.uint8)}
         for part, x in (("k", plain), ("v", values.float())):

@@ -88,12 +88,15 @@ class OnPages(Reader):
         views, open_views = rows.pool.views(self.packing.layout), rows.pool.views(rows.open_layout)
         encoded = {name: view for name, view in views.items() if name in self.packing.fields}
         opened = {part: open_views[part] for part in "kv"}
-        if rows.storage.holes:
+        key_bias = getattr(self.packing.codec, "key_bias", None)
+        if rows.storage.holes or key_bias is not None:
             encoded["place"] = views["e_place"]
         if rows.storage.scored:
             encoded["score"], opened["score"] = views["e_score"], open_views["e_score"]
         made = self.packing.format(rows.z.device)
-        return Paged(made, encoded, opened, rows.closed_table, rows.open_table, rows.closed, rows.exact)
+        tables = rows.closed_table, rows.open_table, rows.closed, rows.exact
+        heads = None if key_bias is None else rows.heads_of(torch.arange(len(rows.z), device=rows.z.device))
+        return Paged(made, encoded, opened, *tables, key_bias=key_bias, heads=heads)
 
 
 def _growing(rows: Rows, read: Paged, stack: Tensor, free: Tensor, failed: Tensor) -> Growing:

@@ -124,6 +124,11 @@ class Rows:
         layer = torch.arange(self.shape.layers, device=self.z.device)[:, None]
         return ((layer * self.slots + slot) * heads + torch.arange(heads, device=self.z.device)).flatten()
 
+    def heads_of(self, rows: Tensor) -> Tensor:
+        """Key/value heads of rows, counted over all layers: ``layer * H + head``, int64 like ``rows``."""
+        heads = self.shape.heads
+        return rows // (self.slots * heads) * heads + rows % heads
+
     def packing(self, rows: Tensor) -> Packing:
         """How the encoded pages of rows ``[R]`` of one layer, at least one, are laid out."""
         return self.packings[0 if self._alike else int(rows[0]) // (self.slots * self.shape.heads)]
@@ -284,7 +289,7 @@ class Rows:
         """Encodes entries ``[n, P, D]`` of rows ``[n]`` with their marks ``[n, P]`` into pages of the pool, ``[n]``."""
         packing = self.packing(rows)
         if packing.codec.placed:
-            encoded = packing.codec.encode_at(keys, values, rows % self.shape.heads, marks["place"])
+            encoded = packing.codec.encode_at(keys, values, self.heads_of(rows), marks["place"])
         else:
             encoded = packing.codec.encode(keys, values)
         views = self.pool.views(packing.layout)

@@ -53,12 +53,21 @@ def watched(
     np.cumsum(entries * groups, out=starts[1:])
     scaled = (query * scale).contiguous()
     rotation = scaled.new_empty(0, 0) if paged.format.rotation is None else paged.format.rotation
+    bias = _bias(scaled, index, paged)
     out, coded = scaled.new_empty(scaled.shape), scaled.new_empty(scaled.shape)
-    tensors = scaled, rotation.contiguous(), rotation.T.contiguous(), own_key.contiguous(), own_value.contiguous(), out, coded
+    own_state = own_key.contiguous(), own_value.contiguous()
+    tensors = scaled, rotation.contiguous(), rotation.T.contiguous(), *bias, *own_state, out, coded
     how = {None: loops.NONE, "last": loops.REPLACE, "sum": loops.ADD}[watch]
     arguments = *(x.numpy() for x in (*tensors, own)), how, places, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
     return out, own
+
+
+def _bias(query: Tensor, index: Tensor, paged: Paged) -> tuple[Tensor, Tensor]:
+    """Of the keys: coefficients ``[R, G, D]`` of scaled queries, and features ``[positions, D]``; empty where there is none."""
+    if paged.key_bias is None:
+        return query.new_empty(0, 0, 0), query.new_empty(0, 0)
+    return paged.key_bias.coefficients(query, paged.heads[index]).contiguous(), paged.key_bias.features()
 
 
 def _tables(paged: Paged) -> tuple[np.ndarray, ...]:

@@ -19,7 +19,7 @@ from dmc.kernels.cpu.products import add, score
 
 FIELDS = ("k", "v", "exact_score", "place", "score")  # of full-precision pages, and what encoded ones hold beside their format's
 _EXACT_SCORE, _PLACE, _SCORE = range(2, 5)
-_PAGE, _PER_OPEN, _EXACT_HALF, _HOLES, _FIRST, _STRIDE, _ROOM = range(7)
+_PAGE, _PER_OPEN, _EXACT_HALF, _PLACED, _FIRST, _STRIDE, _ROOM = range(7)
 NONE, REPLACE, ADD = range(3)  # what becomes of the scores of entries
 
 
@@ -58,6 +58,15 @@ def _drop_holes(places, scores):  # noqa: ANN001, ANN202
 
 
 @compiled()
+def _add_bias(places, coefficients, features, scores):  # noqa: ANN001, ANN202
+    """What the bias of keys adds to scores ``[G, N]``; an evicted entry's score is as good as any."""
+    for n in range(len(places)):
+        mine = features[max(bits_of(places[n]), 0)]
+        for g in range(len(scores)):
+            scores[g, n] += dot(coefficients[g], mine)
+
+
+@compiled()
 def _masses(kept, own, top, total):  # noqa: ANN001, ANN202
     """Scores ``[G, N]`` become softmax weights, summed over G into the first line; the own state's are returned."""
     mass = np.float32(0)
@@ -84,13 +93,15 @@ def _note(mass, scores, how):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def attend(begin, end, query, rotation, back, own_key, own_value, out, coded, own_mass, watch, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, facts, constants, read_keys, read_values):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
+def attend(begin, end, query, rotation, back, coefficients, features, own_key, own_value, out, coded, own_mass, watch, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, facts, constants, read_keys, read_values):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
     """Attention of rows ``begin`` to ``end``.
 
     Args:
         begin, end: rows.
         query: ``[R, G, D]``, scaled.
         rotation, back: ``[D, D]``, the rotation that encoded entries are in and its transpose; ``[0, 0]`` where there is none.
+        coefficients, features: ``[R, G, D]`` and ``[positions, D]``, of the bias of keys (`dmc.kernels.pages.key_bias`);
+            ``[0, 0, 0]`` and ``[0, 0]`` where there is none.
         own_key, own_value: ``[R, D]``.
         out: ``[R, G, D]``, to be filled.
         coded: ``[R, G, D]``, to be overwritten: the part of encoded entries before it is turned back.
@@ -136,8 +147,10 @@ def attend(begin, end, query, rotation, back, own_key, own_value, out, coded, ow
             p = encoded_table[row, column]
             at = first_page + p * sizes[_STRIDE]
             call(read_keys, at, facts_at, constants_at, query_at, groups, scores_at, scratch_at)
-            if sizes[_HOLES]:
+            if sizes[_PLACED]:
                 places = where[_PLACE, 0] + p * where[_PLACE, 1]
+                if len(features):
+                    _add_bias(full[places : places + page], coefficients[r], features, scores)
                 _drop_holes(full[places : places + page], scores)
             if watch != NONE:
                 kept[:, column * page : column * page + page] = scores

@@ -16,7 +16,11 @@ def decode_reference(
     sides = []
     for part, own in (("k", own_key), ("v", own_value)):
         pages = paged.encoded_table[index].long()
-        encoded = _decoded(paged, part, pages, work).flatten(1, 2)
+        encoded = _decoded(paged, part, pages, work)
+        if part == "k" and paged.key_bias is not None:
+            heads = paged.heads[index, None].expand_as(pages)
+            encoded = encoded + paged.key_bias.keys(heads, paged.encoded["place"][pages]).to(work)
+        encoded = encoded.flatten(1, 2)
         exact = paged.opened[part][paged.open_table[index].long()].to(work).flatten(1, 2)
         sides.append(torch.cat([encoded, exact, own[:, None].to(work)], dim=1))
     entries = paged.page * paged.encoded_table.shape[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dmc.kernels.pages.format import PageFormat
+from dmc.kernels.pages.key_bias import KeyBias
 
 NO_PAGE, NO_COLUMN, NOT_ENCODED = 1, 2, 4
 """Bits of `Growing.failed`: no page was free; the table of encoded pages is full; a full row was appended to."""
@@ -23,12 +24,15 @@ class Paged:
 
     Attributes:
         format: of the encoded pages.
-        encoded: their fields ``[pages, shape]``, as `PageFormat.fields` names them. Of policies that evict also ``place`` int32
-            ``[pages, P]``, below 0 where an entry was evicted, and ``score`` fp32 ``[pages, P]``: for the CPU kernels alone.
+        encoded: their fields ``[pages, shape]``, as `PageFormat.fields` names them. Of policies that evict and with a bias of
+            keys also ``place`` int32 ``[pages, P]``, positions, below 0 where an entry was evicted. Of policies that evict also
+            ``score`` fp32 ``[pages, P]``: for the CPU kernels alone.
         opened: ``k`` and ``v`` of full-precision pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
         encoded_table, open_table: int32 ``[rows, columns]``, pages of each row in order; 0, the null page, where there is none.
         encoded_count: int32 ``[rows]``, encoded pages of each row.
         exact_count: int32 ``[rows]``, full-precision entries of each row.
+        key_bias: of keys of encoded pages, which are stored without it; None: they have none.
+        heads: with ``key_bias``, int64 ``[rows]``, key/value head of each row, counted over all layers.
     """
 
     format: PageFormat
@@ -38,6 +42,8 @@ class Paged:
     open_table: Tensor
     encoded_count: Tensor
     exact_count: Tensor
+    key_bias: KeyBias | None = field(default=None, kw_only=True)
+    heads: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def page(self) -> int:
