@@ -61,8 +61,7 @@ class Probe:
     @torch.no_grad()
     def encoded(self, number: int, codec: Codec, page: int) -> list[Pair]:
         """Keys and values of one layer as they come back from a codec: of each window ``([H, N, D], [H, N, D])``."""
-        layers = [(prompt.layers[number], self._counts(prompt, number)) for prompt in self._prompts]
-        return [through(codec, layer.keys, layer.values, counts, page, self.sinks) for layer, counts in layers]
+        return [self._encoded(number, prompt, codec, page) for prompt in self._prompts]
 
     @torch.no_grad()
     def kl(self, changed: Mapping[int, Sequence[Pair]], part: str = "both") -> Tensor:
@@ -87,6 +86,16 @@ class Probe:
             for exact, part in zip(self._rows(self._predicted), self._rows(hidden), strict=True)
         ]
         return torch.cat(sums).double().view(len(prompts), -1).mean(-1).clamp(min=0).cpu()
+
+    def _encoded(self, number: int, prompt: Prompt, codec: Codec, page: int) -> Pair:
+        """As the cache does it: a lossy codec sees keys without their bias."""
+        layer, counts, bias = prompt.layers[number], self._counts(prompt, number), self.cache.key_bias
+        if bias is None or not codec.lossy:
+            return through(codec, layer.keys, layer.values, counts, page, self.sinks)
+        heads = number * len(counts) + torch.arange(len(counts), device=layer.keys.device)
+        added = bias.keys(heads, layer.places.masked_fill(layer.places >= prompt.done, -1))
+        keys, values = through(codec, (layer.keys - added).to(layer.keys.dtype), layer.values, counts, page, self.sinks)
+        return (keys + added).to(keys.dtype), values
 
     def _prefilled(self, tokens: Sequence[int]) -> Prompt:
         prompt = self.cache.prompt()

@@ -52,7 +52,7 @@ class KVCache:
         device: of everything.
 
     Attributes:
-        shape, policy, codec: as given.
+        shape, policy, codec, key_bias: as given.
         backend: what runs on this cache (`dmc.kernels.backend`), chosen when it is made.
         readers: how new tokens attend in each layer (`dmc.cache.reading.reader`), chosen when it is made.
         rows: tables, counts and pages. Nobody outside of `dmc.cache` reaches for them (tests/test_house.py).
@@ -87,7 +87,7 @@ class KVCache:
             sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts, policy.ring,
             1 + policy.merges, policy.max_entries,
         )
-        self.shape, self.policy, self.codec = shape, policy, codec
+        self.shape, self.policy, self.codec, self.key_bias = shape, policy, codec, key_bias
         self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)
         if self.rows.pool.capacity < 1:
             raise ValueError(

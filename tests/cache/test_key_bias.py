@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from dmc import LLM
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.functional import rotate
-from dmc.kernels.backend import using
+from dmc.kernels.backend import interpreted, using
 from dmc.kernels.pages.key_bias import KeyBias
 from dmc.model import Weights, read_config
 from dmc.model.key_bias import key_bias
@@ -27,6 +27,11 @@ CODECS = {
     "int8": {}, "fp8": {}, "tcq-4bit": {}, "tcq-3bit": {}, "tcq-2bit": {}, "gear-4bit": {}, "gear-2bit": {}, "kivi": {"bits": 2},
     "rotated": {}, "svd": {},
 }
+
+
+def some(names, *fast):
+    """Test parameters: the others are slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def bias_of(length=400.0):
@@ -49,21 +54,21 @@ def inputs(bias):
     return layers
 
 
-def outs(name, policy_name, bias, *, apart=True, backend="auto", **settings):
+def outs(name, policy_name, bias, *, apart=True, backend="auto", page_size=8, start=START):
     """Outputs of a prompt and single steps of a sequence that is forked and swapped on the way, fp32."""
     with using(backend):
         cache = KVCache(
             Shape(LAYERS, HEADS, SIZE, torch.float32), policy(policy_name, **POLICIES[policy_name]),
-            codec(name, **CODECS.get(name, settings)), slots=2, page_size=8, sink_tokens=1, window=1, exact_dtype="fp32",
+            codec(name, **CODECS.get(name, {})), slots=2, page_size=page_size, sink_tokens=1, window=1, exact_dtype="fp32",
             key_bias=KeyBias(bias, ROPE) if apart else None,
         )
         prompt, found = cache.prompt(), []
-        attend = cache.step(NOBODY, NOBODY, [(prompt, START)], ROPE)
+        attend = cache.step(NOBODY, NOBODY, [(prompt, start)], ROPE)
         for layer, parts in enumerate(inputs(bias)):
-            attend(layer, *(part[:START] for part in parts))
+            attend(layer, *(part[:start] for part in parts))
         slot = cache.load(prompt)
-        for place in range(START, TOKENS):
-            if place == START + 20:
+        for place in range(start, TOKENS):
+            if place == start + 4:
                 fork = cache.fork(slot)
                 cache.close(slot)
                 slot = cache.swap_in(cache.swap_out(fork))
@@ -78,7 +83,7 @@ def loss(name, policy_name, bias, **options):
     return float((outs(name, policy_name, bias, **options)[0] - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", some(CODECS, "int8", "tcq-3bit", "gear-2bit", "rotated"))
 def test_no_codec_loses_more_than_without_a_bias(name):
     """With the bias in the codes a scale for each entry is lost on it; GEAR and KIVI have scales and zero points by channel."""
     bias = bias_of()
@@ -88,14 +93,23 @@ def test_no_codec_loses_more_than_without_a_bias(name):
     assert worse > {"int8": 3, "tcq-4bit": 3, "tcq-3bit": 3, "tcq-2bit": 3, "rotated": 3, "fp8": 1.2, "svd": 1.2}.get(name, 0.9)
 
 
-@pytest.mark.parametrize("policy_name", POLICIES)
-@pytest.mark.parametrize("name", ["int8", "tcq-3bit", "gear-4bit"])
+@pytest.mark.parametrize(("name", "policy_name"), [("int8", "dmc"), ("gear-4bit", "dmc"), *(("tcq-3bit", p) for p in POLICIES)])
 def test_kernels_and_pytorch_read_the_same(name, policy_name):
     ours, cache = outs(name, policy_name, bias_of())
     assert all(reader.on_pages for reader in cache.readers)
     theirs, cache = outs(name, policy_name, bias_of(), backend="torch")
     assert not any(reader.on_pages for reader in cache.readers)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("name", "policy_name"), [("int8", "dmc"), ("tcq-4bit", "full"), ("gear-4bit", "dmc")])
+def test_triton_kernels_read_the_same(name, policy_name):
+    """With the page sizes that they take; pages are encoded by PyTorch, as positions come with them."""
+    settings = dict(page_size=16, start=TOKENS - 6)  # the interpreter is slow
+    ours, cache = outs(name, policy_name, bias_of(), backend="triton", **settings)
+    assert all(reader.on_pages and not reader.writes for reader in cache.readers)
+    torch.testing.assert_close(ours, outs(name, policy_name, bias_of(), backend="torch", **settings)[0], rtol=2e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 1.3])
@@ -118,13 +132,10 @@ def test_scores_are_those_of_rotated_keys(scaling):
 def test_what_is_left_as_it_is():
     """Lossless codecs have no use for it, and eigen's bases are before RoPE; its pages hold what they held."""
     assert outs("dense", "dmc", bias_of())[1].rows.packings[0].codec.name == "dense"
-    plain = [codec.layout(8, SIZE, torch.float32) for codec in [stored("eigen", layers=LAYERS, heads=HEADS, size=SIZE)
-             .of_layer(0, LAYERS, HEADS, SIZE)]]
-    with_bias = KVCache(
-        Shape(LAYERS, HEADS, SIZE, torch.float32), policy("full"), stored("eigen", layers=LAYERS, heads=HEADS, size=SIZE), slots=1,
-        page_size=8, key_bias=KeyBias(bias_of(), ROPE),
-    ).rows.packings[0].codec
-    assert with_bias.layout(8, SIZE, torch.float32) == plain[0]
+    eigen, shape = stored("eigen", layers=LAYERS, heads=HEADS, size=SIZE), Shape(LAYERS, HEADS, SIZE, torch.float32)
+    cache = KVCache(shape, policy("full"), eigen, slots=1, page_size=8, key_bias=KeyBias(bias_of(), ROPE))
+    plain = eigen.of_layer(0, LAYERS, HEADS, SIZE).layout(8, SIZE, torch.float32)
+    assert cache.rows.packings[0].codec.layout(8, SIZE, torch.float32) == plain
 
 
 def retrofitted(path, length, **changes):
@@ -142,7 +153,7 @@ def retrofitted(path, length, **changes):
     return path
 
 
-@pytest.mark.parametrize("name", ["int8", "tcq-4bit", "tcq-3bit", "tcq-2bit", "gear-4bit", "gear-2bit"])
+@pytest.mark.parametrize("name", some(("int8", "tcq-4bit", "tcq-3bit", "tcq-2bit", "gear-4bit", "gear-2bit"), "tcq-3bit"))
 def test_a_model_with_such_a_bias_loses_no_more_than_without_it(name, tmp_path):
     """The engine's log-probabilities, on average over five texts, against the same model's with a dense cache."""
     tokens = torch.randint(3, 2048, (5, 160), generator=torch.Generator().manual_seed(0))

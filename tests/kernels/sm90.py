@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class Recorder:
         values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in _OPTIONS}
         signature, constants, attributes = {}, {}, {}
         for place, param in enumerate(kernel.params):
-            value = values[param.name]
+            value = values.get(param.name, param.default)
             signature[param.name] = kind = _kind(value, param.is_constexpr)
             if kind == "constexpr":
                 constants[(place,)] = value
@@ -140,8 +141,8 @@ def training(size, dtype, *, tokens=4096, heads=8, groups=2, packed=True, biased
     out.backward(torch.zeros_like(out))
 
 
-def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
-    """Launches of one decode step."""
+def decoding(size, dtype, kind, *, groups=4, page=32, rows=64, biased=False):
+    """Launches of one decode step; ``biased``: of a model whose keys have a bias."""
     from dmc.kernels.decode.gpu import decode
     from dmc.kernels.formats.plain.format import PlainFormat
     from dmc.kernels.pages.paged import Paged
@@ -154,12 +155,12 @@ def decoding(size, dtype, kind, *, groups=4, page=32, rows=64):
     table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     own = torch.zeros(rows, size, dtype=dtype)
     made = PlainFormat(kind, page, size, {name: (x.dtype, x.shape[1:]) for name, x in encoded.items()}, None)
-    cache = Paged(made, encoded, opened, table, table, count, count)
+    cache = _biased(Paged(made, encoded, opened, table, table, count, count), biased)
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
-def decoding_pages(size, dtype, codec, *, groups=4, page=64, rows=64):
-    """The launches of one decode step over pages as a codec lays them out."""
+def decoding_pages(size, dtype, codec, *, groups=4, page=64, rows=64, biased=False):
+    """The launches of one decode step over pages as a codec lays them out; ``biased``: see `decoding`."""
     from dmc.cache.storage.pages import Layout
     from dmc.kernels.decode.gpu import decode
     from dmc.kernels.pages.paged import Paged
@@ -168,8 +169,21 @@ def decoding_pages(size, dtype, codec, *, groups=4, page=64, rows=64):
     fields = Layout(made.fields).views(torch.zeros(2, 1 << 15, dtype=torch.uint8))
     table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     own = torch.zeros(rows, size, dtype=dtype)
-    cache = Paged(made, fields, opened, table, table, count, count)
+    cache = _biased(Paged(made, fields, opened, table, table, count, count), biased)
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
+
+
+def _biased(cache, biased):
+    if not biased:
+        return cache
+    from dmc.kernels.pages.key_bias import KeyBias
+    from dmc.rope import Rope
+
+    bias = KeyBias(torch.ones(1, 2, cache.head_size), Rope(torch.ones(cache.head_size // 2)))
+    place = torch.zeros(2, cache.page, dtype=torch.int32)
+    bias.features(place)
+    heads = torch.zeros(len(cache.encoded_count), dtype=torch.int64)
+    return replace(cache, encoded=cache.encoded | {"place": place}, key_bias=bias, heads=heads)
 
 
 def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
@@ -234,12 +248,15 @@ def main():
             for kind, groups in (("dense", 1), ("dense", 4), ("int8", 1), ("fp8", 4)) if serving else ():
                 decoding(size, torch.bfloat16, kind, groups=groups)
                 decoding(size, torch.bfloat16, kind, groups=groups, rows=1)
+                decoding(size, torch.bfloat16, kind, groups=groups, biased=True)
             if serving:
                 prefilling(size, torch.bfloat16)
                 for bits, groups in ((4, 1), (4, 4), (3, 1)):
                     gear = codec("gear", bits=bits, backbone="kivi", rank=1)
                     decoding_pages(size, torch.bfloat16, gear, groups=groups, page=32)
                     decoding_pages(size, torch.bfloat16, codec("tcq", bits=bits), groups=groups)
+                    for one, page in ((gear, 32), (codec("tcq", bits=bits), 64)):
+                        decoding_pages(size, torch.bfloat16, one, groups=groups, page=page, biased=True)
                 for bits in (2, 8):
                     decoding_pages(size, torch.bfloat16, codec("tcq", bits=bits), groups=4)
     for name, constants, registers, spilled, shared, loop in recorder.found:

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "delta_rows",
             "forward", "backward_keys", "backward_queries", "_soft", "_soft_backward"}
-SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_single_pieces", "_grouped_pieces", "_together", "_prefill"}
+SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_single_pieces", "_grouped_pieces", "_together", "_prefill", "_shifts"}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 
 

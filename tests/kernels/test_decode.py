@@ -1,5 +1,7 @@
 """Decode attention over pages against its twin and fp64: rows of every length, all kinds of pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,10 @@ from dmc.cache.storage.pages import Layout
 from dmc.kernels.decode.decode import decode_attention
 from dmc.kernels.decode.reference import decode_reference
 from dmc.kernels.formats.plain.format import MAIN, PlainFormat
+from dmc.kernels.pages.key_bias import KeyBias
 from dmc.kernels.pages.paged import Paged
+from dmc.rope import Rope
+from tests.cache.stored import frequencies
 from tests.kernels.conftest import DEVICE, assert_close_enough
 
 pytest.importorskip("triton")
@@ -89,6 +94,19 @@ def check(cache, inputs, index, **options):
     assert_close_enough(("out",), [ours], [plain], [exact], **options)
 
 
+def with_key_bias(cache, seed=0):
+    """The same rows of a model whose keys have a bias: what is encoded is without it, at positions that pages hold."""
+    g, rows = torch.Generator().manual_seed(seed), len(cache.encoded_count)
+    bias = torch.randn(1, 3, cache.head_size, generator=g) * 4
+    rope = Rope(frequencies(cache.head_size, 100.0), device=DEVICE)
+    pages = len(cache.opened["k"])
+    places = torch.randint(-1, 90, (pages, cache.page), generator=g, dtype=torch.int32).to(DEVICE)
+    made = KeyBias(bias.to(DEVICE), rope)
+    made.features(places)
+    heads = torch.arange(rows, device=DEVICE) % 3
+    return replace(cache, encoded=cache.encoded | {"place": places}, key_bias=made, heads=heads)
+
+
 LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, exact entries)
 
 
@@ -96,6 +114,22 @@ LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_equals_the_twin_whatever_the_lengths(kind, groups):
     check(paged(kind, LENGTHS, 8, 16), queries(4, groups, 8), [5, 0, 4, 3])
+
+
+@pytest.mark.parametrize(("kind", "groups", "size"), [("dense", 1, 8), ("int8", 3, 8), ("fp8", 2, 20)])
+def test_the_bias_of_keys_enters_plain_pages(kind, groups, size):
+    check(with_key_bias(paged(kind, LENGTHS, size, 16)), queries(4, groups, size), [5, 0, 4, 3])
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 16), (3, 20)])
+def test_the_bias_of_keys_enters_minmax_pages(groups, size):
+    check(with_key_bias(gear_pages(size, 16, **GEARS[0])[0]), queries(3, groups, size), [2, 0, 1], floor=3e-6)
+
+
+@pytest.mark.parametrize(("groups", "bits", "size", "page"), [(1, 4, 32, 16), (4, 3, 128, 16), (3, 8, 16, 16)])
+def test_the_bias_of_keys_enters_trellis_pages(groups, bits, size, page):
+    """The three kernels: of one query, of grouped ones, and the general one."""
+    check(with_key_bias(gear_pages(size, page, bits=bits)[0]), queries(3, groups, size), [2, 0, 1], floor=3e-6)
 
 
 @pytest.mark.parametrize("page", [40, 50])

@@ -55,7 +55,7 @@ def _reader(rows: Rows, packing: Packing, backend: Backend, watch: str | None) -
     biased = getattr(packing.codec, "key_bias", None) is not None
     if backend is Backend.CPU and made.cpu_reads and store.exact_dtype in CPU_DTYPES:
         return OnPages(packing, backend, watch=watch)
-    if backend is Backend.TRITON and made.triton_reads and watch is None and not store.holes and not biased:
+    if backend is Backend.TRITON and made.triton_reads and watch is None and not store.holes and (made.triton_adds or not biased):
         return OnPages(packing, backend, writes=made.triton_writes and not store.marks)
     return Gathered(packing) if watch is None and not store.holes else PageByPage(packing, watch)
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmc.kernels.backend import interpreted
+from dmc.kernels.decode.key_bias_gpu import shifts
 from dmc.kernels.pages.exact import page_words
 from dmc.kernels.pages.paged import Paged
 
@@ -54,6 +55,9 @@ def decode(
         et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0),
         okp=page_words(paged.opened["k"]), ovp=page_words(paged.opened["v"]),
     )
+    if paged.key_bias is not None:
+        arguments["shifts"] = added = shifts(query, index, paged)
+        arguments["shifts_per_query"] = added.shape[-1]
     paged.format.triton_read((rows, pieces), arguments, paged, constants)
     # Pages with a rotation are summed in their own rotated space; rotating back once is all that remains.
     rotation = paged.format.rotation

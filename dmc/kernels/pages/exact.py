@@ -38,6 +38,19 @@ def store_piece(
 
 
 @triton.jit
+def shifted(s, shifts, shifts_per_query, g, entry, there, G: tl.constexpr):
+    """Products ``[GROUPS, N]`` of this program's row and the entries ``[N]``, counted from the row's first, plus their shifts.
+
+    ``shifts``: ``[R, G, shifts_per_query]``, or None.
+    """
+    if shifts is None:
+        return s
+    else:
+        at = (tl.program_id(0).to(tl.int64) * G + g)[:, None] * shifts_per_query + entry[None, :]
+        return s + tl.load(shifts + at, (g < G)[:, None] & there[None, :], 0.0)
+
+
+@triton.jit
 def exact_piece(
     query, table, exact, first_exact, open_keys, open_values, any_scale, sums, parts, scale, okp, ovp,
     PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,7 +70,7 @@ def exact_piece(
 def attend_piece(
     query, table, keys, values, key_scale, value_scale, kp, vp, ksp, vsp, start, length, scale,
     PAGE: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
     """One piece of a row, in base-2 logarithms: its maximum and sum ``[GROUPS]``, its weighted values."""
     d, g = tl.arange(0, BLOCK), tl.arange(0, GROUPS)
@@ -78,6 +91,7 @@ def attend_piece(
             s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         if SCALED:
             s *= tl.load(key_scale + page * ksp + within, n < length, 0.0).to(tl.float32)[None, :]
+        s = shifted(s, shifts, shifts_per_query, g, n, n < length, G)
         s = tl.where((n < length)[None, :], s * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])

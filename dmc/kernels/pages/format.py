@@ -103,6 +103,12 @@ class PageFormat:
         raise ValueError(f"the Triton kernels do not read {self.name} pages of {self.page} entries; choose kernels=torch")
 
     @property
+    def triton_adds(self) -> bool:
+        """Whether `triton_read` adds ``shifts`` of its arguments, fp32 ``[R, G, shifts_per_query]``, to the products of queries
+        and encoded keys before these are scaled; both are there only with a bias of keys (`dmc.kernels.decode.key_bias_gpu`)."""
+        return False
+
+    @property
     def triton_writes(self) -> bool:
         """Whether `triton_write` works."""
         return False

@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dmc.kernels.pages.exact import exact_piece, store_piece
+from dmc.kernels.pages.exact import exact_piece, shifted, store_piece
 from dmc.kernels.pages.paged import Paged
 
 
 def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
     """Fills the segments of `dmc.kernels.decode.gpu.decode` for pages of a `dmc.kernels.formats.minmax.format.MinMaxFormat`."""
-    fields, pages = paged.encoded, paged.format
+    pages = paged.format
+    fields = {name: paged.encoded[name] for name in pages.fields}
     bytes_of = {x.stride(0) * x.element_size() for x in fields.values()}
     scales = {fields[name].dtype for name in ("k_scale", "v_scale")}
     if len(bytes_of) > 1 or scales != {torch.bfloat16} or not pages.triton_reads:
@@ -105,6 +106,7 @@ def _gear_pieces(
     TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     G: tl.constexpr, K_CHANNEL: tl.constexpr, K_GROUPS: tl.constexpr, K_GROUP: tl.constexpr, K_OUTLIERS: tl.constexpr,
     V_CHANNEL: tl.constexpr, V_GROUPS: tl.constexpr, V_GROUP: tl.constexpr, V_OUTLIERS: tl.constexpr,
+    shifts=None, shifts_per_query=0,
 ):
     """As `dmc.kernels.formats.plain.decode._pieces`, for GEAR pages."""
     row, piece = tl.program_id(0), tl.program_id(1)
@@ -137,7 +139,7 @@ def _gear_pieces(
             right = tl.load(k_right + at16 + d * RANK + r, d < D, 0.0).to(tl.float32)
             left = tl.load(k_left + at16 + n * RANK + r).to(tl.float32)
             s += tl.sum(q.to(tl.float32) * right[None, :], 1)[:, None] * left[None, :]
-        s *= scale
+        s = shifted(s, shifts, shifts_per_query, g, column * PAGE + n, n < PAGE, G) * scale
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)

@@ -90,6 +90,11 @@ class MinMaxFormat(PageFormat):
         return CpuReader(loop.keys, loop.values, np.array(facts, np.int64), np.zeros(1, np.float32), room)
 
     @property
+    def triton_adds(self) -> bool:
+        """True: see `PageFormat.triton_adds`."""
+        return True
+
+    @property
     def triton_reads(self) -> bool:
         """Whether the kernel reads these pages: a power of two of at least 16 entries."""
         return self.page >= 16 and not self.page & (self.page - 1)

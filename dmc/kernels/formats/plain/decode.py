@@ -28,7 +28,8 @@ def _pieces(
     query, index, encoded, exact, first_exact, encoded_table, open_table, keys, values, key_scale, value_scale,
     open_keys, open_values, sums, parts, scale, et, ot, kp, vp, ksp, vsp, okp, ovp,
     PAGE: tl.constexpr, PER_OPEN: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, shifts=None,
+    shifts_per_query=0,
 ):
     """Maximum, sum and weighted values of one piece of one row."""
     row, piece = tl.program_id(0), tl.program_id(1)
@@ -38,7 +39,7 @@ def _pieces(
         if start < length:
             top, total, acc = attend_piece(
                 query, encoded_table + table_row * et, keys, values, key_scale, value_scale, kp, vp, ksp, vsp,
-                start, length, scale, PAGE, SCALED, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+                start, length, scale, PAGE, SCALED, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G, shifts, shifts_per_query,
             )
             store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
     else:

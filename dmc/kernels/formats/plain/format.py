@@ -70,6 +70,11 @@ class PlainFormat(PageFormat):
         launch(grid, arguments, paged, constants)
 
     @property
+    def triton_adds(self) -> bool:
+        """True: see `PageFormat.triton_adds`."""
+        return True
+
+    @property
     def triton_writes(self) -> bool:
         """True: of any number of entries."""
         return True

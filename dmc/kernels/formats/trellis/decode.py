@@ -19,7 +19,8 @@ from dmc.kernels.pages.paged import Paged
 
 def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
     """Fills the segments of `dmc.kernels.decode.gpu.decode` for a `dmc.kernels.formats.trellis.format.TrellisFormat`."""
-    fields, pages, sides = paged.encoded, paged.format, {}
+    pages, sides = paged.format, {}
+    fields = {name: paged.encoded[name] for name in pages.fields}
     stride = _check(fields, pages)
     for part, upper in (("k", "K"), ("v", "V")):
         (count, bits), *rest = pages.stretches(part)

@@ -113,6 +113,11 @@ class TrellisFormat(PageFormat):
         launch(grid, arguments, paged, constants)
 
     @property
+    def triton_adds(self) -> bool:
+        """True: see `PageFormat.triton_adds`."""
+        return True
+
+    @property
     def triton_writes(self) -> bool:
         """True: of any number of entries."""
         return True

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dmc.kernels.formats.trellis.words import plane_words, scales
-from dmc.kernels.pages.exact import exact_piece
+from dmc.kernels.pages.exact import exact_piece, shifted
 from dmc.kernels.pages.layout import PLANES
 
 
@@ -136,7 +136,7 @@ def _trellis_pieces(
     V_COLUMNS: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
-    V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr,
+    V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
     """As `dmc.kernels.formats.plain.decode._pieces`, for trellis pages; their pieces leave rotated values."""
     row, piece = tl.program_id(0), tl.program_id(1)
@@ -172,7 +172,7 @@ def _trellis_pieces(
         if K_MEAN:
             mean = tl.load(k_mean + at8 + d, d < D, 0).to(tl.float32) * tl.load(k_unit + at16).to(tl.float32)
             s += tl.sum(whole * mean[None, :], 1)[:, None]
-        s *= scale
+        s = shifted(s, shifts, shifts_per_query, g, column * PAGE + n, n < PAGE, G) * scale
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)

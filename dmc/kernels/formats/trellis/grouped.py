@@ -22,7 +22,7 @@ from dmc.kernels.formats.trellis.words import (
     table_of,
     width,
 )
-from dmc.kernels.pages.exact import exact_piece
+from dmc.kernels.pages.exact import exact_piece, shifted
 
 TILE = 16  # exact entries at a time: one warp holds them
 _GROUPS = 16  # queries a head at most
@@ -176,7 +176,7 @@ def _grouped_pieces(
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, N: tl.constexpr, JOIN: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    SHUFFLE: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
     row, piece = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
@@ -230,7 +230,8 @@ def _grouped_pieces(
             shift *= tl.load(k_unit + at16).to(tl.float32)
         scaled, new_top = (), top
         for part in tl.static_range(8 // JOIN):
-            one = (s[part] * scales(k_scale + at8, k_top + at16, part * JOINED + n)[None, :] + shift) * scale
+            one = s[part] * scales(k_scale + at8, k_top + at16, part * JOINED + n)[None, :] + shift
+            one = shifted(one, shifts, shifts_per_query, g, column * PAGE + part * JOINED + n, n < JOINED, G) * scale
             new_top = tl.maximum(new_top, tl.max(one, 1))
             scaled = scaled + (one,)
         shrink = tl.exp2(top - new_top)

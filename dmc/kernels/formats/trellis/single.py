@@ -22,7 +22,7 @@ from dmc.kernels.formats.trellis.words import (
     table_of,
     width,
 )
-from dmc.kernels.pages.exact import exact_piece
+from dmc.kernels.pages.exact import exact_piece, shifted
 
 TILE = 16  # exact entries at a time: one warp holds them
 
@@ -112,6 +112,7 @@ def _single_pieces(
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, N: tl.constexpr, SHUFFLE: tl.constexpr,
+    shifts=None, shifts_per_query=0,
 ):
     row, piece = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
@@ -161,7 +162,9 @@ def _single_pieces(
             shift = tl.sum(whole * mean, 0)
         scaled, new_top = (), top
         for b in tl.static_range(8):
-            one = (s[b] * scales(k_scale + at8, k_top + at16, b * N + i) + shift) * scale
+            one = s[b] * scales(k_scale + at8, k_top + at16, b * N + i) + shift
+            one = shifted(one[None, :], shifts, shifts_per_query, tl.arange(0, 1), column * PAGE + b * N + i, i < N, 1)
+            one = tl.sum(one, 0) * scale
             new_top = tl.maximum(new_top, tl.max(one, 0))
             scaled = scaled + (one,)
         shrink = tl.exp2(top - new_top)
