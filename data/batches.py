@@ -9,8 +9,8 @@ on more ranks, reads the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -28,16 +28,30 @@ _ORDERS = 0x9E3779B97F4A7C15  # between the seeds of two corpora of a blend: the
 @dataclass(frozen=True)
 class Batch:
     """``tokens``, ``labels`` [B, T] int64; ``starts`` [B, T] bool, first tokens of documents; ``samples`` [B]
-    int64, global indices of the sequences in the order of the run."""
+    int64, global indices of the sequences in the order of the run; ``scored`` [B, T] bool, labels that count in the losses,
+    None where all do."""
 
     tokens: Tensor
     labels: Tensor
     starts: Tensor
     samples: Tensor
+    scored: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        return Batch(*(t.to(device) for t in (self.tokens, self.labels, self.starts, self.samples)))
+        return self._each(lambda t: t.to(device))
+
+    def every(self, first: int, step: int) -> Batch:
+        """The sequences ``first``, ``first + step``, ..."""
+        return self._each(lambda t: t[first::step])
+
+    def split(self, size: int) -> list[Batch]:
+        """Batches of ``size`` sequences."""
+        return [self._each(lambda t, i=i: t[i : i + size]) for i in range(0, len(self.tokens), size)]
+
+    def _each(self, of: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (getattr(self, item.name) for item in fields(self))
+        return Batch(*(t if t is None else of(t) for t in tensors))
 
 
 class Sequences:
@@ -61,14 +75,15 @@ class Sequences:
     def within_documents(self, count: int) -> Batch:
         """``count`` sequences that lie within one document each, spread evenly over each corpus: the evaluation set.
 
-        Without document borders inside, every engine and baseline scores the same predictions. Of a blend each
-        corpus gives its share. Only the indices of the corpora are read, and the sequences themselves.
+        Without document borders inside, every engine and baseline scores the same predictions. Conversations are shorter than
+        a sequence: their sequences hold several, as those of training do. Of a blend each corpus gives its share. Only the
+        indices of the corpora are read, and the sequences themselves.
 
         Raises:
             ValueError: if a corpus has fewer than its share.
         """
         places = [
-            iter(_whole(corpus, self._length, total, wanted))
+            iter((_packed if corpus.chat else _whole)(corpus, self._length, total, wanted))
             for corpus, total, wanted in zip(self._corpora, self.counts, self._deal.counts(count), strict=True)
         ]
         chosen = [self._deal(i)[0] for i in range(count)]
@@ -79,7 +94,12 @@ class Sequences:
         pieces = [self._corpora[c].cut([p * length], length + 1) for c, p in places]
         rows, starts = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         starts[:, 0] = True
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), starts[:, :-1].contiguous(), torch.tensor(samples))
+        scored = None
+        if any(corpus.scored is not None for corpus in self._corpora):
+            scored = torch.stack([self._corpora[c].scores(p * length + 1, length) for c, p in places])
+        return Batch(
+            rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), starts[:, :-1].contiguous(), torch.tensor(samples), scored
+        )
 
 
 class Source:
@@ -92,6 +112,11 @@ class Source:
         self._global, self._micro, self._evaluated = optim.global_batch, optim.micro_batch, log.eval_sequences
         # Cut now: a text that is too short is refused before the first step, not after it.
         self._held_out = Sequences(held_out, length).within_documents(log.eval_sequences)
+        if self._held_out.scored is not None and not self._held_out.scored.any():
+            raise ValueError(
+                f"the {log.eval_sequences} evaluation sequences hold no token of an assistant turn, whose loss data.loss_on="
+                "assistant measures: raise log.eval_sequences, or give data.held_out other conversations"
+            )
 
     def micro_batches(self, step: int, *, rank: int, ranks: int) -> Iterator[Batch]:
         """The micro-batches of one step for data-parallel rank ``rank`` of ``ranks``, in order.
@@ -116,10 +141,8 @@ class Source:
             raise ValueError(
                 f"log.eval_sequences {self._evaluated} is not a multiple of the {ranks} data-parallel ranks: change it"
             )
-        whole = self._held_out
-        mine = [t[rank::ranks] for t in (whole.tokens, whole.labels, whole.starts, whole.samples)]
-        size = math.gcd(len(mine[0]), self._micro)
-        return [Batch(*part) for part in zip(*(t.split(size) for t in mine), strict=True)]
+        mine = self._held_out.every(rank, ranks)
+        return mine.split(math.gcd(len(mine.tokens), self._micro))
 
 
 def _sequences_of(corpus: Corpus, length: int) -> int:
@@ -153,6 +176,16 @@ def _whole(corpus: Corpus, length: int, total: int, wanted: int) -> list[int]:
             places += (first[document] + mine - (ends[document] - counts[document])).tolist()
         before += here
     return places
+
+
+def _packed(corpus: Corpus, length: int, total: int, wanted: int) -> list[int]:
+    """``wanted`` of the sequences of a corpus, evenly spread, in order."""
+    if wanted > total:
+        raise ValueError(
+            f"the held-out text {corpus.name} has {total} sequences of {length} tokens, log.eval_sequences asks for {wanted}: "
+            "lower it, or hold out more conversations"
+        )
+    return [i * total // wanted for i in range(wanted)]
 
 
 def _inside(spans: tuple[np.ndarray, np.ndarray], length: int, total: int) -> tuple[np.ndarray, np.ndarray]:

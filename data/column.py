@@ -21,6 +21,8 @@ class Column:
     A JSON record may leave a null field out, so records without the column count as null texts, unless no record has it.
     """
 
+    structured = False  # True: values are not texts but lists and objects, as only JSON and Arrow hold them
+
     def __init__(self, name: str = "text") -> None:
         self.name = name
         self._found, self._without, self._first = False, 0, ""

@@ -5,6 +5,9 @@ A directory holds one pair a part (``train``, ``held_out``; ``tokens`` in the ca
     {"format": 1, "tokenizer": {"hash", "vocabulary", "end"}, "begin": [tokens before each document], "source": {...},
      "parts": {PART: {"hash", "text_hash", "documents", "tokens", "characters", "files": {NAME: {"bytes", "sha256"}}}}}
 
+A corpus of conversations has ``"chat": {"template", "loss_on"}`` too. With loss on assistant turns each part has a third file
+``PART.scored``, one byte per token, 1 in assistant turns, and the number of these tokens as ``"scored"``.
+
 Opening checks the sizes of all files against the index and ``meta.json``; `verify` reads every byte.
 """
 
@@ -32,10 +35,11 @@ _MAGIC = b"MMIDIDX\x00\x00"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text whose documents end with the tokenizer's end-of-text token.
+    """A tokenised text whose documents end with the tokenizer's end-of-text token, or conversations as their template ends them.
 
-    ``tokens`` [N] uint16 or int32 and ``offsets`` [documents] int64, the byte offset of each document in ``tokens``,
-    are memory maps: only what is read takes memory.
+    ``tokens`` [N] uint16 or int32, ``offsets`` [documents] int64, the byte offset of each document in ``tokens``, and
+    ``scored`` [N] uint8, 1 where the loss counts the prediction of the token (None: everywhere), are memory maps: only what is
+    read takes memory.
     """
 
     name: str
@@ -44,6 +48,9 @@ class Corpus:
     hash: str
     characters: int
     skipped: Skipped = field(default_factory=Skipped)  # what the files of the text held besides these documents
+    chat: bool = False  # documents are conversations
+    scored: np.ndarray | None = None
+    scored_tokens: int = 0  # how many there are, with `scored`
 
     def __len__(self) -> int:
         """Tokens."""
@@ -67,6 +74,12 @@ class Corpus:
             low, high = bisect_left(self.offsets, a * size), bisect_left(self.offsets, (a + length) * size)
             starts[row, self._positions(low, high) - a] = True
         return torch.from_numpy(rows), starts
+
+    def scores(self, first: int, length: int) -> Tensor:
+        """[length] bool: whether the loss counts the predictions of the tokens from position ``first``."""
+        if self.scored is None:
+            return torch.ones(length, dtype=torch.bool)
+        return torch.from_numpy(self.scored[first : first + length] != 0)
 
     def document_spans(self, chunk: int = 2**20) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """``(starts, stops)`` of documents as positions [<= chunk] int64, in order, a chunk at a time."""
@@ -134,9 +147,15 @@ def open_part(directory: str | Path, part: str) -> Corpus:
     tokens = np.memmap(directory / f"{part}.bin", dtype=dtype, mode="r")
     index = np.memmap(directory / f"{part}.idx", dtype=np.uint8, mode="r")
     offsets = np.frombuffer(index, dtype=np.int64, count=sequences, offset=_HEADER.size + 4 * sequences)
+    scored = np.memmap(directory / f"{part}.scored", dtype=np.uint8, mode="r") if "scored" in about else None
+    if scored is not None:
+        _check_size(directory / f"{part}.scored", about["tokens"])
     if not 0 <= offsets[-1] < tokens.nbytes:
         raise ValueError(f"{directory / part}.idx points to byte {offsets[-1]} of a .bin of {tokens.nbytes}: prepare it again")
-    return Corpus(f"{directory}", tokens, offsets, about["hash"], about["characters"])
+    return Corpus(
+        f"{directory}", tokens, offsets, about["hash"], about["characters"], chat="chat" in meta, scored=scored,
+        scored_tokens=about.get("scored", 0),
+    )
 
 
 def verify(directory: str | Path) -> dict:
@@ -159,7 +178,7 @@ def verify(directory: str | Path) -> dict:
                 )
         if (hashed := combined_hash(found, part)) != about["hash"]:
             raise ValueError(f"{directory / 'meta.json'} gives {part} the hash {about['hash']}, its files have {hashed}")
-        for starts, stops in corpus.document_spans():
+        for starts, stops in () if corpus.chat else corpus.document_spans():
             for place, token in enumerate(meta.get("begin", [])):
                 unopened = int((corpus.tokens[starts + place] != token).sum())
                 if unopened:

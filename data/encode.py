@@ -6,6 +6,7 @@ A document's tokens depend on its text and the tokenizer alone, never on its nei
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,25 +26,52 @@ CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 512, 2**20  # handed to a worker at once: wh
 _encode: Encoder | None = None  # of a worker process
 
 
+class Conversation(str):
+    """A rendered conversation. ``turns``: ``(start, stop)`` characters of each assistant turn, if they are needed."""
+
+    turns: tuple[tuple[int, int], ...]
+
+    def __new__(cls, text: str, turns: tuple[tuple[int, int], ...] = ()) -> Conversation:
+        """The text with its turns."""
+        made = super().__new__(cls, text)
+        made.turns = turns
+        return made
+
+
+class Document(NamedTuple):
+    """Tokens of one document: ``ids`` [n], the characters and SHA-256 of its text, and ``scored`` [n] as in `Encoded`."""
+
+    ids: np.ndarray
+    characters: int
+    digest: bytes
+    scored: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Documents of one chunk: all ``ids`` in a row, and per document ``lengths``, ``characters``, SHA-256 ``digests``."""
+    """Documents of one chunk: all ``ids`` in a row, and per document ``lengths``, ``characters``, SHA-256 ``digests``.
+
+    ``scored``: uint8 for each id, 1 where it belongs to an assistant turn; None where the loss is on everything.
+    """
 
     ids: np.ndarray
     lengths: list[int]
     characters: list[int]
     digests: list[bytes]
+    scored: np.ndarray | None = None
 
-    def documents(self) -> Iterator[tuple[np.ndarray, int, bytes]]:
-        """``(ids [n], characters, digest)`` of each."""
+    def documents(self) -> Iterator[Document]:
+        """Each document."""
         stop = 0
         for length, characters, digest in zip(self.lengths, self.characters, self.digests, strict=True):
             start, stop = stop, stop + length
-            yield self.ids[start:stop], characters, digest
+            yield Document(self.ids[start:stop], characters, digest, None if self.scored is None else self.scored[start:stop])
 
 
 class Encoder:
     """Encodes chunks of texts; every document begins with the tokens ``begin`` and ends with the token ``end``.
+
+    A conversation (``loss_on``) has the tokens of its text alone: its template writes the first and the last one.
 
     Args:
         tokenizer: the JSON of a `tokenizers.Tokenizer`.
@@ -52,28 +81,59 @@ class Encoder:
             template may write it, gets no second ones.
         parse_special: whether the names of special tokens in a text stand for the tokens (text written by a chat
             template) or are text like any other (web pages: the ``</s>`` of struck-out HTML ends no document).
+        loss_on: None for texts. For conversations (`Conversation`) "everything", or "assistant" to find the tokens
+            of their assistant turns: those that hold a character of one.
     """
 
-    def __init__(self, tokenizer: str, end: int, dtype: str, *, parse_special: bool, begin: Sequence[int] = ()) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer)
+    def __init__(
+        self, tokenizer: str, end: int, dtype: str, *, parse_special: bool, begin: Sequence[int] = (),
+        loss_on: str | None = None,
+    ) -> None:
+        self._tokenizer = Tokenizer.from_str(_without_trimming(tokenizer) if loss_on else tokenizer)
+        self._loss_on = loss_on
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not parse_special
-        self._begin, self._end, self._dtype = list(begin), end, np.dtype(dtype)
+        self._begin, self._end, self._dtype = list(begin), [] if loss_on else [end], np.dtype(dtype)
 
     def __call__(self, texts: list[str]) -> Encoded:
         """The tokens of some texts."""
-        parts = [self._begun(e.ids) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        lengths = [len(ids) + 1 for ids in parts]
+        scores = self._loss_on == "assistant"
+        encode = self._tokenizer.encode_batch if scores else self._tokenizer.encode_batch_fast  # the latter has no offsets
+        found = encode(texts, add_special_tokens=False)
+        parts = [self._begun(e.ids) for e in found]
+        lengths = [len(ids) + len(self._end) for ids in parts]
         ids = np.empty(sum(lengths), self._dtype)
         stop = 0
         for part, length in zip(parts, lengths, strict=True):
             start, stop = stop, stop + length
-            ids[start : stop - 1], ids[stop - 1] = part, self._end
-        return Encoded(ids, lengths, [len(t) for t in texts], [hashlib.sha256(t.encode()).digest() for t in texts])
+            ids[start : start + len(part)], ids[start + len(part) : stop] = part, self._end
+        return Encoded(
+            ids, lengths, [len(t) for t in texts], [hashlib.sha256(t.encode()).digest() for t in texts],
+            np.concatenate([_in_turns(e.offsets, t.turns) for e, t in zip(found, texts, strict=True)]) if scores else None,
+        )
 
     def _begun(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+
+
+def _in_turns(offsets: list[tuple[int, int]], turns: Sequence[tuple[int, int]]) -> np.ndarray:
+    """[n] uint8: 1 for the tokens from the first to the last one that hold characters of a turn.
+
+    Args:
+        offsets: ``(start, stop)`` characters of each token, in order. The bytes of one character may be several tokens.
+        turns: ``(start, stop)`` characters of each turn.
+    """
+    starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+    scored = np.zeros(len(starts), np.uint8)
+    for start, stop in turns:
+        scored[np.searchsorted(stops, start, side="right") : np.searchsorted(starts, stop, side="left")] = 1
+    return scored
+
+
+def _without_trimming(tokenizer: str) -> str:
+    """A tokenizer whose offsets hold the spaces of its tokens: its post-processor may trim them, and adds no token here."""
+    return json.dumps(json.loads(tokenizer) | {"post_processor": None})
 
 
 def encode_all(chunks: Iterable[list[str]], settings: dict, workers: int) -> Iterator[Encoded]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from data import readers, sources
+from data.column import Column
 from data.skipped import Skipped
 from data.stdlib import Document
 
 
-def read_files(names: str) -> tuple[list[Document], Skipped]:
+def read_files(names: str, column: Column | None = None) -> tuple[list[Document], Skipped]:
     """Documents of comma-separated files of any kind of `data.readers.KINDS`, and what was left out.
+
+    Args:
+        names: the files.
+        column: that is read, such as one of conversations (`data.chat.Messages`); by default texts in the column ``text``.
 
     Documents are named without their directory: a corpus has the same hash wherever its files lie.
 
@@ -26,7 +31,7 @@ def read_files(names: str) -> tuple[list[Document], Skipped]:
     progress = sources.Progress()
     docs = [
         Document(_name(Path(record.source), record.number), record.text)
-        for record in sources.records(sources.Request(paths), progress)
+        for record in sources.records(sources.Request(paths), progress, column)
     ]
     return docs, progress.skipped
 

@@ -18,19 +18,19 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data import sources, tokens
-from data.encode import chunked, encode_all
+from data.chat import ChatTemplate, Messages, template_hash
+from data.column import Column
+from data.encode import Document, chunked, encode_all
 from data.opening import opening
 from data.skipped import Skipped
 from data.writer import PartWriter, sync_directory, write_meta
 
 MOST_COUNTED = 2**16  # documents that a held-out count may keep in memory
-Document = tuple[np.ndarray, int, bytes]  # ids [n], characters, SHA-256 of the text
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class HeldOut:
 def prepare(
     request: sources.Request, tokenizer: PreTrainedTokenizerBase, output: Path, *, held_out: HeldOut,
     workers: int = 1, parse_special: bool = False, limit: int | None = None, bos: str | bool = "auto",
+    loss_on: str | None = None,
 ) -> dict:
     """Make a prepared corpus; returns its ``meta.json``.
 
@@ -84,16 +85,18 @@ def prepare(
         workers: tokenising processes.
         parse_special: see `data.encode.Encoder`.
         limit: documents to stop after.
-        bos: whether documents begin with a BOS token (`data.opening.opening`).
+        bos: whether documents begin with a BOS token (`data.opening.opening`); conversations begin as their template does.
+        loss_on: None for texts; for conversations in ``request.column`` one of `data.chat.LOSS_ON`.
 
     Raises:
         ValueError: one sentence, for sources that cannot be read, a split that comes out empty, or a disk that
             cannot be written. Nothing is left at ``output`` then.
     """
-    begin = opening(tokenizer, bos)
+    begin = [] if loss_on else opening(tokenizer, bos)
+    template = ChatTemplate(tokenizer, loss_on) if loss_on else None
     try:
         with staged(output) as staging:
-            run = _Run(staging, tokenizer, held_out, workers, parse_special, begin)
+            run = _Run(staging, tokenizer, held_out, workers, parse_special, begin, template)
             try:
                 meta = run.write(request, limit)
             except BaseException:
@@ -146,16 +149,20 @@ class _Run:
 
     def __init__(
         self, staging: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, workers: int, parse_special: bool,
-        begin: list[int],
+        begin: list[int], template: ChatTemplate | None,
     ) -> None:
         dtype = DType.optimal_dtype(len(tokenizer))
         self._about = tokens.about(tokenizer)
         self._settings = {
             "tokenizer": tokenizer.backend_tokenizer.to_str(), "end": tokenizer.eos_token_id,
-            "dtype": dtype.__name__, "parse_special": parse_special, "begin": begin,
+            "dtype": dtype.__name__, "parse_special": parse_special or template is not None, "begin": begin,
+            "loss_on": template and template.loss_on,
         }
-        self._held_out, self._workers, self._parse_special = held_out, workers, parse_special
-        self._parts = {p: PartWriter(staging, p, dtype) for p in ("train", *(["held_out"] if held_out else []))}
+        self._template, self._held_out, self._workers = template, held_out, workers
+        self._chat = {"chat": {"template": template_hash(tokenizer), "loss_on": template.loss_on}} if template else {}
+        scores = template is not None and template.loss_on == "assistant"
+        parts = ("train", *(["held_out"] if held_out else []))
+        self._parts = {p: PartWriter(staging, p, dtype, scores=scores) for p in parts}
         self._skipped, self._copies = Skipped(), 0
 
     def write(self, request: sources.Request, limit: int | None) -> dict:
@@ -163,7 +170,7 @@ class _Run:
         if self._held_out.files:
             with closing(self._encoded(_files(request, self._held_out.files), None, "held out")) as documents:
                 for document in documents:
-                    kept.add(document[2])
+                    kept.add(document.digest)
                     self._add("held_out", document)
         with closing(self._encoded(request, limit, "documents")) as documents:  # workers and bar end before an error is told
             self._split(documents, kept)
@@ -177,7 +184,7 @@ class _Run:
         source = {k: v for k, v in asdict(request).items() if k != "streaming"}
         return {
             "tokenizer": self._about, "begin": self._settings["begin"],
-            "special_tokens": "parsed" if self._parse_special else "text",
+            "special_tokens": "parsed" if self._settings["parse_special"] else "text", **self._chat,
             "source": source | {"limit": limit, "held_out": asdict(self._held_out)},
             "blank_documents": self._skipped.blank, "null_documents": self._skipped.null, "empty_files": self._skipped.files,
             "copies_of_held_out": self._copies,
@@ -192,9 +199,9 @@ class _Run:
         smallest = _Smallest(self._held_out.count)
         threshold = int(self._held_out.fraction * 2**64)
         for document in documents:
-            if document[2] in kept:  # evaluating on what was trained on would measure memory
+            if document.digest in kept:  # evaluating on what was trained on would measure memory
                 self._copies += 1
-            elif int.from_bytes(document[2][:8], "big") < threshold:
+            elif int.from_bytes(document.digest[:8], "big") < threshold:
                 self._add("held_out", document)
             else:
                 for other in smallest.offer(document):
@@ -203,12 +210,14 @@ class _Run:
             self._add("held_out", document)
 
     def _add(self, part: str, document: Document) -> None:
-        ids, characters, digest = document
-        self._parts[part].add(ids, characters=characters, digest=digest)
+        self._parts[part].add(
+            document.ids, characters=document.characters, digest=document.digest, scored=document.scored
+        )
 
     def _encoded(self, request: sources.Request, limit: int | None, what: str) -> Iterator[Document]:
         progress = sources.Progress()
-        texts = itertools.islice(sources.documents(request, progress), limit)
+        column = Messages(request.column, self._template) if self._template else Column(request.column)
+        texts = itertools.islice(sources.documents(request, progress, column), limit)
         interval = 0.5 if sys.stderr.isatty() else 30.0
         done, begun = 0, time.perf_counter()
         with tqdm(desc=what, unit=" docs", mininterval=interval, dynamic_ncols=True) as bar:
@@ -233,7 +242,7 @@ class _Smallest:
 
     def offer(self, document: Document) -> list[Document]:
         """Take a document; returns those that are out for good."""
-        digest = document[2]
+        digest = document.digest
         if digest in self._kept:
             self._kept[digest].append(_own(document))
             return []
@@ -255,8 +264,9 @@ class _Smallest:
 
 
 def _own(document: Document) -> Document:
-    """The document with ids of its own: a view would keep its whole chunk in memory."""
-    return document[0].copy(), *document[1:]
+    """The document with arrays of its own: views would keep its whole chunk in memory."""
+    scored = None if document.scored is None else document.scored.copy()
+    return document._replace(ids=document.ids.copy(), scored=scored)
 
 
 def _files(request: sources.Request, names: list[str]) -> sources.Request:

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO
@@ -27,11 +27,13 @@ KINDS = {
     ".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
     ".csv": "csv", ".tsv": "tsv",
 }
+STRUCTURED = ("json", "parquet", "arrow")  # kinds whose columns may hold lists and objects
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 _CHUNK = 2**20  # characters of a .txt that are split at once
 _ROWS = 256  # of a table that are in memory at once
-# Only texts are wanted. Numbers are not converted: int() refuses more than 4,300 digits.
+# Of a column of texts numbers are not converted: int() refuses more than 4,300 digits.
 _DECODER = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0.0)
+_FULL_DECODER = json.JSONDecoder()  # of a structured column, whose values may hold numbers
 
 csv.field_size_limit(sys.maxsize)  # of the whole process; its default ends a file at the first text of 128 KiB
 
@@ -79,6 +81,8 @@ def texts(file: File, column: Column, txt_documents: str = "file") -> Iterator[s
     Raises:
         ValueError: one sentence naming the file, and the line or record where there is one.
     """
+    if column.structured and file.kind not in STRUCTURED:
+        raise Unreadable(f"{file.name} cannot hold conversations: use .jsonl, .json, .parquet or .arrow")
     try:
         with file.open() as raw:
             if not raw.read(1):
@@ -124,11 +128,11 @@ def _json(file: File, stream: BinaryIO, column: Column, txt_documents: str) -> I
             return
         first = False
         where = f"line {number} of {file.name}"
-        yield column.of(_parsed(line, where), where)
+        yield column.of(_parsed(line, where, column), where)
 
 
 def _json_whole(file: File, data: bytes, column: Column) -> Iterator[str | None]:
-    value = _parsed(data, file.name)
+    value = _parsed(data, file.name, column)
     for number, record in enumerate(value if isinstance(value, list) else [value]):
         where = f"record {number} of {file.name}"
         yield column.text(record, where) if isinstance(record, str) else column.of(record, where)
@@ -163,8 +167,8 @@ def _parquet(file: File, stream: BinaryIO, column: Column, txt_documents: str) -
         schema = table.schema_arrow
         column.in_table(schema.names, file.name)
         column.of_type(schema.field(column.name).type, file.name)
-        for batch in table.iter_batches(_ROWS, columns=[column.name]):
-            yield from batch[column.name].to_pylist()
+        batches = table.iter_batches(_ROWS, columns=[column.name])
+        yield from _cells((value for batch in batches for value in batch[column.name].to_pylist()), file, column)
 
 
 def _arrow(file: File, stream: BinaryIO, column: Column, txt_documents: str) -> Iterator[str | None]:
@@ -174,18 +178,28 @@ def _arrow(file: File, stream: BinaryIO, column: Column, txt_documents: str) -> 
         return
     schema = _batches(stream)[0]
     place = schema.get_field_index(column.name)
-    for batch in _batches(stream, None if place < 0 else place)[1]:
-        if batch.num_rows:
-            column.in_table(schema.names, file.name)
-            column.of_type(schema.field(place).type, file.name)
-            batch.validate(full=True)
-            yield from batch.column(0).to_pylist()
+
+    def values() -> Iterator[object]:
+        for batch in _batches(stream, None if place < 0 else place)[1]:
+            if batch.num_rows:
+                column.in_table(schema.names, file.name)
+                column.of_type(schema.field(place).type, file.name)
+                batch.validate(full=True)
+                yield from batch.column(0).to_pylist()
+
+    yield from _cells(values(), file, column)
 
 
 _READERS = {"text": _text, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet, "arrow": _arrow}
 
 
 # ------------------------------------------------------------------------------------------- parts of them
+
+
+def _cells(values: Iterable[object], file: File, column: Column) -> Iterator[str | None]:
+    """The texts of a table's column."""
+    for number, value in enumerate(values):
+        yield column.text(value, f"record {number} of {file.name}")
 
 
 def _goes_on(line: bytes) -> bool:
@@ -199,12 +213,12 @@ def _goes_on(line: bytes) -> bool:
         return False
 
 
-def _parsed(data: bytes, where: str) -> object:
+def _parsed(data: bytes, where: str, column: Column) -> object:
     try:
-        return _DECODER.decode(data.decode())
+        return (_FULL_DECODER if column.structured else _DECODER).decode(data.decode())
     except UnicodeDecodeError as error:
         raise Unreadable(f"{where} is not UTF-8 ({error}): convert the file, for instance with iconv") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Unreadable(f"{where} is not JSON ({_said(error)}): fix or remove it") from None
 
 

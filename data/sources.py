@@ -57,13 +57,18 @@ class _Piece:
     path: Path | None = None
 
 
-def records(request: Request, progress: Progress) -> Iterator[Record]:
+def records(request: Request, progress: Progress, column: Column | None = None) -> Iterator[Record]:
     """The texts of a request in order; what holds no text is counted in ``progress`` and left out.
+
+    Args:
+        request: what to read.
+        progress: counts it.
+        column: that is read, such as one of conversations (`data.chat.Messages`); by default texts in ``request.column``.
 
     Raises:
         ValueError: one sentence naming the source, for whatever cannot be found or read, and for a missing column.
     """
-    column = Column(request.column)
+    column = column or Column(request.column)
     pieces = [piece for name in request.names for piece in _of_name(name, request, column, progress)]
     _estimate(pieces, progress)
     skipped = progress.skipped
@@ -82,9 +87,9 @@ def records(request: Request, progress: Progress) -> Iterator[Record]:
     column.end()
 
 
-def documents(request: Request, progress: Progress) -> Iterator[str]:
+def documents(request: Request, progress: Progress, column: Column | None = None) -> Iterator[str]:
     """The texts of `records` alone."""
-    return (record.text for record in records(request, progress))
+    return (record.text for record in records(request, progress, column))
 
 
 def _of_name(name: str, request: Request, column: Column, progress: Progress) -> list[_Piece]:
@@ -150,8 +155,8 @@ def _rows(found: object, column: Column, where: str) -> Iterator[str | None]:
     if len(found):
         column.in_table(found.column_names, where)
         column.of_type(found.features.arrow_schema.field(column.name).type, where)
-        for row in found.select_columns([column.name]).with_format(None):
-            yield row[column.name]
+        for number, row in enumerate(found.select_columns([column.name]).with_format(None)):
+            yield column.text(row[column.name], f"record {number} of {where}")
 
 
 def _count(known: int | None, progress: Progress) -> None:

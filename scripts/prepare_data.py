@@ -46,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     add("sources", nargs="*", metavar="SOURCE", help="file, pattern, directory or Hub dataset; several are read in turn")
     add("--tokenizer", metavar="DIR", help="model directory whose tokenizer is used")
     add("--output", type=Path, metavar="DIR", help="the prepared corpus; must not exist")
-    add("--text-column", default="text", help="column that holds the text (text)")
+    add("--text-column", help="column that holds the text (text; with --chat: messages)")
+    add("--chat", action="store_true",
+        help="the column holds conversations, rendered by the tokenizer's chat template (docs/chat.md)")
+    add("--loss-on", choices=("everything", "assistant"),
+        help="with --chat: assistant also stores which tokens are assistant turns, for data.loss_on=assistant (everything)")
     add("--held-out", metavar="SHARE", help="fraction (0.005) or count (1000) of the documents, chosen by their hash (0)")
     add("--held-out-file", action="append", default=[], metavar="SOURCE", help="held-out documents of their own; may be repeated")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenising processes (one a core)")
@@ -71,6 +75,10 @@ def _prepare(args: argparse.Namespace) -> None:
     for name, value in (("--workers", args.workers), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
+    if args.loss_on and not args.chat:
+        raise ValueError(f"--loss-on {args.loss_on} is for conversations: give --chat too")
+    if args.chat and args.bos != "auto":
+        raise ValueError(f"--bos {args.bos} is for texts, and a chat template writes the first tokens itself: leave it out")
     with needed_for("the preparation of a corpus"):  # late, so that --help and wrong flags are answered at once
         import dmc.training  # noqa: F401 - before anything of megatron
         from data.prepare import HeldOut, prepare
@@ -81,12 +89,13 @@ def _prepare(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     held_out = HeldOut.parse(args.held_out, args.held_out_file)
     request = Request(
-        args.sources, column=args.text_column, config=args.config, split=args.split, revision=args.revision,
-        streaming=not args.download, txt_documents=args.txt_documents,
+        args.sources, column=args.text_column or ("messages" if args.chat else "text"), config=args.config, split=args.split,
+        revision=args.revision, streaming=not args.download, txt_documents=args.txt_documents,
     )
     meta = prepare(
         request, load_tokenizer(args.tokenizer), args.output, held_out=held_out, workers=args.workers,
         parse_special=args.parse_special_tokens, limit=args.limit, bos=_BOS[args.bos],
+        loss_on=(args.loss_on or "everything") if args.chat else None,
     )
     _show(args.output, meta)
 
@@ -106,6 +115,7 @@ def _show(path: Path, meta: dict) -> None:
         print(
             f"{path}/{name}: {part['documents']} documents, {part['tokens']} tokens, {part['characters']} characters "
             f"({part['characters'] / part['tokens']:.2f} a token), hash {part['hash']}, tokenizer {meta['tokenizer']['hash']}"
+            + (f", {part['scored']} tokens in assistant turns" if "scored" in part else "")
         )
     skipped = Skipped(*(meta.get(name, 0) for name in ("blank_documents", "null_documents", "empty_files")))
     if skipped or meta.get("copies_of_held_out"):

@@ -106,7 +106,8 @@ def build(config: Config) -> Trainer:
         check_names(hf, list(weights), model)
     begin = opening.opening(tokenizer, config.data.bos)
     training, held_out = tokens.corpora(
-        config.data.text, config.data.held_out, tokenizer, config.data.cache, config.data.bos
+        config.data.text, config.data.held_out, tokenizer, config.data.cache, config.data.bos, chat=config.data.chat,
+        loss_on=config.data.loss_on,
     )
     source = batches.Source(training, held_out, config.data.sequence_length, config.optim, config.log, config.run.seed)
     setup.init_distributed(config)
@@ -140,6 +141,8 @@ def build(config: Config) -> Trainer:
     for about, epochs in zip(meta["corpora"], source.epochs(trainer.schedule.steps), strict=True):
         reporter.say(f"  {about['share']} of the sequences from {about['name']} ({about['hash']}): {epochs:.2f} epochs")
     for text in (*training.corpora, *held_out.corpora):
+        if text.scored is not None:
+            reporter.say(f"  loss on {text.scored_tokens} of the {len(text)} tokens of {text.name}, its assistant turns")
         if text.skipped:
             reporter.say(f"  left out of {text.name}: {text.skipped}")
     if resume is not None:

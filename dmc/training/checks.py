@@ -24,6 +24,12 @@ def _check_fields(config: Config) -> None:
     d, o, p, r = config.dmc, config.optim, config.parallel, config.run
     if config.data.bos not in ("auto", True, False):
         raise ValueError(f"data.bos is {config.data.bos!r}: it must be auto, true or false")
+    _one_of("data.loss_on", config.data.loss_on, ("everything", "assistant"))
+    if config.data.chat and config.data.bos != "auto":
+        raise ValueError(
+            f"data.bos is {str(config.data.bos).lower()}, and with data.chat=true the chat template writes the first tokens: set "
+            "data.bos=auto"
+        )
     _one_of("dmc.method", d.method, ("dmc", "dms", "none"))
     _one_of("dmc.decision", d.decision, ("neuron", "head", *RULES))
     _one_of("dmc.cr_loss", d.cr_loss, ("soft", "hard"))

@@ -20,6 +20,8 @@ class DataConfig:
     text: str | list = "stdlib"  # "stdlib", "stdlib-plain", prepared corpus, files, or blend "0.7:A,0.3:B" (docs/data.md)
     held_out: str | list = ""  # the same for evaluation; "" holds out a share of `text` (docs/data.md)
     bos: bool | str = "auto"  # documents begin with a BOS token: true, false, or auto (follows the tokenizer, as prompts do)
+    chat: bool = False  # files hold conversations (`messages`), rendered by the tokenizer's chat template (docs/chat.md)
+    loss_on: str = "everything"  # of conversations: "everything", or "assistant": their assistant turns alone
     sequence_length: int = 1024  # tokens per sequence
     cache: str = "runs/data"  # directory of tokenised corpora
 

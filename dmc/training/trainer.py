@@ -135,15 +135,16 @@ class Trainer:
         state.mode = "soft" if compressing else ("repurpose" if plan.phase == "repurpose" else "plain")
         state.step, state.neuron_scale, state.target_cr = self.step, plan.neuron_scale, plan.target_cr
         open_hinge = compressing and self.kept > 1 / plan.target_cr
-        # Loss sums are divided by the global number of tokens, and so is this: mean over layers and heads.
+        data = self._training_data()
+        # Loss sums are divided by the global number of scored tokens. This is the mean over layers, heads and all tokens.
         state.alpha_gradient = -dmc.cr_weight * open_hinge / (self.hf.num_hidden_layers * self.hf.num_key_value_heads)
+        state.alpha_gradient *= self._scored_share(data)
         for group in self.student.optimizer.param_groups:
             group["lr"] = plan.lr
         for part in self.student.ddp:
             part.train()
             part.zero_grad_buffer()
         self.student.optimizer.zero_grad()
-        data = self._training_data()
         losses = self._run(data, self._loss, forward_only=False)
         metrics = {"step": self.step + 1, "phase": plan.phase, "lr": plan.lr} | self._mean_losses(losses)
         applied = self.guard.step(metrics, torch.cat([batch.samples for batch in data]))
@@ -179,11 +180,11 @@ class Trainer:
         with torch.no_grad():
             losses = self._run([b.to(cpu.device()) for b in batches], self._evaluation_loss, forward_only=True)
         totals = self._sum_losses(losses)
-        tokens = totals[2].item()
+        scored, tokens = totals[2].item(), totals[3].item()
         kept = state.decisions.total()[1] / tokens
         if mode != "hard":
             kept = torch.ones_like(kept)
-        return Evaluation(math.exp(totals[0].item() / tokens), 1 / kept.mean().item(), (1 / kept).tolist())
+        return Evaluation(math.exp(totals[0].item() / scored), 1 / kept.mean().item(), (1 / kept).tolist())
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -214,6 +215,7 @@ class Trainer:
 
     def _check_same_run(self, path: str, meta: dict) -> None:
         """Refuse another run's checkpoint by its own words, before its tensors are found not to fit."""
+        _check_setting(path, meta, self.meta, "data.loss_on")  # which is part of the hash of a text
         for key, what in (("model_hash", "model"), ("tokenizer_hash", "tokenizer"), ("corpus_hash", "text")):
             then, here = (of.get("begin", []) for of in (meta, self.meta))  # checkpoints of before data.bos have none
             if what == "text" and then != here:  # which makes it another text
@@ -227,16 +229,7 @@ class Trainer:
                     "resume with the settings of its run"
                 )
         for name in SAME_RUN:
-            section, key = name.split(".")
-            here = getattr(self.config, section)
-            if key == "integer_hold_steps" and not here.compresses:
-                continue  # it has no effect there
-            default = EARLIER.get(name, getattr(type(here)(), key))
-            then, now = meta["config"][section].get(key, default), self.meta["config"][section][key]
-            if name in _IN_FORCE:
-                then, now = (getattr(recorded(found["config"]["dmc"]), _IN_FORCE[name]) for found in (meta, self.meta))
-            if then != now:
-                raise ValueError(f"checkpoint {path} was trained with {name}={then}, here it is {now}: a resumed run keeps it")
+            _check_setting(path, meta, self.meta, name)
 
     def _sharded_state(self, *, loading: bool) -> dict:
         setup.gather_weights(self.config, self.student)
@@ -271,6 +264,14 @@ class Trainer:
         )
         return [batch.to(cpu.device()) for batch in data]
 
+    def _scored_share(self, data: list) -> float:
+        """Share of a step's labels that count in its losses, over all ranks."""
+        if data[0].scored is None:
+            return 1.0
+        scored = torch.stack([batch.scored.sum() for batch in data]).sum()
+        torch.distributed.all_reduce(scored, group=mpu.get_data_parallel_group())
+        return scored.item() / self._tokens_per_step
+
     def _run(self, batches: list, loss: Callable, *, forward_only: bool) -> list[dict]:
         chunks = self.student.ddp
         iterators = [iter(batches) for _ in chunks]  # every chunk of an interleaved stage sees every micro-batch
@@ -287,35 +288,42 @@ class Trainer:
         rows = row_info(batch.samples, batch.starts)
         tokens, labels = context.my_part(batch.tokens, 1), context.my_part(batch.labels, 1)
         positions = context.my_part(torch.arange(batch.tokens.shape[1], device=tokens.device), 0).expand_as(tokens)
+        scored = None if batch.scored is None else context.my_part(batch.scored, 1)
         teacher = model.module.run_teacher(tokens, positions, rows)
         output = model(tokens, positions, rows)
         if teacher is not None and not model.module.post_process:
             output = torch.cat([output, teacher], dim=1)
-        return output, lambda logits: loss(logits, labels, teacher)
+        return output, lambda logits: loss(logits, labels, teacher, scored)
 
-    def _loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor, dict]:
+    def _loss(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor, dict]:
         loss, language, divergence = language_and_distillation(
             logits, labels, teacher, lm_weight=self._lm_weight,
             kl_weight=self.config.distill.weight, group=mpu.get_tensor_model_parallel_group(),
+            scored=scored,
         )
         tokens = torch.tensor(labels.numel(), dtype=torch.int, device=logits.device)
-        return loss, tokens, {"sums": torch.stack([language, divergence, tokens.float()])}
+        counted = tokens if scored is None else scored.sum(dtype=torch.int)
+        return loss, counted, {"sums": torch.stack([language, divergence, counted.float(), tokens.float()])}
 
-    def _evaluation_loss(self, logits: Tensor, labels: Tensor, _: None) -> tuple[Tensor, Tensor, dict]:
-        return self._loss(logits, labels, None)
+    def _evaluation_loss(
+        self, logits: Tensor, labels: Tensor, _: None, scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor, dict]:
+        return self._loss(logits, labels, None, scored)
 
     def _sum_losses(self, losses: list[dict]) -> Tensor:
-        """``[cross entropy, KL, tokens]`` sums over every rank; only last stages and one tensor rank have them."""
+        """``[cross entropy, KL, scored tokens, tokens]`` sums over every rank; only last stages and one tensor rank have them."""
         mine = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
-        total = torch.zeros(3, dtype=torch.float64, device=cpu.device())
+        total = torch.zeros(4, dtype=torch.float64, device=cpu.device())
         if mine:
             total += torch.stack([item["sums"] for item in losses]).double().sum(0)
         torch.distributed.all_reduce(total)
         return total
 
     def _mean_losses(self, losses: list[dict]) -> dict:
-        language, divergence, tokens = self._sum_losses(losses).tolist()
-        language, divergence = language / tokens, divergence / tokens
+        language, divergence, scored, _ = self._sum_losses(losses).tolist()
+        language, divergence = language / max(1, scored), divergence / max(1, scored)  # a step may have user turns alone
         if not self.distils:
             return {"loss": self._lm_weight * language, "lm_loss": language}
         loss = self._lm_weight * language + self.config.distill.weight * divergence
@@ -342,3 +350,16 @@ class Trainer:
             "step": self.step, "name": name, "eval_perplexity": evaluation.perplexity, "eval_cr": evaluation.cr,
             "eval_heads": evaluation.heads,
         })
+
+
+def _check_setting(path: str, then: dict, now: dict, name: str) -> None:
+    """Refuse a checkpoint of a run with another value of a setting, by what the two runs record."""
+    section, key = name.split(".")
+    if key == "integer_hold_steps" and now["config"]["dmc"]["method"] == "none":
+        return  # it has no effect there
+    default = EARLIER.get(name, getattr(getattr(Config(), section), key))
+    before, here = then["config"][section].get(key, default), now["config"][section][key]
+    if name in _IN_FORCE:
+        before, here = (getattr(recorded(found["config"]["dmc"]), _IN_FORCE[name]) for found in (then, now))
+    if before != here:
+        raise ValueError(f"checkpoint {path} was trained with {name}={before}, here it is {here}: a resumed run keeps it")

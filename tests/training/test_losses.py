@@ -98,6 +98,32 @@ def test_values_and_gradients_are_torchs(process_group, lm_weight, kl_weight, te
     assert_equal(got, expected(logits, labels, teacher, lm_weight, kl_weight))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_only_scored_tokens_count(process_group, monkeypatch, size):
+    """Values and gradients are those of the scored rows alone; of the others nothing is left, whatever their logits are."""
+    logits, labels, teacher = inputs()
+    scored = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert scored.any() and not scored.all()
+    group = Group(size)
+    if size > 1:
+        monkeypatch.setattr(torch.distributed, "all_reduce", group.all_reduce)
+    width = V // size
+
+    def work(rank):
+        part = logits[..., rank * width : (rank + 1) * width].clone().requires_grad_()
+        target = teacher[..., rank * width : (rank + 1) * width].contiguous()
+        mine = process_group if size == 1 else group
+        found = language_and_distillation(part, labels, target, lm_weight=0.5, kl_weight=2.0, group=mine, scored=scored)
+        found[0].backward()
+        return *(x.detach() for x in found), part.grad
+
+    wanted = expected(logits[scored][None], labels[scored][None], teacher[scored][None], 0.5, 2.0)
+    whole = torch.zeros_like(logits, dtype=torch.float64)
+    whole[scored] = wanted[3][0]
+    for rank, got in enumerate(group.run(work)):
+        assert_equal(got, (*wanted[:3], whole[..., rank * width : (rank + 1) * width]))
+
+
 def test_the_gradient_is_scaled_by_what_comes_back(process_group):
     logits, labels, teacher = inputs()
     got = ours(logits, labels, teacher, 0.5, 2.0, process_group, scale=-3.0)[3]
