@@ -1,5 +1,6 @@
 """Every recipe of configs/: loads, divides its model, fits its GPUs, holds the published settings, and steps in its layout."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -44,20 +45,22 @@ def test_shapes_are_those_of_the_published_models(name):
 
 @pytest.mark.parametrize("name", LATE)
 def test_recipes_of_the_families_merge_late_and_distil(name):
-    assert plans()["recipes"][f"{name}-distill.yaml"]["parameters"] == LATE[name]
+    assert all(plans()["recipes"][f"{name}{kind}.yaml"]["parameters"] == LATE[name] for kind in ("-distill", "-lora", ""))
     config = load(ROOT / "configs" / f"{name}-distill.yaml")
     assert (config.dmc.window, config.dmc.decide, config.dmc.decision, config.distill.weight) == (256, "late", "head", 1)
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-8b"])
+@pytest.mark.parametrize("name", [*LATE, "llama3-8b", "llama3.1-8b-instruct"])
 def test_lora_fits_one_gpu_of_48_gb_as_well(name):
-    """The plan's GiB, by the GPU that the recipe names and by a smaller one."""
+    """The plan's GiB, by the GPU that the recipe names and by a smaller one; the settings are the same in all of them."""
     lines = plans()["recipes"][f"{name}-lora.yaml"]["lines"]
     total = next(float(line.rsplit("total ", 1)[1]) for line in lines if line.startswith("memory"))
     assert total < flops.GPUS["l40s"].memory_gib and "teacher 0.00" in " ".join(lines)
+    config, known = (load(ROOT / "configs" / f"{one}-lora.yaml") for one in (name, "llama3-8b"))
+    assert (config.dmc, config.distill, config.optim) == (known.dmc, known.distill, known.optim)
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [*LARGE, *LATE])
 def test_published_settings(name):
     config = load(ROOT / "configs" / f"{name}.yaml")
     d, o = config.dmc, config.optim
@@ -70,7 +73,7 @@ def test_published_settings(name):
     assert config.run.precision == "bf16"
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [*LARGE, *LATE])
 def test_the_fast_variant_distils(name):
     config, published = load(ROOT / "configs" / f"{name}-distill.yaml"), load(ROOT / "configs" / f"{name}.yaml")
     assert (config.distill.weight, config.distill.lm_weight, config.dmc.decision) == (1, 0, "head")
@@ -79,6 +82,28 @@ def test_the_fast_variant_distils(name):
     shape = planning.Layout.of(config, config.plan.world)
     tokens, before = (planning.cost(c, hf, shape, peak_tflops=None).tokens for c in (config, published))
     assert tokens < before / 20
+
+
+def test_the_tables_of_recipes_are_those_of_their_schedules():
+    """docs/families.md and docs/cluster.md: ranks and tokens of each recipe."""
+    families, cluster = ((ROOT / "docs" / page).read_text() for page in ("families.md", "cluster.md"))
+    found = {}
+    for name, *cells in re.findall(r"^\| [^|]+ \(`([\w.-]+)`\) \| (.+?) \| (.+?) \| (.+?) \|$", families, re.MULTILINE):
+        for kind, cell in zip(("-lora", "-distill", ""), cells, strict=True):
+            world, tokens = re.fullmatch(r"(one|\d+) (?:GPU|H100), (.+)", cell).groups()
+            found[f"{name}{kind}"] = (int(world.replace("one", "1")), tokens)
+    for cells in re.findall(r"^\| (`configs/.+?) \| (.+?) \| \d \| (.+?) \|", cluster, re.MULTILINE):
+        names, worlds, tokens = (cell.split(", ") for cell in cells)
+        for name, world, each in zip(names, worlds * len(names), tokens, strict=False):
+            found[name.strip("`").removeprefix("configs/").removesuffix(".yaml")] = (int(world), each)
+    assert set(found) == {n + kind for n in [*LATE, "llama3-8b"] for kind in ("", "-distill", "-lora")} | {
+        n + kind for n in LARGE for kind in ("", "-distill")
+    }
+    for name, (world, tokens) in found.items():
+        config = load(ROOT / "configs" / f"{name}.yaml")
+        ours = Schedule(config).steps * config.optim.global_batch * config.data.sequence_length
+        unit, digits = {"M": (1e6, 0), "B": (1e9, 1 if ours > 1e9 else 2)}[tokens[-1]]
+        assert (config.plan.world, f"{ours / unit:.{digits}f}{tokens[-1]}") == (world, tokens), name
 
 
 def test_other_recipes_need_no_stand_in():
