@@ -17,7 +17,7 @@ they share the keys' mean among more entries, but twice as many wait for a full 
 
 from dmc.cache.codecs import CODECS, Blocks, Codec, codec, codec_class
 from dmc.cache.kv import KVCache
-from dmc.cache.policies import POLICIES, Entries, Policy, policy, policy_class
+from dmc.cache.policies import POLICIES, Entries, Policy, PromptEntries, PromptPolicy, policy, policy_class
 from dmc.cache.reading.prompt import Prompt
 from dmc.cache.reading.step import Step
 from dmc.cache.storage.packing import Packing, Storage
@@ -27,5 +27,6 @@ from dmc.cache.storage.swap import Swapped
 
 __all__ = [
     "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "Packing", "PagePool", "Policy", "PoolExhausted", "Prompt",
+    "PromptEntries", "PromptPolicy",
     "Rows", "Shape", "Step", "Storage", "Swapped", "codec", "codec_class", "policy", "policy_class",
 ]

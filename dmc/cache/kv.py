@@ -82,9 +82,9 @@ class KVCache:
                 f"{sink_tokens + 1}, or fewer sinks"
             )
         exact = _exact_dtype(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
-        placed = policy.evicts or any(one.placed for one in codecs)
+        placed = policy.evicts_later or any(one.placed for one in codecs)
         storage = Storage(
-            sink_tokens, window, exact, placed, policy.evicts and policy.scored, policy.evicts, policy.ring,
+            sink_tokens, window, exact, placed, policy.evicts_later and policy.scored, policy.evicts_later, policy.ring,
             1 + policy.merges, policy.max_entries,
         )
         self.shape, self.policy, self.codec, self.key_bias = shape, policy, codec, key_bias
@@ -205,7 +205,7 @@ class KVCache:
             PoolExhausted: if there are not pages enough; nothing is changed then.
         """
         rows = self.rows
-        swap.fork(rows, rows.all_layers(slot), rows.all_layers(self._slots[-1]), share=not self.policy.evicts)
+        swap.fork(rows, rows.all_layers(slot), rows.all_layers(self._slots[-1]), share=not self.policy.evicts_later)
         return self._slots.pop()
 
     def swap_out(self, slot: int) -> swap.Swapped:
@@ -271,11 +271,11 @@ class KVCache:
         closed = self.policy.most_entries(tokens)
         if self.policy.ring is None:
             closed = max(0, closed - 1)
-        return self.rows.worst_pages(closed, evicting=self.policy.evicts) * self.shape.heads
+        return self.rows.worst_pages(closed, evicting=self.policy.evicts_later) * self.shape.heads
 
     def likely_pages(self, entries: Tensor) -> int:
         """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
-        holes = self.policy.evicts * entries.numel()  # a page more in each row
+        holes = self.policy.evicts_later * entries.numel()  # a page more in each row
         closed = (entries.ceil().long() - int(self.policy.ring is None)).clamp(min=0)
         return int(self.rows.pages_of(closed, self.rows.page_sizes.to(closed.device)[:, None]).sum()) + holes
 
@@ -298,7 +298,7 @@ class KVCache:
         """Cache lengths: int64 ``[L, H]``, the tail counted."""
         rows, index = self.rows, self.rows.all_layers(slot)
         count = rows.closed[index].long() * rows.row_page_sizes(index) + rows.exact[index]
-        if self.policy.evicts:
+        if self.policy.evicts_later:
             there = [evict.entries(rows, some, torch.zeros_like(some)) for some in index.split(self.shape.heads)]
             count = torch.cat([(layer.places >= 0).sum(-1) for layer in there])
         if self.policy.ring is None:  # with a ring the accumulating entry is one of the exact ones
@@ -337,7 +337,7 @@ class KVCache:
         Raises:
             RuntimeError: naming what is wrong; the cache cannot be trusted after that.
         """
-        check(self.rows, self._slots, evicting=self.policy.evicts)
+        check(self.rows, self._slots, evicting=self.policy.evicts_later)
 
     # ------------------------------------------------------------------------------------ inside
 

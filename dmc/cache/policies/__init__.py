@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dmc.cache.policies.adakv import AdaKVPolicy
 from dmc.cache.policies.base import Entries, Policy
 from dmc.cache.policies.dmc import DmcPolicy
 from dmc.cache.policies.dms import DmsPolicy
+from dmc.cache.policies.expected import ExpectedAttentionPolicy
 from dmc.cache.policies.full import FullPolicy
 from dmc.cache.policies.gate import GatePolicy
 from dmc.cache.policies.h2o import H2OPolicy
+from dmc.cache.policies.merged import MergedPolicy
+from dmc.cache.policies.prompted import PromptEntries, PromptPolicy
+from dmc.cache.policies.pyramidkv import PyramidKVPolicy
+from dmc.cache.policies.scored import KNormPolicy, RandomPolicy
+from dmc.cache.policies.snapkv import SnapKVPolicy
 from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.cache.policies.tova import TovaPolicy
 from dmc.plugins import find
@@ -20,9 +27,16 @@ POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     TovaPolicy,
     DmsPolicy,
     GatePolicy,
+    SnapKVPolicy,
+    PyramidKVPolicy,
+    AdaKVPolicy,
+    ExpectedAttentionPolicy,
+    KNormPolicy,
+    RandomPolicy,
+    MergedPolicy,
 )}
 
-__all__ = ["POLICIES", "Entries", "Policy", "policy", "policy_class"]
+__all__ = ["POLICIES", "Entries", "Policy", "PromptEntries", "PromptPolicy", "policy", "policy_class"]
 
 
 def policy_class(name: str) -> type[Policy]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dmc.cache.policies.prompted import PromptEntries
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,16 @@ class Entries:
         scores: fp32 ``[R, N]``, what `Policy.watches` gathered; None if nothing is.
         heads: H.
         next: int64 ``[R]``, position of the next query of the row's sequence.
+        layer: number of the layer.
+        layers: L.
     """
 
     places: Tensor
     scores: Tensor | None
     heads: int
     next: Tensor
+    layer: int = 0
+    layers: int = 1
 
 
 class Policy(ABC):
@@ -35,6 +42,9 @@ class Policy(ABC):
 
     Merging policies override `decide` alone. An evicting policy sets `evicts` and says in `keep` which entries stay;
     the cache calls it at the end of a prompt and after every generated token, drops the others and frees their pages.
+    A policy that also looks at keys, values or queries of a prompt overrides `keep_prompt`, which is called at its end in the
+    place of `keep`. With `prompt_only` nothing is evicted after that. What needs memory or time is declared (`watches`,
+    `last_queries`, `query_moments`, `arrival`), and nothing of it is computed for a policy that does not declare it.
 
     Attributes:
         name: under which `dmc.cache.policy` finds it.
@@ -43,6 +53,9 @@ class Policy(ABC):
         evicts: whether entries can go before their sequence ends. Their places are then stored, 4 bytes an entry.
         watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
             from all queries so far, those of a head's group added up; "last", those of the newest query alone.
+        prompt_only: whether entries are evicted at the end of a prompt alone, by `keep_prompt`; generated tokens all stay.
+        last_queries: of a prompt that `dmc.cache.policies.prompted.PromptEntries` holds, as many as there are at most.
+        query_moments: whether it also holds mean and covariance of the prompt's queries.
         ring: newest tokens of a row that stay as they are; one that leaves them is merged, or dropped by a policy that does
             not merge, where the model's logit says so (`dmc.cache.reading.late`). None: tokens are merged at once.
         max_entries: with a ring, entries of a row behind it at most: once there are so many, what leaves the ring is
@@ -58,6 +71,9 @@ class Policy(ABC):
     merges: ClassVar[bool] = True
     evicts: ClassVar[bool] = False
     watches: ClassVar[str | None] = None
+    prompt_only: ClassVar[bool] = False
+    last_queries: int = 0
+    query_moments: bool = False
     ring: int | None = None
     max_entries: int | None = None
     sinks: int = 0
@@ -67,8 +83,15 @@ class Policy(ABC):
     def __init_subclass__(cls, **kwargs: object) -> None:
         """A policy that says it evicts must do so: known when it is defined, not at the first step."""
         super().__init_subclass__(**kwargs)
-        if cls.evicts and cls.keep is Policy.keep:
+        if cls.evicts and cls.prompt_only:
+            if cls.keep_prompt is Policy.keep_prompt:
+                raise TypeError(f"policy {cls.__name__} sets prompt_only and does not define keep_prompt")
+            if cls.visible is not Policy.visible:
+                raise TypeError(f"policy {cls.__name__} sets prompt_only and defines visible: its prompts are seen as a whole")
+        elif cls.evicts and cls.keep is Policy.keep:
             raise TypeError(f"policy {cls.__name__} sets evicts and does not define keep")
+        if cls.arrival is not Policy.arrival and (cls.merges or cls.watches is not None):
+            raise TypeError(f"policy {cls.__name__} defines arrival, so it must set merges to False and watch no weights")
 
     @classmethod
     def settings(cls) -> list[str]:
@@ -79,7 +102,12 @@ class Policy(ABC):
     @property
     def scored(self) -> bool:
         """Whether entries carry a score."""
-        return self.watches is not None
+        return self.watches is not None or type(self).arrival is not Policy.arrival
+
+    @property
+    def evicts_later(self) -> bool:
+        """Whether entries can go while tokens are generated. Their places are then stored."""
+        return self.evicts and not self.prompt_only
 
     @abstractmethod
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +150,28 @@ class Policy(ABC):
     def keep(self, entries: Entries) -> Tensor:
         """Which entries stay, if `evicts`: bool ``[R, N]``; asked after each step, before the next query."""
         raise NotImplementedError
+
+    def arrival(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Scores of tokens as they come, for a policy that overrides this; `Entries.scores` then holds them.
+
+        Args:
+            keys: ``[..., H, D]``, before RoPE.
+            values: ``[..., H, D]``.
+            positions: int64 ``[...]``.
+
+        Returns:
+            fp32 ``[..., H]``.
+        """
+        raise NotImplementedError
+
+    def keep_prompt(self, prompt: PromptEntries) -> Tensor:
+        """Which entries of one sequence's prompt stay, if `evicts`: bool ``[H, N]``; asked once, at its end."""
+        return self.keep(prompt)
+
+    def rewrite(self, prompt: PromptEntries, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys (rotated) and values ``[H, N, D]`` of a prompt after `keep_prompt`, such as with what was dropped merged into what
+        stays; None: as they are."""
+        return None
 
     def most_entries(self, tokens: int) -> int:
         """Entries, the tail counted, that a row of so many tokens can hold between two steps."""

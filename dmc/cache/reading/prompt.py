@@ -6,12 +6,15 @@ layers are kept until the prompt is done, outside the page pool. Then its pages 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmc.cache.policies import Entries, Policy
+from dmc.cache.policies import Policy
+from dmc.cache.policies.prompted import Moments, PromptEntries
 from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
 from dmc.functional import accumulate_numerators, rotate
 from dmc.kernels.backend import Backend
@@ -51,16 +54,24 @@ class Prompt:
     Attributes:
         done: tokens that have gone through all layers.
         layers: state of each, None before the first chunk.
+        queries: with `Policy.last_queries` the last ones of each layer so far, rotated, ``[Hq, n, D]``.
+        moments: with `Policy.query_moments` those of all queries of each layer so far.
+        rope: of the model, set when its first chunk is made ready.
     """
 
     def __init__(self, layers: int, policy: Policy, backend: Backend) -> None:
         self.policy, self.backend, self.done = policy, backend, 0
         self.layers: list[Layer | None] = [None] * layers
+        self.queries: list[Tensor | None] = [None] * layers
+        self.moments: list[Moments | None] = [None] * layers
+        self.rope: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds now."""
-        tensors = (value for layer in self.layers if layer for value in vars(layer).values() if value is not None)
+        tensors = [value for layer in self.layers if layer for value in vars(layer).values() if value is not None]
+        tensors += [queries for queries in self.queries if queries is not None]
+        tensors += [part for moments in self.moments if moments for part in (moments.total, moments.products)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
@@ -105,7 +116,9 @@ class Prompt:
         seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising)
         turned = rotated(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy, self.backend)
-        scores, tail_score = self._scores(past, gathered, closes, counts)
+        self._note(number, query, turned)
+        arrived = self.policy.arrival(key, value, positions[lead:]).T if self.policy.scored and gathered is None else None
+        scores, tail_score = self._scores(past, gathered, closes, counts, arrived)
         tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
         self.layers[number] = self._forget(Layer(*entries, scores, *tail, tail_score), first + tokens)
         return out.transpose(0, 1)
@@ -117,13 +130,39 @@ class Prompt:
             return select(layer, layer.places != NONE)
         places = layer.places.masked_fill(layer.places == NONE, -1)
         following = torch.full((len(places),), self.done, device=places.device)
-        keep = self.policy.keep(Entries(places, layer.scores, len(places), following))
-        return select(layer, keep & (places >= 0))
+        there = PromptEntries(
+            places, layer.scores, len(places), following, number, len(self.layers), layer.keys, layer.values, self._newest(layer),
+            None if self.queries[number] is None else self.queries[number].unflatten(0, (len(places), -1)), self.moments[number],
+            self.rope,
+        )
+        keep = self.policy.keep_prompt(there) & (places >= 0)
+        if (written := self.policy.rewrite(there, keep)) is not None:
+            layer = dataclasses.replace(layer, keys=written[0].to(layer.keys), values=written[1].to(layer.values))
+        return select(layer, keep)
+
+    def _newest(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Key (rotated) and value ``[H, D]`` of the newest token, where nothing merges."""
+        size = layer.keys.shape[-1]
+        mean = (layer.numerators / layer.z[:, None]).to(layer.keys.dtype)
+        at = torch.full((len(mean), 1), self.done - 1, device=mean.device)
+        return rotated(mean[:, None, :size], self.rope(at))[:, 0], mean[:, size:]
+
+    def _note(self, number: int, query: Tensor, turned: Tensor) -> None:
+        """Keeps what the policy asks for of the queries ``[T, Hq, D]`` of a chunk, rotated ``[Hq, T, D]``."""
+        if self.policy.last_queries:
+            before = self.queries[number]
+            both = turned if before is None else torch.cat([before, turned], dim=1)
+            self.queries[number] = both[:, -self.policy.last_queries :].clone()
+        if self.policy.query_moments:
+            before, new = self.moments[number], Moments.of(query)
+            self.moments[number] = new if before is None else before + new
 
     def _scores(
         self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, closes: Tensor, counts: Tensor,
+        arrived: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Scores of all entries, and of the open one: each token's goes to the entry that it is in."""
+        """Scores of all entries, and of the open one: each token's goes to the entry that it is in. ``arrived [H, T]``: those of
+        `Policy.arrival`."""
         heads, states = closes.shape
         if not self.policy.scored:
             return None, torch.zeros(heads, device=closes.device)
@@ -135,8 +174,8 @@ class Prompt:
         old = torch.zeros(heads, before, device=closes.device) if afresh else past.scores
         tokens = states - (past is not None)
         new = torch.zeros(heads, int(counts.max()) + 1, device=closes.device)
-        if gathered is not None:
-            own[:, -tokens:] += gathered[1]
+        if gathered is not None or arrived is not None:
+            own[:, -tokens:] += arrived if gathered is None else gathered[1]
         new.scatter_add_(1, closes.cumsum(-1) - closes.long(), own)
         tail = new.gather(1, counts[:, None])[:, 0]
         none = torch.arange(new.shape[1] - 1, device=new.device) >= counts[:, None]

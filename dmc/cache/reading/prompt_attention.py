@@ -70,7 +70,7 @@ def prompt_attention(
     """
     heads, tokens = seen.own_keys.shape[:2]
     query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
-    plain, causal = policy.watches is None and not policy.evicts, not seen.merged and seen.keys.shape[1] == tokens - 1
+    plain, causal = policy.watches is None and not policy.evicts_later, not seen.merged and seen.keys.shape[1] == tokens - 1
     by_triton = backend is Backend.TRITON and not causal and seen.keys.shape[1]
     if plain and (backend is Backend.CPU or by_triton):
         own = seen.own_keys, seen.own_values, seen.queries.int()

@@ -53,6 +53,7 @@ class Step:
         self.grows = all(reader.writes for reader in readers)
         self.chunks = []
         for prompt, tokens in chunks:
+            prompt.rope = rope
             places = prompt.positions(tokens, slots.device)
             self.chunks.append((prompt, tokens, places, rope(places)))
         self.settled = not (merges and policy.merges)
@@ -196,7 +197,10 @@ class Step:
             index = self.index.flatten()
             rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
             rows.z[index] = 1.0
-        return self._attend(layer, query, _turn(key, self.now), value, alpha)
+        arrived = None
+        if rows.storage.scored and self.policy.watches is None:
+            arrived = self.policy.arrival(key, value, self.following.view(len(self.slots), -1)[:, 0] - 1).flatten()
+        return self._attend(layer, query, _turn(key, self.now), value, alpha, arrived)
 
     # ------------------------------------------------------------------------------------ merging
 
@@ -234,17 +238,19 @@ class Step:
     # ------------------------------------------------------------------------------------ both
 
     def _attend(
-        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor,
+        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, arrived: Tensor | None = None,
     ) -> Tensor:
-        """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction."""
+        """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction.
+
+        ``arrived``: fp32 ``[S * H]``, scores of the new tokens by `Policy.arrival`."""
         rows, index, size = self.rows, self.index[layer], query.shape[-1]
         queries = _turn(query.to(own_key.dtype), self.now).view(len(index), -1, size)  # [S * H, G, D]
         out, weight = self.readers[layer].attend(
             rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), self.plans[layer],
         )
         if rows.storage.scored:
-            self._score(index, alpha.flatten(), weight)
-        if self.policy.evicts:
+            self._score(index, alpha.flatten(), weight if arrived is None else arrived)
+        if self.policy.evicts_later:
             there = entries(rows, index, self.following)
             evict(rows, index, there, self.policy.keep(there))
         return out.view(query.shape).to(query.dtype)

@@ -30,7 +30,8 @@ def entries(rows: Rows, index: Tensor, following: Tensor) -> Entries:
             mark = rows.pool.views(layout)[f"e_{name}"][table[index, :columns]].flatten(1)
             parts.append(mark.masked_fill_(torch.arange(columns * per, device=index.device) >= held[:, None], empty))
         marks[name] = torch.cat(parts, dim=1)
-    return Entries(marks["place"], marks.get("score"), rows.shape.heads, following)
+    layer = int(index[0]) // (rows.slots * rows.shape.heads) if len(index) else 0
+    return Entries(marks["place"], marks.get("score"), rows.shape.heads, following, layer, rows.shape.layers)
 
 
 def evict(rows: Rows, index: Tensor, there: Entries, keep: Tensor) -> None:

@@ -1,0 +1,66 @@
+"""Merging what a policy drops from a prompt into what stays."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmc.cache.policies.adakv import AdaKVPolicy
+from dmc.cache.policies.expected import ExpectedAttentionPolicy
+from dmc.cache.policies.prompted import PromptEntries, PromptPolicy
+from dmc.cache.policies.pyramidkv import PyramidKVPolicy
+from dmc.cache.policies.snapkv import SnapKVPolicy
+from dmc.functional import rotate
+
+INNER = {policy.name: policy for policy in (SnapKVPolicy, PyramidKVPolicy, AdaKVPolicy, ExpectedAttentionPolicy)}
+
+
+class MergedPolicy(PromptPolicy):
+    """Another policy of prompts, but each token that it drops is merged into the nearest position of its head that stays.
+
+    Key and value of an entry become the mean of its tokens': keys before RoPE, rotated to the position that stayed. Of two
+    positions that are equally near it is the older one.
+
+    Args:
+        of: name of the policy.
+        budget, share: its own.
+
+    Raises:
+        ValueError: if a setting is out of range, or there is no such policy.
+    """
+
+    name = "merged"
+
+    def __init__(self, *, of: str = "snapkv", budget: int = 256, share: float | None = None) -> None:
+        super().__init__(budget=budget, share=share)
+        if of not in INNER:
+            raise ValueError(f"merged policy: of={of!r} must be one of {', '.join(INNER)}")
+        self.inner = INNER[of](budget=budget, share=share)
+        for name in ("by_head", "last_queries", "query_moments"):
+            setattr(self, name, getattr(self.inner, name))
+
+    def scores(self, prompt: PromptEntries) -> Tensor:
+        """Those of the inner policy."""
+        return self.inner.scores(prompt)
+
+    def keep_prompt(self, prompt: PromptEntries) -> Tensor:
+        """Those that the inner policy keeps."""
+        return self.inner.keep_prompt(prompt)
+
+    def rewrite(self, prompt: PromptEntries, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Policy.rewrite`; a head that keeps nothing stays as it is."""
+        places, held = prompt.places.long(), prompt.places >= 0
+        both = torch.cat([prompt.plain_keys, prompt.values.float()], dim=-1)
+        merged = torch.empty_like(both)
+        for head, (row, own, stay) in enumerate(zip(places, held, kept, strict=True)):
+            chosen = stay.nonzero().flatten()
+            merged[head] = both[head]
+            if not len(chosen):
+                continue
+            middle = (row[chosen[1:]] + row[chosen[:-1]]) // 2  # up to here the older of two neighbours is nearer
+            to = chosen[torch.searchsorted(middle, row[own])]
+            sums = torch.zeros_like(both[head]).index_add_(0, to, both[head][own])
+            count = torch.zeros(len(row), device=row.device).index_add_(0, to, torch.ones(len(to), device=row.device))
+            merged[head] = torch.where(stay[:, None], sums / count.clamp(min=1)[:, None], both[head])
+        size = prompt.keys.shape[-1]
+        return rotate(merged[..., :size], tuple(x.float() for x in prompt.rope(places.clamp(min=0)))), merged[..., size:]
