@@ -8,7 +8,7 @@ import torch
 from dmc import LLM, SamplingParams
 from dmc.cache import KVCache, Policy, PromptPolicy, Shape, policy
 from dmc.cache.policies import POLICIES
-from dmc.cache.policies.prompted import Moments
+from dmc.cache.policies.entries import Moments
 from dmc.cache.reading.prompt import NONE
 from dmc.functional import rotate
 from tests.cache.stored import stored

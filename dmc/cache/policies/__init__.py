@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dmc.cache.policies.adakv import AdaKVPolicy
-from dmc.cache.policies.base import Entries, Policy
+from dmc.cache.policies.base import Policy
 from dmc.cache.policies.dmc import DmcPolicy
 from dmc.cache.policies.dms import DmsPolicy
+from dmc.cache.policies.entries import Entries, PromptEntries
 from dmc.cache.policies.expected import ExpectedAttentionPolicy
 from dmc.cache.policies.full import FullPolicy
 from dmc.cache.policies.gate import GatePolicy
 from dmc.cache.policies.h2o import H2OPolicy
 from dmc.cache.policies.merged import MergedPolicy
-from dmc.cache.policies.prompted import PromptEntries, PromptPolicy
+from dmc.cache.policies.prompted import PromptPolicy
 from dmc.cache.policies.pyramidkv import PyramidKVPolicy
 from dmc.cache.policies.scored import KNormPolicy, RandomPolicy
 from dmc.cache.policies.snapkv import SnapKVPolicy

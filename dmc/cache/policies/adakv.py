@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.prompted import PromptEntries
+from dmc.cache.policies.entries import PromptEntries
 from dmc.cache.policies.snapkv import SnapKVPolicy
 
 

@@ -4,37 +4,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dmc.cache.policies.prompted import PromptEntries
-
-
-@dataclass(frozen=True)
-class Entries:
-    """What an evicting policy chooses among: the closed entries of R rows, the tail left out.
-
-    Rows are those of one layer, sequence by sequence and head by head within a sequence, so that
-    ``tensor.unflatten(0, (-1, heads))`` has a dimension of sequences.
-
-    Attributes:
-        places: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1: no entry.
-        scores: fp32 ``[R, N]``, what `Policy.watches` gathered; None if nothing is.
-        heads: H.
-        next: int64 ``[R]``, position of the next query of the row's sequence.
-        layer: number of the layer.
-        layers: L.
-    """
-
-    places: Tensor
-    scores: Tensor | None
-    heads: int
-    next: Tensor
-    layer: int = 0
-    layers: int = 1
+from dmc.cache.policies.entries import Entries, PromptEntries
 
 
 class Policy(ABC):
@@ -54,7 +28,7 @@ class Policy(ABC):
         watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
             from all queries so far, those of a head's group added up; "last", those of the newest query alone.
         prompt_only: whether entries are evicted at the end of a prompt alone, by `keep_prompt`; generated tokens all stay.
-        last_queries: of a prompt that `dmc.cache.policies.prompted.PromptEntries` holds, as many as there are at most.
+        last_queries: of a prompt that `PromptEntries` holds, as many as there are at most.
         query_moments: whether it also holds mean and covariance of the prompt's queries.
         ring: newest tokens of a row that stay as they are; one that leaves them is merged, or dropped by a policy that does
             not merge, where the model's logit says so (`dmc.cache.reading.late`). None: tokens are merged at once.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.prompted import PromptEntries, PromptPolicy
+from dmc.cache.policies.entries import PromptEntries, at_least_fp32
+from dmc.cache.policies.prompted import PromptPolicy
 from dmc.functional import rotate
 
 
@@ -37,9 +38,9 @@ class ExpectedAttentionPolicy(PromptPolicy):
 
     def scores(self, prompt: PromptEntries) -> Tensor:
         """See `PromptPolicy.scores`."""
-        keys, size = prompt.keys.float(), prompt.keys.shape[-1]
+        keys, size = at_least_fp32(prompt.keys), prompt.keys.shape[-1]
         at = torch.arange(self.future, device=keys.device) + prompt.next[0]
-        table = tuple(x.float().mean(0) for x in prompt.rope(at))
+        table = tuple(x.to(keys.dtype).mean(0) for x in prompt.rope(at))
         mean = rotate(prompt.moments.mean, table)
         covariance = rotate(rotate(prompt.moments.covariance, table).transpose(1, 2), table)
         heads = len(keys)
@@ -47,5 +48,5 @@ class ExpectedAttentionPolicy(PromptPolicy):
         linear = mean @ keys.transpose(1, 2) * size**-0.5  # [H, G, N]
         square = torch.einsum("hnd,hgde,hne->hgn", keys, covariance, keys) / (2 * size)
         expected = (linear + square).masked_fill((prompt.places < 0)[:, None], -torch.inf).softmax(-1).mean(1)
-        scores = expected * prompt.values.float().norm(dim=-1)
+        scores = expected * at_least_fp32(prompt.values).norm(dim=-1)
         return scores.masked_fill(prompt.places < self.sinks, torch.inf)

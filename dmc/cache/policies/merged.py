@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies.adakv import AdaKVPolicy
+from dmc.cache.policies.entries import PromptEntries
 from dmc.cache.policies.expected import ExpectedAttentionPolicy
-from dmc.cache.policies.prompted import PromptEntries, PromptPolicy
+from dmc.cache.policies.prompted import PromptPolicy
 from dmc.cache.policies.pyramidkv import PyramidKVPolicy
 from dmc.cache.policies.snapkv import SnapKVPolicy
 from dmc.functional import rotate
@@ -50,7 +51,7 @@ class MergedPolicy(PromptPolicy):
     def rewrite(self, prompt: PromptEntries, kept: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.rewrite`; a head that keeps nothing stays as it is."""
         places, held = prompt.places.long(), prompt.places >= 0
-        both = torch.cat([prompt.plain_keys, prompt.values.float()], dim=-1)
+        both = torch.cat([prompt.plain_keys, prompt.values.to(prompt.plain_keys.dtype)], dim=-1)
         merged = torch.empty_like(both)
         for head, (row, own, stay) in enumerate(zip(places, held, kept, strict=True)):
             chosen = stay.nonzero().flatten()
@@ -60,7 +61,7 @@ class MergedPolicy(PromptPolicy):
             middle = (row[chosen[1:]] + row[chosen[:-1]]) // 2  # up to here the older of two neighbours is nearer
             to = chosen[torch.searchsorted(middle, row[own])]
             sums = torch.zeros_like(both[head]).index_add_(0, to, both[head][own])
-            count = torch.zeros(len(row), device=row.device).index_add_(0, to, torch.ones(len(to), device=row.device))
+            count = torch.bincount(to, minlength=len(row))
             merged[head] = torch.where(stay[:, None], sums / count.clamp(min=1)[:, None], both[head])
         size = prompt.keys.shape[-1]
-        return rotate(merged[..., :size], tuple(x.float() for x in prompt.rope(places.clamp(min=0)))), merged[..., size:]
+        return rotate(merged[..., :size], tuple(x.to(merged.dtype) for x in prompt.rope(places.clamp(min=0)))), merged[..., size:]

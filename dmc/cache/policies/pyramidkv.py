@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.prompted import PromptEntries
+from dmc.cache.policies.entries import PromptEntries
 from dmc.cache.policies.snapkv import SnapKVPolicy
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.prompted import PromptEntries, PromptPolicy
+from dmc.cache.policies.entries import PromptEntries
+from dmc.cache.policies.prompted import PromptPolicy
 
 
 class SnapKVPolicy(PromptPolicy):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget
-from dmc.cache.policies.base import Entries, Policy
+from dmc.cache.policies.base import Policy
+from dmc.cache.policies.entries import Entries
 
 
 class StreamingPolicy(Policy):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
-from dmc.cache.policies.prompted import Moments, PromptEntries
+from dmc.cache.policies.entries import Moments, PromptEntries
 from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
 from dmc.functional import accumulate_numerators, rotate
 from dmc.kernels.backend import Backend
