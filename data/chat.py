@@ -94,7 +94,8 @@ class ChatTemplate:
             if after.startswith(before) and text.startswith(after):
                 return len(before), len(after)
             content = messages[number].get("content", "")
-            for shown in filter(None, (content, content.strip())):  # many templates strip it
+            # Many templates strip it, and some leave the thinking of earlier turns out.
+            for shown in filter(None, (content, content.strip(), content.rpartition("</think>")[2].strip())):
                 at = after.rfind(shown)
                 if at >= len(before) and text.startswith(after[at:], len(before)):
                     return len(before), len(before) + len(after) - at

@@ -91,6 +91,17 @@ def test_a_last_turn_that_is_rendered_differently(made):
     assert [text[a:b] for a, b in text.turns] == [" b\n<|endoftext|>\n", "<think></think>c<|endoftext|>\n"]
 
 
+def test_thinking_that_is_left_out_of_earlier_turns(tmp_path):
+    """As Qwen3's template does with what stands before ``</think>``, in all turns but the last."""
+    forgets = PLAIN.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+    template = ChatTemplate(tokens.load_tokenizer(chat_tokenizer(tmp_path / "m", forgets)), "assistant")
+    row = [{"role": r, "content": c} for r, c in (
+        ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "b"), ("assistant", "<think>y</think>c"),
+    )]
+    text = template(row, "it")
+    assert [text[a:b] for a, b in text.turns] == ["b<|endoftext|>\n", "<think>y</think>c<|endoftext|>\n"]
+
+
 @pytest.mark.parametrize("trims", [False, True])
 def test_spaces_and_bytes_of_a_turn_belong_to_it(made, trims):
     """Tokens of white space, which post-processors trim to no characters, and of parts of one character."""
