@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        from dmc.engine.parallel_team import RankFailed  # torch, which is loaded by now
+        from dmc.engine.ranks import RankFailed  # torch, which is loaded by now
 
         if not isinstance(error, RankFailed):
             raise

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "checkpoints": FILES | {"dmc.training", "dmc.families", "dmc.rope"},
     "dmc.integrations": DMC,
     "dmc.commands": DMC | CHECKOUT,
+    "dmc.__main__": {"dmc.cli"},
     "dmc.cli": DMC | CHECKOUT | {"dmc.commands"},
     "scripts": DMC | CHECKOUT | {"dmc.commands", "dmc.cli", "dmc.integrations"},
     "train": DMC | CHECKOUT | {"dmc.commands", "dmc.cli"},

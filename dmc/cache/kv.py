@@ -53,6 +53,8 @@ class KVCache:
 
     Attributes:
         shape, policy, codec, key_bias: as given.
+        model_shape: of all heads of the model; ``shape`` itself unless a rank has only some of them
+            (`dmc.engine.sharded_cache`).
         backend: what runs on this cache (`dmc.kernels.backend`), chosen when it is made.
         readers: how new tokens attend in each layer (`dmc.cache.reading.reader`), chosen when it is made.
         rows: tables, counts and pages. Nobody outside of `dmc.cache` reaches for them (tests/test_house.py).
@@ -88,6 +90,7 @@ class KVCache:
             1 + policy.merges, policy.max_entries,
         )
         self.shape, self.policy, self.codec, self.key_bias = shape, policy, codec, key_bias
+        self.model_shape = shape
         self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)
         if self.rows.pool.capacity < 1:
             raise ValueError(
@@ -204,8 +207,9 @@ class KVCache:
         Raises:
             PoolExhausted: if there are not pages enough; nothing is changed then.
         """
-        rows = self.rows
-        swap.fork(rows, rows.all_layers(slot), rows.all_layers(self._slots[-1]), share=not self.policy.evicts_later)
+        rows, share = self.rows, not self.policy.evicts_later
+        self._check_free(swap.fork_pages(rows, rows.all_layers(slot), share=share))
+        swap.fork(rows, rows.all_layers(slot), rows.all_layers(self._slots[-1]), share=share)
         return self._slots.pop()
 
     def swap_out(self, slot: int) -> swap.Swapped:
@@ -220,6 +224,7 @@ class KVCache:
         Raises:
             PoolExhausted: if there are not pages enough; nothing is changed then.
         """
+        self._check_free(len(swapped.pages))
         swap.write(self.rows, self.rows.all_layers(self._slots[-1]), swapped)
         return self._slots.pop()
 
@@ -281,14 +286,12 @@ class KVCache:
 
     def can_append(self, slots: Tensor) -> bool:
         """Whether the free pages will do for one more token of each of some sequences, whatever it does."""
-        pool = self.rows.pool
-        if pool.limit is None or 2 * self.shape.layers * self.shape.heads * len(slots) <= pool.free:  # a row takes two at most
-            return True
-        return self.append_pages(slots) <= pool.free
+        most = 2 * self.shape.layers * self.shape.heads * len(slots)  # a row takes two at most
+        return self._fits(most) or self._fits(self.append_pages(slots))
 
     def can_return(self, swapped: swap.Swapped, *, beside: bool) -> bool:
         """Whether the free pages will do for `swap_in`, and ``beside`` others for one more page in each row."""
-        return len(swapped.pages) + self.shape.layers * self.shape.heads * beside <= self.rows.pool.free
+        return self._fits(len(swapped.pages) + self.shape.layers * self.shape.heads * beside)
 
     def append_pages(self, slots: Tensor) -> int:
         """Pages that one more token of each of some sequences can take at most, were every open entry to close."""
@@ -350,9 +353,17 @@ class KVCache:
         if self.rows.newest.numel() and layer.places.shape[1] > self.policy.ring:
             self.rows.newest[index] = layer.places[:, self.policy.ring]
 
+    def _fits(self, pages: int) -> bool:
+        """True if so many pages can be taken: every decision about pages."""
+        return self.page_limit is None or self._enough(self.free_pages - pages)
+
+    def _enough(self, spare: int) -> bool:
+        """True if ``spare`` is not negative; all ranks of an engine give one answer (`dmc.engine.sharded_cache`)."""
+        return spare >= 0
+
     def _check_free(self, pages: int) -> None:
-        pool = self.rows.pool
-        if pool.limit is not None and pages > pool.free:
+        if not self._fits(pages):
+            pool = self.rows.pool
             raise PoolExhausted(f"{pages} pages are needed and {pool.free} of {pool.limit} are free")
 
     def _shared(self, number: int, layer: Layer, counts: Tensor, donor: int | None, common: int) -> Tensor:

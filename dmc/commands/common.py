@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,8 +58,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--max-batch", type=int, default=16, help="maximum number of running sequences (16)")
     machine.add_argument("--prefill-tokens", type=int, default=512, help="maximum number of prompt tokens in one step (512)")
     machine.add_argument("--device", default="auto", help="cpu, cuda:0, ... (a GPU if there is one)")
-    machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="number of ranks (processes, or GPUs) "
-                         "that share the heads and weights (1); --kv-memory is per rank")
+    machine.add_argument("--tensor-parallel", type=int, metavar="N", help="number of ranks (processes, or GPUs) that share the "
+                         "heads and weights (1, or as many as torchrun has started); --kv-memory is per rank")
     machine.add_argument("--rank-timeout", type=float, default=120.0, help="seconds until a hanging rank counts as failed (120)")
     machine.add_argument("--dtype", default="auto", help="fp32, bf16, fp16 (fp32 on the CPU, else the checkpoint's)")
 
@@ -74,9 +75,15 @@ def load(options: argparse.Namespace) -> LLM:
         max_entries=options.max_entries, codec=codec, codec_settings=own, codec_layers=options.codec_layers,
         kv_memory=options.kv_memory, page_size=options.page_size, sink_tokens=options.sink_tokens, window=options.window,
         exact_dtype=options.exact_dtype, max_batch=options.max_batch, prefill_tokens=options.prefill_tokens,
-        dtype=options.dtype, device=options.device, tensor_parallel=options.tensor_parallel,
+        dtype=options.dtype, device=options.device, tensor_parallel=ranks(options),
         rank_timeout=options.rank_timeout,
     )
+
+
+def ranks(options: argparse.Namespace) -> int:
+    """Number of ranks: what --tensor-parallel says, or as many as torchrun has started."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return started if options.tensor_parallel is None else options.tensor_parallel
 
 
 def codec_choice(options: argparse.Namespace) -> tuple[str, dict[str, float | int | str]]:

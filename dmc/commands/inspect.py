@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmc.commands.common import add_model, add_prompts, codec_choice, load, read_prompts
+from dmc.commands.common import add_model, add_prompts, codec_choice, load, ranks, read_prompts
 from dmc.evaluation.spec import named
 from dmc.extras import required
 
@@ -70,7 +70,7 @@ def _report(options: argparse.Namespace, texts: list[str], vary: dict[str, list[
 
     output.check_free(options.out)  # before minutes of measuring
     required("the report", "matplotlib")
-    if options.tensor_parallel != 1:
+    if ranks(options) != 1:
         raise ValueError("--out looks into the layers of a whole model: use --tensor-parallel 1")
     found = _inspect(options, texts, vary, load(options))
     with output.replaced(options.out) as directory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,11 @@ from dmc import hub
 from dmc.cache import Codec, Policy, codec, policy, policy_class
 from dmc.cache.codecs.layers import read_layers
 from dmc.cache.policies.gate import GatePolicy
-from dmc.engine import memory, parallel
+from dmc.engine import launch, memory
 from dmc.engine.core import Engine
 from dmc.engine.detokenizer import Detokenizer
-from dmc.engine.parallel_team import Team
 from dmc.engine.params import SamplingParams
 from dmc.engine.parts import Parts
-from dmc.engine.scheduler import KEPT_PROMPTS
 from dmc.engine.scoring import Score, score_batch
 from dmc.engine.sequence import Output, Sequence
 from dmc.engine.stats import Stats, total
@@ -58,8 +57,8 @@ class LLM:
         dtype: "fp32", "bf16", "fp16", "fp64", or "auto": fp32 on the CPU, elsewhere the checkpoint's own.
         device: such as "cpu" or "cuda:0", or "auto": a GPU if there is one. With ranks "cpu" or "cuda", one GPU each.
         tensor_parallel: ranks, processes that each hold a part of the heads and of the weights; ``kv_memory`` is then
-            that of each. Those beside this one are started here, or have been by torchrun: on these this call works for
-            rank 0 and, once that ends, ends the process. See docs/serving-distributed.md.
+            that of each. The others are started here, or have been started by torchrun: on these this call never returns, it
+            runs what rank 0 runs, and ends the process once rank 0 ends. See docs/serving-distributed.md.
         rank_timeout: seconds that a rank may keep the others waiting before all give up.
 
     Raises:
@@ -87,17 +86,13 @@ class LLM:
         policy_settings = _with_budget(config, policy, _with_decisions(policy, policy_settings, given), max_entries)
         chosen = _policy(config, path, policy, policy_settings)
         place, precision = resolve(device, dtype, config.dtype)
-        parts = Parts(self.path, precision, chosen, store, {
-            "slots": max_batch + KEPT_PROMPTS, "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens,
-            "window": window, "exact_dtype": exact_dtype,
+        parts = Parts(self.path, precision, chosen, store, max_batch, prefill_tokens, {
+            "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens, "window": window, "exact_dtype": exact_dtype,
         })
-        self._team: Team | None = None
-        if tensor_parallel == 1:
-            self._runner = parts.runner(place)
-        else:
-            self._team, self._runner = parallel.start(parts, place, tensor_parallel, rank_timeout)
-        self.cache, self.model = self._runner.cache, self._runner.model
-        self.engine = Engine(self._runner, max_batch=max_batch, prefill_tokens=prefill_tokens)
+        self.engine: Engine = (
+            parts.engine(place) if tensor_parallel == 1 else launch.start(parts, place, tensor_parallel, rank_timeout)
+        )
+        self.cache, self.model = self.engine.cache, self.engine.runner.model
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -159,19 +154,27 @@ class LLM:
         self.engine.check(made[0])
         return made
 
+    def everywhere(self, function: Callable, *arguments: object, own: object = None) -> object:
+        """Runs a function that uses model and cache on every rank of the engine; see `Engine.everywhere`."""
+        return self.engine.everywhere(function, *arguments, own=own)
+
+    def check_integrity(self) -> None:
+        """Checks the page pool, on every rank; see `KVCache.check_integrity`."""
+        self.everywhere(_check_integrity)
+
     def check_ranks(self) -> None:
-        """Notices, while nothing is computed, that a rank has gone.
+        """Notices, while nothing is computed, that a rank has ended.
 
         Raises:
             RankFailed: if so.
         """
-        if self._team:
-            self._team.check()
+        if self.engine.ranks:
+            self.everywhere(_nothing)
 
     def close(self) -> None:
         """Ends the other ranks; without them there is nothing to end. The end of this process does the same."""
-        if self._team:
-            self._team.close()
+        if self.engine.ranks:
+            self.engine.ranks.close()
 
     @property
     def vocabulary(self) -> int:
@@ -212,11 +215,7 @@ class LLM:
         scores = {}
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
-            scores |= zip(
-                some, score_batch(
-                    self._runner, [list(sequences[i]) for i in some], prompt_tokens, self.engine.prefill_tokens
-                ), strict=True,
-            )
+            scores |= zip(some, self.everywhere(score_batch, [list(sequences[i]) for i in some], prompt_tokens), strict=True)
         return [scores[i] for i in range(len(sequences))]
 
     def _check_tokens(self, tokens: List[int], least: int) -> None:
@@ -230,6 +229,14 @@ class LLM:
 def total_stats(results: List[Output] | List[Score], seconds: float) -> Stats:
     """Figures of several outputs or scores together, which took ``seconds`` as a whole."""
     return total([result.stats for result in results], seconds)
+
+
+def _check_integrity(engine: Engine, own: None) -> None:
+    engine.cache.check_integrity()
+
+
+def _nothing(engine: Engine, own: None) -> None:
+    """A command that only shows whether every rank answers."""
 
 
 def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:

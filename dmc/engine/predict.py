@@ -28,7 +28,7 @@ class Predictor:
 
     def __init__(self, cache: KVCache, cr: float) -> None:
         self.cache = cache
-        shape = (cache.shape.layers, cache.shape.heads)
+        shape = (cache.model_shape.layers, cache.model_shape.heads)
         self._tokens = _PRIOR_TOKENS
         self._entries = torch.full(shape, _PRIOR_TOKENS / cr, dtype=torch.float64)
         self._ends, self._used = _PRIOR_ENDS, _PRIOR_ENDS  # requests that ended, and the sum of what they used

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmc.cache import KVCache, Prompt
 from dmc.model import Llama
+from dmc.model.group import Group
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,16 @@ class Chunk:
 
 
 class Runner:
-    """Runs the model for sequences that are named by their slots of the cache."""
+    """Runs the model for sequences that are named by their slots of the cache.
 
-    def __init__(self, model: Llama, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
+    Args:
+        model: the model, or a rank's part of it.
+        cache: of its heads.
+        group: of the ranks; all of them then make the same calls.
+    """
+
+    def __init__(self, model: Llama, cache: KVCache, group: Group | None = None) -> None:
+        self.model, self.cache, self.group = model, cache, group
         self.merges: Tensor | None = None
 
     @torch.no_grad()
@@ -48,13 +55,19 @@ class Runner:
         hidden = self.model.hidden(self._ints(flat), attend)
         if trace:
             self.merges = torch.stack(attend.merges, dim=1).cpu()
+            if self.group:
+                self.merges = torch.cat(self.group.all(self.merges.byte()), dim=2).bool()
         first, *rest = hidden.split(sizes)
         return first, rest
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[N, hidden]`` → logits ``[N, V]``, fp32 at least."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """``[N, hidden]`` → logits ``[N, V]``, fp32 at least; None on ranks other than 0."""
         return self.model.logits(hidden)
+
+    def agree(self, tokens: list[int]) -> list[int]:
+        """Rank 0's tokens, on all ranks; elsewhere ``tokens`` says how many."""
+        return self.group.broadcast(torch.tensor(tokens)).tolist() if self.group and tokens else tokens
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)

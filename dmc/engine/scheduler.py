@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -75,6 +76,11 @@ class Scheduler:
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self.waiting.append(sequence)
+
+    def fingerprint(self) -> int:
+        """32 bits of who is where: the same on all ranks of an engine, or they are out of step."""
+        states = [(one.arrival, one.state.value, one.slot, len(one.tokens), one.partial and one.partial.done) for one in self.all]
+        return zlib.crc32(repr((states, [read.slot for read in self.kept], self.preemptions)).encode())
 
     # ------------------------------------------------------------------------------------ before the model runs
 

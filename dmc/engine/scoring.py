@@ -1,5 +1,6 @@
 """Teacher-forced passes through the compressed cache: prefill, then one given token per sequence and step.
 
+With tensor parallelism all ranks run these functions (`Engine.everywhere`), and rank 0 alone has logits.
 `prefill` and `feed` are the one loop of `LLM.score`, of continuations (`dmc.evaluation.continuations`) and of the frontier
 (`dmc.evaluation.measure`).
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache import Prompt
+from dmc.engine.core import Engine
 from dmc.engine.runner import Chunk, Runner
 from dmc.engine.stats import Stats, measure
 
@@ -69,14 +71,17 @@ def prefill(
     return prompt
 
 
-def feed(runner: Runner, sequences: Sequence[Fed], take: Callable[[list[Fed], Tensor], None]) -> None:
-    """Feeds one token to each sequence per step, until all are fed.
+def feed(
+    runner: Runner, sequences: Sequence[Fed], take: Callable[[list[Fed], Tensor], None],
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Feeds one token to each sequence per step, until all are fed; called on all ranks.
 
     Args:
         runner: of the model.
         sequences: in the cache; their ``fed`` counts up.
-        take: is called after each step with the sequences that were fed and the log-probabilities ``[S, V]`` of their next
-            tokens. It may append these to a sequence's tokens.
+        take: see `predict`.
+        after: called after each step, before ``take``, on all ranks.
     """
     while alive := [each for each in sequences if each.fed < each.until]:
         hidden, _ = runner.step(
@@ -84,26 +89,47 @@ def feed(runner: Runner, sequences: Sequence[Fed], take: Callable[[list[Fed], Te
         )
         for each in alive:
             each.fed += 1
-        take(alive, runner.logits(hidden).log_softmax(-1))
+        if after:
+            after()
+        predict(runner, alive, hidden, take)
 
 
-def score_batch(runner: Runner, sequences: Sequence[list[int]], prompt_tokens: int, chunk: int) -> list[Score]:
-    """Scores sequences together; as many slots must be free, and every length at least 2.
+def predict(runner: Runner, sequences: list[Fed], hidden: Tensor, take: Callable[[list[Fed], Tensor], None]) -> None:
+    """What follows the tokens that were fed last; called on all ranks.
 
-    The first ``prompt_tokens`` of each (all but the last, if it is shorter) are prefilled, ``chunk`` at a time; every
-    later one goes through the decode step.
+    Args:
+        runner: of the model.
+        sequences: whose last tokens have the hidden states.
+        hidden: ``[S, hidden]``.
+        take: is called, on rank 0 alone, with the sequences and the log-probabilities ``[S, V]`` of their next tokens. It
+            appends the next token of each sequence that has none; other ranks get these tokens here.
     """
-    started = time.perf_counter()
+    chosen = [each for each in sequences if each.fed == len(each.tokens)]
+    logits = runner.logits(hidden)
+    if logits is not None:
+        take(sequences, logits.log_softmax(-1))
+    tokens = runner.agree([0 if logits is None else each.tokens[each.fed] for each in chosen])
+    for each, token in zip(chosen, tokens, strict=True):
+        each.tokens[each.fed :] = [token]
+
+
+def score_batch(engine: Engine, sequences: Sequence[list[int]], prompt_tokens: int, own: None) -> list[Score]:
+    """Scores sequences together, run by `Engine.everywhere`; as many slots must be free, and every length at least 2.
+
+    The first ``prompt_tokens`` of each (all but the last, if it is shorter) are prefilled; every later one goes through the
+    decode step. Log-probabilities are rank 0's; on other ranks they are 0.
+    """
+    runner, started = engine.runner, time.perf_counter()
     running: list[Fed] = []
     logprobs: dict[int, Tensor] = {}  # by slot
     try:
         for tokens in sequences:
-            first, logs = min(prompt_tokens, len(tokens) - 1), torch.empty(len(tokens) - 1)
+            first, logs = min(prompt_tokens, len(tokens) - 1), torch.zeros(len(tokens) - 1)
 
             def put(start: int, hidden: Tensor, tokens: list[int] = tokens, logs: Tensor = logs) -> None:
                 logs[start : start + len(hidden)] = _prompt_logprobs(runner, hidden, tokens[start + 1 : start + 1 + len(hidden)])
 
-            prompt = prefill(runner, tokens[:first], chunk, put)
+            prompt = prefill(runner, tokens[:first], engine.prefill_tokens, put)
             running.append(Fed(runner.cache.load(prompt), tokens, first, len(tokens) - 1))
             logprobs[running[-1].slot] = logs
 
@@ -129,11 +155,12 @@ def score_batch(runner: Runner, sequences: Sequence[list[int]], prompt_tokens: i
 
 
 def _prompt_logprobs(runner: Runner, hidden: Tensor, following: list[int]) -> Tensor:
-    """Of the token that follows each of a prompt's: hidden ``[T, hidden]``."""
+    """Of the token that follows each of a prompt's: hidden ``[T, hidden]``; 0 on ranks other than 0."""
     rows = max(1, _LOGITS // runner.model.config.vocab_size)
     parts = []
     for states, tokens in zip(hidden.split(rows), torch.tensor(following).split(rows), strict=True):
-        parts.append(_picked(runner.logits(states).log_softmax(-1), tokens.to(states.device)))
+        logits = runner.logits(states)
+        parts.append(torch.zeros(len(states)) if logits is None else _picked(logits.log_softmax(-1), tokens.to(states.device)))
     return torch.cat(parts)
 
 

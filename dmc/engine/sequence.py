@@ -78,6 +78,7 @@ class Sequence:
         swapped: its part of the cache, while it is swapped out.
         preemptions: how often it was swapped out.
         sampler: chooses its tokens.
+        held_bytes: of its cache after the last step, if it is traced; 0 while it has none.
         trace: None, or a list that grows by a bool ``[L, H]`` for each token that is fed: where it was merged.
         times: "added", "admitted", "first" (token) and "finished", in seconds of `time.perf_counter`.
     """
@@ -94,6 +95,7 @@ class Sequence:
     slot: int | None = None
     swapped: Swapped | None = None
     preemptions: int = 0
+    held_bytes: int = 0
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)

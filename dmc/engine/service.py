@@ -119,8 +119,7 @@ class Stream:
         cache, stats = self._service.llm.cache, sequence.stats
         if stats is not None:
             return new, stats.held_bytes, stats.dense_bytes
-        held = 0 if sequence.slot is None else sum(cache.held(sequence.slot).values())
-        return new, held, cache.dense_bytes(len(sequence.trace))
+        return new, sequence.held_bytes, cache.dense_bytes(len(sequence.trace))
 
 
 class Service:
@@ -218,7 +217,7 @@ class Service:
                 with self._wake:
                     if not self._inbox and not engine.busy:
                         if not checked:
-                            self.llm.cache.check_integrity()
+                            self.llm.check_integrity()
                             checked = True
                         if not self._wake.wait(timeout=1.0):
                             self.llm.check_ranks()
@@ -239,8 +238,8 @@ class Service:
 
     def drop(self, stream: Stream) -> None:
         """Cancels what of a request is under way; in the engine's thread, through `command`."""
+        self.llm.engine.cancel(*stream.sequences)
         for sequence in stream.sequences:
-            self.llm.engine.cancel(sequence)
             self._streams.pop(sequence, None)
 
     def _publish(self, advanced: list[Sequence]) -> None:

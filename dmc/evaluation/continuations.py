@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dmc.engine import LLM
+from dmc.engine.core import Engine
 from dmc.engine.runner import Runner
-from dmc.engine.scoring import Fed, feed, prefill
+from dmc.engine.scoring import Fed, feed, predict, prefill
 from dmc.engine.stats import Stats, measure
 
 
@@ -85,7 +86,7 @@ def follow(llm: LLM, requests: Sequence[Request], progress: Callable[[int], None
     done: dict[int, Scored] = {}
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        done |= zip(some, _together(llm, [requests[i] for i in some]), strict=True)
+        done |= zip(some, llm.everywhere(_together, [requests[i] for i in some]), strict=True)
         if progress:
             progress(len(some))
     return [done[i] for i in range(len(requests))]
@@ -112,9 +113,9 @@ class _Running(Fed):
         self.greedy &= token == likeliest
 
 
-def _together(llm: LLM, requests: Sequence[Request]) -> list[Scored]:
-    """Requests that fit the cache at once, equal contexts side by side."""
-    runner, running = llm.engine.runner, []
+def _together(engine: Engine, requests: Sequence[Request], own: None) -> list[Scored]:
+    """Requests that fit the cache at once, equal contexts side by side; on all ranks, with log-probabilities on rank 0."""
+    runner, running = engine.runner, []
     try:
         for request in requests:
             before = running[-1] if running else None
@@ -122,7 +123,7 @@ def _together(llm: LLM, requests: Sequence[Request]) -> list[Scored]:
                 # Nothing was fed since the load: the context's pages can be shared.
                 running.append(_running(request, runner.cache.fork(before.slot), before.fed))
             else:
-                running.append(_prefilled(llm, request))
+                running.append(_prefilled(engine, request))
         feed(runner, running, _take)
         return [_scored(runner, each) for each in running]
     finally:
@@ -130,14 +131,14 @@ def _together(llm: LLM, requests: Sequence[Request]) -> list[Scored]:
             runner.cache.close(each.slot)
 
 
-def _prefilled(llm: LLM, request: Request) -> _Running:
+def _prefilled(engine: Engine, request: Request) -> _Running:
     """A request whose context is in the cache, all but its last token."""
-    runner, context, last = llm.engine.runner, list(request.context), []
+    runner, context, last = engine.runner, list(request.context), []
     first = max(1, len(context) - 1)
-    prompt = prefill(runner, context[:first], llm.engine.prefill_tokens, lambda start, hidden: last.append(hidden[-1:]))
+    prompt = prefill(runner, context[:first], engine.prefill_tokens, lambda start, hidden: last.append(hidden[-1:]))
     made = _running(request, runner.cache.load(prompt), first)
     if first == len(context):
-        made.take(runner.logits(last[-1]).log_softmax(-1)[0])
+        predict(runner, [made], last[-1], _take)
     return made
 
 
@@ -180,7 +181,7 @@ def _check(llm: LLM, requests: Sequence[Request]) -> int:
                 f"the model has {config.positions}"
             )
         if limit is not None:
-            batch = min(batch, limit // llm.cache.worst_pages(fed))
+            batch = min(batch, limit // max(1, llm.cache.worst_pages(fed)))  # one token fills no page
     if batch == 0:
         raise ValueError(f"kv_memory of {limit} pages cannot hold the longest request; give it more")
     return batch

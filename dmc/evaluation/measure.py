@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmc.cache import Codec, Policy, Prompt
 from dmc.engine import LLM, scoring
+from dmc.engine.core import Engine
 from dmc.evaluation.provenance import commit, model_hash, versions
 from dmc.evaluation.reference import Reference, check_fits
 from dmc.evaluation.windows import Windows
@@ -117,16 +118,9 @@ def measure(
     runs = []
     for start in range(0, len(windows.tokens), batch):
         rows = slice(start, min(start + batch, len(windows.tokens)))
-        part = Windows(windows.tokens[rows], windows.prompt)
-        slots = []
-        try:
-            for prompt in prompts[rows] if prompts else prefill(llm, part):
-                slots.append(llm.cache.load(prompt))
-            runs.append(_force(llm, slots, part, reference, rows, progress))
-        finally:
-            for slot in slots:
-                llm.cache.close(slot)
-    llm.cache.check_integrity()
+        own = _Own(reference, rows, prompts and prompts[rows], progress)
+        runs.append(llm.everywhere(_forced, windows.tokens[rows].tolist(), windows.prompt, own=own))
+    llm.check_integrity()
     return _result(llm, windows, reference, runs, time.perf_counter() - started)
 
 
@@ -150,33 +144,57 @@ class _Run:
     entries: Tensor  # int64 [L, H], of all windows
 
 
-def _force(
-    llm: LLM, slots: list[int], windows: Windows, reference: Reference | None, rows: slice,
-    progress: Callable[[int], None] | None,
-) -> _Run:
-    cache, first, end = llm.cache, windows.prompt, windows.prompt + windows.scored
-    shape = len(slots), windows.scored
-    kept = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logprobs", "held", "dense", "kl", "same", "base")}
+@dataclass(frozen=True)
+class _Own:
+    """What rank 0 alone has: the reference, in which the windows are ``which``, prompts that are prefilled, and the progress."""
 
-    def take(fed: list[scoring.Fed], predicted: Tensor) -> None:
-        position = fed[0].fed  # all windows are equally long
+    reference: Reference | None
+    which: slice
+    prompts: list[Prompt] | None
+    progress: Callable[[int], None] | None
+
+
+def _forced(engine: Engine, windows: list[list[int]], prompt: int, own: _Own | None) -> _Run:
+    """Windows that run together, on all ranks; what follows from logits is rank 0's."""
+    ready = own and own.prompts or [scoring.prefill(engine.runner, row[:prompt], engine.prefill_tokens) for row in windows]
+    slots = []
+    try:
+        for one in ready:
+            slots.append(engine.cache.load(one))
+        return _feed(engine, slots, torch.tensor(windows), prompt, own)
+    finally:
+        for slot in slots:
+            engine.cache.close(slot)
+
+
+def _feed(engine: Engine, slots: list[int], windows: Tensor, first: int, own: _Own | None) -> _Run:
+    cache, scored = engine.cache, windows.shape[1] - 1 - first
+    shape = len(slots), scored
+    kept = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logprobs", "held", "dense", "kl", "same", "base")}
+    fed = [scoring.Fed(slot, tokens, first, first + scored) for slot, tokens in zip(slots, windows.tolist(), strict=True)]
+    reference = own and own.reference
+
+    def after() -> None:
+        place = fed[0].fed - 1 - first  # all windows are equally long
+        kept["held"][:, place] = torch.tensor([sum(cache.held(slot).values()) for slot in slots], dtype=torch.float64)
+        kept["dense"][:, place] = cache.dense_bytes(fed[0].fed)
+
+    def take(_: list[scoring.Fed], predicted: Tensor) -> None:
+        position = fed[0].fed
         place = position - 1 - first
-        following = windows.tokens[:, position, None].to(predicted.device)
+        following = windows[:, position, None].to(predicted.device)
         step = {"logprobs": predicted.gather(-1, following)[:, 0]}
         if reference:
-            wanted = reference.logprobs(rows, place).to(predicted.device)
+            wanted = reference.logprobs(own.which, place).to(predicted.device)
             step["base"] = wanted.gather(-1, following)[:, 0]
             step["kl"] = torch.nn.functional.kl_div(predicted, wanted, log_target=True, reduction="none").sum(-1)
             step["same"] = predicted.argmax(-1) == wanted.argmax(-1)
-        step["held"] = torch.tensor([sum(cache.held(slot).values()) for slot in slots])
         for name, values in step.items():
             kept[name][:, place] = values.double().cpu()
-        kept["dense"][:, place] = cache.dense_bytes(position)
-        if progress:
-            progress(len(slots))
+        if own.progress:
+            own.progress(len(slots))
 
-    rows_of = zip(slots, windows.tokens.tolist(), strict=True)
-    scoring.feed(llm.engine.runner, [scoring.Fed(slot, tokens, first, end) for slot, tokens in rows_of], take)
+    scoring.feed(engine.runner, fed, take, after)
     compared = {name: kept[name] if reference else None for name in ("kl", "same", "base")}
     return _Run(
         kept["logprobs"], kept["held"], kept["dense"], **compared, held_end=[cache.held(slot) for slot in slots],
@@ -199,6 +217,8 @@ def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: lis
         )
     if prompts is not None and len(prompts) != len(windows.tokens):
         raise ValueError(f"{len(windows.tokens)} windows need as many prompts, got {len(prompts)}")
+    if prompts is not None and llm.engine.ranks:
+        raise ValueError("prompts that were prefilled are of a whole model: leave them out with tensor parallelism")
     if limit is None:
         return llm.engine.max_batch
     batch = min(llm.engine.max_batch, limit // llm.cache.worst_pages(windows.tokens.shape[1] - 1))

@@ -56,6 +56,8 @@ class Llama:
         dtype, device: of the weights and of the arithmetic.
 
     Attributes:
+        config: sizes of the whole model.
+        part: sizes of what is computed here: of the whole model, or of a rank's heads (`dmc.model.sharded`).
         fitted: heads of fitted decisions, which a plain Llama then makes as a model with a window does; None: no decisions.
 
     Raises:
@@ -66,6 +68,7 @@ class Llama:
         self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str,
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.part = config
         check_names(config, weights, weights.directory, added=_decision_names(config))
         self.fitted: FittedHeads | None = None
         self.rope = Rope.of(config.rope, dtype=_work(dtype), device=device)
@@ -126,7 +129,7 @@ class Llama:
         return self._predict(hidden).to(_work(self.dtype))
 
     def _attention(self, index: int, layer: Layer, x: Tensor, attend: Attend) -> Tensor:
-        config = self.config
+        config = self.part
         query_heads, heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         states = layer.qkv(x).unflatten(-1, (-1, size))  # [N, Hq + 2H, D]
         query, key, value = states.split([query_heads, heads, heads], dim=1)
@@ -141,7 +144,7 @@ class Llama:
     def _decide(self, index: int, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """What `Attend` takes after the value, ``[N, H]`` each, with DMS omega 1; in the neuron variant also zeroes what it
         read, in place."""
-        config = self.config
+        config = self.part
         if self.fitted is not None:
             logits, late = self.fitted(index, x)
             return (logits, torch.ones_like(logits)) if late is None else (logits, torch.ones_like(logits), late)

@@ -61,7 +61,7 @@ def shard_config(config: ModelConfig, ranks: int) -> ModelConfig:
 
 
 class ShardedLlama(Llama):
-    """`Llama` on one of several ranks; `hidden` gives the same on all, `logits` is whole on rank 0 alone.
+    """`Llama` on one of several ranks; `hidden` gives the same on all ranks, rank 0 alone has the `logits`.
 
     Args:
         config: of the whole model.
@@ -80,16 +80,15 @@ class ShardedLlama(Llama):
         local, rows = shard_config(config, group.ranks), -(-config.vocab_size // group.ranks)
         part = ShardWeights(weights, group.rank, group.ranks, config.vocab_size, logits=config.logits_per_head)
         super().__init__(replace(local, vocab_size=rows), part, dtype=dtype, device=device)
-        self.config = local
+        self.config, self.part = config, local
         self.embedding = _Embedding(self.embedding, group)
         for layer in self.layers:
             layer.output, layer.down = _Summed(layer.output, group), _Summed(layer.down, group)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """See `Llama.logits`; on ranks other than 0 only their part of the vocabulary."""
-        part = super().logits(hidden)
-        parts = self.group.gather(part)
-        return part if parts is None else torch.cat(parts, dim=-1)[..., : self.config.vocab_size]
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """See `Llama.logits`; None on ranks other than 0, which only compute their part of the vocabulary."""
+        parts = self.group.gather(super().logits(hidden))
+        return None if parts is None else torch.cat(parts, dim=-1)[..., : self.config.vocab_size]
 
 
 class ShardWeights:

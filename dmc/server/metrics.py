@@ -97,7 +97,7 @@ class _Gauges:
             ("kv_dense_bytes", "Bytes of an uncompressed bf16 cache of the running sequences.", dense),
             ("kv_byte_ratio", "kv_dense_bytes / kv_held_bytes; 0 while nothing runs.", dense / held if held else 0.0),
             ("kv_prompt_bytes", "Full-precision entries of prompts that are prefilling, outside the pool.",
-             sum(sequence.partial.nbytes for sequence in list(scheduler.prefilling) if sequence.partial)),
+             engine.prompt_bytes),
             ("compression_ratio", "Tokens / entries as measured lately, over all layers and heads.", engine.predictor.cr),
             ("codec_error_keys", "Relative error of encoded keys, on a sample of pages.", keys),
             ("codec_error_values", "Relative error of encoded values, on a sample of pages.", values),

@@ -55,7 +55,7 @@ async def _events(service: Service, stream: Stream) -> AsyncIterator[bytes]:
     The digits hold one bit a layer and head, layer by layer, the first in the highest bit.
     """
     sequence = stream.sequences[0]
-    shape, tokenizer = service.llm.cache.shape, service.llm.tokenizer
+    shape, tokenizer = service.llm.cache.model_shape, service.llm.tokenizer
     yield _event({"layers": shape.layers, "heads": shape.heads, "pieces": tokenizer.pieces(sequence.prompt)})
     try:
         async for progress in stream:

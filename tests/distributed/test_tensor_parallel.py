@@ -1,7 +1,9 @@
-"""Two processes that each hold half of the heads give what one process gives."""
+"""Ranks that each hold some of the heads give what one process gives."""
 
+import gc
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,15 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dmc import LLM, SamplingParams
 from dmc.cli import main
-from dmc.engine.parallel_team import RankFailed
-from dmc.engine.predict import Predictor
+from dmc.engine.ranks import RankFailed, Ranks
+from dmc.evaluation.continuations import Request, follow
+from dmc.evaluation.measure import measure
+from dmc.evaluation.windows import Windows
 from dmc.model import Weights, read_config
 from dmc.model.fingerprint import model_hash
+from dmc.model.group import Group
 from dmc.model.sharded import ShardWeights
 from tests.cache.decisions import random_decisions
+from tests.distributed import everywhere
 from tests.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +71,7 @@ def run(llm, prompts=PROMPTS, each=EACH, check=True):
             break
         llm.engine.step()
         if check and number % 4 == 0:
-            llm.cache.check_integrity()
+            llm.check_integrity()
     assert llm.cache.used_pages == 0 and llm.cache.free_slots == llm.engine.max_batch + 4
     return [sequence.output() for sequence in sequences]
 
@@ -79,7 +86,7 @@ def assert_same(outputs, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
+def test_two_ranks_give_the_tokens_of_one(tmp_path, case):
     """Greedy, seeded and n > 1 in one batch, prompts in chunks; then a pool so small that sequences are preempted."""
     decision, heads, changes, settings = CASES[case]
     directory = write(tmp_path / "model", decision, heads, changes)
@@ -91,8 +98,8 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
     most = max(sum(output.stats.held[part] for part in ("pages", "exact")) for output in expected) // page
     tight = {"kv_memory": (most // 2 + 4 * heads) * page, "prefill_tokens": 20}
     two = LLM(directory, device="cpu", page_size=8, tensor_parallel=2, **tight, **settings)
-    monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)  # everyone is admitted
     try:
+        two.everywhere(everywhere.admit_all)
         assert_same(run(two), expected)
         assert two.engine.preemptions > 0
         tokens = [list(range(3, 40)), list(range(20, 50))]
@@ -110,22 +117,27 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path, monkeypatch, case):
         while one.engine.busy:
             one.engine.step()
         assert torch.equal(torch.stack(traced.trace), torch.stack(alone.trace))
-        assert not two._team.own._kept  # prompts and swapped sequences of the past are dropped everywhere
     finally:
         two.close()
-    assert all(child.returncode == 0 for child in two._team._children)
+    assert all(child.returncode == 0 for child in two.engine.ranks.children)
 
 
 def test_ranks_share_the_memory_of_a_machine_and_have_pools_of_one_size(directory):
-    """Each has the automatic size, the same everywhere: that of what the sequences of all slots can fill, here."""
+    """Each has the automatic size, the same everywhere: that of what the sequences of all slots can fill, here. Evaluation, too,
+    gives what one process gives."""
     llm, one = (LLM(directory, device="cpu", page_size=8, kv_memory="auto", tensor_parallel=n) for n in (2, 1))
     try:
-        pages = [state.capacity for state in llm._team.states]
-        assert pages == [llm.cache.page_limit] * 2 and 2 * pages[0] == one.cache.page_limit
-        whole = [reply.value for reply in llm._team.call("automatic", 1)]
-        half = [reply.value for reply in llm._team.call("automatic", 2)]
+        pages, whole, half = llm.everywhere(everywhere.pools).unbind(1)
+        assert pages.tolist() == [llm.cache.page_limit] * 2 and 2 * int(pages[0]) == one.cache.page_limit == llm.cache.pages
         assert all(0.4 < b / a < 0.6 for a, b in zip(whole, half, strict=True))
         assert_same(run(llm), run(one))
+        tokens = torch.arange(60).view(2, 30) % 50 + 3
+        ours, theirs = (measure(each, Windows(tokens, 9)) for each in (llm, one))
+        assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-4) and ours.held_end == theirs.held_end
+        asked = [Request(tokens[0].tolist(), 6), Request([5], 3), Request(tokens[0].tolist(), [7, 8]), Request([5], [6])]
+        for ours, theirs in zip(follow(llm, asked), follow(one, asked), strict=True):
+            assert ours.tokens == theirs.tokens and ours.greedy == theirs.greedy
+            torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=0)
     finally:
         llm.close()
 
@@ -186,20 +198,18 @@ def test_torchrun_of_another_size_is_refused(directory, monkeypatch, capsys):
 
 
 def test_a_rank_that_cannot_start(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("dmc.engine.parallel._PROGRAM", "import sys; sys.exit(7)")
+    monkeypatch.setattr("dmc.engine.launch._PROGRAM", "import sys; sys.exit(7)")
     with pytest.raises(ValueError, match="could not start: rank 1 has ended with exit code 7"):
         LLM(directory, device="cpu", tensor_parallel=2)
 
 
-# Whether a stopped rank is missed in a collective or when its answer is due depends on where the signal met it.
-STOPPED = "Timed out|rank 1 has not answered for 3 seconds"
-
-
-@pytest.mark.parametrize("number, said", [(signal.SIGKILL, "rank 1 has ended by signal 9"), (signal.SIGSTOP, STOPPED)])
+@pytest.mark.parametrize("number, said", [
+    (signal.SIGKILL, "rank 1 has ended by signal 9"), (signal.SIGSTOP, "rank 1 has not answered for 3 seconds"),
+])
 def test_a_rank_that_dies_or_hangs(directory, number, said):
     """While it generates: an error that names the rank, in bounded time, now and ever after; no process is left."""
     llm = LLM(directory, device="cpu", tensor_parallel=2, rank_timeout=3)
-    (child,) = llm._team._children
+    (child,) = llm.engine.ranks.children
     threading.Timer(0.5, child.send_signal, [number]).start()
     started = time.monotonic()
     with pytest.raises(RankFailed, match=said):
@@ -213,16 +223,106 @@ def test_a_rank_that_dies_or_hangs(directory, number, said):
 
 @pytest.mark.slow
 def test_under_torchrun(directory):
+    """As many ranks as torchrun has started, with --tensor-parallel or without."""
     arguments = ["generate", str(directory), "--prompt", "abcabc", "--device", "cpu", "--temperature", "0", "--codec", "tcq"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def said(*start, more=()):
-        done = subprocess.run([sys.executable, *start, "dmc.cli", *arguments, *more], capture_output=True, text=True, timeout=200,
+        done = subprocess.run([sys.executable, *start, "dmc", *arguments, *more], capture_output=True, text=True, timeout=200,
                               env=environment, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     one = said("-m")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
-    two = said(*torchrun, more=["--tensor-parallel", "2"])
-    assert two.splitlines()[0] == one.splitlines()[0] and two.splitlines()[3] == one.splitlines()[3]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    for more in ([], ["--tensor-parallel", "2"]):
+        two = said(*torchrun, more=more)
+        assert two.splitlines()[0] == one.splitlines()[0] and two.splitlines()[3] == one.splitlines()[3]
+        assert len(two.splitlines()) == len(one.splitlines())  # rank 0 alone prints
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("wide"), "neuron", 4, {})
+
+
+def test_random_schedules_are_the_same_on_all_ranks(directory):
+    """Arrivals, aborts and preemptions at random, in a pool that is too small: after each step all ranks are where rank 0 is."""
+    draw = random.Random(5)
+    llm = LLM(directory, device="cpu", page_size=8, tensor_parallel=2, max_batch=4, prefill_tokens=24, kv_memory=20 * 512)
+    try:
+        llm.everywhere(everywhere.admit_all)
+        alive, swapped = [], 0
+        for _ in range(70):
+            if draw.random() < 0.5 and len(alive) < 12:
+                prompt = draw.choice(PROMPTS)[: draw.randint(1, 40)]
+                params = SamplingParams(max_tokens=draw.randint(1, 40), temperature=0.8, n=draw.randint(1, 3))
+                alive += llm.sequences(prompt, params)
+                for sequence in alive[-params.n :]:
+                    llm.engine.add(sequence)
+            if draw.random() < 0.1 and alive:
+                llm.engine.cancel(*draw.sample(alive, min(2, len(alive))))
+            if draw.random() < 0.1:
+                llm.everywhere(everywhere.preempt)
+            llm.engine.step()
+            swapped += len(llm.engine.scheduler.swapped)
+            first, second = llm.everywhere(everywhere.states)
+            assert torch.equal(first, second)
+            alive = [sequence for sequence in alive if sequence.finish_reason is None]
+        llm.check_integrity()
+        assert swapped > 10 and llm.engine.preemptions > 3
+        llm.engine.abort()
+        assert llm.cache.used_pages == 0 and not llm.engine.busy
+    finally:
+        children = llm.engine.ranks.children
+        del llm  # as good as close()
+        gc.collect()
+    assert [child.returncode for child in children] == [0]
+
+
+def test_announcements_are_signed():
+    """Of any length; what was not announced with the key is not run."""
+    ranks = Ranks(dist.HashStore(), 0, 1, key=b"k" * 32, timeout=5.0)
+    group = Group(dist.HashStore(), 0, 1, device=torch.device("cpu"), timeout=5.0)
+    ranks.join(group)
+    for length in (0, 1, 4087, 4088, 4089, 100_000):
+        assert group.announce(message := bytes(range(251)) * (length // 251) + b"x" * (length % 251)) == message
+    with pytest.raises(RuntimeError, match="not signed by rank 0"):
+        ranks._announced()
+    ranks.close()
+
+
+def test_ranks_that_are_out_of_step_are_noticed(directory):
+    llm = LLM(directory, device="cpu", tensor_parallel=2)
+    with pytest.raises(RankFailed, match="rank 1 has another schedule than rank 0"):
+        llm.everywhere(everywhere.diverge)
+    assert [child.poll() is not None for child in llm.engine.ranks.children] == [True]
+
+
+def test_errors_of_commands(directory):
+    """A wrong argument changes nothing; a fault of a rank ends all, and is told; rank 0 alone calls no collectives."""
+    llm = LLM(directory, device="cpu", tensor_parallel=2)
+    expected = llm.generate("abc", EACH[0])[0].token_ids
+    with pytest.raises(ValueError, match="no such word"):
+        llm.everywhere(everywhere.refuse, "no such word" + " " * 9000)  # more than fits the first part of an announcement
+    with pytest.raises(RuntimeError, match="run it by LLM.everywhere"):
+        llm.cache.held(0)
+    assert llm.generate("abc", EACH[0])[0].token_ids == expected
+    with pytest.raises(RankFailed, match="rank 1 has failed: KeyError: 'of rank'"):
+        llm.everywhere(everywhere.fail, 1)
+    assert [child.poll() is not None for child in llm.engine.ranks.children] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, said", [
+    ((everywhere.signal_rank, 2, "SIGKILL"), "rank 2 has ended"), ((everywhere.fail, 3), "rank 3 has failed: KeyError"),
+    ((everywhere.signal_rank, 2, "SIGSTOP"), "rank 2 has not answered for 4 seconds"),
+    ((everywhere.late, 1), "rank 1 has not answered for 4 seconds"),
+])
+def test_the_one_of_four_ranks_is_named(wide, command, said):
+    llm = LLM(wide, device="cpu", tensor_parallel=4, rank_timeout=4)
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match=said):
+        llm.everywhere(*command)
+    assert time.monotonic() - started < 20
+    assert all(child.poll() is not None for child in llm.engine.ranks.children)

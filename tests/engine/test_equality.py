@@ -45,7 +45,7 @@ def test_any_split_into_prompt_and_generated(model, dtype, tolerance, page_size)
 def test_whole_logits_after_a_prompt(model):
     directory, expected, _, _ = model
     llm = LLM(directory, dtype="fp32", device="cpu")
-    _, (hidden,) = llm._runner.step([], [], [], [Chunk(llm.cache.prompt(), TOKENS)])
+    _, (hidden,) = llm.engine.runner.step([], [], [], [Chunk(llm.cache.prompt(), TOKENS)])
     torch.testing.assert_close(llm.model.logits(hidden).double(), expected, rtol=0, atol=1e-4)
 
 

@@ -88,16 +88,16 @@ def through_the_cache(llm, prompt):
     hidden, entries = [], []
     for start in range(0, prompt, llm.engine.prefill_tokens):
         part = TOKENS[start : min(start + llm.engine.prefill_tokens, prompt)]
-        hidden.append(llm._runner.step([], [], [], [Chunk(reading, part)])[1][0])
+        hidden.append(llm.engine.runner.step([], [], [], [Chunk(reading, part)])[1][0])
     slot = llm.cache.load(reading)
     for place in range(prompt, len(TOKENS)):
         llm.cache.check_integrity()
         entries.append(llm.cache.entries(slot))
-        hidden.append(llm._runner.step([slot], [TOKENS[place]], [place])[0])
+        hidden.append(llm.engine.runner.step([slot], [TOKENS[place]], [place])[0])
     llm.cache.check_integrity()
     llm.cache.close(slot)
     assert llm.cache.rows.pool.used == 0
-    return llm._runner.logits(torch.cat(hidden)), entries
+    return llm.engine.runner.logits(torch.cat(hidden)), entries
 
 
 @pytest.mark.parametrize("prompt, chunk, share", [(1, 1, None), (37, 6, None), (20, 20, 0.4)])

@@ -70,7 +70,7 @@ def test_logits_and_entries_are_the_dense_ones(directory, ahead, prompt, chunk):
     tokens = torch.randint(3, 90, (LENGTH,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want, entries = masked(Llama.load(directory, dtype=torch.float32), fitted, fitted.threshold(2, LENGTH), tokens)
-    runner, made, hidden = llm._runner, llm.cache.prompt(), []
+    runner, made, hidden = llm.engine.runner, llm.cache.prompt(), []
     for start in range(0, prompt, chunk):
         part = tokens[start : min(prompt, start + chunk)].tolist()
         hidden.append(runner.step([], [], [], [Chunk(made, part)])[1][0])

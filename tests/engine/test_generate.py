@@ -37,7 +37,7 @@ def test_greedy_is_the_argmax_of_score(directory):
     llm = LLM(directory, device="cpu", page_size=4)
     output = llm.generate([[7, 8, 9]], GREEDY)[0]
     assert output.finish_reason == "length" and len(output.token_ids) == 30
-    _, (hidden,) = llm._runner.step([], [], [], [Chunk(llm.cache.prompt(), [7, 8, 9, *output.token_ids])])
+    _, (hidden,) = llm.engine.runner.step([], [], [], [Chunk(llm.cache.prompt(), [7, 8, 9, *output.token_ids])])
     assert llm.model.logits(hidden)[2:-1].argmax(-1).tolist() == output.token_ids
 
 

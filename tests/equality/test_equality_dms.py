@@ -232,7 +232,7 @@ def test_a_prompt_forgets_while_it_is_read(exported):
     for policy in ("dms", "full"):
         llm = LLM(exported[1], policy=policy)
         prompt = llm.cache.prompt()
-        held[policy] = [llm._runner.step([], [], [], [Chunk(prompt, part.tolist())]) and prompt.nbytes for part in tokens]
+        held[policy] = [llm.engine.runner.step([], [], [], [Chunk(prompt, part.tolist())]) and prompt.nbytes for part in tokens]
     assert all(ours < theirs for ours, theirs in zip(held["dms"][1:], held["full"][1:], strict=True))
     assert held["dms"][-1] < 0.75 * held["full"][-1]
 

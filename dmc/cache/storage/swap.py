@@ -58,6 +58,12 @@ def write(rows: Rows, index: Tensor, swapped: Swapped) -> None:
         getattr(rows, name)[index] = tensor.to(pages.device)
 
 
+def fork_pages(rows: Rows, source: Tensor, *, share: bool) -> int:
+    """Pages that `fork` takes."""
+    tables = [rows.open_table] if share else [rows.open_table, rows.closed_table]
+    return sum(int((table[source] != NULL_PAGE).sum()) for table in tables)
+
+
 def fork(rows: Rows, source: Tensor, target: Tensor, *, share: bool) -> None:
     """Empty rows ``target [L * H]`` become what rows ``source`` are.
 
