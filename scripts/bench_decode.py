@@ -44,7 +44,7 @@ from dmc.kernels.pages.paged import Paged  # noqa: E402
 COLUMNS = ["section", "what", "batch", "ms", "put back ms", "append ms", "encode ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
 CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("gear", 4))
 GROWING = (("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("tcq-2bit", 4))
-PER_OPEN = 16  # exact entries a page
+PER_FULL = 16  # exact entries a page
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
     places, table = torch.ones(args.batch, dtype=torch.int64, device=device), torch.randn(2, 2, size, device=device)
     key, value = torch.randn(2, count, size, device=device, dtype=work)
     changed = [getattr(state, name) for name in (
-        "numerators", "z", "exact_count", "encoded_count", "open_table", "encoded_table", "stack", "free", "owners")]
+        "numerators", "z", "full_count", "encoded_count", "full_table", "encoded_table", "stack", "free", "owners")]
     kept = [x.clone() for x in changed]
 
     def back() -> None:
@@ -209,14 +209,14 @@ def pages(
     entries = entries.long().clamp(1, args.context)
     counts, exact = (entries // page).int(), (entries % page).int()
     tables = []
-    for count, per in ((counts, 1), (exact, PER_OPEN)):
+    for count, per in ((counts, 1), (exact, PER_FULL)):
         need = -(-count // per)
         table = torch.zeros(rows, max(1, int(need.max())), dtype=torch.int32)
         held = torch.arange(table.shape[1]) < need[:, None]
         table[held] = (torch.randperm(int(held.sum()), generator=g) + 1).int()
         tables.append(table.to(device))
     number = [int((table > 0).sum()) + 1 for table in tables]
-    opened = {part: torch.zeros(number[1], PER_OPEN, size, device=device, dtype=work) for part in "kv"}
+    opened = {part: torch.zeros(number[1], PER_FULL, size, device=device, dtype=work) for part in "kv"}
     made = stored.page_format(page, size, work, device)
     encoded = random_fields(number[0], made, device)
     per_entry = sum(x[0].numel() * x.element_size() for x in encoded.values()) / page
@@ -236,7 +236,7 @@ def random_fields(count: int, made: PageFormat, device: torch.device) -> dict[st
             field.fill_(0.01)
         elif name.endswith(("scale", "numbers")):
             field.random_(0, 64)
-        elif name.endswith("places"):
+        elif name.endswith("indices"):
             field.random_(0, 16)
     return fields
 

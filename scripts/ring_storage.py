@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.stdlib import documents, split  # noqa: E402
 from dmc import LLM  # noqa: E402
 from dmc.cache import codec  # noqa: E402
-from dmc.cache.storage.rows import Marks, Rows  # noqa: E402
+from dmc.cache.storage.rows import Metadata, Rows  # noqa: E402
 from dmc.evaluation.measure import measure  # noqa: E402
 from dmc.evaluation.provenance import commit, hardware, model_hash, versions  # noqa: E402
 from dmc.evaluation.reference import reference  # noqa: E402
@@ -62,12 +62,12 @@ def compare(args: argparse.Namespace) -> dict:
             llm = LLM(model, device="cpu", dtype="fp32", exact_dtype="fp32", max_batch=8, **given)
             if llm.cache.policy.ring is None:
                 raise ValueError(f"{model} has no window of recent tokens")
-            write = Rows.write_exact
+            write = Rows.write_full
             try:
-                Rows.write_exact = through(write, storage, llm.cache.policy.ring)
+                Rows.write_full = through(write, storage, llm.cache.policy.ring)
                 found = measure(llm, windows, reference=wanted)
             finally:
-                Rows.write_exact = write
+                Rows.write_full = write
             rows.append({
                 "method": name, "ring": storage, "window": llm.cache.policy.ring, "perplexity": found.perplexity, "kl": found.kl,
                 "kl_stderr": found.kl_stderr, "kl_windows": found.kl_windows, "cr": found.cr, "model_hash": model_hash(model),
@@ -80,11 +80,11 @@ def compare(args: argparse.Namespace) -> dict:
 
 
 def through(write, storage: str, ring: int):  # noqa: ANN001, ANN201 - methods of Rows
-    """`Rows.write_exact` whose entries of the ring are rounded to a storage first."""
-    def rounded(self: Rows, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
-        inside = (places < ring)[..., None]
+    """`Rows.write_full` whose entries of the ring are rounded to a storage first."""
+    def rounded(self: Rows, rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> None:
+        inside = (offsets < ring)[..., None]
         keys, values = (torch.where(inside, round_to(x, storage), x) for x in (keys, values))
-        write(self, rows, places, keys, values, marks)
+        write(self, rows, offsets, keys, values, metadata)
 
     return rounded
 

@@ -93,7 +93,7 @@ class Probe:
         if bias is None or not codec.lossy:
             return through(codec, layer.keys, layer.values, counts, page, self.sinks)
         heads = number * len(counts) + torch.arange(len(counts), device=layer.keys.device)
-        added = bias.keys(heads, layer.places.masked_fill(layer.places >= prompt.done, -1))
+        added = bias.keys(heads, layer.positions.masked_fill(layer.positions >= prompt.done, -1))
         keys, values = through(codec, (layer.keys - added).to(layer.keys.dtype), layer.values, counts, page, self.sinks)
         return (keys + added).to(keys.dtype), values
 
@@ -115,7 +115,7 @@ class Probe:
         return self.cache.step(none, none, chunks, self.model.rope)
 
     def _counts(self, prompt: Prompt, number: int) -> Tensor:
-        return (prompt.layers[number].places < prompt.done).sum(-1)  # other places are those of no entry
+        return (prompt.layers[number].positions < prompt.done).sum(-1)  # other positions are those of no entry
 
     def _rows(self, x: Tensor) -> Sequence[Tensor]:
         return x.split(max(1, _LOGITS // self.model.config.vocab_size))

@@ -83,10 +83,10 @@ class KVCache:
                 f"max_entries={policy.max_entries} holds nothing but the {sink_tokens} sinks (sink_tokens): give at least "
                 f"{sink_tokens + 1}, or fewer sinks"
             )
-        exact = _exact_dtype(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
-        placed = policy.evicts_later or any(one.placed for one in codecs)
+        dtype = _exact_dtype(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
+        with_positions = policy.evicts_later or any(one.needs_positions for one in codecs)
         storage = Storage(
-            sink_tokens, window, exact, placed, policy.evicts_later and policy.scored, policy.evicts_later, policy.ring,
+            sink_tokens, window, dtype, with_positions, policy.evicts_later and policy.scored, policy.evicts_later, policy.ring,
             1 + policy.merges, policy.max_entries,
         )
         self.shape, self.policy, self.codec, self.key_bias = shape, policy, codec, key_bias
@@ -96,7 +96,7 @@ class KVCache:
             raise ValueError(
                 f"kv memory of {memory} bytes holds no page of {self.rows.pool.page_bytes} bytes; give it more"
             )
-        self.backend, self.readers = choose_readers(self.rows, policy.watches)
+        self.backend, self.readers = choose_readers(self.rows, policy.statistics)
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
     def bound(self, memory: int, *, tokens: int) -> None:
@@ -182,14 +182,14 @@ class KVCache:
         self._check_free(needed)
         for number, (layer, counts) in enumerate(layers):
             index = self._index(number, slot)
-            marks = {"place": layer.places, "score": layer.scores}
+            metadata = {"position": layer.positions, "score": layer.scores}
             self.rows.load(
-                index, layer.keys, layer.values, counts, {name: marks[name] for name in self.rows.storage.marks},
+                index, layer.keys, layer.values, counts, {name: metadata[name] for name in self.rows.storage.metadata},
                 donors=None if donor is None else self._index(number, donor), shared=shared[number],
             )
             self.rows.numerators[index], self.rows.z[index] = layer.numerators, layer.z
             if self.rows.storage.scored:
-                self.rows.tail_score[index] = layer.tail_score
+                self.rows.accumulating_score[index] = layer.accumulating_score
             if self.policy.ring is not None:
                 self._load_ring(index, prompt, number, layer)
         return self._slots.pop()
@@ -280,9 +280,9 @@ class KVCache:
 
     def likely_pages(self, entries: Tensor) -> int:
         """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
-        holes = self.policy.evicts_later * entries.numel()  # a page more in each row
+        spare = self.policy.evicts_later * entries.numel()  # a page more in each row
         closed = (entries.ceil().long() - int(self.policy.ring is None)).clamp(min=0)
-        return int(self.rows.pages_of(closed, self.rows.page_sizes.to(closed.device)[:, None]).sum()) + holes
+        return int(self.rows.pages_of(closed, self.rows.page_sizes.to(closed.device)[:, None]).sum()) + spare
 
     def can_append(self, slots: Tensor) -> bool:
         """Whether the free pages will do for one more token of each of some sequences, whatever it does."""
@@ -300,10 +300,10 @@ class KVCache:
     def entries(self, slot: int) -> Tensor:
         """Cache lengths: int64 ``[L, H]``, the tail counted."""
         rows, index = self.rows, self.rows.all_layers(slot)
-        count = rows.closed[index].long() * rows.row_page_sizes(index) + rows.exact[index]
+        count = rows.encoded_count[index].long() * rows.row_page_sizes(index) + rows.full_count[index]
         if self.policy.evicts_later:
             there = [evict.entries(rows, some, torch.zeros_like(some)) for some in index.split(self.shape.heads)]
-            count = torch.cat([(layer.places >= 0).sum(-1) for layer in there])
+            count = torch.cat([(layer.positions >= 0).sum(-1) for layer in there])
         if self.policy.ring is None:  # with a ring the accumulating entry is one of the exact ones
             count = count + (rows.z[index] > 0)
         return count.view(self.shape.layers, self.shape.heads)
@@ -315,19 +315,19 @@ class KVCache:
         included; "tail": numerators and z; "tables": block tables (as wide as they are) and counts.
         """
         rows, index = self.rows, self.rows.all_layers(slot)
-        closed = int(rows.closed[index].sum())
-        opened = int((rows.open_table[index] != 0).sum())
-        tables = ("closed_table", "open_table", "closed", "exact")
+        closed = int(rows.encoded_count[index].sum())
+        full = int((rows.full_table[index] != 0).sum())
+        tables = ("encoded_table", "full_table", "encoded_count", "full_count")
         return {
             "pages": closed * rows.pool.page_bytes,
-            "exact": opened * rows.pool.page_bytes,
+            "exact": full * rows.pool.page_bytes,
             "tail": sum(_bytes(getattr(rows, name)[index]) for name in rows.state if name not in tables),
             "tables": sum(_bytes(getattr(rows, name)[index]) for name in tables),
         }
 
     def shared_bytes(self, slot: int) -> int:
         """Of a sequence's encoded pages, the bytes of those that other sequences hold as well."""
-        table = self.rows.closed_table[self.rows.all_layers(slot)]
+        table = self.rows.encoded_table[self.rows.all_layers(slot)]
         return int((self.rows.pool.owners[table.long()] > 1).sum()) * self.rows.pool.page_bytes
 
     def dense_bytes(self, tokens: int) -> int:
@@ -350,8 +350,8 @@ class KVCache:
     def _load_ring(self, index: Tensor, prompt: LatePrompt, number: int, layer: Layer) -> None:
         notes = prompt.notes(number)
         self.rows.notes[index, : notes.shape[1]] = notes
-        if self.rows.newest.numel() and layer.places.shape[1] > self.policy.ring:
-            self.rows.newest[index] = layer.places[:, self.policy.ring]
+        if self.rows.newest.numel() and layer.positions.shape[1] > self.policy.ring:
+            self.rows.newest[index] = layer.positions[:, self.policy.ring]
 
     def _fits(self, pages: int) -> bool:
         """True if so many pages can be taken: every decision about pages."""
@@ -368,16 +368,16 @@ class KVCache:
 
     def _shared(self, number: int, layer: Layer, counts: Tensor, donor: int | None, common: int) -> Tensor:
         """How many first pages of each head follow from the ``common`` first tokens alone, and are the donor's too."""
-        if donor is None or self.policy.evicts or not layer.places.numel():
+        if donor is None or self.policy.evicts or not layer.positions.numel():
             return torch.zeros_like(counts)
         size = self.rows.packings[number].page_size
-        full, _ = self.rows.split(counts, size)
-        column = torch.arange(int(full.max()), device=counts.device)
-        last = (self.rows.storage.first + (column + 1) * size - 1).clamp(max=layer.places.shape[1] - 1)
+        encoded, _ = self.rows.split(counts, size)
+        column = torch.arange(int(encoded.max()), device=counts.device)
+        last = (self.rows.storage.first + (column + 1) * size - 1).clamp(max=layer.positions.shape[1] - 1)
         # An entry is final once the token after its newest has opened another.
         # With a window that token must have left it as well.
-        settled = (layer.places[:, last] < common - 1 - (self.policy.ring or 0)) & (column < full[:, None])
-        return settled.sum(-1).minimum(self.rows.closed[self._index(number, donor)].long())
+        settled = (layer.positions[:, last] < common - 1 - (self.policy.ring or 0)) & (column < encoded[:, None])
+        return settled.sum(-1).minimum(self.rows.encoded_count[self._index(number, donor)].long())
 
 
 def _per_layer(codec: Codec | Sequence[Codec], shape: Shape) -> list[Codec]:

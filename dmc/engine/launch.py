@@ -85,7 +85,7 @@ def _check(parts: Parts, device: torch.device, ranks: int, timeout: float) -> No
             f"the {parts.policy.name} policy decides over all heads of a layer together, and tensor parallelism puts these on "
             f"different ranks; use tensor_parallel 1, or one of: {', '.join(name for name in POLICIES if POLICIES[name].by_head)}"
         )
-    if any(codec.placed for codec in (parts.codec if isinstance(parts.codec, list) else [parts.codec])):
+    if any(codec.needs_positions for codec in (parts.codec if isinstance(parts.codec, list) else [parts.codec])):
         raise ValueError(
             "the eigen codec's bases are for all heads of a layer, and tensor parallelism puts these on different ranks; use "
             "tensor_parallel 1 or another codec"

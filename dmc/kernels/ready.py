@@ -81,9 +81,9 @@ def _decode() -> None:
 def _prefill() -> None:
     from dmc.kernels.prefill import cpu
 
-    places = torch.zeros(1, 1, dtype=torch.int32)
+    positions = torch.zeros(1, 1, dtype=torch.int32)
     for one in (torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, dtype=torch.bfloat16)):
-        cpu.prefill(one[None], one, one, places, one, one, places[0], 1.0)
+        cpu.prefill(one[None], one, one, positions, one, one, positions[0], 1.0)
 
 
 def _trellis() -> None:

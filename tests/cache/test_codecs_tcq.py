@@ -38,7 +38,7 @@ def by_automaton(path):
 @pytest.mark.parametrize("rate, length", [(1, 7), (2, 5), (1.5, 6), (1.25, 7)])
 def test_the_path_is_the_best_of_all_paths(rate, length):
     x = torch.randn(12, length, generator=torch.Generator().manual_seed(3)) * 1.3
-    tables = [trellis.levels(bits).view(-1, 4) for count, bits in trellis.stretches(rate, length) for _ in range(count)]
+    tables = [trellis.levels(bits).view(-1, 4) for count, bits in trellis.chunks(rate, length) for _ in range(count)]
     best = torch.full((len(x),), torch.inf)
     for path in itertools.product((0, 1), repeat=length):
         subsets = by_automaton(path)
@@ -51,9 +51,9 @@ def test_the_path_is_the_best_of_all_paths(rate, length):
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(trellis.RATES), st.integers(1, 40), st.integers(0, 2**31))
 def test_codes_are_read_as_the_automaton_says(rate, length, seed):
-    stretches = trellis.stretches(rate, length)
-    assert sum(count for count, _ in stretches) == length
-    width = [bits for count, bits in stretches for _ in range(count)]
+    chunks = trellis.chunks(rate, length)
+    assert sum(count for count, _ in chunks) == length
+    width = [bits for count, bits in chunks for _ in range(count)]
     assert abs(sum(width) - rate * length) <= 0.5
     generator = torch.Generator().manual_seed(seed)
     codes = torch.stack([torch.randint(0, 2**bits, (), generator=generator) for bits in width]).to(torch.uint8)

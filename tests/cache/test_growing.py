@@ -43,7 +43,7 @@ def layered():
 def run(cache, texts, starts, steps, *, merges, chunked=None):
     """Prompts of unequal lengths, then steps of all of them, on the way with chunks of another prompt → slots, outputs."""
     slots = [cache.load(prefill(cache, text, start)) for text, start in zip(texts, starts, strict=True)]
-    more, outs, before = cache.prompt(), [], cache.rows.closed.sum()
+    more, outs, before = cache.prompt(), [], cache.rows.encoded_count.sum()
     for step in range(steps):
         places = [start + step for start in starts]
         chunk = [(more, 2)] if chunked is not None else []
@@ -54,7 +54,7 @@ def run(cache, texts, starts, steps, *, merges, chunked=None):
                 for i in range(5):
                     parts[i].append(chunked[layer][i][2 * step : 2 * step + 2])
             outs.append(attend(layer, *(torch.cat(part) for part in parts)))
-    assert cache.rows.closed.sum() > before
+    assert cache.rows.encoded_count.sum() > before
     return slots, outs
 
 
@@ -63,11 +63,11 @@ def state(cache, slot):
     rows, found = cache.rows, []
     for layer in range(LAYERS):
         index = rows.index(layer, torch.tensor([slot]))
-        keys, values, valid = rows.exact_entries(index)
-        pages, owner = rows.closed_pages(index)
+        keys, values, valid = rows.full_entries(index)
+        pages, owner = rows.encoded_pages(index)
         packing = rows.packings[layer]
         decoded = [x.float() for x in packing.codec.decode(rows.blocks(pages, packing))]
-        found += [rows.exact[index], rows.closed[index], owner, rows.z[index], rows.numerators[index]]
+        found += [rows.full_count[index], rows.encoded_count[index], owner, rows.z[index], rows.numerators[index]]
         found += [keys[valid].float(), values[valid].float(), *decoded]
     return found
 
@@ -108,8 +108,8 @@ def test_what_the_codec_loses_is_sampled(monkeypatch):
             cache = make("int8", page_size=4, policy_name="full")
             monkeypatch.setattr(cache.rows.error, "due", lambda: True)
             rows = []
-            read = cache.rows.read_exact
-            monkeypatch.setattr(cache.rows, "read_exact", lambda *at, read=read, rows=rows: (rows.append(at[0]), read(*at))[1])
+            read = cache.rows.read_full
+            monkeypatch.setattr(cache.rows, "read_full", lambda *at, read=read, rows=rows: (rows.append(at[0]), read(*at))[1])
             run(cache, [text], [2], 60, merges=False)
             found.append(cache.rows.error)
             if backend == "triton":
@@ -163,14 +163,14 @@ def test_no_layer_waits_for_the_device(merges, monkeypatch):
         for name in ("_append", "_take", "_plain", "_settle", "_trellis", "_together", "_pieces"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Silent(name))
-    monkeypatch.setattr("dmc.kernels.formats.trellis.general._trellis_pieces", Silent("_trellis_pieces"))
+    monkeypatch.setattr("dmc.kernels.formats.trellis.general._trellis_segments", Silent("_trellis_segments"))
     for name in ("tolist", "cpu", "numpy", "item"):  # not all of them are operations
         monkeypatch.setattr(torch.Tensor, name, lambda x, *_, name=name: pytest.fail(f"a layer reads the device: {name}"))
     with Waits() as waits:
         for layer in range(LAYERS):
             attend(layer, *(part[30:31] for part in text[layer]))
     monkeypatch.undo()
-    assert launched == LAYERS * ["_append", "_take", "_trellis", "_settle", "_trellis_pieces", "_together"]
+    assert launched == LAYERS * ["_append", "_take", "_trellis", "_settle", "_trellis_segments", "_together"]
     assert waits.seen == []
     with using("torch"), Waits() as waits:  # that the count sees anything: PyTorch's way waits several times a layer
         other = make("tcq-4bit", **SETTINGS)
@@ -206,13 +206,13 @@ def test_a_step_needs_no_more_than_was_counted(lengths, page, sinks, window, see
         kernels.append(cache.rows, every, *vectors, zero, one, places, ROPE(torch.arange(64)))
         kernels.encode(cache.rows, every)
         assert int(state.failed) == 0
-        assert int((cache.rows.closed[every]).max()) <= columns
+        assert int((cache.rows.encoded_count[every]).max()) <= columns
 
 
 def test_a_row_can_open_a_page_and_fill_one_at_once():
     """With as many exact entries as this the token before the last finds no place on the open pages."""
     cache = make("int8", page_size=16, sink_tokens=0, window=0)
-    fits = cache.rows.per_open_page
+    fits = cache.rows.per_full_page
     window = (1 - 16) % fits
     cache = make("int8", page_size=16, sink_tokens=0, window=window)
     text = tokens(16 + window, seed=3)

@@ -164,7 +164,7 @@ def test_every_codec_takes_what_leaves_the_ring(name, codec_name):
     for i, parts in enumerate(layers):
         want = expected(parts, 8, name)
         assert (outs[i] - want).norm() < 0.35 * want.norm()  # vectors of 8 numbers: codecs are at their worst
-    assert cache.rows.closed[cache.rows.all_layers(slot)].sum() > 0
+    assert cache.rows.encoded_count[cache.rows.all_layers(slot)].sum() > 0
 
 
 def test_prefixes_share_only_what_is_decided():
@@ -182,7 +182,9 @@ def test_prefixes_share_only_what_is_decided():
     for i in range(LAYERS):
         rows = [c.rows.index(i, torch.tensor([slot])) for c, slot in ((cache, second), (alone, other))]
         for h in range(HEADS):
-            pages = [c.rows.closed_table[r[h], : int(c.rows.closed[r[h]])] for c, r in zip((cache, alone), rows, strict=True)]
+            pages = [
+                c.rows.encoded_table[r[h], : int(c.rows.encoded_count[r[h]])] for c, r in zip((cache, alone), rows, strict=True)
+            ]
             blocks = [c.rows.blocks(p, c.rows.packings[i]).tensors for c, p in zip((cache, alone), pages, strict=True)]
             assert all(torch.equal(blocks[0][key], blocks[1][key]) for key in blocks[0])
     cache.check_integrity()

@@ -10,7 +10,7 @@ from tests.cache.test_rows import feed, make, tokens
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter; tests/engine/test_gpu.py is for GPUs")
 READ = ("dense", "int8", "fp8", "kivi", "gear", "gear-4bit", "gear-2bit", "tcq", "tcq-4bit", "tcq-2bit")
-# Not tcq-3bit: on these heads of 8 it has stretches of 2.
+# Not tcq-3bit: on these heads of 8 it has chunks of 2.
 
 
 def outs(name, layers, prompt, chunk, backend, **settings):

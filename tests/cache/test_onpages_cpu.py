@@ -129,7 +129,7 @@ def test_scores_that_the_loops_write_are_pytorchs(name):
                 slot = cache.load(prompt) if slot is None else slot
                 attend = cache.step(torch.tensor([slot]), torch.tensor([position]), [], ROPE, merges=False)
             index = cache.rows.index(0, torch.tensor([slot]))
-            found.append([entries(cache.rows, index, torch.tensor([30, 30])).scores, cache.rows.tail_score[index]])
+            found.append([entries(cache.rows, index, torch.tensor([30, 30])).scores, cache.rows.accumulating_score[index]])
     assert (found[0][0] > 0).sum() > 30
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -36,7 +36,7 @@ def test_a_layer_is_as_it_is_alone(kind, evicting):
         torch.testing.assert_close(outs[i], want[i], rtol=1e-5, atol=1e-6)
         assert torch.equal(cache.entries(slot)[i], alone.entries(there)[i])
         index = cache.rows.index(i, torch.tensor([slot]))
-        assert torch.equal(cache.rows.closed[index], alone.rows.closed[alone.rows.index(i, torch.tensor([there]))])
+        assert torch.equal(cache.rows.encoded_count[index], alone.rows.encoded_count[alone.rows.index(i, torch.tensor([there]))])
 
 
 def test_pages_are_as_full_as_they_can_be():

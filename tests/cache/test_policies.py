@@ -25,14 +25,14 @@ class Unmerged(Policy):
 class Heavy(Unmerged):
     """Keeps the ``budget`` entries with the most attention so far, the newest 3 in any case: scattered holes."""
 
-    name, watches, evicts = "heavy", "sum", True
+    name, statistics, evicts = "heavy", "sum", True
 
     def __init__(self, budget=14):
         self.budget = budget
 
     def keep(self, entries):
-        newest = entries.places > (entries.next - 4)[:, None]
-        score = entries.scores.masked_fill(newest, torch.inf).masked_fill(entries.places < 0, -torch.inf)
+        newest = entries.positions > (entries.next - 4)[:, None]
+        score = entries.scores.masked_fill(newest, torch.inf).masked_fill(entries.positions < 0, -torch.inf)
         order = score.argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(newest).scatter_(-1, order[:, : self.budget], True)
 
@@ -40,12 +40,12 @@ class Heavy(Unmerged):
 class Latest(Heavy):
     """The same by the attention of the newest query alone, averaged over the heads of the layer."""
 
-    name, watches = "latest", "last"
+    name, statistics = "latest", "last"
 
     def keep(self, entries):
         mean = entries.scores.unflatten(0, (-1, entries.heads)).mean(1, keepdim=True)
         scores = mean.expand(-1, entries.heads, -1).flatten(0, 1)
-        return super().keep(type(entries)(entries.places, scores, entries.heads, entries.next))
+        return super().keep(type(entries)(entries.positions, scores, entries.heads, entries.next))
 
 
 def dense(parts, kind, budget=14):
@@ -113,12 +113,12 @@ def test_pages_are_freed(kind, name):
     """A row never holds more encoded pages than its live entries fill, whatever was evicted from where."""
     cache = evicting(POLICIES[kind](), name)
     slot, _ = feed(cache, tokens(COUNT, seed=12), PROMPT)  # the integrity check after each step looks at the pages
-    pages = cache.rows.closed[cache.rows.all_layers(slot)].view(LAYERS, HEADS).long()
-    live = cache.entries(slot) - 1 - cache.rows.exact[cache.rows.all_layers(slot)].view(LAYERS, HEADS)
+    pages = cache.rows.encoded_count[cache.rows.all_layers(slot)].view(LAYERS, HEADS).long()
+    live = cache.entries(slot) - 1 - cache.rows.full_count[cache.rows.all_layers(slot)].view(LAYERS, HEADS)
     assert torch.equal(pages, -(-live // 4)) and cache.entries(slot).max() <= 15
     full = evicting(policy("full"), name)
     other, _ = feed(full, tokens(COUNT, seed=12), PROMPT)
-    assert pages.sum() < full.rows.closed[full.rows.all_layers(other)].sum() * 0.7
+    assert pages.sum() < full.rows.encoded_count[full.rows.all_layers(other)].sum() * 0.7
 
 
 def test_streaming_forgets_during_the_prompt():

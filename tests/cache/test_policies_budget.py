@@ -17,7 +17,7 @@ def places(cache, slot):
     """Positions of the closed entries of each row, as sets."""
     index = cache.rows.all_layers(slot)
     there = evict.entries(cache.rows, index, torch.zeros_like(index))
-    return [{int(place) for place in row if place >= 0} for row in there.places]
+    return [{int(place) for place in row if place >= 0} for row in there.positions]
 
 
 def check_row(made, held, following):

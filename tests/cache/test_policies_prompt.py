@@ -96,7 +96,7 @@ def chosen_expected(parts, layer, size):
 def held_by(cache, prompt, number):
     """Positions of the entries that stay in each head, the newest token's among them."""
     layer, counts = prompt.final(number)
-    rows = (row[:count].tolist() for row, count in zip(layer.places, counts, strict=True))
+    rows = (row[:count].tolist() for row, count in zip(layer.positions, counts, strict=True))
     return [{prompt.done - 1, *(place for place in row if place != NONE)} for row in rows]
 
 

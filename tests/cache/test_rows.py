@@ -99,8 +99,8 @@ def test_what_is_encoded_follows_from_the_entries_alone(length, data, page_size,
     slot, _ = feed(cache, layers, prompt, chunk)
     for i, parts in enumerate(layers):
         index = cache.rows.index(i, torch.tensor([slot]))
-        keys, values, valid = cache.rows.exact_entries(index)
-        pages, owner = cache.rows.closed_pages(index)
+        keys, values, valid = cache.rows.full_entries(index)
+        pages, owner = cache.rows.encoded_pages(index)
         for h, (want_keys, want_values) in enumerate(expected_entries(parts)):
             count = len(want_keys)
             full = max(0, count - sinks - window) // page_size
@@ -129,8 +129,8 @@ def test_decode_attends_to_what_is_held():
     slot, outs = feed(cache, layers, prompt=7)
     for i, parts in enumerate(layers):
         index = cache.rows.index(i, torch.tensor([slot]))
-        keys, values, valid = cache.rows.exact_entries(index)
-        pages, owner = cache.rows.closed_pages(index)
+        keys, values, valid = cache.rows.full_entries(index)
+        pages, owner = cache.rows.encoded_pages(index)
         packing = cache.rows.packings[i]
         page_keys, page_values = packing.codec.decode(cache.rows.blocks(pages, packing))
         own = cache.rows.numerators[index] / cache.rows.z[index, None]
@@ -154,12 +154,12 @@ def test_held_bytes_are_those_of_the_tensors(name):
     rows, codec_ = cache.rows, cache.rows.packings[0].codec
     blank = codec_.encode(*torch.zeros(2, 4, SIZE, dtype=torch.bfloat16))
     page = -(-max(codec_.nbytes(blank), 4 * SIZE) // 8) * 8
-    assert page == rows.pool.page_bytes and rows.per_open_page == page // (4 * SIZE)
+    assert page == rows.pool.page_bytes and rows.per_full_page == page // (4 * SIZE)
     pages = exact = 0
     for count in (cache.entries(slot) - 1).flatten().tolist():
         full = max(0, count - 3) // 4
-        pages, exact = pages + full, exact + -(-(count - 4 * full) // rows.per_open_page)
-    tables = 4 * (rows.closed_table.shape[1] + rows.open_table.shape[1] + 2)
+        pages, exact = pages + full, exact + -(-(count - 4 * full) // rows.per_full_page)
+    tables = 4 * (rows.encoded_table.shape[1] + rows.full_table.shape[1] + 2)
     heads = LAYERS * HEADS
     assert cache.held(slot) == {
         "pages": pages * page, "exact": exact * page, "tail": heads * 4 * (2 * SIZE + 1), "tables": heads * tables,
@@ -328,10 +328,11 @@ TestCache.settings = TestStreaming.settings = settings(max_examples=12, stateful
 
 @pytest.mark.parametrize("harm, said", [
     (lambda rows: rows.pool.take(1), "more or fewer owners"),
-    (lambda rows: rows.pool.owners.__setitem__(int(rows.closed_table[rows.closed.nonzero()[0], 0]), 2), "more or fewer owners"),
-    (lambda rows: rows.pool._stack.__setitem__(0, int(rows.open_table[0, 0])), "lost, or free while owned"),
-    (lambda rows: rows.closed.__setitem__(rows.closed.nonzero()[0], 9), "more or fewer"),
-    (lambda rows: rows.open_table.__setitem__((0, 0), int(rows.open_table[1, 0])), "more or fewer owners"),
+    (lambda rows: rows.pool.owners.__setitem__(int(rows.encoded_table[rows.encoded_count.nonzero()[0], 0]), 2),
+     "more or fewer owners"),
+    (lambda rows: rows.pool._stack.__setitem__(0, int(rows.full_table[0, 0])), "lost, or free while owned"),
+    (lambda rows: rows.encoded_count.__setitem__(rows.encoded_count.nonzero()[0], 9), "more or fewer"),
+    (lambda rows: rows.full_table.__setitem__((0, 0), int(rows.full_table[1, 0])), "more or fewer owners"),
     (lambda rows: rows.pool.memory.__setitem__((0, 0), 1), "null page"),
     (lambda rows: rows.z.zero_(), "no tail"),
 ])

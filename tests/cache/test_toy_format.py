@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from dmc.kernels.cpu.callback import callback, halves_at, longs_at, matrix_at, singles_at, words_at  # noqa: E402
 from dmc.kernels.cpu.compiled import compiled  # noqa: E402
 from dmc.kernels.cpu.products import add, score  # noqa: E402
-from dmc.kernels.pages.exact import attend_piece, exact_piece, page_words, store_piece  # noqa: E402
+from dmc.kernels.pages.segments import attend_segment, full_segment, page_words, store_segment  # noqa: E402
 
 
 class HalfCodec(Codec):
@@ -79,23 +79,23 @@ def values(page, facts, constants, weights, groups, sums, room):
 
 @triton.jit
 def _segments(
-    query, index, encoded, exact, first_exact, encoded_table, open_table, keys, values, open_keys, open_values, sums, parts,
-    scale, et, ot, kp, vp, okp, ovp, PAGE: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr,
+    query, index, encoded_count, full_count, first_full, encoded_table, full_table, keys, values, full_keys, full_values, sums,
+    parts, scale, et, ft, kp, vp, fkp, fvp, PAGE: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
     row = tl.load(index + tl.program_id(0)).to(tl.int64)
-    if tl.program_id(1) < first_exact:
-        start, length = tl.program_id(1) * PIECE, tl.load(encoded + row) * PAGE
+    if tl.program_id(1) < first_full:
+        start, length = tl.program_id(1) * SEGMENT, tl.load(encoded_count + row) * PAGE
         if start < length:
-            top, total, acc = attend_piece(
-                query, encoded_table + row * et, keys, values, keys, keys, kp, vp, 0, 0, start, length, scale, PAGE, False, PIECE,
-                TILE, GROUPS, PRECISION, D, BLOCK, G,
+            top, total, acc = attend_segment(
+                query, encoded_table + row * et, keys, values, keys, keys, kp, vp, 0, 0, start, length, scale, PAGE, False,
+                SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
             )
-            store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+            store_segment(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
     else:
-        exact_piece(
-            query, open_table + row * ot, exact + row, first_exact, open_keys, open_values, keys, sums, parts, scale, okp, ovp,
-            PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        full_segment(
+            query, full_table + row * ft, full_count + row, first_full, full_keys, full_values, keys, sums, parts, scale, fkp,
+            fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
 
 
@@ -130,13 +130,14 @@ def test_readers_equal_the_reference(backend):
     memory = torch.zeros(7, 256, dtype=torch.uint8)
     fields = {f"{part}_half": memory[:, 128 * n : 128 * (n + 1)].view(torch.float16).unflatten(1, (8, 8)) for n, part in
               enumerate("kv")}
-    opened = {part: memory[:, 128 * n : 128 * (n + 1)].view(torch.float32).unflatten(1, (4, 8)) for n, part in enumerate("kv")}
+    full_precision = {part: memory[:, 128 * n : 128 * (n + 1)].view(torch.float32).unflatten(1, (4, 8)) for n, part in
+                      enumerate("kv")}
     for view in fields.values():
         view[1:4] = torch.randn(3, 8, 8, generator=g).half()
-    for view in opened.values():
+    for view in full_precision.values():
         view[4:] = torch.randn(3, 4, 8, generator=g)
     tables = torch.tensor([[1, 3], [2, 0]]), torch.tensor([[4], [6]])
-    rows = Paged(made, fields, opened, *(x.int() for x in (*tables, torch.tensor([2, 1]), torch.tensor([3, 4]))))
+    rows = Paged(made, fields, full_precision, *(x.int() for x in (*tables, torch.tensor([2, 1]), torch.tensor([3, 4]))))
     inputs = torch.randn(2, 3, 8, generator=g), *torch.randn(2, 2, 8, generator=g)
     index = torch.tensor([1, 0])
     ours, reference = (decode_attention(*inputs, index, rows, backend=one) for one in (backend, "reference"))

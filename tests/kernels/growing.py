@@ -97,10 +97,10 @@ def content(held):
     """Everything that rows hold but the names of their pages: counts, tails, exact entries, encoded pages."""
     rows = held.rows
     every = torch.arange(len(rows.z), device=DEVICE)
-    keys, values, valid = rows.exact_entries(every)
-    found = {"exact": rows.exact, "closed": rows.closed, "z": rows.z, "numerators": rows.numerators}
+    keys, values, valid = rows.full_entries(every)
+    found = {"exact": rows.full_count, "closed": rows.encoded_count, "z": rows.z, "numerators": rows.numerators}
     found |= {"keys": keys.where(valid[..., None], 0), "values": values.where(valid[..., None], 0)}
-    pages, _ = rows.closed_pages(every)
+    pages, _ = rows.encoded_pages(every)
     return {k: x.clone() for k, x in found.items()}, rows.blocks(pages, rows.packings[0])
 
 
@@ -126,9 +126,9 @@ def fill(held, counts, keys, values):
     """Gives the first rows so many exact entries, out of ``[rows, N, D]``; all slots are then taken."""
     rows, every = held.rows, torch.arange(len(counts), device=DEVICE)
     counts = torch.tensor(counts, device=DEVICE)
-    rows._open(*ragged(rows.open_pages(counts)))
-    owner, place = ragged(counts)
-    rows.write_exact(owner, place, keys.to(DEVICE)[owner, place], values.to(DEVICE)[owner, place], {})
-    rows.exact[every] = counts.int()
+    rows._new_full_pages(*ragged(rows.full_pages(counts)))
+    owner, offset = ragged(counts)
+    rows.write_full(owner, offset, keys.to(DEVICE)[owner, offset], values.to(DEVICE)[owner, offset], {})
+    rows.full_count[every] = counts.int()
     rows.z[every], rows.numerators[every] = 1.0, 1.0
     held._slots.clear()

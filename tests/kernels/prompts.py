@@ -10,9 +10,9 @@ def problem(tokens, counts, size, groups, *, first=0, dtype=torch.float32, seed=
     g = torch.Generator().manual_seed(seed)
     rows, most, end = len(counts), max(*counts, 1), first + tokens
     rand = lambda *s: torch.randn(*s, generator=g).to(DEVICE, dtype)  # noqa: E731
-    places = torch.full((rows, most), end, dtype=torch.int32)
+    entry_positions = torch.full((rows, most), end, dtype=torch.int32)
     for row, count in enumerate(counts):
-        places[row, :count] = torch.randperm(end, generator=g)[:count].sort().values
+        entry_positions[row, :count] = torch.randperm(end, generator=g)[:count].sort().values
     positions = torch.arange(first, end, dtype=torch.int32)
-    return [rand(rows, groups, tokens, size), rand(rows, most, size), rand(rows, most, size), places.to(DEVICE),
+    return [rand(rows, groups, tokens, size), rand(rows, most, size), rand(rows, most, size), entry_positions.to(DEVICE),
             rand(rows, tokens, size), rand(rows, tokens, size), positions.to(DEVICE)]

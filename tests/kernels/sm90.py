@@ -151,11 +151,11 @@ def decoding(size, dtype, kind, *, groups=4, page=32, rows=64, biased=False):
     encoded = {stored[0].replace("k", part, 1): torch.zeros(2, page, size, dtype=stored[1]) for part in "kv"}
     if kind != "dense":
         encoded |= {f"{part}_scale": torch.zeros(2, page, dtype=torch.bfloat16) for part in "kv"}
-    opened = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    full_precision = {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
     table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     own = torch.zeros(rows, size, dtype=dtype)
     made = PlainFormat(kind, page, size, {name: (x.dtype, x.shape[1:]) for name, x in encoded.items()}, None)
-    cache = _biased(Paged(made, encoded, opened, table, table, count, count), biased)
+    cache = _biased(Paged(made, encoded, full_precision, table, table, count, count), biased)
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
@@ -165,11 +165,11 @@ def decoding_pages(size, dtype, codec, *, groups=4, page=64, rows=64, biased=Fal
     from dmc.kernels.decode.gpu import decode
     from dmc.kernels.pages.paged import Paged
 
-    made, opened = codec.page_format(page, size, dtype), {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
+    made, full_precision = codec.page_format(page, size, dtype), {part: torch.zeros(2, 12, size, dtype=dtype) for part in "kv"}
     fields = Layout(made.fields).views(torch.zeros(2, 1 << 15, dtype=torch.uint8))
     table, count = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     own = torch.zeros(rows, size, dtype=dtype)
-    cache = _biased(Paged(made, fields, opened, table, table, count, count), biased)
+    cache = _biased(Paged(made, fields, full_precision, table, table, count, count), biased)
     decode(torch.zeros(rows, groups, size, dtype=dtype), own, own, torch.arange(rows), cache, size**-0.5)
 
 
@@ -183,7 +183,7 @@ def _biased(cache, biased):
     place = torch.zeros(2, cache.page, dtype=torch.int32)
     bias.features(place)
     heads = torch.zeros(len(cache.encoded_count), dtype=torch.int64)
-    return replace(cache, encoded=cache.encoded | {"place": place}, key_bias=bias, heads=heads)
+    return replace(cache, encoded=cache.encoded | {"position": place}, key_bias=bias, heads=heads)
 
 
 def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
@@ -196,17 +196,19 @@ def prefilling(size, dtype, *, rows=8, groups=4, tokens=1024, entries=256):
     prefill(zeros(rows, groups, tokens, size), keys, keys, places, own, own, positions, size**-0.5)
 
 
-def growing(size, dtype, codec, *, page=64, per_open=17, rows=64):
+def growing(size, dtype, codec, *, page=64, per_full_page=17, rows=64):
     """Rows that tokens are appended to, in one byte pool."""
     from dmc.cache.storage.pages import Layout
     from dmc.kernels.pages.paged import Growing
 
     memory, int32 = torch.zeros(2, 1 << 16, dtype=torch.uint8), dict(dtype=torch.int32)
-    half, made = per_open * size * dtype.itemsize, codec.page_format(page, size, dtype)
-    opened = {part: memory[:, n * half : (n + 1) * half].view(dtype).unflatten(1, (-1, size)) for n, part in enumerate("kv")}
+    half, made = per_full_page * size * dtype.itemsize, codec.page_format(page, size, dtype)
+    full_precision = {
+        part: memory[:, n * half : (n + 1) * half].view(dtype).unflatten(1, (-1, size)) for n, part in enumerate("kv")
+    }
     count, table = torch.zeros(rows, **int32), torch.zeros(rows, 5, **int32)
     return Growing(
-        made, Layout(made.fields).views(memory), opened, table, table, count, count, sinks=4, window=0,
+        made, Layout(made.fields).views(memory), full_precision, table, table, count, count, sinks=4, window=0,
         numerators=torch.zeros(rows, 2 * size), z=torch.zeros(rows), memory=memory, stack=torch.zeros(1, dtype=torch.int64),
         free=torch.zeros(1, **int32), owners=torch.zeros(2, **int32), failed=torch.zeros(1, **int32),
     )

@@ -49,7 +49,7 @@ def test_grows_as_the_cache_itself_does(backend, size, dtype):
                 torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
     back(ours)
     same(content(ours)[0], content(theirs)[0])
-    assert state.exact_count.max() > state.per_open and not state.failed.any()
+    assert state.full_count.max() > state.per_full_page and not state.failed.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,7 +64,7 @@ def test_all_append_and_all_merge(backend, merging):
             append(state, ours, layer, slots, [place], part, turn, backend=backend)
     back(ours)
     same(content(ours)[0], content(theirs)[0])
-    assert (ours.rows.exact[ours.rows.all_layers(slots[0])] == (13 if merging == 0 else 0)).all()
+    assert (ours.rows.full_count[ours.rows.all_layers(slots[0])] == (13 if merging == 0 else 0)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,7 +77,7 @@ def test_a_row_without_an_open_entry_opens_one(backend, decision):
     torch.testing.assert_close(got[0], key[0])  # position 0 is not rotated
     torch.testing.assert_close(got[1], value[0])
     assert torch.equal(state.z[3:6], omega[0]) and not state.z[:3].any() and not state.z[6:].any()
-    assert not state.exact_count.any() and int(state.free) == 400
+    assert not state.full_count.any() and int(state.free) == 400
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,17 +102,17 @@ def test_without_a_free_page_nothing_is_written(backend):
     (ours, _), slots, texts, turn = pair(1, 1, merging=0.0)
     state = growing(ours)
     state.free.fill_(4)
-    before = {name: getattr(state, name).clone() for name in ("numerators", "z", "exact_count", "open_table")}
+    before = {name: getattr(state, name).clone() for name in ("numerators", "z", "full_count", "full_table")}
     part = following(texts, [1, 1])[0]
     append(state, ours, 0, slots, [1, 1], part, turn, backend=backend)
     index = ours.rows.index(0, torch.tensor(slots, device=DEVICE))
-    grown = state.exact_count[index] == 1
+    grown = state.full_count[index] == 1
     assert grown.sum() == 4 and int(state.free) == 0 and int(state.failed) == NO_PAGE
     for name, x in before.items():
         now = getattr(state, name)
         assert torch.equal(now[index[~grown]], x[index[~grown]]) and not torch.equal(now[index[grown]], x[index[grown]])
-    assert state.open_table[index[grown], 0].unique().numel() == 4
-    assert (state.owners[state.open_table[index[grown], 0].long()] == 1).all()
+    assert state.full_table[index[grown], 0].unique().numel() == 4
+    assert (state.owners[state.full_table[index[grown], 0].long()] == 1).all()
     assert not state.memory[0].any()
 
 
@@ -123,7 +123,7 @@ def test_a_full_row_takes_nothing_until_it_is_encoded(backend):
     for place in (1, 2, 3):
         append(state, ours, 0, slots, [place], following(texts, [place])[0], turn, backend=backend)
     index = ours.rows.index(0, torch.tensor(slots, device=DEVICE))
-    assert (state.exact_count[index] == 2).all() and int(state.failed) == NOT_ENCODED
+    assert (state.full_count[index] == 2).all() and int(state.failed) == NOT_ENCODED
     assert torch.equal(state.numerators[index, :8], texts[0][0][0][2] * texts[0][0][3][2][:, None])
 
 
@@ -134,9 +134,9 @@ def test_a_new_page_is_zeroed(backend):
     state = growing(ours)
     state.memory[1:] = 255
     append(state, ours, 0, slots, [1], following(texts, [1])[0], turn, backend=backend)
-    pages = state.open_table[ours.rows.index(0, torch.tensor(slots, device=DEVICE)), 0].long()
+    pages = state.full_table[ours.rows.index(0, torch.tensor(slots, device=DEVICE)), 0].long()
     for part in "kv":
-        assert not state.opened[part][pages, 1:].any() and state.opened[part][pages, 0].isfinite().all()
+        assert not state.full_precision[part][pages, 1:].any() and state.full_precision[part][pages, 0].isfinite().all()
 
 
 def test_wrong_views_are_refused():
@@ -144,7 +144,7 @@ def test_wrong_views_are_refused():
     views = {name: getattr(state, name) for name in Growing.__dataclass_fields__}
     with pytest.raises(ValueError, match="free must be int32 on the device, got torch.int64"):
         Growing(**views | {"free": state.free.long()})
-    with pytest.raises(ValueError, match="a row has up to 103 exact entries, but its . open pages hold . each"):
+    with pytest.raises(ValueError, match="a row has up to 103 full-precision entries, but its . full-precision pages hold"):
         Growing(**views | {"format": replace(state.format, page=100)})
     with pytest.raises(ValueError, match=r"numerators \(18, 15\) torch.float32 must be \[rows, 16\]"):
         Growing(**views | {"numerators": state.numerators[:, :15]})
@@ -183,5 +183,5 @@ def test_capture_in_a_cuda_graph():
         graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(own[0], own_states(theirs, 0, slots, [23, 30], turn)[0], rtol=1e-5, atol=1e-5)
-    assert torch.equal(ours.rows.exact[index], theirs.rows.exact[index])
-    torch.testing.assert_close(ours.rows.exact_entries(index)[0], theirs.rows.exact_entries(index)[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.rows.full_count[index], theirs.rows.full_count[index])
+    torch.testing.assert_close(ours.rows.full_entries(index)[0], theirs.rows.full_entries(index)[0], rtol=1e-5, atol=1e-5)

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "delta_rows",
             "forward", "backward_keys", "backward_queries", "_soft", "_soft_backward"}
-SERVING = {"_pieces", "_gear_pieces", "_trellis_pieces", "_single_pieces", "_grouped_pieces", "_together", "_prefill", "_shifts"}
+SERVING = {"_segments", "_gear_segments", "_trellis_segments", "_single_segments", "_grouped_segments", "_together", "_prefill",
+           "_shifts"}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 
 
@@ -25,7 +26,7 @@ def test_kernels_compile_for_sm90(part, expected, size):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    left_out = {"_grouped_pieces"} if size == 80 else set()  # whose words would fill less than two thirds of its columns
+    left_out = {"_grouped_segments"} if size == 80 else set()  # whose words would fill less than two thirds of its columns
     assert {line.split()[0] for line in done.stdout.splitlines()} == expected - left_out
 
 
@@ -49,14 +50,14 @@ print(name, spilled, loop, *sorted(lane_tables(recorder.ptx[name]).values()))
 def test_tables_of_levels_lie_in_the_lanes(size, bits, page, groups, codes):
     """What the interpreter cannot run: every shuffle reads a table that each lane loaded its number of.
 
-    ``codes`` of a thread, of each table: one and two stretches, one and two warps, columns that are no power of two.
+    ``codes`` of a thread, of each table: one and two chunks, one and two warps, columns that are no power of two.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SHUFFLED, *map(str, (size, bits, page, groups))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     name, spilled, loop, *shuffles = done.stdout.split()
-    assert (name, spilled) == ("_single_pieces" if groups == 1 else "_grouped_pieces", "0")
+    assert (name, spilled) == ("_single_segments" if groups == 1 else "_grouped_segments", "0")
     assert [int(x) for x in shuffles] == codes
     if page == 64:
         assert int(loop) < 8 * sum(codes)  # instructions of a thread for its codes of a page

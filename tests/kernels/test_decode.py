@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 PLAIN = list(MAIN)
 
 
-def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, columns=None, seed=0):
+def paged(kind, lengths, size, page, *, dtype=torch.float32, per_full_page=12, columns=None, seed=0):
     """Rows of ``lengths`` (encoded pages, exact entries) over one byte pool, pages dealt out in random order.
 
     Memory that nothing owns holds 0xFF bytes: NaN as any float.
@@ -35,14 +35,14 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, column
     g = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     encoded_columns = columns or max(1, max(pages for pages, _ in lengths))
-    open_columns = max(1, max(-(-exact // per_open) for _, exact in lengths))
-    count = 1 + rows * (encoded_columns + open_columns)
+    full_columns = max(1, max(-(-exact // per_full_page) for _, exact in lengths))
+    count = 1 + rows * (encoded_columns + full_columns)
     wide = {"dense": dtype, "int8": torch.int8, "fp8": torch.uint8}[kind]
     fields = {MAIN[kind].format(part): (wide, (page, size)) for part in "kv"}
     fields |= {f"{part}_scale": (torch.bfloat16, (page,)) for part in "kv" if kind != "dense"}
     made = PlainFormat(kind, page, size, fields, None)
-    opened = {name: (dtype, (per_open, size)) for name in "kv"}
-    page_bytes = max(sum(t.itemsize * torch.Size(s).numel() for t, s in part.values()) for part in (fields, opened))
+    full_precision = {name: (dtype, (per_full_page, size)) for name in "kv"}
+    page_bytes = max(sum(t.itemsize * torch.Size(s).numel() for t, s in part.values()) for part in (fields, full_precision))
     memory = torch.full((count, -(-page_bytes // 16) * 16), 255, dtype=torch.uint8)
 
     def views(part):
@@ -54,9 +54,9 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, column
         return found
 
     memory = memory.to(DEVICE)
-    encoded, opened = views(fields), views(opened)
+    encoded, full_precision = views(fields), views(full_precision)
     order = (torch.randperm(count - 1, generator=g) + 1).tolist()
-    tables = torch.zeros(rows, encoded_columns, dtype=torch.int32), torch.zeros(rows, open_columns, dtype=torch.int32)
+    tables = torch.zeros(rows, encoded_columns, dtype=torch.int32), torch.zeros(rows, full_columns, dtype=torch.int32)
     for row, (pages, exact) in enumerate(lengths):
         for column in range(pages):
             tables[0][row, column] = at = order.pop()
@@ -70,13 +70,13 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_open=12, column
                     x = x.to(torch.float8_e4m3fn).view(torch.uint8)
                 field[at] = x.to(field)
         for place in range(exact):
-            column = place // per_open
-            if place % per_open == 0:
+            column = place // per_full_page
+            if place % per_full_page == 0:
                 tables[1][row, column] = order.pop()
-            for field in opened.values():
-                field[tables[1][row, column], place % per_open] = torch.randn(size, generator=g).to(field)
+            for field in full_precision.values():
+                field[tables[1][row, column], place % per_full_page] = torch.randn(size, generator=g).to(field)
     counts = torch.tensor(lengths, dtype=torch.int32).to(DEVICE)
-    return Paged(made, encoded, opened, *(t.to(DEVICE) for t in tables), counts[:, 0].clone(), counts[:, 1].clone())
+    return Paged(made, encoded, full_precision, *(t.to(DEVICE) for t in tables), counts[:, 0].clone(), counts[:, 1].clone())
 
 
 def queries(rows, groups, size, dtype=torch.float32):
@@ -99,12 +99,12 @@ def with_key_bias(cache, seed=0):
     g, rows = torch.Generator().manual_seed(seed), len(cache.encoded_count)
     bias = torch.randn(1, 3, cache.head_size, generator=g) * 4
     rope = Rope(frequencies(cache.head_size, 100.0), device=DEVICE)
-    pages = len(cache.opened["k"])
+    pages = len(cache.full_precision["k"])
     places = torch.randint(-1, 90, (pages, cache.page), generator=g, dtype=torch.int32).to(DEVICE)
     made = KeyBias(bias.to(DEVICE), rope)
     made.features(places)
     heads = torch.arange(rows, device=DEVICE) % 3
-    return replace(cache, encoded=cache.encoded | {"place": places}, key_bias=made, heads=heads)
+    return replace(cache, encoded=cache.encoded | {"position": places}, key_bias=made, heads=heads)
 
 
 LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, exact entries)
@@ -162,10 +162,10 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3) * scaled_by
     blocks = codec.encode(keys, values)
     where = Layout({name: (x.dtype, tuple(x.shape[1:])) for name, x in blocks.tensors.items()})
-    opened = Layout({name: (dtype, (12, size)) for name in "kv"})
-    memory = torch.full((14, max(where.nbytes, opened.nbytes)), 255, dtype=torch.uint8)
+    full_precision = Layout({name: (dtype, (12, size)) for name in "kv"})
+    memory = torch.full((14, max(where.nbytes, full_precision.nbytes)), 255, dtype=torch.uint8)
     memory[0] = 0  # the pool's null page
-    for view in opened.views(memory).values():
+    for view in full_precision.views(memory).values():
         view[8:] = torch.randn(6, 12, size, generator=g)
     for name, view in where.views(memory).items():
         view[1:7] = blocks.tensors[name]
@@ -175,7 +175,7 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     counts = torch.tensor([4, 1, 0]), torch.tensor([13, 0, 5])
     small = [x.int().to(DEVICE) for x in (*tables, *counts)]
     made = codec.page_format(page, size, torch.float32, DEVICE)
-    return Paged(made, fields, opened.views(memory), *small), codec.decode(blocks)
+    return Paged(made, fields, full_precision.views(memory), *small), codec.decode(blocks)
 
 
 GEARS = [dict(bits=bits, backbone=backbone) for bits, backbone in ((4, "kivi"), (3, "kcvt"), (2, "token"))]
@@ -203,7 +203,7 @@ TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bi
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_trellis_pages(settings, groups):
-    """Every width of codes, one stretch and two; against the twin, and the twin against the codec that wrote the pages."""
+    """Every width of codes, one chunk and two; against the twin, and the twin against the codec that wrote the pages."""
     cache, (keys, values) = gear_pages(16, 16, **settings)
     inputs = queries(3, groups, 16)
     check(cache, inputs, [2, 0, 1], floor=3e-6)
@@ -221,7 +221,7 @@ def test_trellis_pages(settings, groups):
 @pytest.mark.parametrize(("size", "page"), [(80, 32), (128, 64), pytest.param(64, 128, marks=pytest.mark.slow),
                                             pytest.param(96, 256, marks=pytest.mark.slow)])
 def test_trellis_pages_of_one_query_a_head(settings, size, page):
-    """The kernel without matrix products: every width and every pair of stretches that it takes, blocks of 4 to 32 entries."""
+    """The kernel without matrix products: every width and every pair of chunks that it takes, blocks of 4 to 32 entries."""
     cache, _ = gear_pages(size, page, **settings)
     assert trellis_single_triton.takes(1, cache.format.key + cache.format.value)
     check(cache, queries(3, 1, size), [2, 0, 1], floor=3e-6)
@@ -303,7 +303,7 @@ def test_gear_pages_on_a_gpu(settings, size, groups, dtype):
 @pytest.mark.parametrize("page", [16, 64, 256])
 @pytest.mark.parametrize("size", [64, 80])
 def test_matrix_in_the_interpreter(kind, page, size):
-    check(paged(kind, [(2, 5), (0, 1), (1, 20)], size, page, per_open=9), queries(3, 4, size), [2, 0, 1], floor=2e-6)
+    check(paged(kind, [(2, 5), (0, 1), (1, 20)], size, page, per_full_page=9), queries(3, 4, size), [2, 0, 1], floor=2e-6)
 
 
 @pytest.mark.gpu

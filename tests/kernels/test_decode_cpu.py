@@ -68,7 +68,7 @@ def test_gear_pages(settings, size, groups, page, dtype):
 @pytest.mark.parametrize("rates", [(4, 3), (3, 2), (2.25, 1.75), (1, 1.5), (3.25, 4), (4.5, 5)])
 @pytest.mark.parametrize("page", [8, 32])
 def test_levels_by_vectors_are_those_of_the_plain_loops(rates, page):
-    """At head size 64 every stretch of these rates is whole vectors; bit for bit, and nothing is written behind."""
+    """At head size 64 every chunk of these rates is whole vectors; bit for bit, and nothing is written behind."""
     codes, table, lines, starts = trellis_page(rates, page, 64)
     assert pages_numba._wide(page, lines)
     kept = np.full(page * 64 + 8, 7.0, np.float32), np.full(page * 64 + 8, 7.0, np.float32)
@@ -89,9 +89,9 @@ def test_where_vectors_do_not_fit(rate, page, size):
 
 def trellis_page(rates, page, size):
     """Random codes of a page's keys and then of its values, and what the format says of them."""
-    stretches = [tuple(trellis.stretches(rate, size)) for rate in rates]
-    levels = {bits: trellis.levels(bits) for part in stretches for _, bits in part}
-    made = TrellisFormat("tcq", page, size, {}, None, *stretches, levels, torch.eye(size))
+    chunks = [tuple(trellis.chunks(rate, size)) for rate in rates]
+    levels = {bits: trellis.levels(bits) for part in chunks for _, bits in part}
+    made = TrellisFormat("tcq", page, size, {}, None, *chunks, levels, torch.eye(size))
     codes = torch.randint(0, 256, (page * size * 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(page))
     return codes.numpy(), *made.tables()
 
@@ -115,8 +115,8 @@ def test_threads_share_the_rows(monkeypatch):
 
 def test_weights_are_not_written_where_there_is_no_room_for_them():
     """Not to whatever lies at the beginning of the pages' memory, which no row may write to."""
-    with pytest.raises(ValueError, match="no scores to take them"):
-        decode_cpu.watched(*queries(4, 2, 8), torch.arange(4), paged("dense", LENGTHS, 8, 16), 0.3, "sum")
+    with pytest.raises(ValueError, match="no scores to add them to"):
+        decode_cpu.with_statistics(*queries(4, 2, 8), torch.arange(4), paged("dense", LENGTHS, 8, 16), 0.3, "sum")
 
 
 def test_no_rows_and_other_dtypes():
@@ -209,7 +209,7 @@ def test_every_fp8_number():
 
 def test_pages_of_several_storages_are_left_to_pytorch():
     cache, inputs = paged("dense", LENGTHS, 8, 16), queries(4, 1, 8)
-    apart = replace(cache, opened={part: x.clone() for part, x in cache.opened.items()})
+    apart = replace(cache, full_precision={part: x.clone() for part, x in cache.full_precision.items()})
     assert cache.cpu_reads and not apart.cpu_reads
     index = torch.arange(4)
     torch.testing.assert_close(decode_attention(*inputs, index, apart), decode_attention(*inputs, index, cache))

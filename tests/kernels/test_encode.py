@@ -67,7 +67,7 @@ def check_bits(kind, exact, size, page=7):
         state = growing(held)
         encode_pages(state, torch.tensor([8, 0, 1, -1, 2, 3, 5, 6, 7], device=DEVICE), backend=backend)
         assert not state.failed.any()
-        assert state.exact_count[:9].tolist() == [22, 0, 21 + page, 22, 22 + page, 1, 20 + page, 22, 22]
+        assert state.full_count[:9].tolist() == [22, 0, 21 + page, 22, 22 + page, 1, 20 + page, 22, 22]
         encode_pages(state, torch.tensor([4], device=DEVICE), backend=backend)
         back(held)
     (ours, ours_pages), (theirs, theirs_pages) = map(content, both)
@@ -122,7 +122,7 @@ def check_steps(kind, exact, shape, backend, *, steps, size=6, lengths=(1, 18), 
         decoded = [held.rows.packings[0].codec.decode(pages) for held, (_, pages) in zip(both, (found, expected), strict=True)]
         for x, y in zip(*decoded, strict=True):
             assert (x.float() - y.float()).norm() <= 0.01 * y.float().norm()
-    assert theirs.rows.closed.max() > 2 and ours.rows.pool.used == theirs.rows.pool.used and not state.failed.any()
+    assert theirs.rows.encoded_count.max() > 2 and ours.rows.pool.used == theirs.rows.pool.used and not state.failed.any()
     for slot in slots:
         ours.close(slot)
     assert ours.rows.pool.used == 0
@@ -136,19 +136,19 @@ def test_without_a_page_or_a_column_rows_stay_full(backend):
     fill(held, [7] * 9, keys, values)
     state, index = growing(held), torch.arange(9, device=DEVICE)
     state.free.fill_(2)
-    before = held.rows.exact_entries(index)[0].clone()
+    before = held.rows.full_entries(index)[0].clone()
     encode_pages(state, index, backend=backend)
     done = state.encoded_count[:9] == 1
-    assert done.sum() == 2 and int(state.failed) == NO_PAGE and (state.exact_count[:9][~done] == 7).all()
-    assert torch.equal(held.rows.exact_entries(index[~done])[0], before[~done])
-    given = 2 * held.rows.open_pages(7) - 2 * held.rows.open_pages(3)
+    assert done.sum() == 2 and int(state.failed) == NO_PAGE and (state.full_count[:9][~done] == 7).all()
+    assert torch.equal(held.rows.full_entries(index[~done])[0], before[~done])
+    given = 2 * held.rows.full_pages(7) - 2 * held.rows.full_pages(3)
     assert int(state.free) == given and (state.encoded_table[:9] > 0).sum() == 2 and not state.memory[0].any()
     state.failed.zero_()
     state.free.add_(100)
     state.encoded_count[0] = 4  # as many as the table has columns
-    state.exact_count[0] = 7
+    state.full_count[0] = 7
     encode_pages(state, index, backend=backend)
-    assert int(state.failed) == NO_COLUMN and state.exact_count[0] == 7 and state.encoded_count[:9].tolist() == [4] + [1] * 8
+    assert int(state.failed) == NO_COLUMN and state.full_count[0] == 7 and state.encoded_count[:9].tolist() == [4] + [1] * 8
     assert (state.encoded_table[:9, 0] > 0).all() or not done[0]
 
 
@@ -158,7 +158,7 @@ RATED = pytest.mark.parametrize("settings", RATES, ids=lambda settings: "-".join
 
 @RATED
 def test_trellis_pages_lose_no_more_than_the_codecs(settings):
-    """Every width of codes, one stretch and two; pages that are no power of two."""
+    """Every width of codes, one chunk and two; pages that are no power of two."""
     check_errors(settings, 16, 13, "bf16")
 
 
@@ -186,7 +186,7 @@ def check_errors(settings, size, page, exact):
     index = torch.tensor([0, 2, 3, 5], device=DEVICE)
     assert state.encoded_count.sum() == 4 and (state.encoded_count[index] == 1).all()
     packing = held.rows.packings[0]
-    pages = held.rows.blocks(held.rows.closed_pages(index)[0], packing)
+    pages = held.rows.blocks(held.rows.encoded_pages(index)[0], packing)
     stored = [x[index.cpu(), 3:].to(held.rows.storage.exact_dtype) for x in (keys, values)]
     wanted = packing.codec.encode(*stored)
     for name, x in pages.tensors.items():
@@ -263,9 +263,9 @@ def test_capture_in_a_cuda_graph(kind):
         place.fill_(at)
         graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(ours.rows.closed[index], theirs.rows.closed[index]) and not state.failed.any()
-    assert torch.equal(ours.rows.exact[index], theirs.rows.exact[index]) and ours.rows.closed[index].min() > 2
+    assert torch.equal(ours.rows.encoded_count[index], theirs.rows.encoded_count[index]) and not state.failed.any()
+    assert torch.equal(ours.rows.full_count[index], theirs.rows.full_count[index]) and ours.rows.encoded_count[index].min() > 2
     packing = ours.rows.packings[0]
-    sides = [packing.codec.decode(held.rows.blocks(held.rows.closed_pages(index)[0], packing)) for held in both]
+    sides = [packing.codec.decode(held.rows.blocks(held.rows.encoded_pages(index)[0], packing)) for held in both]
     for x, y in zip(*sides, strict=True):
         assert (x.float() - y.float()).norm() <= 0.01 * y.float().norm()

@@ -13,7 +13,7 @@ from dmc.kernels.formats.trellis import viterbi_cpu as trellis_cpu
 
 
 def both(x, rate):
-    parts = trellis.stretches(rate, x.shape[-1])
+    parts = trellis.chunks(rate, x.shape[-1])
     with using("torch"):
         expected = trellis.choose(x, rate)
     return trellis_cpu.choose(x, parts, {bits: trellis.levels(bits) for _, bits in parts}), expected

@@ -32,7 +32,7 @@ WIDTHS: dict[str, tuple[Iterable[float], str]] = {
 BACKBONES = tuple(WIDTHS)
 SPLIT = {2: (2, 2), 3: (3.25, 2.5), 4: (4.5, 3.5), 8: (8, 8)}  # bits → best (key bits, value bits) of the trellis
 GROUP = 64
-_MOST_PLACES = 256  # places of outliers are bytes
+_MOST_INDICES = 256  # places of outliers are bytes
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -72,10 +72,10 @@ class Backbone:
         given = codec.name, page, head_size, fields, codec.fields
         key, value = self.part("k", head_size), self.part("v", head_size)
         if self.name == "trellis":
-            sides = [tuple(trellis.stretches(one.rate, head_size)) for one in (key, value)]
+            sides = [tuple(trellis.chunks(one.rate, head_size)) for one in (key, value)]
             levels = {bits: trellis.levels(bits).to(device) for side in sides for _, bits in side}
             return TrellisFormat(*given, *sides, levels, rotation(head_size, torch.zeros(1)).to(device))
-        if self.name not in MIN_MAX or key.bits != value.bits or key.bits not in BITS or page > _MOST_PLACES:
+        if self.name not in MIN_MAX or key.bits != value.bits or key.bits not in BITS or page > _MOST_INDICES:
             return PageFormat(*given)
         if key.group != value.group or self.scale_dtype != torch.bfloat16:
             return PageFormat(*given)

@@ -33,7 +33,7 @@ class Blocks:
         return {name[len(prefix) + 1 :]: tensor for name, tensor in self.tensors.items() if name.startswith(f"{prefix}_")}
 
 
-PLACE = "e_place"  # field of a `Codec.placed` codec
+POSITION = "e_position"  # field of a `Codec.needs_positions` codec
 
 
 class Codec(ABC):
@@ -44,8 +44,8 @@ class Codec(ABC):
         lossy: whether ``decode(encode(x))`` may differ from x; then a sequence's first entries stay exact.
         page_size: entries of a page unless the user says otherwise.
         window: newest entries that stay exact unless the user says otherwise.
-        placed: whether it must know which head's entries a page holds and their places; it is then called by
-            `encode_at` and keeps the places in a field `PLACE`, int32 ``[..., N]``, where the cache also writes -1 for
+        needs_positions: whether it must know which head's entries a page holds and their places; it is then called by
+            `encode_at` and keeps the places in a field `POSITION`, int32 ``[..., N]``, where the cache also writes -1 for
             entries that it evicts.
         compiles: CPU kernels that encoding needs, names of `dmc.kernels.ready.prepare`.
         made_for: `dmc.model.fingerprint.model_hash` of the only model that it fits; None: it fits all.
@@ -55,7 +55,7 @@ class Codec(ABC):
     lossy: ClassVar[bool]
     page_size: ClassVar[int]
     window: ClassVar[int] = 0
-    placed: ClassVar[bool] = False
+    needs_positions: ClassVar[bool] = False
     compiles: tuple[str, ...] = ()
     made_for: str | None = None
 
@@ -76,13 +76,13 @@ class Codec(ABC):
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """Encodes pages: keys (rotated) and values ``[..., N, D]`` of any float dtype. Pure and seeded."""
 
-    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, places: Tensor) -> Blocks:
-        """`encode`, for a codec that is `placed`.
+    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, positions: Tensor) -> Blocks:
+        """`encode`, for a codec that `needs_positions`.
 
         Args:
             keys, values: ``[..., N, D]``; keys rotated, each at its place.
             heads: int64 ``[...]``, key/value head of each page, counted over all layers: ``layer * H + head``.
-            places: int32 ``[..., N]``, position of each entry's newest token; -1 is an entry that nothing will read.
+            positions: int32 ``[..., N]``, position of each entry's newest token; -1 is an entry that nothing will read.
         """
         return self.encode(keys, values)
 

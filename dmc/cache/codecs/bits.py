@@ -1,8 +1,8 @@
 """Codes of 1 to 8 bits packed into bytes.
 
 A code is cut into planes of 1, 2, 4 or 8 bits (3 = 2 + 1). A plane of width w puts 8 / w codes into each byte:
-the codes are laid out as 8 / w equal stretches, and byte i holds element i of every stretch. So unpacking is a
-shift and a mask over a contiguous stretch, with no interleaving, and a row of n codes takes
+the codes are laid out as 8 / w equal chunks, and byte i holds element i of every chunk. So unpacking is a
+shift and a mask over a contiguous chunk, with no interleaving, and a row of n codes takes
 ``sum over planes of ceil(n w / 8)`` bytes: at most one byte a plane is slack.
 """
 
@@ -41,10 +41,10 @@ def unpack(packed: Tensor, bits: int, count: int, dtype: torch.dtype = torch.uin
     for width in PLANES[bits]:
         per_byte = 8 // width
         size = -(-count // per_byte)
-        stretch = packed[..., start : start + size]
+        chunk = packed[..., start : start + size]
         plane = torch.empty(*packed.shape[:-1], per_byte, size, dtype=dtype, device=packed.device)
         for part in range(per_byte):
-            plane[..., part, :] = (stretch >> (part * width)) & ((1 << width) - 1)
+            plane[..., part, :] = (chunk >> (part * width)) & ((1 << width) - 1)
         plane = plane.flatten(-2)[..., :count]
         codes = plane if codes is None else codes + plane * (1 << shift)
         start, shift = start + size, shift + width

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs.base import PLACE, Blocks, Codec, Field
+from dmc.cache.codecs.base import POSITION, Blocks, Codec, Field
 from dmc.cache.codecs.eigenfile import Bases, read
 from dmc.cache.codecs.int8 import round_up
 from dmc.functional import rotate
@@ -42,7 +42,7 @@ class EigenCodec(Codec):
 
     name = "eigen"
     lossy = True
-    placed = True
+    needs_positions = True
     page_size = 16
 
     def __init__(self, file: str | Path | None = None, *, coefficients: str = "bf16") -> None:
@@ -85,7 +85,7 @@ class EigenLayer(Codec):
 
     name = "eigen"
     lossy = True
-    placed = True
+    needs_positions = True
     page_size = 16
 
     def __init__(self, whole: EigenCodec, bases: Bases, frequencies: Tensor, scaling: float) -> None:
@@ -103,11 +103,11 @@ class EigenLayer(Codec):
         """Not without heads and places: see `encode_at`."""
         raise ValueError("eigen codec: keys are turned back by their places; take `encode_at`")
 
-    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, places: Tensor) -> Blocks:
+    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, positions: Tensor) -> Blocks:
         """See `Codec.encode_at`; arithmetic in fp32."""
         heads = heads % len(self._bases["k"])  # they are counted over all layers
-        plain = rotate(keys.float(), self._rope.inverse(_held(places)))
-        tensors = {PLACE: places.int(), "head": heads[..., None].to(torch.uint8)}
+        plain = rotate(keys.float(), self._rope.inverse(_held(positions)))
+        tensors = {POSITION: positions.int(), "head": heads[..., None].to(torch.uint8)}
         for part, x in (("k", plain), ("v", values.float())):
             tensors |= {f"{part}_{name}": field for name, field in self._stored(x @ self._basis(part, heads, x)).items()}
         return Blocks(tensors, *keys.shape[-2:])
@@ -131,7 +131,7 @@ class EigenLayer(Codec):
         heads = blocks.tensors["head"][..., 0].long()
         coefficients = self._read(blocks, "k", dtype)
         plain = coefficients @ self._basis("k", heads, coefficients).transpose(-1, -2)
-        return rotate(plain, self._rope(_held(blocks.tensors[PLACE])))
+        return rotate(plain, self._rope(_held(blocks.tensors[POSITION])))
 
     def _basis(self, part: str, heads: Tensor, like: Tensor) -> Tensor:
         """``[..., D, r]`` of each page's head."""
@@ -151,6 +151,6 @@ class EigenLayer(Codec):
         return coefficients * blocks.tensors[f"{part}_scale"].to(dtype)[..., None]
 
 
-def _held(places: Tensor) -> Tensor:
+def _held(positions: Tensor) -> Tensor:
     """Positions of entries as indices; an evicted entry's place is -1, and 0 is taken instead, which nobody reads."""
-    return places.long().clamp(min=0)
+    return positions.long().clamp(min=0)

@@ -141,7 +141,7 @@ class GearCodec(Codec):
         if where is not None:
             missing = _vectors(part, residual)
             fields["outliers"] = missing.gather(-1, where).bfloat16()
-            fields["places"] = where.to(index_dtype(vectors.shape[-1]))
+            fields["indices"] = where.to(index_dtype(vectors.shape[-1]))
             residual = _vectors(part, missing.scatter(-1, where, 0.0))
         if self.rank:
             rank = min(self.rank, entries, head_size)
@@ -154,7 +154,7 @@ class GearCodec(Codec):
         fields = blocks.part(part)
         base = self.parts.part(part, blocks.head_size).decode(fields, blocks.entries, blocks.head_size)
         if "outliers" in fields:
-            _vectors(part, base).scatter_add_(-1, fields["places"].long(), fields["outliers"].float())
+            _vectors(part, base).scatter_add_(-1, fields["indices"].long(), fields["outliers"].float())
         return base
 
     def _factors(self, blocks: Blocks, part: str) -> tuple[Tensor, Tensor]:

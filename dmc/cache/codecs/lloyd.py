@@ -30,7 +30,7 @@ class LloydMax:
 
     head_size: int
 
-    def stretches(self, rate: float, length: int) -> list[tuple[int, int]]:
+    def chunks(self, rate: float, length: int) -> list[tuple[int, int]]:
         """All values of a vector have the same bits."""
         return [(length, int(rate))]
 
@@ -52,18 +52,18 @@ def levels(bits: int, head_size: int) -> Tensor:
         return torch.linspace(-1, 1, 2**bits)
     count = 2**bits
     angle = torch.linspace(math.pi, 0, _GRID + 1, dtype=torch.float64)
-    place = angle.cos()  # rises from -1 to 1
+    points = angle.cos()  # rises from -1 to 1
     density = angle.sin().clamp_(min=0) ** (head_size - 2)
     mass = _cumulated(density)
     moment = -(angle.sin() ** (head_size - 1)) / (head_size - 1)  # the integral of cos θ sin(θ)^(D - 2), exactly
     moment = moment / (density.sum() * math.pi / _GRID)
     quantile = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     # To begin with, as dense as the cube root of the density of t, which is best for many levels (Panter and Dite).
-    table = _at(quantile, _cumulated(angle.sin().clamp_(min=0) ** (head_size / 3)), place)
+    table = _at(quantile, _cumulated(angle.sin().clamp_(min=0) ** (head_size / 3)), points)
     for _ in range(_ROUNDS):
         middle = (table[1:] + table[:-1]) / 2
-        edges = torch.cat([place[:1], middle, place[-1:]])
-        below, first = _at(edges, place, mass), _at(edges, place, moment)
+        edges = torch.cat([points[:1], middle, points[-1:]])
+        below, first = _at(edges, points, mass), _at(edges, points, moment)
         new = (first[1:] - first[:-1]) / (below[1:] - below[:-1])
         new = (new - new.flip(0)) / 2  # the law is symmetric
         moved = (new - table).abs().max()

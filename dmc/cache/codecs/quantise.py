@@ -17,7 +17,7 @@ class Quantiser:
 
     Attributes:
         bits: 2, 3, 4 or 8; ``2**bits - 1`` steps between a group's lowest and highest value.
-        axis: "token": a group is a stretch of one token's channels; "channel": a group is a stretch of
+        axis: "token": a group is a chunk of one token's channels; "channel": a group is a chunk of
             tokens of one channel.
         group: longest group; None: the whole vector. A vector that it does not divide is cut into equal groups
             below that length.

@@ -33,7 +33,7 @@ Fields = dict[str, Tensor]
 class Coder(Protocol):
     """How values of about variance 1 become codes: the functions of `dmc.cache.codecs.trellis`, or another's."""
 
-    stretches: Callable[[float, int], list[tuple[int, int]]]
+    chunks: Callable[[float, int], list[tuple[int, int]]]
     choose: Callable[[Tensor, float], Tensor]
     read: Callable[[Tensor, float], Tensor]
 
@@ -41,7 +41,7 @@ class Coder(Protocol):
 class TrellisCoder:
     """The functions of `dmc.cache.codecs.trellis`, as an object: a module cannot be sent to another process."""
 
-    stretches = staticmethod(trellis.stretches)
+    chunks = staticmethod(trellis.chunks)
     choose = staticmethod(trellis.choose)
     read = staticmethod(trellis.read)
 
@@ -77,7 +77,7 @@ class Rotated:
         if runs_on_cpu(x) and isinstance(self.coder, TrellisCoder):
             from dmc.kernels.formats.trellis import cpu as rotated_cpu
 
-            parts = trellis.stretches(self.rate, x.shape[-1])
+            parts = trellis.chunks(self.rate, x.shape[-1])
             tables = {bits: trellis.levels(bits) for _, bits in parts}
             turn, hadamard = self._turn(x.shape[-1], x[..., :0].double()), self.rotation == "hadamard"
             return rotated_cpu.encode(x, turn, parts, tables, mean=self.mean, hadamard=hadamard)
@@ -137,14 +137,14 @@ class Rotated:
 
     def _pack(self, codes: Tensor) -> Tensor:
         parts, start = [], 0
-        for count, bits in self.coder.stretches(self.rate, codes.shape[-1]):
+        for count, bits in self.coder.chunks(self.rate, codes.shape[-1]):
             parts.append(pack(codes[..., start : start + count].flatten(-2), bits))
             start += count
         return torch.cat(parts, dim=-1)
 
     def _unpack(self, packed: Tensor, entries: int, head_size: int) -> Tensor:
         parts, start = [], 0
-        for count, bits in self.coder.stretches(self.rate, head_size):
+        for count, bits in self.coder.chunks(self.rate, head_size):
             size = packed_bytes(entries * count, bits)
             codes = unpack(packed[..., start : start + size], bits, entries * count)
             parts.append(codes.unflatten(-1, (entries, count)))
@@ -211,8 +211,8 @@ def _hadamard(size: int, generator: torch.Generator) -> Tensor:
     while rest % 2 == 0:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
         rest //= 2
-    place = torch.arange(rest, dtype=torch.float64)
-    cosines = torch.cos(math.pi / rest * (place[:, None] + 0.5) * place) * math.sqrt(2 / rest)
+    index = torch.arange(rest, dtype=torch.float64)
+    cosines = torch.cos(math.pi / rest * (index[:, None] + 0.5) * index) * math.sqrt(2 / rest)
     cosines[:, 0] /= math.sqrt(2)
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
     return signs * torch.kron(cosines, matrix)

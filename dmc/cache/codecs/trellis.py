@@ -23,15 +23,15 @@ from torch import Tensor
 
 from dmc.kernels.cpu.runs import runs_on_cpu
 
-RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits a value: 1 to 8, see `stretches`
+RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits a value: 1 to 8, see `chunks`
 _FITTED = {1: (0.3963, 1.1817), 2: (0.1680, 0.6470, 1.0708, 1.8779)}  # the positive levels
 _WIDTH = {3: 1.35, 4: 1.45, 5: 1.5}  # of the wider normal distribution; 1.55 above
 _SUBSETS = 4
 _ROWS = 1024  # vectors whose path is sought at once, so that the costs stay in a core's cache
 
 
-def stretches(rate: float, length: int) -> list[tuple[int, int]]:
-    """How a vector of ``length`` values is divided: ``(values, bits)`` of each stretch, those of more bits first.
+def chunks(rate: float, length: int) -> list[tuple[int, int]]:
+    """How a vector of ``length`` values is divided: ``(values, bits)`` of each chunk, those of more bits first.
 
     At 2.25 bits a quarter of the values has 3 bits and the others 2; the count is rounded to whole values.
     """
@@ -61,7 +61,7 @@ def choose(x: Tensor, rate: float) -> Tensor:
     if runs_on_cpu(x):
         from dmc.kernels.formats.trellis import viterbi_cpu as trellis_cpu
 
-        parts = stretches(rate, x.shape[-1])
+        parts = chunks(rate, x.shape[-1])
         return trellis_cpu.choose(x, parts, {bits: levels(bits) for _, bits in parts})
     rows = x.reshape(-1, x.shape[-1])
     return torch.cat([_choose(some.T, rate) for some in rows.split(_ROWS)]).view(x.shape)
@@ -76,7 +76,7 @@ def read(codes: Tensor, rate: float) -> Tensor:
     first[..., 2:] ^= path[..., :-2]
     index = (index + 2 * first).int() + 2 * (codes & 254).int()
     parts, start = [], 0
-    for count, bits in stretches(rate, codes.shape[-1]):
+    for count, bits in chunks(rate, codes.shape[-1]):
         table = levels(bits).to(codes.device)
         part = index[..., start : start + count]
         parts.append(table.index_select(0, part.reshape(-1)).view(part.shape))
@@ -99,11 +99,11 @@ def _choose(x: Tensor, rate: float) -> Tensor:
     """`choose` for ``[T, R]``, the values of a vector below each other → ``[R, T]``."""
     cost, cell = [], []  # of the nearest level of each subset: [T, 4, R]
     start = 0
-    for count, bits in stretches(rate, len(x)):
+    for count, bits in chunks(rate, len(x)):
         part = x[start : start + count]
         edges, cells = (table.to(x.device) for table in _nearest(bits))
-        place = torch.bucketize(part.contiguous(), edges).flatten()
-        near = cells.index_select(1, place).view(_SUBSETS, *part.shape).transpose(0, 1)
+        interval = torch.bucketize(part.contiguous(), edges).flatten()
+        near = cells.index_select(1, interval).view(_SUBSETS, *part.shape).transpose(0, 1)
         subsets = torch.arange(_SUBSETS, device=x.device)[:, None]
         level = levels(bits).to(x.device).index_select(0, (near.int() * _SUBSETS + subsets).flatten())
         cost.append((part[:, None] - level.view(near.shape)).square_())

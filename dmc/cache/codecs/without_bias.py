@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmc.cache.codecs.base import PLACE, Blocks, Codec, Field
+from dmc.cache.codecs.base import POSITION, Blocks, Codec, Field
 from dmc.kernels.pages.format import PageFormat
 from dmc.kernels.pages.key_bias import KeyBias
 
@@ -24,7 +24,7 @@ class WithoutKeyBias(Codec):
         key_bias: of the model.
     """
 
-    placed = True
+    needs_positions = True
 
     def __init__(self, inner: Codec, key_bias: KeyBias) -> None:
         self.inner, self.key_bias = inner, key_bias
@@ -33,38 +33,38 @@ class WithoutKeyBias(Codec):
 
     def layout(self, entries: int, head_size: int, dtype: torch.dtype) -> dict[str, Field]:
         """See `Codec.layout`."""
-        own = {PLACE: (torch.int32, (entries,)), _HEAD: (torch.int32, (1,))}
+        own = {POSITION: (torch.int32, (entries,)), _HEAD: (torch.int32, (1,))}
         return self.inner.layout(entries, head_size, dtype) | own
 
     def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
         """That of the inner codec: its kernels read these pages, and whoever calls them adds the bias."""
-        inner = {name: field for name, field in fields.items() if name not in (PLACE, _HEAD)}
+        inner = {name: field for name, field in fields.items() if name not in (POSITION, _HEAD)}
         return self.inner.make_page_format(entries, head_size, inner, device)
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """Not without heads and positions: see `encode_at`."""
         raise ValueError(f"{self.name} codec without the keys' bias: this needs heads and positions; take `encode_at`")
 
-    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, places: Tensor) -> Blocks:
+    def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, positions: Tensor) -> Blocks:
         """See `Codec.encode_at`; the difference is computed in fp32 and rounded to the dtype of ``keys``."""
-        plain = (keys.float() - self.key_bias.keys(heads, places)).to(keys.dtype)
-        own = {PLACE: places.int(), _HEAD: heads[..., None].int()}
-        self.key_bias.features(places)  # before any kernel reads these positions
+        plain = (keys.float() - self.key_bias.keys(heads, positions)).to(keys.dtype)
+        own = {POSITION: positions.int(), _HEAD: heads[..., None].int()}
+        self.key_bias.features(positions)  # before any kernel reads these positions
         return Blocks(self.inner.encode(plain, values).tensors | own, *keys.shape[-2:])
 
     def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """See `Codec.decode`."""
         keys, values = self.inner.decode(self._inner(blocks))
-        return keys + self.key_bias.keys(_heads(blocks), blocks.tensors[PLACE]).to(keys.dtype), values
+        return keys + self.key_bias.keys(_heads(blocks), blocks.tensors[POSITION]).to(keys.dtype), values
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.scores`."""
-        bias = self.key_bias.scores(query, _heads(blocks), blocks.tensors[PLACE])
+        bias = self.key_bias.scores(query, _heads(blocks), blocks.tensors[POSITION])
         return self.inner.scores(self._inner(blocks), query) + bias
 
     def row_scores(self, blocks: Blocks, query: Tensor) -> Tensor:
         """See `Codec.row_scores`; the pages of a row are of one head."""
-        bias = self.key_bias.scores(query, _heads(blocks)[:, 0], blocks.tensors[PLACE].flatten(1))
+        bias = self.key_bias.scores(query, _heads(blocks)[:, 0], blocks.tensors[POSITION].flatten(1))
         return self.inner.row_scores(self._inner(blocks), query) + bias
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
@@ -76,19 +76,19 @@ class WithoutKeyBias(Codec):
         return self.inner.row_combine(self._inner(blocks), weights)
 
     def _inner(self, blocks: Blocks) -> Blocks:
-        fields = {name: field for name, field in blocks.tensors.items() if name not in (PLACE, _HEAD)}
+        fields = {name: field for name, field in blocks.tensors.items() if name not in (POSITION, _HEAD)}
         return Blocks(fields, blocks.entries, blocks.head_size)
 
 
 def without_key_bias(codecs: Sequence[Codec], key_bias: KeyBias | None) -> list[Codec]:
     """The codecs of each layer for a model whose keys have this bias; one object stays one object.
 
-    Lossless codecs stay as they are, and so does a codec that turns keys back itself (`Codec.placed`): eigen has its bases
-    before RoPE, where the bias is one direction of them.
+    Lossless codecs stay as they are, and so does a codec that turns keys back itself (`Codec.needs_positions`): eigen has its
+    bases before RoPE, where the bias is one direction of them.
     """
     if key_bias is None:
         return list(codecs)
-    made = {id(one): WithoutKeyBias(one, key_bias) if one.lossy and not one.placed else one for one in codecs}
+    made = {id(one): WithoutKeyBias(one, key_bias) if one.lossy and not one.needs_positions else one for one in codecs}
     return [made[id(one)] for one in codecs]
 
 

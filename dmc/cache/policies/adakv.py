@@ -34,7 +34,7 @@ class AdaKVPolicy(SnapKVPolicy):
 
     def keep_prompt(self, prompt: PromptEntries) -> Tensor:
         """See `Policy.keep_prompt`."""
-        scores, held, count = self.scores(prompt), prompt.places >= 0, self.size(prompt) - 1
+        scores, held, count = self.scores(prompt), prompt.positions >= 0, self.size(prompt) - 1
         window = min(self.window - 1, count)  # the newest token is not among the entries
         kept = budgets.top(scores, held, window + int((count - window) * self.least))
         rest = torch.where(kept, -torch.inf, scores).view(1, -1)

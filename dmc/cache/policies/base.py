@@ -17,7 +17,7 @@ class Policy(ABC):
     Merging policies override `decide` alone. An evicting policy sets `evicts` and says in `keep` which entries stay;
     the cache calls it at the end of a prompt and after every generated token, drops the others and frees their pages.
     A policy that also looks at keys, values or queries of a prompt overrides `keep_prompt`, which is called at its end in the
-    place of `keep`. With `prompt_only` nothing is evicted after that. What needs memory or time is declared (`watches`,
+    place of `keep`. With `prompt_only` nothing is evicted after that. What needs memory or time is declared (`statistics`,
     `last_queries`, `query_moments`, `arrival`), and nothing of it is computed for a policy that does not declare it.
 
     Attributes:
@@ -25,7 +25,7 @@ class Policy(ABC):
         merges: whether `decide` can give an alpha other than 0 or an omega other than 1. Where it cannot, the cache
             knows before a step that every open entry closes in it.
         evicts: whether entries can go before their sequence ends. Their places are then stored, 4 bytes an entry.
-        watches: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
+        statistics: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
             from all queries so far, those of a head's group added up; "last", those of the newest query alone.
         prompt_only: whether entries are evicted at the end of a prompt alone, by `keep_prompt`; generated tokens all stay.
         last_queries: of a prompt that `PromptEntries` holds, as many as there are at most.
@@ -44,7 +44,7 @@ class Policy(ABC):
     name: ClassVar[str]
     merges: ClassVar[bool] = True
     evicts: ClassVar[bool] = False
-    watches: ClassVar[str | None] = None
+    statistics: ClassVar[str | None] = None
     prompt_only: ClassVar[bool] = False
     last_queries: int = 0
     query_moments: bool = False
@@ -64,8 +64,8 @@ class Policy(ABC):
                 raise TypeError(f"policy {cls.__name__} sets prompt_only and defines visible: its prompts are seen as a whole")
         elif cls.evicts and cls.keep is Policy.keep:
             raise TypeError(f"policy {cls.__name__} sets evicts and does not define keep")
-        if cls.arrival is not Policy.arrival and (cls.merges or cls.watches is not None):
-            raise TypeError(f"policy {cls.__name__} defines arrival, so it must set merges to False and watch no weights")
+        if cls.arrival is not Policy.arrival and (cls.merges or cls.statistics is not None):
+            raise TypeError(f"policy {cls.__name__} defines arrival, so it must set merges to False and statistics to None")
 
     @classmethod
     def settings(cls) -> list[str]:
@@ -76,7 +76,7 @@ class Policy(ABC):
     @property
     def scored(self) -> bool:
         """Whether entries carry a score."""
-        return self.watches is not None or type(self).arrival is not Policy.arrival
+        return self.statistics is not None or type(self).arrival is not Policy.arrival
 
     @property
     def evicts_later(self) -> bool:
@@ -108,11 +108,11 @@ class Policy(ABC):
         """
         return omega
 
-    def visible(self, places: Tensor, queries: Tensor) -> Tensor | None:
+    def visible(self, positions: Tensor, queries: Tensor) -> Tensor | None:
         """Which earlier entries the queries of a prompt see, by position alone.
 
         Args:
-            places: int32 ``[..., N]`` as in `Entries`.
+            positions: int32 ``[..., N]`` as in `Entries`.
             queries: int64 ``[..., T]``, positions.
 
         Returns:

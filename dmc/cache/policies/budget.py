@@ -78,6 +78,6 @@ def top(scores: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
     if not (among.sum(-1, keepdim=True) > count).any():
         return among
     order = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, stable=True)
-    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, place)
+    numbers = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, numbers)
     return among & (rank >= scores.shape[-1] - count)

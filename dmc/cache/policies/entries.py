@@ -20,15 +20,15 @@ class Entries:
     ``tensor.unflatten(0, (-1, heads))`` has a dimension of sequences.
 
     Attributes:
-        places: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1: no entry.
-        scores: fp32 ``[R, N]``, what `Policy.watches` gathered; None if nothing is.
+        positions: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1: no entry.
+        scores: fp32 ``[R, N]``, what `Policy.statistics` gathered; None if nothing is.
         heads: H.
         next: int64 ``[R]``, position of the next query of the row's sequence.
         layer: number of the layer.
         layers: L.
     """
 
-    places: Tensor
+    positions: Tensor
     scores: Tensor | None
     heads: int
     next: Tensor
@@ -62,7 +62,7 @@ class Moments:
         return cls(len(query), heads.sum(1), heads.transpose(1, 2) @ heads)
 
     def __add__(self, other: Moments) -> Moments:
-        """Of two stretches of a prompt together."""
+        """Of two chunks of a prompt together."""
         return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
 
     @property
@@ -103,13 +103,13 @@ class PromptEntries(Entries):
         keys = torch.cat([self.keys, self.newest[0][:, None].to(self.keys)], dim=1)
         scores = at_least_fp32(self.queries) @ at_least_fp32(keys)[:, None].transpose(-1, -2) * size**-0.5  # [H, G, n, N + 1]
         at = self.next[:, None] - count + torch.arange(count, device=keys.device)  # [H, n]
-        places = torch.cat([self.places.long(), self.next[:, None] - 1], dim=1)
-        seen = (places[:, None] <= at[..., None]) & (places >= 0)[:, None]
+        positions = torch.cat([self.positions.long(), self.next[:, None] - 1], dim=1)
+        seen = (positions[:, None] <= at[..., None]) & (positions >= 0)[:, None]
         return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)[..., :-1]
 
     @property
     def plain_keys(self) -> Tensor:
         """Keys before RoPE: ``[H, N, D]`` in fp32 at least."""
-        cos, sin = self.rope(self.places.long().clamp(min=0))
+        cos, sin = self.rope(self.positions.long().clamp(min=0))
         scaling = cos.square() + sin.square()  # 1, unless RoPE has an attention factor
         return rotate(at_least_fp32(self.keys), (cos / scaling, -sin / scaling))

@@ -47,6 +47,6 @@ class ExpectedAttentionPolicy(PromptPolicy):
         mean, covariance = mean.view(heads, -1, size), covariance.view(heads, -1, size, size)  # [H, G, ...]
         linear = mean @ keys.transpose(1, 2) * size**-0.5  # [H, G, N]
         square = torch.einsum("hnd,hgde,hne->hgn", keys, covariance, keys) / (2 * size)
-        expected = (linear + square).masked_fill((prompt.places < 0)[:, None], -torch.inf).softmax(-1).mean(1)
+        expected = (linear + square).masked_fill((prompt.positions < 0)[:, None], -torch.inf).softmax(-1).mean(1)
         scores = expected * at_least_fp32(prompt.values).norm(dim=-1)
-        return scores.masked_fill(prompt.places < self.sinks, torch.inf)
+        return scores.masked_fill(prompt.positions < self.sinks, torch.inf)

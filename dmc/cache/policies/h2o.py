@@ -31,7 +31,7 @@ class H2OPolicy(Policy):
     merges = False
     evicts = True
     by_head = True
-    watches = "sum"
+    statistics = "sum"
 
     def __init__(self, *, heavy: int = 128, recent: int = 128, share: float | None = None) -> None:
         self.heavy = budget.check_count(self.name, "heavy", heavy, 1)
@@ -49,8 +49,8 @@ class H2OPolicy(Policy):
             whole = budget.of_tokens(self.share, following + 1)
             recent = (whole * self.recent // (self.heavy + self.recent)).clamp(min=2)
             heavy = whole - recent
-        newest = entries.places > following - recent
-        return newest | budget.top(entries.scores, (entries.places >= 0) & ~newest, heavy)
+        newest = entries.positions > following - recent
+        return newest | budget.top(entries.scores, (entries.positions >= 0) & ~newest, heavy)
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""

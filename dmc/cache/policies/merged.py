@@ -50,10 +50,10 @@ class MergedPolicy(PromptPolicy):
 
     def rewrite(self, prompt: PromptEntries, kept: Tensor) -> tuple[Tensor, Tensor]:
         """See `Policy.rewrite`; a head that keeps nothing stays as it is."""
-        places, held = prompt.places.long(), prompt.places >= 0
+        positions, held = prompt.positions.long(), prompt.positions >= 0
         both = torch.cat([prompt.plain_keys, prompt.values.to(prompt.plain_keys.dtype)], dim=-1)
         merged = torch.empty_like(both)
-        for head, (row, own, stay) in enumerate(zip(places, held, kept, strict=True)):
+        for head, (row, own, stay) in enumerate(zip(positions, held, kept, strict=True)):
             chosen = stay.nonzero().flatten()
             merged[head] = both[head]
             if not len(chosen):
@@ -64,4 +64,5 @@ class MergedPolicy(PromptPolicy):
             count = torch.bincount(to, minlength=len(row))
             merged[head] = torch.where(stay[:, None], sums / count.clamp(min=1)[:, None], both[head])
         size = prompt.keys.shape[-1]
-        return rotate(merged[..., :size], tuple(x.to(merged.dtype) for x in prompt.rope(places.clamp(min=0)))), merged[..., size:]
+        table = tuple(x.to(merged.dtype) for x in prompt.rope(positions.clamp(min=0)))
+        return rotate(merged[..., :size], table), merged[..., size:]

@@ -46,4 +46,4 @@ class PromptPolicy(Policy):
 
     def keep_prompt(self, prompt: PromptEntries) -> Tensor:
         """See `Policy.keep_prompt`."""
-        return budgets.top(self.scores(prompt), prompt.places >= 0, self.size(prompt) - 1)
+        return budgets.top(self.scores(prompt), prompt.positions >= 0, self.size(prompt) - 1)

@@ -38,7 +38,7 @@ class ArrivalPolicy(Policy):
     def keep(self, entries: Entries) -> Tensor:
         """What the next query will see; see `Policy.keep`."""
         whole = self.budget if self.share is None else budgets.of_tokens(self.share, entries.next[:, None] + 1)
-        return budgets.top(entries.scores, entries.places >= 0, whole - 2)  # the newest token and the next one are the others
+        return budgets.top(entries.scores, entries.positions >= 0, whole - 2)  # the newest token and the next one are the others
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""

@@ -41,6 +41,6 @@ class SnapKVPolicy(PromptPolicy):
     def scores(self, prompt: PromptEntries) -> Tensor:
         """See `PromptPolicy.scores`; of equal budgets and windows the newest tokens of the window stay."""
         attention = prompt.attention.mean(dim=(1, 2))  # [H, N]
-        older = prompt.places < prompt.next[:, None] - self.window
+        older = prompt.positions < prompt.next[:, None] - self.window
         pooled = F.avg_pool1d((attention * older)[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
-        return torch.where(older, pooled, 1.0 + prompt.places)  # attention is 1 at most
+        return torch.where(older, pooled, 1.0 + prompt.positions)  # attention is 1 at most

@@ -44,14 +44,14 @@ class StreamingPolicy(Policy):
         """Nothing is merged; see `Policy.decide`."""
         return torch.zeros_like(alpha), torch.ones_like(omega)
 
-    def visible(self, places: Tensor, queries: Tensor) -> Tensor:
+    def visible(self, positions: Tensor, queries: Tensor) -> Tensor:
         """See `Policy.visible`."""
         recent = self.recent if self.share is None else budget.of_tokens(self.share, queries + 1)[..., None] - self.sinks
-        return (places < self.sinks)[..., None, :] | (places[..., None, :] > queries[..., None] - recent)
+        return (positions < self.sinks)[..., None, :] | (positions[..., None, :] > queries[..., None] - recent)
 
     def keep(self, entries: Entries) -> Tensor:
         """What the next query will see; see `Policy.keep`."""
-        return self.visible(entries.places, entries.next[:, None])[:, 0]
+        return self.visible(entries.positions, entries.next[:, None])[:, 0]
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""

@@ -28,7 +28,7 @@ class TovaPolicy(Policy):
     name = "tova"
     merges = False
     evicts = True
-    watches = "last"
+    statistics = "last"
 
     def __init__(self, *, budget: int = 256, share: float | None = None) -> None:
         self.budget = budgets.check_count(self.name, "budget", budget, 2)
@@ -44,7 +44,7 @@ class TovaPolicy(Policy):
         mean = entries.scores.unflatten(0, (-1, entries.heads)).mean(1, keepdim=True)
         scores = mean.expand(-1, entries.heads, -1).flatten(0, 1)
         whole = self.budget if self.share is None else budgets.of_tokens(self.share, entries.next[:, None] + 1)
-        return budgets.top(scores, entries.places >= 0, whole - 2)  # the tail and the next query are the other two
+        return budgets.top(scores, entries.positions >= 0, whole - 2)  # the tail and the next query are the other two
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""

@@ -17,25 +17,25 @@ from dmc.kernels.prefill.prefill import CPU_DTYPES as MODEL_DTYPES
 from dmc.kernels.ready import compiles
 
 
-def choose_readers(rows: Rows, watch: str | None) -> tuple[Backend, list[Reader]]:
+def choose_readers(rows: Rows, statistics: str | None) -> tuple[Backend, list[Reader]]:
     """What runs, and the reader of each layer; layers that are stored alike share one.
 
     CPU kernels that will be needed are compiled here, before any request waits for them. If that fails, PyTorch takes over.
 
     Args:
         rows: of a new cache.
-        watch: `Policy.watches`.
+        statistics: `Policy.statistics`.
 
     Raises:
         ValueError: if Triton or the CPU kernels are asked for by name and cannot run.
     """
-    backend, readers = _choose(rows, watch)
-    return (backend, readers) if _compiled(rows, backend, readers) else _choose(rows, watch)
+    backend, readers = _choose(rows, statistics)
+    return (backend, readers) if _compiled(rows, backend, readers) else _choose(rows, statistics)
 
 
-def _choose(rows: Rows, watch: str | None) -> tuple[Backend, list[Reader]]:
+def _choose(rows: Rows, statistics: str | None) -> tuple[Backend, list[Reader]]:
     backend = _backend(rows)
-    known = {id(packing): _reader(rows, packing, backend, watch) for packing in rows.packings}
+    known = {id(packing): _reader(rows, packing, backend, statistics) for packing in rows.packings}
     return backend, [known[id(packing)] for packing in rows.packings]
 
 
@@ -45,7 +45,7 @@ def _backend(rows: Rows) -> Backend:
     return choose(torch.empty(0, rows.shape.head_size, dtype=rows.shape.dtype, device=rows.z.device), cpu=MODEL_DTYPES)
 
 
-def _reader(rows: Rows, packing: Packing, backend: Backend, watch: str | None) -> Reader:
+def _reader(rows: Rows, packing: Packing, backend: Backend, statistics: str | None) -> Reader:
     """Kernels where they know the format: Triton's in the model's dtype, the CPU's in fp32.
 
     The CPU kernels alone read pages with evicted slots and say what entries weigh. Triton's also write rows, but not entries
@@ -54,10 +54,11 @@ def _reader(rows: Rows, packing: Packing, backend: Backend, watch: str | None) -
     made, store = packing.format(rows.z.device), rows.storage
     biased = getattr(packing.codec, "key_bias", None) is not None
     if backend is Backend.CPU and made.cpu_reads and store.exact_dtype in CPU_DTYPES:
-        return OnPages(packing, backend, watch=watch)
-    if backend is Backend.TRITON and made.triton_reads and watch is None and not store.holes and (made.triton_adds or not biased):
-        return OnPages(packing, backend, writes=made.triton_writes and not store.marks)
-    return Gathered(packing) if watch is None and not store.holes else PageByPage(packing, watch)
+        return OnPages(packing, backend, statistics=statistics)
+    plain = statistics is None and not store.evicted_slots
+    if backend is Backend.TRITON and made.triton_reads and plain and (made.triton_adds or not biased):
+        return OnPages(packing, backend, writes=made.triton_writes and not store.metadata)
+    return Gathered(packing) if plain else PageByPage(packing, statistics)
 
 
 def _compiled(rows: Rows, backend: Backend, readers: list[Reader]) -> bool:
@@ -66,7 +67,7 @@ def _compiled(rows: Rows, backend: Backend, readers: list[Reader]) -> bool:
         return True
     on_pages = [reader for reader in readers if reader.on_pages and backend is Backend.CPU]
     needed = ["decode"] if on_pages else []
-    if backend is Backend.CPU and not rows.storage.holes:  # policies that evict read prompts with PyTorch
+    if backend is Backend.CPU and not rows.storage.evicted_slots:  # policies that evict read prompts with PyTorch
         needed.append("prefill")
     needed += [name for packing in rows.packings for name in packing.codec.compiles]
     return compiles(*dict.fromkeys(needed), formats={reader.packing.format(rows.z.device) for reader in on_pages})

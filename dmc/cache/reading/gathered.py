@@ -33,12 +33,12 @@ class Gathered(Reader):
         if plan.order is not None:
             query, own_key, own_value = query[plan.order], own_key[plan.order], own_value[plan.order]
         scores, values = query @ own_key[:, :, None], own_value[:, None]
-        if plan.exact_pages is not None:
-            keys, exact_values = rows.read_open(plan.exact_pages, len(query))
-            exact = query @ keys.to(query.dtype).transpose(-1, -2)
-            if plan.exact_gone is not None:
-                exact = exact.masked_fill_(plan.exact_gone, -torch.inf)
-            scores, values = torch.cat([exact, scores], dim=-1), torch.cat([exact_values.to(query.dtype), values], dim=1)
+        if plan.full_pages is not None:
+            keys, full_values = rows.read_full_pages(plan.full_pages, len(query))
+            full = query @ keys.to(query.dtype).transpose(-1, -2)
+            if plan.full_gone is not None:
+                full = full.masked_fill_(plan.full_gone, -torch.inf)
+            scores, values = torch.cat([full, scores], dim=-1), torch.cat([full_values.to(query.dtype), values], dim=1)
         if len(plan.groups) == 1:
             out = _group(rows, plan, plan.groups[0], query, scores, values)
         else:

@@ -21,16 +21,16 @@ def needs(rows: Rows, index: Tensor) -> tuple[int, int]:
     """
     if not index.numel():
         return 0, 0
-    exact, closed = rows.exact[index], rows.closed[index]
+    full, encoded = rows.full_count[index], rows.encoded_count[index]
     most = rows.page_sizes[:, None] + (rows.storage.first + rows.storage.window)
     # Pages of the ring are there before it is full.
-    opens = (exact % rows.per_open_page == 0) & (exact >= rows.ring_pages * rows.per_open_page)
-    fills = exact + 1 == most
+    takes = (full % rows.per_full_page == 0) & (full >= rows.ring_pages * rows.per_full_page)
+    fills = full + 1 == most
     if rows.storage.most is not None:
-        grows = rows.behind_ring(closed, exact, rows.page_sizes[:, None]) < rows.storage.most
-        opens, fills = opens & grows, fills & grows
+        grows = rows.behind_ring(encoded, full, rows.page_sizes[:, None]) < rows.storage.most
+        takes, fills = takes & grows, fills & grows
     # A page that fills is encoded into a new one, and its exact pages may be given back only then.
-    counts = torch.stack([opens.sum() + fills.sum(), (closed + fills.int()).max()])
+    counts = torch.stack([takes.sum() + fills.sum(), (encoded + fills.int()).max()])
     pages, columns = counts.tolist()
     return pages, columns
 

@@ -36,7 +36,7 @@ class Leaving:
         slots: int64 ``[S]``, where in the ring the newest token takes its place.
         before, at: (cos, sin) each ``[S, D]``, of the positions before it and of its own; of angle 0 if nothing merges, since
             keys then stay rotated as they are.
-        table, places: the same as one table ``[2 S, D]``, and int64 ``[S]`` where in it positions are.
+        table, table_index: the same as one table ``[2 S, D]``, and int64 ``[S]`` where in it positions are.
     """
 
     there: Tensor
@@ -45,15 +45,16 @@ class Leaving:
     before: tuple[Tensor, Tensor]
     at: tuple[Tensor, Tensor]
     table: tuple[Tensor, Tensor]
-    places: Tensor
+    table_index: Tensor
 
     def repeat(self, layers: int) -> Leaving:
         """The same for the rows of several layers, one layer after the other."""
         if layers == 1:
             return self
-        there, positions, slots, places = (x.repeat(layers) for x in (self.there, self.positions, self.slots, self.places))
+        parts = self.there, self.positions, self.slots, self.table_index
+        there, positions, slots, table_index = (x.repeat(layers) for x in parts)
         before, at = (tuple(x.repeat(layers, 1) for x in pair) for pair in (self.before, self.at))
-        return Leaving(there, positions, slots, before, at, self.table, places)
+        return Leaving(there, positions, slots, before, at, self.table, table_index)
 
 
 def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  # noqa: ANN001 - dmc.cache.reading.step.Rope
@@ -64,8 +65,8 @@ def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  
     if not merges:
         table = torch.ones_like(table[0]), torch.zeros_like(table[1])
     before, at = (tuple(x[start::2] for x in table) for start in (0, 1))
-    places = torch.arange(1, 2 * len(positions), 2, device=positions.device)
-    return Leaving(there, left, positions % max(1, window), before, at, table, places)
+    table_index = torch.arange(1, 2 * len(positions), 2, device=positions.device)
+    return Leaving(there, left, positions % max(1, window), before, at, table, table_index)
 
 
 def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -97,7 +98,7 @@ def leave(
     window, heads = policy.ring, rows.shape.heads
     there, slots = (x.repeat_interleave(heads) for x in (gone.there, gone.slots))
     if window:
-        old_key, old_value, _ = rows.read_exact(index, slots)
+        old_key, old_value, _ = rows.read_full(index, slots)
         noted = rows.notes[index, slots]
         _write(rows, index, slots, turned, value, gone.positions.repeat_interleave(heads) + window)
         rows.notes[index, slots] = torch.stack([logits, omega], dim=-1) if policy.merges else logits[:, None]
@@ -110,7 +111,7 @@ def leave(
     logits = logits if late is None else logits + late
     yes = (logits > 0) & (gone.positions >= policy.sinks + policy.merges).repeat_interleave(heads)
     if policy.max_entries is not None:
-        yes = yes | (rows.behind_ring(rows.closed[index], rows.exact[index], packing.page_size) >= policy.max_entries)
+        yes = yes | (rows.behind_ring(rows.encoded_count[index], rows.full_count[index], packing.page_size) >= policy.max_entries)
     yes = yes & there
     alpha = (yes & policy.merges).to(rows.z.dtype)
     entering = there if policy.merges else there & ~yes
@@ -129,19 +130,19 @@ def _by_torch(
     heads, size = rows.shape.heads, key.shape[-1]
     numerators, z = rows.numerators[index], rows.z[index]
     positions = gone.positions.repeat_interleave(heads)
-    closing = (entering & (alpha == 0) & (z > 0)).nonzero().flatten()
-    if len(closing):
-        mean = numerators[closing] / z[closing, None]
-        table = tuple(x.repeat_interleave(heads, 0)[closing] for x in gone.before)
-        marks = {"place": rows.newest[index[closing]]} if rows.storage.placed else {}
-        rows.append(index[closing], rotate(mean[:, :size], table), mean[:, size:], marks)
+    ending = (entering & (alpha == 0) & (z > 0)).nonzero().flatten()
+    if len(ending):
+        mean = numerators[ending] / z[ending, None]
+        table = tuple(x.repeat_interleave(heads, 0)[ending] for x in gone.before)
+        metadata = {"position": rows.newest[index[ending]]} if rows.storage.with_positions else {}
+        rows.append(index[ending], rotate(mean[:, :size], table), mean[:, size:], metadata)
     some = entering.nonzero().flatten()
     if len(some):
         token = torch.cat([key, value], dim=-1)[some]
         numerators = alpha[some, None] * numerators[some] + omega[some, None] * token
         z = alpha[some] * z[some] + omega[some]
         rows.numerators[index[some]], rows.z[index[some]] = numerators, z
-        if rows.storage.placed:
+        if rows.storage.with_positions:
             rows.newest[index[some]] = positions[some].int()
         mean = numerators / z[:, None]
         table = tuple(x.repeat_interleave(heads, 0)[some] for x in gone.at)
@@ -156,9 +157,9 @@ def _by_kernels(
 ) -> None:
     """`_by_torch` through the kernels of `dmc.cache.reading.onpages`: nothing waits for the device."""
     window = rows.storage.ring
-    mean = kernels.append(rows, torch.where(entering, index, -1), key, value, alpha, omega, gone.places, gone.table)
+    mean = kernels.append(rows, torch.where(entering, index, -1), key, value, alpha, omega, gone.table_index, gone.table)
     slot = torch.full_like(index, window)
-    old = rows.read_exact(index, slot)[:2]
+    old = rows.read_full(index, slot)[:2]
     mean = [torch.where(entering[:, None], new.to(held.dtype), held) for new, held in zip(mean, old, strict=True)]
     _write(rows, index, slot, *mean, slot)
     _count(rows, index, gone, window)
@@ -166,14 +167,14 @@ def _by_kernels(
 
 
 def _write(rows: Rows, index: Tensor, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-    rows.write_exact(index, slots, keys, values, {"place": positions} if rows.storage.placed else {})
+    rows.write_full(index, slots, keys, values, {"position": positions} if rows.storage.with_positions else {})
 
 
 def _count(rows: Rows, index: Tensor, gone: Leaving, window: int) -> None:
     """Exact entries after the step: the ring as far as it is filled, and its accumulating entry where there is one."""
     filled = (torch.where(gone.there, window, gone.slots + 1)).clamp(max=window).repeat_interleave(rows.shape.heads)
-    exact = torch.maximum(rows.exact[index], filled.int())
-    rows.exact[index] = torch.where(rows.z[index] > 0, exact.clamp(min=window + 1), exact)
+    full = torch.maximum(rows.full_count[index], filled.int())
+    rows.full_count[index] = torch.where(rows.z[index] > 0, full.clamp(min=window + 1), full)
 
 
 def _each(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class _Layer:
     """What one layer holds: final entries, the accumulating entry, and the newest tokens.
 
     Attributes:
-        keys, values, places: final entries as in `dmc.cache.reading.prompt.Layer`. Where tokens are dropped: all that stayed.
+        keys, values, positions: final entries as in `dmc.cache.reading.prompt.Layer`. Where tokens are dropped: all that stayed.
         numerators, z: ``[H, 2 D]``, ``[H]`` of the accumulating entry, where tokens merge; 0 where there is none.
         own: ``[H, D]``, its key, rotated.
         recent: the newest tokens.
@@ -53,7 +53,7 @@ class _Layer:
 
     keys: Tensor
     values: Tensor
-    places: Tensor
+    positions: Tensor
     numerators: Tensor
     z: Tensor
     own: Tensor
@@ -139,23 +139,23 @@ class LatePrompt:
             return _Layer(**vars(past)), None
         alpha = (gone.logits > 0).to(gone.omega.dtype)
         if self.policy.max_entries is not None:
-            held = (past.places != NONE).sum(-1) + lead
-            opens = held[:, None] + (alpha == 0).cumsum(-1)
-            alpha = torch.where(opens > self.policy.max_entries, 1.0, alpha)
+            held = (past.positions != NONE).sum(-1) + lead
+            appended = held[:, None] + (alpha == 0).cumsum(-1)
+            alpha = torch.where(appended > self.policy.max_entries, 1.0, alpha)
         self._alpha = alpha
         pair = gone.key.transpose(0, 1), gone.value.transpose(0, 1)
         states = states_of(past if lead else None, *pair, alpha, gone.omega, merges=True)
         size = gone.key.shape[-1]
         turned = rotated(states.mean[..., :size], tuple(part[: lead + gone.key.shape[1]] for part in table)).to(dtype)
         values = states.mean[..., size:].to(dtype)
-        closes = torch.cat([states.alpha[:, 1:] == 0, torch.zeros_like(states.alpha[:, :1], dtype=torch.bool)], dim=-1)
-        chosen, counts = compact(closes)
+        ends = torch.cat([states.alpha[:, 1:] == 0, torch.zeros_like(states.alpha[:, :1], dtype=torch.bool)], dim=-1)
+        chosen, counts = compact(ends)
         there = torch.arange(chosen.shape[1], device=chosen.device) < counts[:, None]
-        final = chosen.clamp(max=closes.shape[1] - 1)[..., None].expand(-1, -1, size)
+        final = chosen.clamp(max=ends.shape[1] - 1)[..., None].expand(-1, -1, size)
         entries = turned.gather(1, final), values.gather(1, final), torch.where(there, chosen + start - lead, NONE).int()
-        keys, values_, places = (torch.cat(both, 1) for both in zip((past.keys, past.values, past.places), entries, strict=True))
+        joined = [torch.cat(both, 1) for both in zip((past.keys, past.values, past.positions), entries, strict=True)]
         sums = states.numerators[:, -1].clone(), states.z[:, -1].clone()
-        return _Layer(keys, values_, places, *sums, turned[:, -1].clone(), past.recent), (turned, values, start - lead)
+        return _Layer(*joined, *sums, turned[:, -1].clone(), past.recent), (turned, values, start - lead)
 
     def _drop(self, past: _Layer, gone: Recent, start: int, table: tuple[Tensor, Tensor]) -> tuple[_Layer, None]:
         """Tokens at ``start`` and later leave the window; those that stay are final entries as they are."""
@@ -163,13 +163,13 @@ class LatePrompt:
             return _Layer(**vars(past)), None
         stays = gone.logits <= 0
         if self.policy.max_entries is not None:
-            held = (past.places != NONE).sum(-1, keepdim=True)
+            held = (past.positions != NONE).sum(-1, keepdim=True)
             stays = stays & (held + stays.cumsum(-1) <= self.policy.max_entries)
         chosen, counts = compact(stays)
         there = torch.arange(chosen.shape[1], device=chosen.device) < counts[:, None]
         which = chosen.clamp(max=stays.shape[1] - 1)[..., None].expand(-1, -1, gone.key.shape[-1])
         entries = gone.turned.gather(1, which), gone.value.gather(1, which), torch.where(there, chosen + start, NONE).int()
-        joined = [torch.cat(both, 1) for both in zip((past.keys, past.values, past.places), entries, strict=True)]
+        joined = [torch.cat(both, 1) for both in zip((past.keys, past.values, past.positions), entries, strict=True)]
         return _Layer(*joined, past.numerators, past.z, past.own, past.recent), None
 
     def final(self, number: int) -> tuple[Layer, Tensor]:
@@ -179,21 +179,22 @@ class LatePrompt:
         slots = torch.arange(min(self.done, window), device=recent.value.device)
         age = (slots - self.done) % window if len(slots) == window and window else slots
         ring = recent.turned[:, age], recent.value[:, age], (self.done - len(slots) + age).int().expand(len(held.z), -1)
-        entries, counts = select(Layer(held.keys, held.values, held.places, None, held.numerators, held.z), held.places != NONE)
+        layer = Layer(held.keys, held.values, held.positions, None, held.numerators, held.z)
+        entries, counts = select(layer, held.positions != NONE)
         if self.done <= window:
-            entries.keys, entries.values, entries.places = ring
+            entries.keys, entries.values, entries.positions = ring
             return entries, counts + len(slots)
         own, newest = held.own, torch.full_like(counts, self.done - window - 1)
         if not self.policy.merges:  # the last token that stays is the accumulating entry
             some = counts > 0
             counts = counts - some.long()
-            own, value, newest = (_nth(x, counts) for x in (entries.keys, entries.values, entries.places))
+            own, value, newest = (_nth(x, counts) for x in (entries.keys, entries.values, entries.positions))
             token = torch.cat([own, value], -1).to(held.numerators.dtype)
             entries.numerators, entries.z = token * some[:, None], some.to(token.dtype)
         value = entries.numerators[:, own.shape[-1] :] / entries.z.clamp(min=torch.finfo(entries.z.dtype).tiny)[:, None]
         accumulating = own[:, None], value[:, None].to(own.dtype), newest.int()[:, None]
-        parts = zip(ring, accumulating, (entries.keys, entries.values, entries.places), strict=True)
-        entries.keys, entries.values, entries.places = (torch.cat(some, 1) for some in parts)
+        parts = zip(ring, accumulating, (entries.keys, entries.values, entries.positions), strict=True)
+        entries.keys, entries.values, entries.positions = (torch.cat(some, 1) for some in parts)
         return entries, window + (entries.z > 0).long() + counts
 
     def notes(self, number: int) -> Tensor:
@@ -233,7 +234,7 @@ def _attend(query: Tensor, seen: _Seen) -> Tensor:
     ages = torch.arange(tokens, device=query.device)
     for start, end in _blocks(heads * groups, tokens, keys.shape[1] + window, query.device.type):
         part, at = scaled[:, :, start:end], ages[start:end, None]
-        shown = (layer.places <= seen.first + end - 1 - gap).any(0).nonzero().flatten()
+        shown = (layer.positions <= seen.first + end - 1 - gap).any(0).nonzero().flatten()
         count = int(shown[-1]) + 1 if len(shown) else 0
         low = max(0, seen.ready + start - window)
         behind = seen.ready + at - torch.arange(low, seen.ready + end, device=query.device)  # [t, n]
@@ -242,7 +243,7 @@ def _attend(query: Tensor, seen: _Seen) -> Tensor:
         mix = [near_values[:, low : seen.ready + end]]
         if count:
             far = (part.flatten(1, 2) @ keys[:, :count].mT).unflatten(1, (groups, -1))
-            hidden = layer.places[:, None, None, :count] > seen.first + at - gap
+            hidden = layer.positions[:, None, None, :count] > seen.first + at - gap
             scores.append(far.masked_fill_(hidden, -torch.inf))
             mix.append(values[:, :count])
         own = None

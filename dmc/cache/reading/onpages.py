@@ -17,7 +17,7 @@ from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
 from dmc.kernels.append.append import append_tokens
 from dmc.kernels.backend import Backend
-from dmc.kernels.decode.decode import decode_attention, decode_watched
+from dmc.kernels.decode.decode import decode_attention, decode_with_statistics
 from dmc.kernels.encode.encode import encode_pages
 from dmc.kernels.pages.paged import Growing, Paged
 
@@ -28,14 +28,14 @@ class OnPages(Reader):
     Args:
         packing: of the layers.
         backend: Triton, the CPU kernels, or in tests the reference implementation.
-        watch: `Policy.watches`.
+        statistics: `Policy.statistics`.
         writes: whether kernels write these rows as well.
     """
 
     on_pages = True
 
-    def __init__(self, packing: Packing, backend: Backend, *, watch: str | None = None, writes: bool = False) -> None:
-        self.packing, self.backend, self.watch, self.writes = packing, backend, watch, writes
+    def __init__(self, packing: Packing, backend: Backend, *, statistics: str | None = None, writes: bool = False) -> None:
+        self.packing, self.backend, self.statistics, self.writes = packing, backend, statistics, writes
 
     def attend(
         self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
@@ -43,8 +43,8 @@ class OnPages(Reader):
         """See `Reader.attend`; Triton's kernels compute in the model's dtype, the CPU kernels in fp32."""
         work = rows.shape.dtype if self.backend is Backend.TRITON else query.dtype
         parts = *(x.to(work) for x in (query, own_key, own_value)), index, self.view(rows)
-        if self.watch is not None:
-            out, mass = decode_watched(*parts, watch=self.watch)
+        if self.statistics is not None:
+            out, mass = decode_with_statistics(*parts, statistics=self.statistics)
             return out.to(query.dtype), mass
         return decode_attention(*parts, backend=self.backend).to(query.dtype), None
 
@@ -58,18 +58,18 @@ class OnPages(Reader):
     def encode(self, rows: Rows, index: Tensor) -> None:
         """Encodes the pages that this filled; now and then one of them is compared with what was encoded."""
         state, codec = self.growing(rows), self.packing.codec
-        full = _full(rows, state, index) if codec.lossy and rows.error.due() else None
+        filled = _filled(rows, state, index) if codec.lossy and rows.error.due() else None
         encode_pages(state, index, backend=self.backend)
-        if full is not None:
-            row, (keys, values) = full
-            page = rows.closed_table[row, rows.closed[row] - 1].long()
+        if filled is not None:
+            row, (keys, values) = filled
+            page = rows.encoded_table[row, rows.encoded_count[row] - 1].long()
             rows.error.compare(codec, rows.blocks(page[None], self.packing), keys, values)
 
     # ------------------------------------------------------------------------------------ views of the rows
 
     def view(self, rows: Rows) -> Paged:
         """Tables and pages of all rows; kept until the pool grows or a table is widened."""
-        parts = rows.pool.memory, rows.closed_table, rows.open_table, rows.closed, rows.exact
+        parts = rows.pool.memory, rows.encoded_table, rows.full_table, rows.encoded_count, rows.full_count
         known = rows.pool.kept.get(id(self.packing))
         if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
             rows.pool.kept[id(self.packing)] = known = parts, self._view(rows)
@@ -85,18 +85,18 @@ class OnPages(Reader):
         return known[1]
 
     def _view(self, rows: Rows) -> Paged:
-        views, open_views = rows.pool.views(self.packing.layout), rows.pool.views(rows.open_layout)
+        views, full_views = rows.pool.views(self.packing.layout), rows.pool.views(rows.full_layout)
         encoded = {name: view for name, view in views.items() if name in self.packing.fields}
-        opened = {part: open_views[part] for part in "kv"}
+        full_precision = {part: full_views[part] for part in "kv"}
         key_bias = getattr(self.packing.codec, "key_bias", None)
-        if rows.storage.holes or key_bias is not None:
-            encoded["place"] = views["e_place"]
+        if rows.storage.evicted_slots or key_bias is not None:
+            encoded["position"] = views["e_position"]
         if rows.storage.scored:
-            encoded["score"], opened["score"] = views["e_score"], open_views["e_score"]
+            encoded["score"], full_precision["score"] = views["e_score"], full_views["e_score"]
         made = self.packing.format(rows.z.device)
-        tables = rows.closed_table, rows.open_table, rows.closed, rows.exact
+        tables = rows.encoded_table, rows.full_table, rows.encoded_count, rows.full_count
         heads = None if key_bias is None else rows.heads_of(torch.arange(len(rows.z), device=rows.z.device))
-        return Paged(made, encoded, opened, *tables, key_bias=key_bias, heads=heads)
+        return Paged(made, encoded, full_precision, *tables, key_bias=key_bias, heads=heads)
 
 
 def _growing(rows: Rows, read: Paged, stack: Tensor, free: Tensor, failed: Tensor) -> Growing:
@@ -107,11 +107,11 @@ def _growing(rows: Rows, read: Paged, stack: Tensor, free: Tensor, failed: Tenso
     )
 
 
-def _full(rows: Rows, state: Growing, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+def _filled(rows: Rows, state: Growing, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """One of the rows to be encoded, and the exact keys and values ``[P, D]`` of its page; this waits for the device."""
-    full = index[state.exact_count[index] == state.most]
-    if not len(full):
+    filled = index[state.full_count[index] == state.most]
+    if not len(filled):
         return None
-    row = full[rows.error.pages % len(full)]  # heads that fill together alternate
-    places = torch.arange(state.sinks, state.sinks + state.page, device=index.device)
-    return row, rows.read_exact(row.expand_as(places), places)[:2]
+    row = filled[rows.error.pages % len(filled)]  # heads that fill together alternate
+    offsets = torch.arange(state.sinks, state.sinks + state.page, device=index.device)
+    return row, rows.read_full(row.expand_as(offsets), offsets)[:2]

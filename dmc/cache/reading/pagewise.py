@@ -18,31 +18,31 @@ class PageByPage(Reader):
 
     Args:
         packing: of the layers.
-        watch: `Policy.watches`.
+        statistics: `Policy.statistics`.
     """
 
-    def __init__(self, packing: Packing, watch: str | None = None) -> None:
-        self.packing, self.watch = packing, watch
+    def __init__(self, packing: Packing, statistics: str | None = None) -> None:
+        self.packing, self.statistics = packing, statistics
 
     def attend(
         self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Reader.attend`."""
         query = query * query.shape[-1] ** -0.5
-        keys, values, valid = rows.exact_entries(index)
+        keys, values, valid = rows.full_entries(index)
         scores = (query @ keys.to(query.dtype).transpose(-1, -2)).masked_fill_(~valid[:, None], -torch.inf)
         scores = torch.cat([scores, query @ own_key[:, :, None]], dim=-1)
         top = scores.amax(-1)  # [R, G]
 
         packing = self.packing
-        pages, owner = rows.closed_pages(index)
+        pages, owner = rows.encoded_pages(index)
         parts = []  # (pages, owner, blocks, scores [n, G, P]) of some pages each
         per_part = max(1, _PAGE_VALUES // (packing.page_size * rows.shape.head_size))
         for some, owners in zip(pages.split(per_part), owner.split(per_part), strict=True):
-            blocks, marks = rows.read_closed(some, packing)
+            blocks, metadata = rows.read_encoded(some, packing)
             paged = packing.codec.scores(blocks, query[owners])
-            if rows.storage.holes:
-                paged = paged.masked_fill_((marks["place"] < 0)[:, None], -torch.inf)
+            if rows.storage.evicted_slots:
+                paged = paged.masked_fill_((metadata["position"] < 0)[:, None], -torch.inf)
             top.scatter_reduce_(0, owners[:, None].expand(-1, top.shape[1]), paged.amax(-1), "amax")
             parts.append((some, owners, blocks, paged))
 
@@ -55,23 +55,23 @@ class PageByPage(Reader):
             out.index_add_(0, owners, packing.codec.combine(blocks, paged))
             parts[number] = (some, owners, paged)
         own = None
-        if self.watch:
-            own = _watch(rows, self.packing, index, weights, parts, total, add=self.watch == "sum")
+        if self.statistics:
+            own = _add_statistics(rows, self.packing, index, weights, parts, total, add=self.statistics == "sum")
         return out / total[..., None], own
 
 
-def _watch(
+def _add_statistics(
     rows: Rows, packing: Packing, index: Tensor, weights: Tensor, parts: list, total: Tensor, *, add: bool,
 ) -> Tensor:
     """Writes each entry's softmax weight, summed over the queries of its head, to its score → the tail's."""
-    layouts = packing.layout, rows.open_layout
-    closed, opened = (rows.pool.views(layout)["e_score"] for layout in layouts)
+    layouts = packing.layout, rows.full_layout
+    encoded, full = (rows.pool.views(layout)["e_score"] for layout in layouts)
     for pages, owners, paged in parts:
         mass = (paged / total[owners][..., None]).sum(1).float()
-        closed[pages] = closed[pages] + mass if add else mass
+        encoded[pages] = encoded[pages] + mass if add else mass
     mass = (weights / total[..., None]).sum(1).float()
-    table = rows.open_table[index, : rows.open_pages(weights.shape[-1] - 1)]
+    table = rows.full_table[index, : rows.full_pages(weights.shape[-1] - 1)]
     there = table != 0
-    fresh = mass[:, :-1].unflatten(-1, (-1, rows.per_open_page))[there]
-    opened[table[there]] = opened[table[there]] + fresh if add else fresh
+    fresh = mass[:, :-1].unflatten(-1, (-1, rows.per_full_page))[there]
+    full[table[there]] = full[table[there]] + fresh if add else fresh
     return mass[:, -1]

@@ -46,32 +46,32 @@ class Plan:
         packing: of the layer's encoded pages.
         order, back: int64 ``[R]``, from the caller's order to the plan's, and back; None if they are the same.
         groups: that cover all rows.
-        exact_pages: int32 ``[R * O]``, pages of exact entries; None if the groups read them too.
-        exact_gone: bool ``[R, 1, O * per page]``, as `Group.gone`.
+        full_pages: int32 ``[R * O]``, pages of exact entries; None if the groups read them too.
+        full_gone: bool ``[R, 1, O * per page]``, as `Group.gone`.
     """
 
     packing: Packing
     order: Tensor | None
     back: Tensor | None
     groups: list[Group]
-    exact_pages: Tensor | None
-    exact_gone: Tensor | None
+    full_pages: Tensor | None
+    full_gone: Tensor | None
 
 
 def plans(rows: Rows, index: Tensor) -> list[Plan]:
     """Plans of layers that are stored alike and whose rows hold equally many entries: row r of each, ``index [L, R]``."""
     packing = rows.packing(index[0])
     size, joined = packing.page_size, rows.joined(packing)
-    closed, exact = rows.closed[index[0]].long(), rows.exact[index[0]].long()
-    entries = closed * size + exact * joined
+    encoded, full = rows.encoded_count[index[0]].long(), rows.full_count[index[0]].long()
+    entries = encoded * size + full * joined
     lengths, order, back = entries.tolist(), None, None
     if min(lengths) < max(lengths):
         order = entries.argsort(descending=True, stable=True)
         back, index = order.argsort(), index[:, order]
-        closed, exact, entries = closed[order], exact[order], entries[order]
+        encoded, full, entries = encoded[order], full[order], entries[order]
         lengths.sort(reverse=True)
     columns = -(-lengths[0] // size)
-    table = _joined(rows, index, closed, columns) if joined else rows.closed_table[:, :columns][index]
+    table = _joined(rows, index, encoded, columns) if joined else rows.encoded_table[:, :columns][index]
     parts = []
     most = _VALUES.get(index.device.type, _VALUES_ELSEWHERE) // rows.shape.head_size
     for start, end in _cuts(lengths, most):
@@ -79,16 +79,16 @@ def plans(rows: Rows, index: Tensor) -> list[Plan]:
         pages = table[:, start:end, :columns].flatten(1).unbind()
         gone = _gone(entries[start:end], lengths[start], lengths[end - 1], columns * size)
         parts.append([Group(start, end, some, columns, gone) for some in pages])
-    exact_pages, exact_gone = [None] * len(index), None
+    full_pages, full_gone = [None] * len(index), None
     if not joined:
-        longest = int(exact.max())
-        opened = rows.open_pages(longest)
-        exact_pages = rows.open_table[:, :opened][index].flatten(1).unbind()
-        exact_gone = _gone(exact, longest, int(exact.min()), opened * rows.per_open_page)
+        longest = int(full.max())
+        held = rows.full_pages(longest)
+        full_pages = rows.full_table[:, :held][index].flatten(1).unbind()
+        full_gone = _gone(full, longest, int(full.min()), held * rows.per_full_page)
     groups = zip(*parts, strict=True)
     return [
-        Plan(packing, order, back, list(group), pages, exact_gone)
-        for group, pages in zip(groups, exact_pages, strict=True)
+        Plan(packing, order, back, list(group), pages, full_gone)
+        for group, pages in zip(groups, full_pages, strict=True)
     ]
 
 
@@ -113,10 +113,10 @@ def _gone(counts: Tensor, longest: int, shortest: int, width: int) -> Tensor | N
     return (torch.arange(width, device=counts.device) >= counts[:, None])[:, None]
 
 
-def _joined(rows: Rows, index: Tensor, closed: Tensor, columns: int) -> Tensor:
+def _joined(rows: Rows, index: Tensor, encoded: Tensor, columns: int) -> Tensor:
     """Encoded pages and after them those of exact entries, ``[L, R, C]``."""
-    widest = int(closed.max())
-    both = torch.cat([rows.closed_table[:, :widest][index], rows.open_table[index]], dim=-1)
-    place = torch.arange(columns, device=index.device).expand(len(closed), -1)
-    place = torch.where(place < closed[:, None], place, place - closed[:, None] + widest)
-    return both.gather(-1, place.clamp_(max=both.shape[-1] - 1).expand(len(index), -1, -1))
+    widest = int(encoded.max())
+    both = torch.cat([rows.encoded_table[:, :widest][index], rows.full_table[index]], dim=-1)
+    column = torch.arange(columns, device=index.device).expand(len(encoded), -1)
+    column = torch.where(column < encoded[:, None], column, column - encoded[:, None] + widest)
+    return both.gather(-1, column.clamp_(max=both.shape[-1] - 1).expand(len(index), -1, -1))

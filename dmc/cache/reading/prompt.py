@@ -28,19 +28,19 @@ class Layer:
 
     Attributes:
         keys, values: ``[H, N, D]`` in the model's dtype, rotated.
-        places: int32 ``[H, N]``, positions of the newest tokens; `NONE` where a head has fewer than N entries.
+        positions: int32 ``[H, N]``, positions of the newest tokens; `NONE` where a head has fewer than N entries.
         scores: fp32 ``[H, N]``, or None.
         numerators, z: ``[H, 2 D]`` and ``[H]`` of the open entry.
-        tail_score: fp32 ``[H]``, or None.
+        accumulating_score: fp32 ``[H]``, or None.
     """
 
     keys: Tensor
     values: Tensor
-    places: Tensor
+    positions: Tensor
     scores: Tensor | None
     numerators: Tensor
     z: Tensor
-    tail_score: Tensor | None = None
+    accumulating_score: Tensor | None = None
 
 
 class Prompt:
@@ -101,41 +101,42 @@ class Prompt:
         size, dtype = query.shape[-1], query.dtype
         keys, values = rotated(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
 
-        closes = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
-        chosen, counts = compact(closes)
+        ends = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
+        chosen, counts = compact(ends)
         there = torch.arange(chosen.shape[1], device=query.device) < counts[:, None]
-        places = torch.where(there, chosen + first - lead, NONE).int()
+        newest = torch.where(there, chosen + first - lead, NONE).int()
         if states.merged:
             final = chosen.clamp(max=lead + tokens - 1)[..., None].expand(-1, -1, size)
-            entries = [keys.gather(1, final), values.gather(1, final), places]
+            entries = [keys.gather(1, final), values.gather(1, final), newest]
         else:
-            entries = [keys[:, :-1], values[:, :-1], places]
+            entries = [keys[:, :-1], values[:, :-1], newest]
         if past is not None:
-            entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.places), entries, strict=True)]
+            entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.positions), entries, strict=True)]
         rising = past is None or not self.policy.merges
         seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising)
         turned = rotated(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy, self.backend)
         self._note(number, query, turned)
         arrived = self.policy.arrival(key, value, positions[lead:]).T if self.policy.scored and gathered is None else None
-        scores, tail_score = self._scores(past, gathered, closes, counts, arrived)
-        tail = states.numerators[:, -1].clone(), states.z[:, -1].clone()
-        self.layers[number] = self._forget(Layer(*entries, scores, *tail, tail_score), first + tokens)
+        scores, accumulating_score = self._scores(past, gathered, ends, counts, arrived)
+        accumulating = states.numerators[:, -1].clone(), states.z[:, -1].clone()
+        self.layers[number] = self._forget(Layer(*entries, scores, *accumulating, accumulating_score), first + tokens)
         return out.transpose(0, 1)
 
     def final(self, number: int) -> tuple[Layer, Tensor]:
         """What of a layer becomes pages when the prompt is done: left-aligned entries, and how many each head has."""
         layer = self.layers[number]
         if not self.policy.evicts:
-            return select(layer, layer.places != NONE)
-        places = layer.places.masked_fill(layer.places == NONE, -1)
-        following = torch.full((len(places),), self.done, device=places.device)
+            return select(layer, layer.positions != NONE)
+        positions = layer.positions.masked_fill(layer.positions == NONE, -1)
+        following = torch.full((len(positions),), self.done, device=positions.device)
+        queries = self.queries[number]
         there = PromptEntries(
-            places, layer.scores, len(places), following, number, len(self.layers), layer.keys, layer.values, self._newest(layer),
-            None if self.queries[number] is None else self.queries[number].unflatten(0, (len(places), -1)), self.moments[number],
+            positions, layer.scores, len(positions), following, number, len(self.layers), layer.keys, layer.values,
+            self._newest(layer), None if queries is None else queries.unflatten(0, (len(positions), -1)), self.moments[number],
             self.rope,
         )
-        keep = self.policy.keep_prompt(there) & (places >= 0)
+        keep = self.policy.keep_prompt(there) & (positions >= 0)
         if (written := self.policy.rewrite(there, keep)) is not None:
             layer = dataclasses.replace(layer, keys=written[0].to(layer.keys), values=written[1].to(layer.values))
         return select(layer, keep)
@@ -158,37 +159,37 @@ class Prompt:
             self.moments[number] = new if before is None else before + new
 
     def _scores(
-        self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, closes: Tensor, counts: Tensor,
+        self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, ends: Tensor, counts: Tensor,
         arrived: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
         """Scores of all entries, and of the open one: each token's goes to the entry that it is in. ``arrived [H, T]``: those of
         `Policy.arrival`."""
-        heads, states = closes.shape
+        heads, states = ends.shape
         if not self.policy.scored:
-            return None, torch.zeros(heads, device=closes.device)
-        own = torch.zeros(heads, states, device=closes.device)
-        afresh = past is None or self.policy.watches == "last"
-        if not afresh:
-            own[:, 0] = past.tail_score
-        before = 0 if past is None else past.places.shape[1]
-        old = torch.zeros(heads, before, device=closes.device) if afresh else past.scores
+            return None, torch.zeros(heads, device=ends.device)
+        own = torch.zeros(heads, states, device=ends.device)
+        fresh = past is None or self.policy.statistics == "last"
+        if not fresh:
+            own[:, 0] = past.accumulating_score
+        before = 0 if past is None else past.positions.shape[1]
+        old = torch.zeros(heads, before, device=ends.device) if fresh else past.scores
         tokens = states - (past is not None)
-        new = torch.zeros(heads, int(counts.max()) + 1, device=closes.device)
+        new = torch.zeros(heads, int(counts.max()) + 1, device=ends.device)
         if gathered is not None or arrived is not None:
             own[:, -tokens:] += arrived if gathered is None else gathered[1]
-        new.scatter_add_(1, closes.cumsum(-1) - closes.long(), own)
-        tail = new.gather(1, counts[:, None])[:, 0]
+        new.scatter_add_(1, ends.cumsum(-1) - ends.long(), own)
+        accumulating = new.gather(1, counts[:, None])[:, 0]
         none = torch.arange(new.shape[1] - 1, device=new.device) >= counts[:, None]
         new = torch.cat([old, new[:, :-1].masked_fill(none, 0.0)], dim=1)
-        return (new if gathered is None else new + gathered[0]), tail
+        return (new if gathered is None else new + gathered[0]), accumulating
 
     def _forget(self, layer: Layer, following: int) -> Layer:
         """Without the entries that no later query sees."""
-        if not self.policy.evicts or not layer.places.numel():
+        if not self.policy.evicts or not layer.positions.numel():
             return layer
-        query = torch.full((len(layer.places), 1), following, device=layer.places.device)
-        sight = self.policy.visible(layer.places, query)
-        return layer if sight is None else select(layer, sight[:, 0] & (layer.places != NONE))[0]
+        query = torch.full((len(layer.positions), 1), following, device=layer.positions.device)
+        sight = self.policy.visible(layer.positions, query)
+        return layer if sight is None else select(layer, sight[:, 0] & (layer.positions != NONE))[0]
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,11 @@ def select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
     order = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
     wide = order[..., None].expand(-1, -1, layer.keys.shape[-1])
     there = torch.arange(most, device=kept.device) < counts[:, None]
-    places = torch.where(there, layer.places.gather(1, order), NONE)
+    positions = torch.where(there, layer.positions.gather(1, order), NONE)
     scores = None if layer.scores is None else layer.scores.gather(1, order)
     return Layer(
-        layer.keys.gather(1, wide), layer.values.gather(1, wide), places, scores, layer.numerators, layer.z, layer.tail_score
+        layer.keys.gather(1, wide), layer.values.gather(1, wide), positions, scores, layer.numerators, layer.z,
+        layer.accumulating_score,
     ), counts
 
 

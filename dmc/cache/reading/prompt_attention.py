@@ -16,24 +16,24 @@ _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
 _BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, 16 queries at least: the fewer, the fewer keys are met in vain
 
 
-def compact(closes: Tensor) -> tuple[Tensor, Tensor]:
+def compact(ends: Tensor) -> tuple[Tensor, Tensor]:
     """Where the final entries of a prompt are among its intermediate states.
 
     Args:
-        closes: ``[H, T]`` bool, True where the next token of the prompt opens a new entry.
+        ends: ``[H, T]`` bool, True where the next token of the prompt opens a new entry.
 
     Returns:
-        ``(places [H, N] int64, counts [H] int64)``: the places in rising order, T where a head has fewer than N; N is
+        ``(index [H, N] int64, counts [H] int64)``: the states in rising order, T where a head has fewer than N; N is
         the longest count.
     """
-    heads, tokens = closes.shape
-    order = closes.cumsum(-1)
+    heads, tokens = ends.shape
+    order = ends.cumsum(-1)
     counts = order[..., -1]
     most = int(counts.max())
-    places = order.new_full((heads, most + 1), tokens)
-    target = torch.where(closes, order - 1, most)  # states that do not close all land in the spare last place
-    places.scatter_(-1, target, torch.arange(tokens, device=closes.device).expand_as(target))
-    return places[..., :most], counts
+    index = order.new_full((heads, most + 1), tokens)
+    target = torch.where(ends, order - 1, most)  # states that do not close all land in the spare last place
+    index.scatter_(-1, target, torch.arange(tokens, device=ends.device).expand_as(target))
+    return index[..., :most], counts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Seen:
 
     Attributes:
         keys, values: ``[H, N, D]``, final entries.
-        places: int32 ``[H, N]``, position of each entry's newest token; a query sees those below its own position.
+        positions: int32 ``[H, N]``, position of each entry's newest token; a query sees those below its own position.
         own_keys, own_values: ``[H, T, D]``.
         queries: int64 ``[T]``, positions.
         merged: whether an own state can be anything else than the entry that it becomes.
@@ -51,7 +51,7 @@ class Seen:
 
     keys: Tensor
     values: Tensor
-    places: Tensor
+    positions: Tensor
     own_keys: Tensor
     own_values: Tensor
     queries: Tensor
@@ -65,12 +65,12 @@ def prompt_attention(
     """Queries ``[Hq, T, D]`` of a prompt, rotated, over what they see; softmax in fp32 at least. ``backend``: of the cache.
 
     Returns:
-        ``(out [Hq, T, D], gathered)``: what `Policy.watches` asks for, of entries ``[H, N]`` and of own states
+        ``(out [Hq, T, D], gathered)``: what `Policy.statistics` asks for, of entries ``[H, N]`` and of own states
         ``[H, T]``; None if nothing.
     """
     heads, tokens = seen.own_keys.shape[:2]
     query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
-    plain, causal = policy.watches is None and not policy.evicts_later, not seen.merged and seen.keys.shape[1] == tokens - 1
+    plain, causal = policy.statistics is None and not policy.evicts_later, not seen.merged and seen.keys.shape[1] == tokens - 1
     by_triton = backend is Backend.TRITON and not causal and seen.keys.shape[1]
     if plain and (backend is Backend.CPU or by_triton):
         own = seen.own_keys, seen.own_values, seen.queries.int()
@@ -86,31 +86,31 @@ def prompt_attention(
     for start in range(0, tokens, step):
         part, at = query[:, :, start : start + step], seen.queries[start : start + step]
         keys, values = seen.own_keys[:, None, start : start + step], seen.own_values[:, None, start : start + step]
-        shown = seen.places[:, None] < at[:, None]  # [H, t, N]
-        if (sight := policy.visible(seen.places, at.expand(heads, -1))) is not None:
+        shown = seen.positions[:, None] < at[:, None]  # [H, t, N]
+        if (sight := policy.visible(seen.positions, at.expand(heads, -1))) is not None:
             shown &= sight
         scores = (part @ seen.keys[:, None].transpose(-1, -2)).masked_fill_(~shown[:, None], -torch.inf)
         weights = torch.cat([scores, (part * keys).sum(-1, keepdim=True)], dim=-1)
         weights = weights.softmax(-1, dtype=_work_dtype(weights.dtype))
-        if policy.watches is not None:
+        if policy.statistics is not None:
             mass = weights.sum(1).float()  # [H, t, N + 1]
-            mass = mass if policy.watches == "sum" else mass[:, -1:] * (start + step >= tokens)
+            mass = mass if policy.statistics == "sum" else mass[:, -1:] * (start + step >= tokens)
             gathered[:, : seen.keys.shape[1]] += mass[..., :-1].sum(1)
             last = seen.keys.shape[1] + min(start + step, tokens)
             gathered[:, last - mass.shape[1] : last] += mass[..., -1]
         weights = weights.to(query.dtype)
         out[:, :, start : start + step] = weights[..., :-1] @ seen.values[:, None] + weights[..., -1:] * values
     split = [seen.keys.shape[1], tokens]
-    return out.flatten(0, 1), None if policy.watches is None else tuple(gathered.split(split, dim=-1))
+    return out.flatten(0, 1), None if policy.statistics is None else tuple(gathered.split(split, dim=-1))
 
 
 def _rising(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and places of the entries, in the order of their places."""
     if seen.rising:
-        return seen.keys, seen.values, seen.places
-    places, order = seen.places.sort(dim=-1)
+        return seen.keys, seen.values, seen.positions
+    positions, order = seen.positions.sort(dim=-1)
     order = order[..., None].expand_as(seen.keys)
-    return seen.keys.gather(1, order), seen.values.gather(1, order), places
+    return seen.keys.gather(1, order), seen.values.gather(1, order), positions
 
 
 def _unmerged(query: Tensor, seen: Seen) -> Tensor:
@@ -121,8 +121,8 @@ def _unmerged(query: Tensor, seen: Seen) -> Tensor:
     keys, values = keys[:, None].expand(shape), values[:, None].expand(shape)
     if keys.shape[2] == query.shape[2]:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-    places = torch.cat([seen.places, seen.queries[-1:].int().expand(len(seen.places), 1)], dim=1)
-    shown = (places[:, None] <= seen.queries[:, None])[:, None]
+    positions = torch.cat([seen.positions, seen.queries[-1:].int().expand(len(seen.positions), 1)], dim=1)
+    shown = (positions[:, None] <= seen.queries[:, None])[:, None]
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=shown)
 
 
@@ -130,11 +130,11 @@ def _blocks(query: Tensor, seen: Seen) -> Tensor:
     """For CPUs: some queries at a time over the entries that the last of them sees, in fp32 at least; ``[H, G, T, D]``."""
     heads, groups, tokens, size = query.shape
     work = _work_dtype(query.dtype)
-    keys, values, places = _rising(seen)
+    keys, values, positions = _rising(seen)
     keys, values, own_values = keys.to(work), values.to(work), seen.own_values.to(work)
     scaled = query.to(work) * size**-0.5
     own = (scaled * seen.own_keys[:, None]).sum(-1, keepdim=True)
-    most = torch.searchsorted(places, seen.queries.int().expand(heads, -1).contiguous())  # [H, T] entries that each sees
+    most = torch.searchsorted(positions, seen.queries.int().expand(heads, -1).contiguous())  # [H, T] entries that each sees
     fewest, most = most.amin(0).tolist(), most.amax(0).tolist()
     out = torch.empty_like(query)
     step = min(64, max(16, _BLOCK_SCORES // (heads * groups * (keys.shape[1] + 1))))
@@ -142,7 +142,7 @@ def _blocks(query: Tensor, seen: Seen) -> Tensor:
         end = min(tokens, start + step)
         sure, count, part = fewest[start], most[end - 1], scaled[:, :, start:end]
         scores = (part.flatten(1, 2) @ keys[:, :count].transpose(-1, -2)).view(heads, groups, end - start, count)
-        hidden = places[:, None, None, sure:count] >= seen.queries[start:end, None]
+        hidden = positions[:, None, None, sure:count] >= seen.queries[start:end, None]
         scores[..., sure:].masked_fill_(hidden, -torch.inf)
         weights = torch.cat([scores, own[:, :, start:end]], dim=-1).softmax(-1)
         means = weights[..., :-1].flatten(1, 2) @ values[:, :count]

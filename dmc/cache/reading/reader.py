@@ -27,8 +27,8 @@ class Reader(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """One query of each head over what a row holds: encoded pages, full-precision entries, and its own state.
 
-        In every reader a row costs what it holds. Where the policy watches weights, they are added to the scores of entries, or
-        take their place.
+        In every reader a row costs what it holds. If the policy asks for attention statistics, they are added to the scores of
+        entries, or replace them.
 
         Args:
             rows: the cache.
@@ -38,5 +38,5 @@ class Reader(ABC):
             plan: of these rows, if there is one already.
 
         Returns:
-            ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; None if no weights are watched.
+            ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; None without attention statistics.
         """

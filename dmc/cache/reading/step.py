@@ -54,8 +54,8 @@ class Step:
         self.chunks = []
         for prompt, tokens in chunks:
             prompt.rope = rope
-            places = prompt.positions(tokens, slots.device)
-            self.chunks.append((prompt, tokens, places, rope(places)))
+            at = prompt.positions(tokens, slots.device)
+            self.chunks.append((prompt, tokens, at, rope(at)))
         self.settled = not (merges and policy.merges)
         if len(slots) and policy.ring is not None:
             self._prepare_late(slots, positions, rope)
@@ -63,18 +63,18 @@ class Step:
             self.index = rows.indices(slots)  # [L, S * H]
             if self.grows:
                 growing.make_room(rows, self.index)
-                self.places = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
+                self.table_index = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
                 self.table = rope(torch.stack([positions - 1, positions], dim=1).flatten())  # [2 S, D]
                 self.now = _signed(tuple(x[1::2] for x in self.table))
-                closing = rows.z.new_zeros(self.index.shape[1])
-                self.settle = (closing, closing + 1) if self.settled else None  # alpha and omega where nothing merges
+                ending = rows.z.new_zeros(self.index.shape[1])
+                self.settle = (ending, ending + 1) if self.settled else None  # alpha and omega where nothing merges
                 return
-            self.now, self.before = (_signed(rope(place)) for place in (positions, positions - 1))  # [S, 1, D]
+            self.now, self.before = (_signed(rope(each)) for each in (positions, positions - 1))  # [S, 1, D]
             self.following = (positions + 1).repeat_interleave(rows.shape.heads)
             self.plans: list[Plan | None] = [None] * rows.shape.layers
             self.tokens: list[Tensor] = []  # where nothing merges: the next open entries of each layer so far
             for numbers in rows.layers_alike() if self.settled else ():
-                self._close_all(numbers)
+                self._finish_all(numbers)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
@@ -101,8 +101,8 @@ class Step:
         sizes = [len(self.slots), *(tokens for _, tokens, _, _ in self.chunks)]
         split = [_cut(part, sizes) for part in parts]
         outs, left = [decode(layer, *(part[0] for part in split))] if sizes[0] else [], []
-        for number, (prompt, tokens, places, table) in enumerate(self.chunks, 1):
-            outs.append(prompt.attend(layer, *(part[number] for part in split), places, table))
+        for number, (prompt, tokens, at, table) in enumerate(self.chunks, 1):
+            outs.append(prompt.attend(layer, *(part[number] for part in split), at, table))
             left.append(getattr(prompt, "merged", None))
             if layer == self.rows.shape.layers - 1:
                 prompt.done += tokens
@@ -126,7 +126,7 @@ class Step:
         index, size, reader = self.index[layer], query.shape[-1], self.readers[layer]
         alpha, omega = self.settle or (alpha.flatten(), omega.flatten())
         key, value = key.reshape(-1, size), value.reshape(-1, size)
-        own = reader.append(self.rows, index, key, value, alpha, omega, self.places, self.table)
+        own = reader.append(self.rows, index, key, value, alpha, omega, self.table_index, self.table)
         reader.encode(self.rows, index)
         query = _turn(query.to(own[0].dtype), self.now).to(self.rows.shape.dtype)
         return reader.attend(self.rows, index, query.view(len(index), -1, size), *own)[0].view(query.shape)
@@ -170,19 +170,19 @@ class Step:
 
     # ------------------------------------------------------------------------------------ nothing merges
 
-    def _close_all(self, numbers: list[int]) -> None:
+    def _finish_all(self, numbers: list[int]) -> None:
         """Every open entry of some layers, which are stored alike, becomes final."""
         rows, layers, size = self.rows, len(numbers), self.rows.shape.head_size
         index = self.index[numbers].flatten()
-        tail = rows.numerators[index] / rows.z[index, None]
-        tail = tail.view(layers, len(self.slots), -1, 2 * size)
-        keys, values = _turn(tail[..., :size], self.before).view(-1, size), tail[..., size:].reshape(-1, size)
-        marks = {}
-        if rows.storage.placed:
-            marks["place"] = (self.following - 2).int().repeat(layers)
+        means = rows.numerators[index] / rows.z[index, None]
+        means = means.view(layers, len(self.slots), -1, 2 * size)
+        keys, values = _turn(means[..., :size], self.before).view(-1, size), means[..., size:].reshape(-1, size)
+        metadata = {}
+        if rows.storage.with_positions:
+            metadata["position"] = (self.following - 2).int().repeat(layers)
         if rows.storage.scored:
-            marks["score"] = rows.tail_score[index]
-        rows.append(index, keys, values, marks)
+            metadata["score"] = rows.accumulating_score[index]
+        rows.append(index, keys, values, metadata)
         if self.readers[numbers[0]].plans:
             for number, plan in zip(numbers, plans(rows, self.index[numbers]), strict=True):
                 self.plans[number] = plan
@@ -198,7 +198,7 @@ class Step:
             rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
             rows.z[index] = 1.0
         arrived = None
-        if rows.storage.scored and self.policy.watches is None:
+        if rows.storage.scored and self.policy.statistics is None:
             arrived = self.policy.arrival(key, value, self.following.view(len(self.slots), -1)[:, 0] - 1).flatten()
         return self._attend(layer, query, _turn(key, self.now), value, alpha, arrived)
 
@@ -212,9 +212,9 @@ class Step:
         size = key.shape[-1]
         numerators, z = rows.numerators[index], rows.z[index]
 
-        closing = alpha == 0
-        if closing.any():
-            self._close(index, closing, numerators, z)
+        ending = alpha == 0
+        if ending.any():
+            self._finish(index, ending, numerators, z)
         token = torch.cat([key, value], dim=-1).view(-1, 2 * size).to(numerators.dtype)
         numerators = alpha[:, None] * numerators + omega[:, None] * token
         z = alpha * z + omega
@@ -222,18 +222,18 @@ class Step:
         own = (numerators / z[:, None]).view(*key.shape[:2], -1)
         return self._attend(layer, query, _turn(own[..., :size], self.now), own[..., size:], alpha)
 
-    def _close(self, index: Tensor, closing: Tensor, numerators: Tensor, z: Tensor) -> None:
+    def _finish(self, index: Tensor, ending: Tensor, numerators: Tensor, z: Tensor) -> None:
         """The open entries of some rows become final ones."""
         size, heads = self.rows.shape.head_size, self.rows.shape.heads
         done = numerators / z[:, None]
         keys = _turn(done[:, :size].view(-1, heads, size), self.before).view(-1, size)
-        some = slice(None) if bool(closing.all()) else closing
-        marks = {}
-        if self.rows.storage.placed:
-            marks["place"] = (self.following[some] - 2).int()
+        some = slice(None) if bool(ending.all()) else ending
+        metadata = {}
+        if self.rows.storage.with_positions:
+            metadata["position"] = (self.following[some] - 2).int()
         if self.rows.storage.scored:
-            marks["score"] = self.rows.tail_score[index[some]]
-        self.rows.append(index[some], keys[some], done[some, size:], marks)
+            metadata["score"] = self.rows.accumulating_score[index[some]]
+        self.rows.append(index[some], keys[some], done[some, size:], metadata)
 
     # ------------------------------------------------------------------------------------ both
 
@@ -257,9 +257,9 @@ class Step:
 
     def _score(self, index: Tensor, alpha: Tensor, weight: Tensor | None) -> None:
         score = torch.zeros(len(index), device=index.device)
-        if self.policy.watches != "last":
-            score = score + alpha.float() * self.rows.tail_score[index]
-        self.rows.tail_score[index] = score if weight is None else score + weight
+        if self.policy.statistics != "last":
+            score = score + alpha.float() * self.rows.accumulating_score[index]
+        self.rows.accumulating_score[index] = score if weight is None else score + weight
 
 
 def _signed(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

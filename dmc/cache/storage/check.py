@@ -17,29 +17,29 @@ def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
     _tables(rows, free_slots)
     _pool(rows)
     store = rows.storage
-    waiting = rows.exact - store.first - store.window
+    waiting = rows.full_count - store.first - store.window
     page_sizes = rows.row_page_sizes(torch.arange(len(waiting), device=waiting.device))
-    if (waiting >= page_sizes).any() or (not evicting and ((rows.closed > 0) & (waiting < 0)).any()):
+    if (waiting >= page_sizes).any() or (not evicting and ((rows.encoded_count > 0) & (waiting < 0)).any()):
         raise RuntimeError("a row has a page to encode, or encoded one too early")
-    if ((rows.z == 0) & ((rows.exact > (store.ring or 0)) | (rows.closed > 0))).any():
+    if ((rows.z == 0) & ((rows.full_count > (store.ring or 0)) | (rows.encoded_count > 0))).any():
         raise RuntimeError("a row has entries but no tail")
     free = torch.tensor(free_slots, dtype=torch.int64, device=rows.z.device)
     if len(set(free_slots)) != len(free_slots) or any(slot not in range(rows.slots) for slot in free_slots):
         raise RuntimeError("a slot is free twice, or does not exist")
     for layer in range(rows.shape.layers):
         index = rows.index(layer, free)
-        if rows.z[index].any() or rows.exact[index].any():
+        if rows.z[index].any() or rows.full_count[index].any():
             raise RuntimeError("a free slot holds a sequence")
     if evicting:
         for layer in range(rows.shape.layers):
-            _places(rows, rows.index(layer, torch.arange(rows.slots, device=rows.z.device)))
+            _positions(rows, rows.index(layer, torch.arange(rows.slots, device=rows.z.device)))
 
 
 def _tables(rows: Rows, free_slots: list[int]) -> None:
-    least = torch.full_like(rows.exact, rows.ring_pages).view(rows.shape.layers, rows.slots, -1)
+    least = torch.full_like(rows.full_count, rows.ring_pages).view(rows.shape.layers, rows.slots, -1)
     least[:, [slot for slot in free_slots if slot in range(rows.slots)]] = 0
-    opened = torch.maximum(rows.open_pages(rows.exact), least.flatten())
-    for table, pages in ((rows.closed_table, rows.closed), (rows.open_table, opened)):
+    full = torch.maximum(rows.full_pages(rows.full_count), least.flatten())
+    for table, pages in ((rows.encoded_table, rows.encoded_count), (rows.full_table, full)):
         named = torch.arange(table.shape[1], device=table.device) < pages[:, None]
         if ((table != NULL_PAGE) != named).any():
             raise RuntimeError("a block table names more or fewer pages than its row has")
@@ -47,12 +47,12 @@ def _tables(rows: Rows, free_slots: list[int]) -> None:
 
 def _pool(rows: Rows) -> None:
     pool = rows.pool
-    named = torch.cat([rows.closed_table.flatten(), rows.open_table.flatten()])
+    named = torch.cat([rows.encoded_table.flatten(), rows.full_table.flatten()])
     owners = torch.bincount(named[named != NULL_PAGE].long(), minlength=pool.capacity + 1)
     if not torch.equal(owners, pool.owners.long()):
         raise RuntimeError("a page of the pool has more or fewer owners than it counts")
-    opened = rows.open_table[rows.open_table != NULL_PAGE].long()
-    if (owners[opened] > 1).any():
+    full = rows.full_table[rows.full_table != NULL_PAGE].long()
+    if (owners[full] > 1).any():
         raise RuntimeError("a page that can still change has two owners")
     free = (owners[1:] == 0).nonzero().flatten() + 1
     if not torch.equal(pool.free_pages().sort().values, free):
@@ -61,15 +61,15 @@ def _pool(rows: Rows) -> None:
         raise RuntimeError("the null page was written to")
 
 
-def _places(rows: Rows, index: torch.Tensor) -> None:
+def _positions(rows: Rows, index: torch.Tensor) -> None:
     """Of one layer's rows."""
-    pages, owner = rows.closed_pages(index)
+    pages, owner = rows.encoded_pages(index)
     if not len(pages):
         return
     packing = rows.packing(index)
-    live = rows.read_closed(pages, packing)[1]["place"] >= 0
+    live = rows.read_encoded(pages, packing)[1]["position"] >= 0
     if not live.any(-1).all():
         raise RuntimeError("an encoded page without entries is still held")
     entries = torch.zeros_like(index).index_add_(0, owner, live.sum(-1))
-    if (rows.closed[index] > -(-entries // packing.page_size)).any():
+    if (rows.encoded_count[index] > -(-entries // packing.page_size)).any():
         raise RuntimeError("a row holds more pages than its entries need")

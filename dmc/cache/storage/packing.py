@@ -25,9 +25,9 @@ class Storage:
         sink_tokens: s.
         window: w.
         exact_dtype: of sinks and window.
-        placed: whether entries carry their place, an int32.
+        with_positions: whether entries carry their position, an int32.
         scored: whether entries carry a score, an fp32.
-        holes: whether entries can be evicted from encoded pages, which leaves place -1.
+        evicted_slots: whether entries can be evicted from encoded pages; their slots then hold position -1.
         ring: newest tokens that stay as they are (`dmc.cache.reading.late`); None: a token enters the accumulating entry at once.
         noted: numbers that are kept with each token of the ring: its logit, and where tokens merge its weight.
         most: entries of a row behind the ring at most, the accumulating one counted; None: no bound.
@@ -36,9 +36,9 @@ class Storage:
     sink_tokens: int
     window: int
     exact_dtype: torch.dtype
-    placed: bool = False
+    with_positions: bool = False
     scored: bool = False
-    holes: bool = False
+    evicted_slots: bool = False
     ring: int | None = None
     noted: int = 1
     most: int | None = None
@@ -49,14 +49,14 @@ class Storage:
         return self.sink_tokens + (0 if self.ring is None else self.ring + 1)
 
     @property
-    def marks(self) -> dict[str, torch.dtype]:
+    def metadata(self) -> dict[str, torch.dtype]:
         """What is stored with each entry beside its key and value."""
-        known = (("place", torch.int32, self.placed), ("score", torch.float32, self.scored))
+        known = (("position", torch.int32, self.with_positions), ("score", torch.float32, self.scored))
         return {name: dtype for name, dtype, there in known if there}
 
     def entry_bytes(self, head_size: int) -> int:
         """Bytes of an exact entry."""
-        return 2 * head_size * self.exact_dtype.itemsize + sum(kind.itemsize for kind in self.marks.values())
+        return 2 * head_size * self.exact_dtype.itemsize + sum(kind.itemsize for kind in self.metadata.values())
 
 
 class Packing:
@@ -70,14 +70,14 @@ class Packing:
 
     Attributes:
         layout: of a page.
-        fields: those of the codec; a page also holds the marks, ``e_...``.
+        fields: those of the codec; a page also holds the metadata, ``e_...``.
     """
 
     def __init__(self, codec: Codec, page_size: int, head_size: int, storage: Storage) -> None:
         self.codec, self.page_size = codec, page_size
         fields = codec.layout(page_size, head_size, storage.exact_dtype)
         self.head_size, self.exact_dtype, self.fields = head_size, storage.exact_dtype, frozenset(fields)
-        self.layout = Layout(fields | {f"e_{name}": (kind, (page_size,)) for name, kind in storage.marks.items()})
+        self.layout = Layout(fields | {f"e_{name}": (kind, (page_size,)) for name, kind in storage.metadata.items()})
 
     def format(self, device: torch.device) -> PageFormat:
         """See `Codec.page_format`."""

@@ -50,8 +50,8 @@ class Shape:
     dtype: torch.dtype
 
 
-Marks = dict[str, Tensor]
-"""What entries carry beside key and value, as `Storage.marks` names it."""
+Metadata = dict[str, Tensor]
+"""What entries carry beside key and value, as `Storage.metadata` names it."""
 
 
 class Rows:
@@ -79,33 +79,33 @@ class Rows:
         self.page_sizes = torch.tensor([packing.page_size for packing in self.packings], device=device)  # [L]
         self._alike = len({id(packing) for packing in self.packings}) == 1
         entry = storage.entry_bytes(size)
-        self.per_open_page = page_bytes // entry  # exact entries that a page takes
-        part = (dtype, (self.per_open_page, size))
-        marks = {f"e_{name}": (kind, (self.per_open_page,)) for name, kind in storage.marks.items()}
-        self.open_layout = Layout({"k": part, "v": part} | marks)
+        self.per_full_page = page_bytes // entry  # exact entries that a page takes
+        part = (dtype, (self.per_full_page, size))
+        metadata = {f"e_{name}": (kind, (self.per_full_page,)) for name, kind in storage.metadata.items()}
+        self.full_layout = Layout({"k": part, "v": part} | metadata)
         self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
         self.error = CodecError()
 
         rows = shape.layers * slots * shape.heads
         work = torch.float64 if shape.dtype == torch.float64 else torch.float32
-        self.closed_table = torch.full((rows, _FIRST_COLUMNS), NULL_PAGE, dtype=torch.int32, device=device)
-        columns = max(self.open_pages(self.most_exact(packing)) for packing in self.packings)
-        self.open_table = torch.full((rows, columns), NULL_PAGE, dtype=torch.int32, device=device)
-        self.closed = torch.zeros(rows, dtype=torch.int32, device=device)  # encoded pages
-        self.exact = torch.zeros(rows, dtype=torch.int32, device=device)  # exact entries, the tail not counted
+        self.encoded_table = torch.full((rows, _FIRST_COLUMNS), NULL_PAGE, dtype=torch.int32, device=device)
+        columns = max(self.full_pages(self.most_full(packing)) for packing in self.packings)
+        self.full_table = torch.full((rows, columns), NULL_PAGE, dtype=torch.int32, device=device)
+        self.encoded_count = torch.zeros(rows, dtype=torch.int32, device=device)  # encoded pages
+        self.full_count = torch.zeros(rows, dtype=torch.int32, device=device)  # exact entries, the tail not counted
         self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
         self.z = torch.zeros(rows, dtype=work, device=device)  # of the tail; 0: no tail, the row is empty
-        self.tail_score = torch.zeros(rows if storage.scored else 0, device=device)
+        self.accumulating_score = torch.zeros(rows if storage.scored else 0, device=device)
         self.notes = torch.zeros(rows, storage.ring or 0, storage.noted, dtype=work, device=device)  # see `Storage`
         # Position of the newest token in the tail; only read where entries carry theirs and tokens can be dropped.
-        placed = storage.placed and storage.ring is not None
-        self.newest = torch.zeros(rows if placed else 0, dtype=torch.int32, device=device)
+        positioned = storage.with_positions and storage.ring is not None
+        self.newest = torch.zeros(rows if positioned else 0, dtype=torch.int32, device=device)
 
     @property
     def state(self) -> tuple[str, ...]:
         """Names of the tensors that say everything of a row but its pages' content; the first two are tables."""
-        more = [name for name in ("tail_score", "notes", "newest") if getattr(self, name).numel()]
-        return ("closed_table", "open_table", "closed", "exact", "numerators", "z", *more)
+        more = [name for name in ("accumulating_score", "notes", "newest") if getattr(self, name).numel()]
+        return ("encoded_table", "full_table", "encoded_count", "full_count", "numerators", "z", *more)
 
     def index(self, layer: int, slots: Tensor) -> Tensor:
         """Rows of a layer's heads for each slot: int64 ``[S] → [S * H]``."""
@@ -142,103 +142,103 @@ class Rows:
 
     def joined(self, packing: Packing) -> bool:
         """Whether exact entries lie as encoded ones do, so that a row can be read as one run of pages."""
-        return not self.storage.first and self.open_layout.fields == packing.layout.fields
+        return not self.storage.first and self.full_layout.fields == packing.layout.fields
 
     def row_page_sizes(self, rows: Tensor) -> Tensor:
         """Entries of an encoded page of any rows: int64 ``[R] → [R]``."""
         return self.page_sizes[rows // (self.slots * self.shape.heads)]
 
-    def most_exact(self, packing: Packing) -> int:
+    def most_full(self, packing: Packing) -> int:
         """Exact entries of a row just before a page is closed; the tail not counted."""
         return self.storage.first + self.storage.window + packing.page_size
 
     def split(self, entries: Tensor, page_size: int | Tensor) -> tuple[Tensor, Tensor]:
         """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
-        full = (entries - self.storage.first - self.storage.window).clamp(min=0) // page_size
-        return full, entries - full * page_size
+        encoded = (entries - self.storage.first - self.storage.window).clamp(min=0) // page_size
+        return encoded, entries - encoded * page_size
 
     def pages_of(self, entries: Tensor, page_size: int | Tensor) -> Tensor:
         """Pages that rows of so many closed entries hold, if none was evicted; int64, any shape."""
-        full, exact = self.split(entries, page_size)
-        return full + self.open_pages(exact).clamp(min=self.ring_pages)
+        encoded, full = self.split(entries, page_size)
+        return encoded + self.full_pages(full).clamp(min=self.ring_pages)
 
     @property
     def ring_pages(self) -> int:
         """Pages of ring and accumulating entry, which a row has from its first token on."""
-        return 0 if self.storage.ring is None else self.open_pages(self.storage.ring + 1)
+        return 0 if self.storage.ring is None else self.full_pages(self.storage.ring + 1)
 
-    def behind_ring(self, closed: Tensor, exact: Tensor, page_size: int | Tensor) -> Tensor:
+    def behind_ring(self, encoded: Tensor, full: Tensor, page_size: int | Tensor) -> Tensor:
         """Entries behind the ring, the accumulating one counted, of rows with so many encoded pages and exact entries; 0 or
         less where the ring is not full."""
-        return closed * page_size + exact - (self.storage.ring or 0)
+        return encoded * page_size + full - (self.storage.ring or 0)
 
     def worst_pages(self, entries: int, *, evicting: bool) -> int:
         """Pages that one row of each layer, together, can come to need on its way to so many closed entries."""
         store, pages = self.storage, 0
         for packing in self.packings:
-            full = max(0, entries - store.first - store.window) // packing.page_size
-            exact = self.open_pages(min(entries + evicting, self.most_exact(packing)))
-            pages += full + 2 * evicting + max(exact, self.ring_pages)
+            encoded = max(0, entries - store.first - store.window) // packing.page_size
+            full = self.full_pages(min(entries + evicting, self.most_full(packing)))
+            pages += encoded + 2 * evicting + max(full, self.ring_pages)
         return pages
 
-    def open_pages(self, entries: int | Tensor) -> int | Tensor:
+    def full_pages(self, entries: int | Tensor) -> int | Tensor:
         """Pages that so many exact entries take."""
-        return -(-entries // self.per_open_page)
+        return -(-entries // self.per_full_page)
 
     # ------------------------------------------------------------------------------------ reading
 
-    def exact_entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def full_entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sinks and window of rows: ``[R] → (keys [R, N, D], values [R, N, D], valid [R, N])``; the rest is 0."""
-        count = self.exact[rows]
-        columns = self.open_pages(int(count.max()))
-        valid = torch.arange(columns * self.per_open_page, device=rows.device) < count[:, None]
-        return *self.read_open(self.open_table[rows, :columns].flatten(), len(rows)), valid
+        count = self.full_count[rows]
+        columns = self.full_pages(int(count.max()))
+        valid = torch.arange(columns * self.per_full_page, device=rows.device) < count[:, None]
+        return *self.read_full_pages(self.full_table[rows, :columns].flatten(), len(rows)), valid
 
-    def read_open(self, pages: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def read_full_pages(self, pages: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[R, N, D]`` on pages of exact entries ``[R * columns]``: copies."""
-        views = self.open_layout.views(self.pool.read(pages))
+        views = self.full_layout.views(self.pool.read(pages))
         keys, values = (views[part].reshape(rows, -1, self.shape.head_size) for part in ("k", "v"))
         return keys, values
 
-    def closed_pages(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def encoded_pages(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Encoded pages of rows, row after row: ``[R] → (pages [n], index into rows of each [n])``."""
-        count = self.closed[rows]
+        count = self.encoded_count[rows]
         columns = int(count.max())
         held = torch.arange(columns, device=rows.device) < count[:, None]
         owner, column = held.nonzero(as_tuple=True)
-        return self.closed_table[rows[owner], column], owner
+        return self.encoded_table[rows[owner], column], owner
 
     def blocks(self, pages: Tensor, packing: Packing) -> Blocks:
         """Copies of encoded pages: ``[n]`` → blocks with leading dimension n."""
-        return self.read_closed(pages, packing)[0]
+        return self.read_encoded(pages, packing)[0]
 
-    def read_closed(self, pages: Tensor, packing: Packing) -> tuple[Blocks, Marks]:
+    def read_encoded(self, pages: Tensor, packing: Packing) -> tuple[Blocks, Metadata]:
         """`blocks`, and what each entry carries, ``[n, P]``; copies."""
         if len(packing.layout.fields) == 2:  # few and large: one by one they come out contiguous
             views = {name: view.index_select(0, pages) for name, view in self.pool.views(packing.layout).items()}
         else:
             views = packing.layout.views(self.pool.read(pages))
-        marks = {name: views[f"e_{name}"] for name in self.storage.marks}
+        metadata = {name: views[f"e_{name}"] for name in self.storage.metadata}
         own = {name: view for name, view in views.items() if name in packing.fields}
-        return Blocks(own, packing.page_size, self.shape.head_size), marks
+        return Blocks(own, packing.page_size, self.shape.head_size), metadata
 
     # ------------------------------------------------------------------------------------ writing
 
-    def append(self, rows: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
-        """Adds one final entry to each of some rows: rows ``[R]`` distinct, keys and values ``[R, D]``, marks ``[R]``."""
-        count = self.exact[rows]
-        fresh = count % self.per_open_page == 0
+    def append(self, rows: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> None:
+        """Adds one final entry to each of some rows: rows ``[R]`` distinct, keys and values ``[R, D]``, metadata ``[R]``."""
+        count = self.full_count[rows]
+        fresh = count % self.per_full_page == 0
         if fresh.any():
-            self._open(rows[fresh], count[fresh] // self.per_open_page)
-        self.write_exact(rows, count, keys, values, marks)
-        self.exact[rows] = count + 1
-        full = count + 1 == self.most_exact(self.packing(rows))
-        if full.any():
-            for some in rows[full].split(_ENCODE_PAGES):
-                self._close_page(some)
+            self._new_full_pages(rows[fresh], count[fresh] // self.per_full_page)
+        self.write_full(rows, count, keys, values, metadata)
+        self.full_count[rows] = count + 1
+        filled = count + 1 == self.most_full(self.packing(rows))
+        if filled.any():
+            for some in rows[filled].split(_ENCODE_PAGES):
+                self._encode_page(some)
 
     def load(
-        self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, marks: Marks, *,
+        self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, metadata: Metadata, *,
         donors: Tensor | None = None, shared: Tensor | None = None,
     ) -> None:
         """Fills empty rows with a prompt's final entries.
@@ -247,119 +247,119 @@ class Rows:
             rows: ``[R]``.
             keys, values: ``[R, N, D]``, oldest first.
             counts: ``[R]`` int64, how many of the N are a row's own.
-            marks: ``[R, N]`` each.
+            metadata: ``[R, N]`` each.
             donors: ``[R]``, rows whose first pages hold the same entries.
             shared: ``[R]`` int64, how many of them are taken over instead of encoded again.
         """
         store, size = self.storage, self.packing(rows).page_size
-        full, exact = self.split(counts, size)
+        encoded, full = self.split(counts, size)
         keys, values = keys.to(store.exact_dtype), values.to(store.exact_dtype)
 
-        self.widen(int(full.max()))
-        owner, column = ragged(full)
+        self.widen(int(encoded.max()))
+        owner, column = ragged(encoded)
         if donors is not None:
             taken = column < shared[owner]
-            pages = self.closed_table[donors[owner[taken]], column[taken]]
+            pages = self.encoded_table[donors[owner[taken]], column[taken]]
             self.pool.share(pages.long())
-            self.closed_table[rows[owner[taken]], column[taken]] = pages
+            self.encoded_table[rows[owner[taken]], column[taken]] = pages
             owner, column = owner[~taken], column[~taken]
         for owners, columns in zip(owner.split(_ENCODE_PAGES), column.split(_ENCODE_PAGES), strict=True):
             start = store.first + columns * size
             which = owners[:, None], start[:, None] + torch.arange(size, device=rows.device)
-            own = {name: mark[which] for name, mark in marks.items()}
+            own = {name: field[which] for name, field in metadata.items()}
             self._store(rows[owners], columns, keys[which], values[which], own)
-        self.closed[rows] = full.int()
+        self.encoded_count[rows] = encoded.int()
 
-        owner, column = ragged(self.open_pages(exact).clamp(min=self.ring_pages))
-        self._open(rows[owner], column)
-        owner, place = ragged(exact)
-        which = owner, torch.where(place < store.first, place, place + full[owner] * size)
-        own = {name: mark[which] for name, mark in marks.items()}
-        self.write_exact(rows[owner], place, keys[which], values[which], own)
-        self.exact[rows] = exact.int()
+        owner, column = ragged(self.full_pages(full).clamp(min=self.ring_pages))
+        self._new_full_pages(rows[owner], column)
+        owner, offset = ragged(full)
+        which = owner, torch.where(offset < store.first, offset, offset + encoded[owner] * size)
+        own = {name: field[which] for name, field in metadata.items()}
+        self.write_full(rows[owner], offset, keys[which], values[which], own)
+        self.full_count[rows] = full.int()
 
     def release(self, rows: Tensor) -> None:
         """Empties rows and gives their pages back: ``[R]``."""
-        pages = torch.cat([self.closed_table[rows].flatten(), self.open_table[rows].flatten()])
+        pages = torch.cat([self.encoded_table[rows].flatten(), self.full_table[rows].flatten()])
         self.pool.give(pages[pages != NULL_PAGE].long())
         for name in self.state:
             getattr(self, name)[rows] = 0
 
-    def encode_into(self, pages: Tensor, rows: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> Blocks:
-        """Encodes entries ``[n, P, D]`` of rows ``[n]`` with their marks ``[n, P]`` into pages of the pool, ``[n]``."""
+    def encode_into(self, pages: Tensor, rows: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> Blocks:
+        """Encodes entries ``[n, P, D]`` of rows ``[n]`` with their metadata ``[n, P]`` into pages of the pool, ``[n]``."""
         packing = self.packing(rows)
-        if packing.codec.placed:
-            encoded = packing.codec.encode_at(keys, values, self.heads_of(rows), marks["place"])
+        if packing.codec.needs_positions:
+            encoded = packing.codec.encode_at(keys, values, self.heads_of(rows), metadata["position"])
         else:
             encoded = packing.codec.encode(keys, values)
         views = self.pool.views(packing.layout)
         for name, tensor in encoded.tensors.items():
             views[name][pages] = tensor
-        for name, mark in marks.items():
-            views[f"e_{name}"][pages] = mark
+        for name, field in metadata.items():
+            views[f"e_{name}"][pages] = field
         return encoded
 
-    def write_exact(self, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
-        """Writes exact entries at ``places`` of rows, whose pages are there; all of one shape, keys ``[..., D]``."""
-        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
-        views = self.pool.views(self.open_layout)
-        views["k"][pages, offsets] = keys.to(self.storage.exact_dtype)
-        views["v"][pages, offsets] = values.to(self.storage.exact_dtype)
-        for name, mark in marks.items():
-            views[f"e_{name}"][pages, offsets] = mark.to(self.storage.marks[name])
+    def write_full(self, rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> None:
+        """Writes full-precision entries at ``offsets`` of rows, whose pages are there; all of one shape, keys ``[..., D]``."""
+        pages, slots = self.full_table[rows, offsets // self.per_full_page], offsets % self.per_full_page
+        views = self.pool.views(self.full_layout)
+        views["k"][pages, slots] = keys.to(self.storage.exact_dtype)
+        views["v"][pages, slots] = values.to(self.storage.exact_dtype)
+        for name, field in metadata.items():
+            views[f"e_{name}"][pages, slots] = field.to(self.storage.metadata[name])
 
-    def read_exact(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Marks]:
-        """Exact entries at ``places`` of rows, both of one shape: copies; places beyond a row's pages read as 0."""
-        pages, offsets = self.open_table[rows, places // self.per_open_page], places % self.per_open_page
-        views = self.pool.views(self.open_layout)
-        marks = {name: views[f"e_{name}"][pages, offsets] for name in self.storage.marks}
-        return views["k"][pages, offsets], views["v"][pages, offsets], marks
+    def read_full(self, rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Metadata]:
+        """Full-precision entries at ``offsets`` of rows, both of one shape: copies; offsets beyond a row's pages read as 0."""
+        pages, slots = self.full_table[rows, offsets // self.per_full_page], offsets % self.per_full_page
+        views = self.pool.views(self.full_layout)
+        metadata = {name: views[f"e_{name}"][pages, slots] for name in self.storage.metadata}
+        return views["k"][pages, slots], views["v"][pages, slots], metadata
 
-    def _close_page(self, rows: Tensor) -> None:
+    def _encode_page(self, rows: Tensor) -> None:
         """Encodes the oldest page of the window of each row, whose exact part is full."""
         store, packing = self.storage, self.packing(rows)
         first, end = store.first, store.first + packing.page_size
-        places = torch.arange(first, self.most_exact(packing), device=rows.device).expand(len(rows), -1)
-        read = self.read_exact(rows[:, None].expand_as(places), places)
-        kept = self.open_pages(first + store.window)
-        spare = self.open_table[rows, kept:]
+        offsets = torch.arange(first, self.most_full(packing), device=rows.device).expand(len(rows), -1)
+        read = self.read_full(rows[:, None].expand_as(offsets), offsets)
+        kept = self.full_pages(first + store.window)
+        spare = self.full_table[rows, kept:]
         self.pool.give(spare[spare != NULL_PAGE].long())
-        self.open_table[rows, kept:] = NULL_PAGE
-        (keys, values), marks = ((part[:, : end - first] for part in read[:2]), read[2])
+        self.full_table[rows, kept:] = NULL_PAGE
+        (keys, values), metadata = ((part[:, : end - first] for part in read[:2]), read[2])
         if store.window:
             rest = [part[:, end - first :] for part in read[:2]]
-            later = {name: mark[:, end - first :] for name, mark in marks.items()}
-            self.write_exact(rows[:, None].expand(-1, store.window), places[:, : store.window], *rest, later)
-        self.exact[rows] = first + store.window
-        column = self.closed[rows]
+            later = {name: field[:, end - first :] for name, field in metadata.items()}
+            self.write_full(rows[:, None].expand(-1, store.window), offsets[:, : store.window], *rest, later)
+        self.full_count[rows] = first + store.window
+        column = self.encoded_count[rows]
         self.widen(int(column.max()) + 1)
-        self._store(rows, column, keys, values, {name: mark[:, : end - first] for name, mark in marks.items()})
-        self.closed[rows] = column + 1
+        self._store(rows, column, keys, values, {name: field[:, : end - first] for name, field in metadata.items()})
+        self.encoded_count[rows] = column + 1
 
-    def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor, marks: Marks) -> None:
+    def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> None:
         """Encodes one page ``[R, P, D]`` a row into a new page of the pool, named at ``columns`` of the table."""
         if not len(rows):
             return
         pages = self.pool.take(len(rows))
-        encoded = self.encode_into(pages, rows, keys, values, marks)
+        encoded = self.encode_into(pages, rows, keys, values, metadata)
         self.error.sample(self.packing(rows).codec, encoded, keys, values)
-        self.closed_table[rows, columns] = pages.int()
+        self.encoded_table[rows, columns] = pages.int()
 
-    def _open(self, rows: Tensor, columns: Tensor) -> None:
+    def _new_full_pages(self, rows: Tensor, columns: Tensor) -> None:
         """Gives each row a zeroed page for exact entries, named at ``columns`` of the table; rows may repeat."""
         pages = self.pool.take(len(rows))
         self.pool.memory[pages] = 0  # what an encoded page left here could read as NaN
-        self.open_table[rows, columns] = pages.int()
+        self.full_table[rows, columns] = pages.int()
 
     def widen(self, columns: int) -> None:
         """Makes the table of encoded pages at least so wide."""
-        have = self.closed_table.shape[1]
+        have = self.encoded_table.shape[1]
         if columns > have:
-            self.closed_table = F.pad(self.closed_table, (0, max(columns, 2 * have) - have), value=NULL_PAGE)
+            self.encoded_table = F.pad(self.encoded_table, (0, max(columns, 2 * have) - have), value=NULL_PAGE)
 
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts ``[R]`` → (owner, place) ``[sum]``: 0, 0, ..., 1, ... and 0, 1, ..., 0, ..."""
+    """Counts ``[R]`` → (owner, offset) ``[sum]``: 0, 0, ..., 1, ... and 0, 1, ..., 0, ..."""
     owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     start = counts.cumsum(0) - counts
     return owner, torch.arange(len(owner), device=counts.device) - start[owner]

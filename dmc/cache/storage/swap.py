@@ -50,17 +50,17 @@ def write(rows: Rows, index: Tensor, swapped: Swapped) -> None:
     """
     pages = rows.pool.take(len(swapped.pages))
     rows.pool.memory[pages] = swapped.pages.to(pages.device)
-    closed, opened = (owner.to(pages.device) for owner in swapped.owners)
-    rows.widen(int(closed[:, 1].max()) + 1 if len(closed) else 0)
-    rows.closed_table[index[closed[:, 0]], closed[:, 1]] = pages[: len(closed)].int()
-    rows.open_table[index[opened[:, 0]], opened[:, 1]] = pages[len(closed) :].int()
+    encoded, full = (owner.to(pages.device) for owner in swapped.owners)
+    rows.widen(int(encoded[:, 1].max()) + 1 if len(encoded) else 0)
+    rows.encoded_table[index[encoded[:, 0]], encoded[:, 1]] = pages[: len(encoded)].int()
+    rows.full_table[index[full[:, 0]], full[:, 1]] = pages[len(encoded) :].int()
     for name, tensor in swapped.state.items():
         getattr(rows, name)[index] = tensor.to(pages.device)
 
 
 def fork_pages(rows: Rows, source: Tensor, *, share: bool) -> int:
     """Pages that `fork` takes."""
-    tables = [rows.open_table] if share else [rows.open_table, rows.closed_table]
+    tables = [rows.full_table] if share else [rows.full_table, rows.encoded_table]
     return sum(int((table[source] != NULL_PAGE).sum()) for table in tables)
 
 
@@ -73,16 +73,16 @@ def fork(rows: Rows, source: Tensor, target: Tensor, *, share: bool) -> None:
     Raises:
         PoolExhausted: if there are not pages enough; nothing is changed then.
     """
-    closed, opened = rows.closed_table[source], rows.open_table[source]
-    held = [table != NULL_PAGE for table in (closed, opened)]
-    copied = opened[held[1]] if share else torch.cat([closed[held[0]], opened[held[1]]])
+    encoded, full = rows.encoded_table[source], rows.full_table[source]
+    held = [table != NULL_PAGE for table in (encoded, full)]
+    copied = full[held[1]] if share else torch.cat([encoded[held[0]], full[held[1]]])
     pages = rows.pool.take(len(copied))
     rows.pool.memory[pages] = rows.pool.memory[copied.long()]
     if share:
-        rows.pool.share(closed[held[0]].long())
+        rows.pool.share(encoded[held[0]].long())
     else:
-        closed[held[0]] = pages[: int(held[0].sum())].int()
-    opened[held[1]] = pages[len(pages) - int(held[1].sum()) :].int()
-    rows.closed_table[target], rows.open_table[target] = closed, opened
+        encoded[held[0]] = pages[: int(held[0].sum())].int()
+    full[held[1]] = pages[len(pages) - int(held[1].sum()) :].int()
+    rows.encoded_table[target], rows.full_table[target] = encoded, full
     for name in rows.state[2:]:
         getattr(rows, name)[target] = getattr(rows, name)[source]

@@ -79,23 +79,23 @@ def append_reference(
 
 def _refuse(state: Growing, rows: Tensor, closing: Tensor) -> Tensor:
     """Gives each closing row the page that its next exact entry needs → bool ``[n]``, those that cannot have it."""
-    count = state.exact_count[rows]
+    count = state.full_count[rows]
     full = closing & (count >= state.most)
     if full.any():
         state.failed.bitwise_or_(NOT_ENCODED)
-    wanting = closing & ~full & (count % state.per_open == 0)
+    wanting = closing & ~full & (count % state.per_full_page == 0)
     pages, given = take(state, wanting)
     state.memory[pages] = 0  # what an encoded page left there could read as NaN
-    state.open_table[rows[given], count[given] // state.per_open] = pages.int()
+    state.full_table[rows[given], count[given] // state.per_full_page] = pages.int()
     return full | (wanting & ~given)
 
 
 def _write(state: Growing, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-    count = state.exact_count[rows]
-    pages, offsets = state.open_table[rows, count // state.per_open].long(), count % state.per_open
+    count = state.full_count[rows]
+    pages, offsets = state.full_table[rows, count // state.per_full_page].long(), count % state.per_full_page
     for part, x in (("k", keys), ("v", values)):
-        state.opened[part][pages, offsets] = x.to(state.opened[part].dtype)
-    state.exact_count[rows] = count + 1
+        state.full_precision[part][pages, offsets] = x.to(state.full_precision[part].dtype)
+    state.full_count[rows] = count + 1
 
 
 def _turn(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

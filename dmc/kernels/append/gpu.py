@@ -27,23 +27,23 @@ def append(
     index, key, value, alpha, omega = (x.contiguous() for x in (index, key, value, alpha, omega))
     cos, sin = (table.contiguous() for table in rope)
     own_key, own_value = (torch.empty(rows, size, dtype=torch.float32, device=key.device) for _ in "kv")
-    keys, values = (as_bits(state.opened[part]) for part in "kv")
+    keys, values = (as_bits(state.full_precision[part]) for part in "kv")
     words = state.memory.view(torch.int64)
     _append[(rows,)](
-        index, key, value, alpha, omega, positions, cos, sin, state.numerators, state.z, state.exact_count, state.open_table,
+        index, key, value, alpha, omega, positions, cos, sin, state.numerators, state.z, state.full_count, state.full_table,
         words, keys, values, state.stack, state.free, state.owners, state.failed, own_key, own_value,
-        len(index) // len(positions), state.most, state.open_table.stride(0), words.stride(0), keys.stride(0),
+        len(index) // len(positions), state.most, state.full_table.stride(0), words.stride(0), keys.stride(0),
         values.stride(0), WORDS=words.shape[1], STEP=min(_WORDS, triton.next_power_of_2(words.shape[1])),
-        PER_OPEN=state.per_open, D=size, HALF=triton.next_power_of_2(size // 2), num_warps=1,
+        PER_FULL=state.per_full_page, D=size, HALF=triton.next_power_of_2(size // 2), num_warps=1,
     )
     return own_key, own_value
 
 
 @triton.jit
 def _append(
-    index, key, value, alpha, omega, positions, cos, sin, numerators, z, exact, open_table, words, keys, values, stack, free,
-    owners, failed, own_key, own_value, heads, most, ot, wp, kp, vp,
-    WORDS: tl.constexpr, STEP: tl.constexpr, PER_OPEN: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    index, key, value, alpha, omega, positions, cos, sin, numerators, z, full_count, full_table, words, keys, values, stack, free,
+    owners, failed, own_key, own_value, heads, most, ft, wp, kp, vp,
+    WORDS: tl.constexpr, STEP: tl.constexpr, PER_FULL: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, HALF)
@@ -57,7 +57,7 @@ def _append(
         return
     row = row.to(tl.int64)
     at = numerators + row * (2 * D) + d
-    place = tl.load(positions + r // heads).to(tl.int64)
+    position = tl.load(positions + r // heads).to(tl.int64)
     rate = tl.load(alpha + r).to(tl.float32)
     weight = tl.load(omega + r).to(tl.float32)
     total = tl.load(z + row)
@@ -66,16 +66,16 @@ def _append(
 
     written = True
     if (rate == 0) & (total > 0):
-        count = tl.load(exact + row)
-        page = _page(open_table + row * ot, words, stack, free, owners, failed, count, most, wp, WORDS, STEP, PER_OPEN)
+        count = tl.load(full_count + row)
+        page = _page(full_table + row * ft, words, stack, free, owners, failed, count, most, wp, WORDS, STEP, PER_FULL)
         written = page > 0
         if written:
-            c1, c2 = _turned(tl.div_rn(k1, total), tl.div_rn(k2, total), cos, sin, place - 1, inside, D, HALF)
-            to = page * kp + (count % PER_OPEN) * D + d
+            c1, c2 = _turned(tl.div_rn(k1, total), tl.div_rn(k2, total), cos, sin, position - 1, inside, D, HALF)
+            to = page * kp + (count % PER_FULL) * D + d
             _put(keys + to, c1, c2, inside, D)
-            to = page * vp + (count % PER_OPEN) * D + d
+            to = page * vp + (count % PER_FULL) * D + d
             _put(values + to, tl.div_rn(v1, total), tl.div_rn(v2, total), inside, D)
-            tl.store(exact + row, count + 1)
+            tl.store(full_count + row, count + 1)
 
     new1, new2 = _get(key + own, inside, D)
     k1, k2 = rate * k1 + weight * new1, rate * k2 + weight * new2
@@ -86,7 +86,7 @@ def _append(
         _put(at, k1, k2, inside, D)
         _put(at + D, v1, v2, inside, D)
         tl.store(z + row, total)
-    c1, c2 = _turned(tl.div_rn(k1, total), tl.div_rn(k2, total), cos, sin, place, inside, D, HALF)
+    c1, c2 = _turned(tl.div_rn(k1, total), tl.div_rn(k2, total), cos, sin, position, inside, D, HALF)
     _put(own_key + own, c1, c2, inside, D)
     _put(own_value + own, tl.div_rn(v1, total), tl.div_rn(v2, total), inside, D)
 
@@ -104,9 +104,9 @@ def _put(pointer, x1, x2, inside, D: tl.constexpr):
 
 
 @triton.jit
-def _turned(x1, x2, cos, sin, place, inside, D: tl.constexpr, HALF: tl.constexpr):
+def _turned(x1, x2, cos, sin, position, inside, D: tl.constexpr, HALF: tl.constexpr):
     """`dmc.functional.rotate`."""
-    at = place * D + tl.arange(0, HALF)
+    at = position * D + tl.arange(0, HALF)
     c1, c2 = _get(cos + at, inside, D)
     s1, s2 = _get(sin + at, inside, D)
     return x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
@@ -115,18 +115,18 @@ def _turned(x1, x2, cos, sin, place, inside, D: tl.constexpr, HALF: tl.constexpr
 @triton.jit
 def _page(
     table, words, stack, free, owners, failed, count, most, wp,
-    WORDS: tl.constexpr, STEP: tl.constexpr, PER_OPEN: tl.constexpr,
+    WORDS: tl.constexpr, STEP: tl.constexpr, PER_FULL: tl.constexpr,
 ):
     """The page of a row's next exact entry, int64, zeroed if it is a new one; 0 where there is none."""
     page = tl.full((), 0, tl.int64)
     if count >= most:
         tl.atomic_or(failed, _NOT_ENCODED)
-    elif count % PER_OPEN == 0:
+    elif count % PER_FULL == 0:
         left = tl.atomic_add(free, -1)
         if left > 0:
             page = tl.load(stack + left - 1).to(tl.int64)
             tl.store(owners + page, 1)
-            tl.store(table + count // PER_OPEN, page.to(tl.int32))
+            tl.store(table + count // PER_FULL, page.to(tl.int32))
             for first in range(0, WORDS, STEP):
                 w = first + tl.arange(0, STEP)
                 tl.store(words + page * wp + w, tl.zeros((STEP,), tl.int64), w < WORDS)
@@ -135,5 +135,5 @@ def _page(
             tl.atomic_add(free, 1)
             tl.atomic_or(failed, _NO_PAGE)
     else:
-        page = tl.load(table + count // PER_OPEN).to(tl.int64)
+        page = tl.load(table + count // PER_FULL).to(tl.int64)
     return page

@@ -48,7 +48,7 @@ def attend(
         ``[B, Hq, M, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(query, key, value, bias, None, None, *_borders(starts), scale, window)
+    return _Attention.apply(query, key, value, bias, None, None, *_boundaries(starts), scale, window)
 
 
 def attend_late(
@@ -68,17 +68,17 @@ def attend_late(
         ``[B, Hq, M, D]`` in the dtype of ``query``. The other arguments are those of `attend`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(query, key, value, bias, recent_key, recent_value, *_borders(starts), scale, window)
+    return _Attention.apply(query, key, value, bias, recent_key, recent_value, *_boundaries(starts), scale, window)
 
 
-def _borders(starts: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _boundaries(starts: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """For each token, where its document begins and where the next one does: int32 ``[B, T]`` each."""
     if starts is None:
         return None, None
     tokens = starts.shape[1]
-    place = torch.arange(tokens, dtype=torch.int32, device=starts.device)
-    first = torch.where(starts, place, 0).cummax(1).values
-    following = torch.where(starts, place, tokens).roll(-1, 1)
+    index = torch.arange(tokens, dtype=torch.int32, device=starts.device)
+    first = torch.where(starts, index, 0).cummax(1).values
+    following = torch.where(starts, index, tokens).roll(-1, 1)
     following[:, -1] = tokens
     return first, following.flip(1).cummin(1).values.flip(1).int().contiguous()
 

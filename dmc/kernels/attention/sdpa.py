@@ -80,13 +80,13 @@ def in_span(attend, starts: Tensor | None, first: int, query: Tensor, *keys: Ten
     """
     if starts is None or not bool(starts[:, 1:].any()):
         return attend(query, *keys)
-    borders = starts[:, 1:].any(-1)
-    rows: list[Tensor | None] = [None] * len(borders)
-    whole = (~borders).nonzero().flatten()
+    boundaries = starts[:, 1:].any(-1)
+    rows: list[Tensor | None] = [None] * len(boundaries)
+    whole = (~boundaries).nonzero().flatten()
     if len(whole):
         for row, out in zip(whole.tolist(), attend(*(t[whole] for t in (query, *keys))).split(1), strict=True):
             rows[row] = out
-    for row in borders.nonzero().flatten().tolist():
+    for row in boundaries.nonzero().flatten().tolist():
         edges = [0, *(starts[row, 1:].nonzero().flatten() + 1).tolist(), starts.shape[1]]
         parts = [
             attend(query[row : row + 1, :, max(0, a - first) : b - first], *(t[row : row + 1, :, a:b] for t in keys))

@@ -12,7 +12,7 @@ import torch
 
 
 def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> None:
-    """``run(begin, end)`` by threads, for stretches of rows that are about as much work.
+    """``run(begin, end)`` by threads, for chunks of rows that are about as much work.
 
     Args:
         starts: ``[R + 1]``, work before each row and in all.

@@ -101,15 +101,15 @@ def _tile(context, vectors, paired, a, a_row, b, b_row, c, c_row, steps, add):  
     def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
         _, _, a, a_row, b, b_row, c, c_row, steps, add = arguments
         rows = sums_of(builder, ROWS, many, which, a, a_row, b, b_row, steps)
-        places = [(far(builder, far(builder, c, c_row, r), 4 * LANES * v), value)
+        targets = [(far(builder, far(builder, c, c_row, r), 4 * LANES * v), value)
                   for r, line in enumerate(rows) for v, value in enumerate(line)]
         with builder.if_else(add) as (then, otherwise):
             with then:
-                for place, value in places:
-                    store(builder, builder.fadd(load(builder, place, _SINGLES), value), place)
+                for target, value in targets:
+                    store(builder, builder.fadd(load(builder, target, _SINGLES), value), target)
             with otherwise:
-                for place, value in places:
-                    store(builder, value, place)
+                for target, value in targets:
+                    store(builder, value, target)
         return context.get_dummy_value()
 
     return signature, generate

@@ -1,6 +1,6 @@
-"""Arithmetic on stretches of memory in vectors, for loops that numba would not make vector instructions of.
+"""Arithmetic on chunks of memory in vectors, for loops that numba would not make vector instructions of.
 
-A stretch holds fp32, or bf16 as the upper halves of fp32's bits; arithmetic is fp32, rounded to the nearest even when bf16 is
+A chunk holds fp32, or bf16 as the upper halves of fp32's bits; arithmetic is fp32, rounded to the nearest even when bf16 is
 stored (numbers below 2^-126 may become 0: the CPU's own instruction makes them that). In loops compiled with ``exact`` nothing is
 reordered, nor fused but where it is asked for.
 """
@@ -65,7 +65,7 @@ class Vectors:
         self.singles, self.halves, self.words = (ir.VectorType(kind, lanes) for kind in (_SINGLE, _HALF, _WORD))
 
     def load(self, address, i, half: bool):  # noqa: ANN001, ANN201
-        """From number ``i`` of the stretch at an address."""
+        """From number ``i`` of the chunk at an address."""
         kind = self.halves if half else self.singles
         value = self.builder.load(self._at(address, i, kind))
         value.align = 2 if half else 4

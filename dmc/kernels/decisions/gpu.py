@@ -26,7 +26,7 @@ class Soft(torch.autograd.Function):
         block = 64 if interpreted() else _BLOCK
         ctx.grid = batch * heads, triton.cdiv(tokens, block)
         kept = kept.contiguous().view(torch.uint8)
-        state = noise.place(drawn.seed, drawn.step, drawn.layer)
+        state = noise.layer_seed(drawn.seed, drawn.step, drawn.layer)
         # Halves, since a number that does not always fit 32 bits signed would have kernels of two types.
         ctx.constants = dict(
             samples=drawn.samples, tokens=drawn.tokens, H=heads, T=tokens, first_head=drawn.first_head, low=state & 0xFFFF,

@@ -29,7 +29,7 @@ def logistic(
     Returns:
         ``[B, H, T]`` fp32 on the device of ``samples``.
     """
-    drawn = _uniform(_mix_tensor(samples.view(-1, 1, 1) ^ place(seed, step, layer)), heads, tokens)
+    drawn = _uniform(_mix_tensor(samples.view(-1, 1, 1) ^ layer_seed(seed, step, layer)), heads, tokens)
     return torch.log(drawn) - torch.log1p(-drawn)
 
 
@@ -44,7 +44,7 @@ def uniform(layer: int, *, heads: Tensor, positions: Tensor) -> Tensor:
     Returns:
         ``[B, H, T]`` fp32 on the device of ``positions``.
     """
-    return _uniform(torch.tensor(place(0, 0, layer), device=positions.device), heads, positions[:, None])
+    return _uniform(torch.tensor(layer_seed(0, 0, layer), device=positions.device), heads, positions[:, None])
 
 
 def _uniform(state: Tensor, heads: Tensor, tokens: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _uniform(state: Tensor, heads: Tensor, tokens: Tensor) -> Tensor:
     return ((hashed >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never rounded to 1
 
 
-def place(seed: int, step: int, layer: int) -> int:
+def layer_seed(seed: int, step: int, layer: int) -> int:
     """What the numbers of a layer and step begin with, 32 bits."""
     state = _mix(seed & _MASK)
     for number in (seed >> 32, step, layer):

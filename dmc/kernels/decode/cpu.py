@@ -25,30 +25,31 @@ _LEAST = 1 << 17  # products of a query and a feature for which another thread i
 
 def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float) -> Tensor:
     """`dmc.kernels.decode.decode.decode_attention` for fp32 on a CPU; no gradients."""
-    return watched(query, own_key, own_value, index, paged, scale, None)[0]
+    return with_statistics(query, own_key, own_value, index, paged, scale, None)[0]
 
 
-def watched(
-    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float, watch: str | None,
+def with_statistics(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float, statistics: str | None,
 ) -> tuple[Tensor, Tensor]:
     """`decode`, and what entries weigh.
 
     Args:
-        paged: also of a policy that evicts, whose encoded pages have "place" and maybe "score".
-        watch: each entry's softmax weight, summed over G, is added to its score ("sum") or becomes it ("last"); None: neither.
+        paged: also of a policy that evicts, whose encoded pages have "position" and maybe "score".
+        statistics: each entry's softmax weight, summed over G, is added to its score ("sum") or
+            replaces it ("last"); None: neither.
 
     Returns:
-        ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; anything without ``watch``.
+        ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; anything without ``statistics``.
     """
     rows, groups, size = query.shape
-    if watch is not None and not ("score" in paged.encoded and "score" in paged.opened):
-        raise ValueError(f"weights are watched ({watch}), but these pages have no scores to take them")
+    if statistics is not None and not ("score" in paged.encoded and "score" in paged.full_precision):
+        raise ValueError(f"attention statistics ({statistics}) are asked for, but these pages have no scores to add them to")
     query, own_key, own_value = (x.detach().float() for x in (query, own_key, own_value))
     own = query.new_zeros(rows)
     if not rows:
         return torch.empty_like(query), own
-    places, tables = index.numpy(), _tables(paged)
-    entries = tables[2][places].astype(np.int64) * paged.page + tables[3][places] + 1
+    chosen, tables = index.numpy(), _tables(paged)
+    entries = tables[2][chosen].astype(np.int64) * paged.page + tables[3][chosen] + 1
     starts = np.zeros(rows + 1, np.int64)  # work before each row: queries by entries
     np.cumsum(entries * groups, out=starts[1:])
     scaled = (query * scale).contiguous()
@@ -57,8 +58,8 @@ def watched(
     out, coded = scaled.new_empty(scaled.shape), scaled.new_empty(scaled.shape)
     own_state = own_key.contiguous(), own_value.contiguous()
     tensors = scaled, rotation.contiguous(), rotation.T.contiguous(), *bias, *own_state, out, coded
-    how = {None: loops.NONE, "last": loops.REPLACE, "sum": loops.ADD}[watch]
-    arguments = *(x.numpy() for x in (*tensors, own)), how, places, *tables, *_pages(paged)
+    how = {None: loops.NONE, "last": loops.REPLACE, "sum": loops.ADD}[statistics]
+    arguments = *(x.numpy() for x in (*tensors, own)), how, chosen, *tables, *_pages(paged)
     share(starts, lambda begin, end: loops.attend(begin, end, *arguments), most=int(starts[-1]) * size // _LEAST)
     return out, own
 
@@ -71,7 +72,7 @@ def _bias(query: Tensor, index: Tensor, paged: Paged) -> tuple[Tensor, Tensor]:
 
 
 def _tables(paged: Paged) -> tuple[np.ndarray, ...]:
-    return tuple(x.numpy() for x in (paged.encoded_table, paged.open_table, paged.encoded_count, paged.exact_count))
+    return tuple(x.numpy() for x in (paged.encoded_table, paged.full_table, paged.encoded_count, paged.full_count))
 
 
 # ------------------------------------------------------------------------------------------- where pages are
@@ -87,12 +88,12 @@ def _pages(paged: Paged) -> tuple:
 
 def _made(paged: Paged) -> tuple[CpuReader, tuple]:
     assert paged.cpu_reads, "these pages are not for the CPU kernels"
-    encoded, opened = paged.encoded, paged.opened
-    storage = opened["k"].untyped_storage()
-    full, halves, codes = (torch.empty(0, dtype=dtype).set_(storage) for dtype in (torch.float32, torch.int16, torch.uint8))
+    encoded, full_precision = paged.encoded, paged.full_precision
+    storage = full_precision["k"].untyped_storage()
+    singles, halves, codes = (torch.empty(0, dtype=dtype).set_(storage) for dtype in (torch.float32, torch.int16, torch.uint8))
     where = np.zeros((len(loops.FIELDS), 2), np.int64)
-    fields = {"k": opened["k"], "v": opened["v"], "exact_score": opened.get("score")}
-    fields |= {name: encoded.get(name) for name in ("place", "score")}
+    fields = {"k": full_precision["k"], "v": full_precision["v"], "full_score": full_precision.get("score")}
+    fields |= {name: encoded.get(name) for name in ("position", "score")}
     for line, name in zip(where, loops.FIELDS, strict=True):
         if fields[name] is not None:
             line[:] = fields[name].storage_offset(), fields[name].stride(0)
@@ -100,7 +101,8 @@ def _made(paged: Paged) -> tuple[CpuReader, tuple]:
     first, (stride, *_) = min(begins.values()), [x.stride(0) * x.element_size() for x in encoded.values()]
     reader = paged.format.cpu_reader({name: begin - first for name, begin in begins.items()})
     sizes = np.array([
-        paged.page, paged.per_open, opened["k"].dtype == torch.bfloat16, "place" in encoded, first, stride, reader.room,
+        paged.page, paged.per_full_page, full_precision["k"].dtype == torch.bfloat16, "position" in encoded, first, stride,
+        reader.room,
     ], np.int64)
-    arrays = full.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, reader.facts, reader.constants
+    arrays = singles.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, reader.facts, reader.constants
     return reader, (*arrays, reader.keys.address, reader.values.address)

@@ -48,19 +48,19 @@ def decode_attention(
     return decode_reference(query, own_key, own_value, index, paged, scale=scale)
 
 
-def decode_watched(
-    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, watch: str,
+def decode_with_statistics(
+    query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, statistics: str,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` by the loops for CPUs, which also add each entry's softmax weight, summed over G, to its score.
 
     Args:
         query, own_key, own_value, index: fp32, see `decode_attention`.
         paged: with scores of entries.
-        watch: "sum" adds, "last" replaces.
+        statistics: "sum" adds, "last" replaces.
 
     Returns:
         ``(out [R, G, D], own [R])``: own is the weight of the own state.
     """
     from dmc.kernels.decode import cpu
 
-    return cpu.watched(query, own_key, own_value, index, paged, query.shape[-1] ** -0.5, watch)
+    return cpu.with_statistics(query, own_key, own_value, index, paged, query.shape[-1] ** -0.5, statistics)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from dmc.kernels.backend import interpreted
 from dmc.kernels.decode.key_bias_gpu import shifts
-from dmc.kernels.pages.exact import page_words
 from dmc.kernels.pages.paged import Paged
+from dmc.kernels.pages.segments import page_words
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PIECE, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program: measured, docs/results/kernels.md
+SEGMENT, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program: measured, docs/results/kernels.md
 LEAST_GROUPS = 16  # queries that are computed at least: a single one goes through the matrix units too
 
 
@@ -33,46 +33,47 @@ def decode(
     """`dmc.kernels.decode.decode.decode_attention`."""
     rows, groups, size = query.shape
     query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
-    tile, piece = (16, 32) if interpreted() else (TILE, PIECE)
-    page, per_open = paged.page, paged.per_open
-    piece = triton.cdiv(max(piece, page), tile) * tile  # a tile is not cut where a piece ends
-    encoded_pieces = triton.cdiv(paged.encoded_table.shape[1] * page, piece)
-    pieces = encoded_pieces + triton.cdiv(paged.open_table.shape[1] * per_open, piece)
+    tile, segment = (16, 32) if interpreted() else (TILE, SEGMENT)
+    page, per_full_page = paged.page, paged.per_full_page
+    segment = triton.cdiv(max(segment, page), tile) * tile  # a tile is not cut where a piece ends
+    encoded_segments = triton.cdiv(paged.encoded_table.shape[1] * page, segment)
+    segments = encoded_segments + triton.cdiv(paged.full_table.shape[1] * per_full_page, segment)
 
-    sums = torch.empty(rows * pieces, 2, groups, dtype=torch.float32, device=query.device)
-    parts = torch.empty(rows * pieces, groups, size, dtype=torch.float32, device=query.device)
+    sums = torch.empty(rows * segments, 2, groups, dtype=torch.float32, device=query.device)
+    parts = torch.empty(rows * segments, groups, size, dtype=torch.float32, device=query.device)
     out = torch.empty_like(query)
     sizes = dict(D=size, BLOCK=max(16, triton.next_power_of_2(size)), G=groups)
-    where = dict(index=index, encoded=paged.encoded_count, exact=paged.exact_count, first_exact=encoded_pieces)
+    where = dict(index=index, encoded_count=paged.encoded_count, full_count=paged.full_count, first_full=encoded_segments)
     constants = dict(
-        **sizes, PER_OPEN=per_open, PIECE=piece, TILE=tile,
+        **sizes, PER_FULL=per_full_page, SEGMENT=segment, TILE=tile,
         GROUPS=LEAST_GROUPS if groups == 1 else max(16, triton.next_power_of_2(groups)),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=2,
     )
     arguments = dict(
-        query=query, **where, encoded_table=paged.encoded_table, open_table=paged.open_table,
-        open_keys=paged.opened["k"], open_values=paged.opened["v"], sums=sums, parts=parts, scale=scale * LOG2E.value,
-        et=paged.encoded_table.stride(0), ot=paged.open_table.stride(0),
-        okp=page_words(paged.opened["k"]), ovp=page_words(paged.opened["v"]),
+        query=query, **where, encoded_table=paged.encoded_table, full_table=paged.full_table,
+        full_keys=paged.full_precision["k"], full_values=paged.full_precision["v"], sums=sums, parts=parts,
+        scale=scale * LOG2E.value,
+        et=paged.encoded_table.stride(0), ft=paged.full_table.stride(0),
+        fkp=page_words(paged.full_precision["k"]), fvp=page_words(paged.full_precision["v"]),
     )
     if paged.key_bias is not None:
         arguments["shifts"] = added = shifts(query, index, paged)
         arguments["shifts_per_query"] = added.shape[-1]
-    paged.format.triton_read((rows, pieces), arguments, paged, constants)
+    paged.format.triton_read((rows, segments), arguments, paged, constants)
     # Pages with a rotation are summed in their own rotated space; rotating back once is all that remains.
     rotation = paged.format.rotation
     turned = None if rotation is None else torch.empty(rows, groups, size, dtype=torch.float32, device=query.device)
     _together[(rows, groups)](
         query, own_key, own_value, **where, sums=sums, parts=parts, out=out, turned=out if turned is None else turned,
-        scale=scale * LOG2E.value, pieces=pieces, PAGE=page, PIECE=piece, TURNED=turned is not None, **sizes, num_warps=1,
+        scale=scale * LOG2E.value, segments=segments, PAGE=page, SEGMENT=segment, TURNED=turned is not None, **sizes, num_warps=1,
     )
     return out if turned is None else (out + turned @ rotation.T).to(query.dtype)
 
 
 @triton.jit
 def _together(
-    query, own_key, own_value, index, encoded, exact, first_exact, sums, parts, out, turned, scale, pieces,
-    PAGE: tl.constexpr, PIECE: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    query, own_key, own_value, index, encoded_count, full_count, first_full, sums, parts, out, turned, scale, segments,
+    PAGE: tl.constexpr, SEGMENT: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
     """The pieces of one row and one query of its group, and the query's own state; what is rotated goes apart."""
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -83,17 +84,17 @@ def _together(
     acc = tl.load(own_value + row * D + d, d < D, 0.0).to(tl.float32)
     rotated = tl.zeros((BLOCK,), tl.float32)
     table_row = tl.load(index + row).to(tl.int64)
-    coded = tl.cdiv(tl.load(encoded + table_row) * PAGE, PIECE)
-    for place in range(0, coded + tl.cdiv(tl.load(exact + table_row), PIECE)):
-        item = row * pieces + tl.where(place < coded, place, first_exact + place - coded)
-        piece_top = tl.load(sums + item * 2 * G + g)
-        new_top = tl.maximum(top, piece_top)
-        old, new = tl.exp2(top - new_top), tl.exp2(piece_top - new_top)
+    coded = tl.cdiv(tl.load(encoded_count + table_row) * PAGE, SEGMENT)
+    for number in range(0, coded + tl.cdiv(tl.load(full_count + table_row), SEGMENT)):
+        item = row * segments + tl.where(number < coded, number, first_full + number - coded)
+        segment_top = tl.load(sums + item * 2 * G + g)
+        new_top = tl.maximum(top, segment_top)
+        old, new = tl.exp2(top - new_top), tl.exp2(segment_top - new_top)
         total = total * old + tl.load(sums + item * 2 * G + G + g) * new
         part = tl.load(parts + (item * G + g) * D + d, d < D, 0.0) * new
         if TURNED:
-            acc = acc * old + tl.where(place < coded, 0.0, part)
-            rotated = rotated * old + tl.where(place < coded, part, 0.0)
+            acc = acc * old + tl.where(number < coded, 0.0, part)
+            rotated = rotated * old + tl.where(number < coded, part, 0.0)
         else:
             acc = acc * old + part
         top = new_top

@@ -17,9 +17,9 @@ from dmc.kernels.cpu.callback import call
 from dmc.kernels.cpu.compiled import bits_of, compiled, dot, exponential, widen
 from dmc.kernels.cpu.products import add, score
 
-FIELDS = ("k", "v", "exact_score", "place", "score")  # of full-precision pages, and what encoded ones hold beside their format's
-_EXACT_SCORE, _PLACE, _SCORE = range(2, 5)
-_PAGE, _PER_OPEN, _EXACT_HALF, _PLACED, _FIRST, _STRIDE, _ROOM = range(7)
+FIELDS = ("k", "v", "full_score", "position", "score")  # the last two of encoded pages
+_FULL_SCORE, _POSITION, _SCORE = range(2, 5)
+_PAGE, _PER_FULL, _FULL_BF16, _POSITIONED, _FIRST, _STRIDE, _ROOM = range(7)
 NONE, REPLACE, ADD = range(3)  # what becomes of the scores of entries
 
 
@@ -51,17 +51,17 @@ def _soften(scores, flat, top, total, out, coded):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def _drop_holes(places, scores):  # noqa: ANN001, ANN202
-    for n in range(len(places)):
-        if bits_of(places[n]) < 0:  # int32s, held as fp32
+def _mask_evicted(positions, scores):  # noqa: ANN001, ANN202
+    for n in range(len(positions)):
+        if bits_of(positions[n]) < 0:  # int32s, held as fp32
             scores[:, n] = -np.inf
 
 
 @compiled()
-def _add_bias(places, coefficients, features, scores):  # noqa: ANN001, ANN202
+def _add_bias(positions, coefficients, features, scores):  # noqa: ANN001, ANN202
     """What the bias of keys adds to scores ``[G, N]``; an evicted entry's score is as good as any."""
-    for n in range(len(places)):
-        mine = features[max(bits_of(places[n]), 0)]
+    for n in range(len(positions)):
+        mine = features[max(bits_of(positions[n]), 0)]
         for g in range(len(scores)):
             scores[g, n] += dot(coefficients[g], mine)
 
@@ -93,7 +93,7 @@ def _note(mass, scores, how):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def attend(begin, end, query, rotation, back, coefficients, features, own_key, own_value, out, coded, own_mass, watch, index, encoded_table, open_table, encoded, exact, full, halves, codes, where, sizes, facts, constants, read_keys, read_values):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
+def attend(begin, end, query, rotation, back, coefficients, features, own_key, own_value, out, coded, own_mass, statistics, index, encoded_table, full_table, encoded_count, full_count, singles, halves, codes, where, sizes, facts, constants, read_keys, read_values):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
     """Attention of rows ``begin`` to ``end``.
 
     Args:
@@ -105,21 +105,21 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
         own_key, own_value: ``[R, D]``.
         out: ``[R, G, D]``, to be filled.
         coded: ``[R, G, D]``, to be overwritten: the part of encoded entries before it is turned back.
-        own_mass: ``[R]``, to be filled unless ``watch`` is `NONE`: the own state's softmax weight, summed over G.
-        watch: what becomes of entries' scores: such weights take their place, or are added.
-        index, encoded_table, open_table, encoded, exact: as in `dmc.kernels.pages.paged.Paged`.
-        full, halves, codes: the storage as fp32, uint16 and uint8.
+        own_mass: ``[R]``, to be filled unless ``statistics`` is `NONE`: the own state's softmax weight, summed over G.
+        statistics: what becomes of entries' scores: such weights replace them, or are added.
+        index, encoded_table, full_table, encoded_count, full_count: as in `dmc.kernels.pages.paged.Paged`.
+        singles, halves, codes: the storage as fp32, uint16 and uint8.
         where: int64 ``[fields, 2]``.
         sizes: int64, see the names above.
         facts, constants, read_keys, read_values: of the format, see `dmc.kernels.pages.format.CpuReader`; the last two are
             addresses.
     """
-    page, per, narrow_exact = sizes[_PAGE], sizes[_PER_OPEN], sizes[_EXACT_HALF]
+    page, per, narrow = sizes[_PAGE], sizes[_PER_FULL], sizes[_FULL_BF16]
     groups, size = query.shape[1], query.shape[2]
     most, furthest = max(page, per), 0
-    if watch != NONE:
+    if statistics != NONE:
         for r in range(begin, end):
-            furthest = max(furthest, encoded[index[r]] * page + exact[index[r]])
+            furthest = max(furthest, encoded_count[index[r]] * page + full_count[index[r]])
     own, turned = np.empty(groups, np.float32), np.empty((groups, size), np.float32)
     known = np.empty(groups * furthest, np.float32)
     bits, scratch = np.empty(per * size, np.uint32), np.empty(sizes[_ROOM] // 8 + 8, np.float64)
@@ -141,53 +141,53 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
             top[g] = own[g]
             mine_out[g], mine_coded[g] = own_value[r], np.float32(0)
 
-        kept = known[: groups * (encoded[row] * page + exact[row]) if watch != NONE else 0].reshape(groups, -1)
+        kept = known[: groups * (encoded_count[row] * page + full_count[row]) if statistics != NONE else 0].reshape(groups, -1)
         query_at, coded_at = mine_turned.ctypes.data, mine_coded.ctypes.data
-        for column in range(encoded[row]):
+        for column in range(encoded_count[row]):
             p = encoded_table[row, column]
             at = first_page + p * sizes[_STRIDE]
             call(read_keys, at, facts_at, constants_at, query_at, groups, scores_at, scratch_at)
-            if sizes[_PLACED]:
-                places = where[_PLACE, 0] + p * where[_PLACE, 1]
+            if sizes[_POSITIONED]:
+                positions = where[_POSITION, 0] + p * where[_POSITION, 1]
                 if len(features):
-                    _add_bias(full[places : places + page], coefficients[r], features, scores)
-                _drop_holes(full[places : places + page], scores)
-            if watch != NONE:
+                    _add_bias(singles[positions : positions + page], coefficients[r], features, scores)
+                _mask_evicted(singles[positions : positions + page], scores)
+            if statistics != NONE:
                 kept[:, column * page : column * page + page] = scores
             _soften(scores, flat, top, total, mine_out, mine_coded)
             call(read_values, at, facts_at, constants_at, scores_at, groups, coded_at, scratch_at)
 
-        left, column = exact[row], 0
+        left, column = full_count[row], 0
         while left > 0:
-            some, p = min(left, per), open_table[row, column]
+            some, p = min(left, per), full_table[row, column]
             flat_near = room[: groups * some]
             near = flat_near.reshape(groups, some)
             for part in range(2):
                 at = where[part, 0] + p * where[part, 1]
-                if narrow_exact:
+                if narrow:
                     widen(halves[at : at + some * size], bits)
                     entries = numbers[: some * size].reshape(some, size)
                 else:
-                    entries = full[at : at + some * size].reshape(some, size)
+                    entries = singles[at : at + some * size].reshape(some, size)
                 if part == 0:
                     score(mine, entries, near)
-                    if watch != NONE:
-                        begun = encoded[row] * page + exact[row] - left
+                    if statistics != NONE:
+                        begun = encoded_count[row] * page + full_count[row] - left
                         kept[:, begun : begun + some] = near
                     _soften(near, flat_near, top, total, mine_out, mine_coded)
                 else:
                     add(near, entries, mine_out)
             left, column = left - some, column + 1
 
-        if watch != NONE:
+        if statistics != NONE:
             own_mass[r] = _masses(kept, own, top, total)
-            for column in range(encoded[row]):
+            for column in range(encoded_count[row]):
                 at = where[_SCORE, 0] + encoded_table[row, column] * where[_SCORE, 1]
-                _note(kept[0, column * page : column * page + page], full[at : at + page], watch)
-            for first in range(0, exact[row], per):
-                at = where[_EXACT_SCORE, 0] + open_table[row, first // per] * where[_EXACT_SCORE, 1]
-                mass = kept[0, encoded[row] * page + first : encoded[row] * page + min(first + per, exact[row])]
-                _note(mass, full[at : at + per], watch)
+                _note(kept[0, column * page : column * page + page], singles[at : at + page], statistics)
+            for first in range(0, full_count[row], per):
+                at = where[_FULL_SCORE, 0] + full_table[row, first // per] * where[_FULL_SCORE, 1]
+                mass = kept[0, encoded_count[row] * page + first : encoded_count[row] * page + min(first + per, full_count[row])]
+                _note(mass, singles[at : at + per], statistics)
         for g in range(groups):
             for d in range(size):
                 mine_out[g, d] /= total[g]

@@ -19,14 +19,14 @@ def decode_reference(
         encoded = _decoded(paged, part, pages, work)
         if part == "k" and paged.key_bias is not None:
             heads = paged.heads[index, None].expand_as(pages)
-            encoded = encoded + paged.key_bias.keys(heads, paged.encoded["place"][pages]).to(work)
+            encoded = encoded + paged.key_bias.keys(heads, paged.encoded["position"][pages]).to(work)
         encoded = encoded.flatten(1, 2)
-        exact = paged.opened[part][paged.open_table[index].long()].to(work).flatten(1, 2)
-        sides.append(torch.cat([encoded, exact, own[:, None].to(work)], dim=1))
+        full = paged.full_precision[part][paged.full_table[index].long()].to(work).flatten(1, 2)
+        sides.append(torch.cat([encoded, full, own[:, None].to(work)], dim=1))
     entries = paged.page * paged.encoded_table.shape[1]
-    place = torch.arange(sides[0].shape[1], device=query.device)
-    seen = (place < (paged.encoded_count[index] * paged.page)[:, None]) & (place < entries)
-    seen = seen | ((place >= entries) & (place - entries < paged.exact_count[index][:, None]))
+    offset = torch.arange(sides[0].shape[1], device=query.device)
+    seen = (offset < (paged.encoded_count[index] * paged.page)[:, None]) & (offset < entries)
+    seen = seen | ((offset >= entries) & (offset - entries < paged.full_count[index][:, None]))
     seen[:, -1] = True
     scores = (query.to(work) @ sides[0].transpose(-1, -2)) * scale
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)

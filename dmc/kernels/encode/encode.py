@@ -29,7 +29,7 @@ def encode_pages(state: Growing, index: Tensor, *, backend: str | None = None) -
         index: int64 ``[R]``, distinct rows; -1: none.
         backend: see `dmc.kernels.backend`; what is not "triton" is the reference implementation.
     """
-    if choose(state.opened["k"], backend) == "triton":
+    if choose(state.full_precision["k"], backend) == "triton":
         from dmc.kernels.encode.gpu import encode
 
         encode(state, index)
@@ -40,7 +40,7 @@ def encode_pages(state: Growing, index: Tensor, *, backend: str | None = None) -
 def encode_reference(state: Growing, index: Tensor) -> None:
     """The reference implementation; it waits for the device."""
     rows = index[index >= 0]
-    rows = rows[state.exact_count[rows] == state.most]
+    rows = rows[state.full_count[rows] == state.most]
     room = state.encoded_count[rows] < state.encoded_table.shape[1]
     if not room.all():
         state.failed.bitwise_or_(NO_COLUMN)
@@ -48,22 +48,22 @@ def encode_reference(state: Growing, index: Tensor) -> None:
     rows = rows[given]
     if not len(rows):
         return
-    places = torch.arange(state.sinks, state.most, device=index.device)
-    entries = {part: state.opened[part][_at(state, rows, places)] for part in "kv"}
+    offsets = torch.arange(state.sinks, state.most, device=index.device)
+    entries = {part: state.full_precision[part][_at(state, rows, offsets)] for part in "kv"}
     for name, x in state.format.encode(*(entries[part][:, : state.page] for part in "kv")).items():
         state.encoded[name][pages] = x
     for part in "kv":
-        state.opened[part][_at(state, rows, places[: state.window])] = entries[part][:, state.page :]
-    kept = -(-(state.sinks + state.window) // state.per_open)
-    _give(state, state.open_table[rows, kept:])
-    state.open_table[rows, kept:] = 0
+        state.full_precision[part][_at(state, rows, offsets[: state.window])] = entries[part][:, state.page :]
+    kept = -(-(state.sinks + state.window) // state.per_full_page)
+    _give(state, state.full_table[rows, kept:])
+    state.full_table[rows, kept:] = 0
     state.encoded_table[rows, state.encoded_count[rows].long()] = pages.int()
-    state.exact_count[rows] = state.sinks + state.window
+    state.full_count[rows] = state.sinks + state.window
     state.encoded_count[rows] += 1
 
 
-def _at(state: Growing, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    return state.open_table[rows[:, None], places // state.per_open].long(), places % state.per_open
+def _at(state: Growing, rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return state.full_table[rows[:, None], offsets // state.per_full_page].long(), offsets % state.per_full_page
 
 
 def _give(state: Growing, pages: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmc.kernels.backend import interpreted
 from dmc.kernels.pages.floats import as_bits
-from dmc.kernels.pages.full_rows import exact_at, first_of, new_pages, rows_of_a_program
+from dmc.kernels.pages.full_rows import first_of, full_at, new_pages, rows_of_a_program
 from dmc.kernels.pages.paged import NO_COLUMN, NO_PAGE, Growing
 
 _NO_PAGE, _NO_COLUMN = tl.constexpr(NO_PAGE), tl.constexpr(NO_COLUMN)
@@ -30,38 +30,41 @@ def encode(state: Growing, index: Tensor) -> None:
     """`dmc.kernels.encode.encode.encode_pages`."""
     index = index.contiguous()
     rows, size = len(index), state.head_size
-    keys, values = (as_bits(state.opened[part]) for part in "kv")
+    keys, values = (as_bits(state.full_precision[part]) for part in "kv")
     table = dict(
-        index=index, exact=state.exact_count, closed=state.encoded_count, closed_table=state.encoded_table, R=rows,
-        most=state.most, columns=state.encoded_table.shape[1], ct=state.encoded_table.stride(0),
+        index=index, full_count=state.full_count, encoded_count=state.encoded_count, encoded_table=state.encoded_table, R=rows,
+        most=state.most, columns=state.encoded_table.shape[1], et=state.encoded_table.stride(0),
     )
-    opened = dict(open_table=state.open_table, keys=keys, values=values, ot=state.open_table.stride(0), kp=keys.stride(0),
-                  vp=values.stride(0), PER_OPEN=state.per_open)
+    full_precision = dict(
+        full_table=state.full_table, keys=keys, values=values, ft=state.full_table.stride(0), kp=keys.stride(0),
+        vp=values.stride(0), PER_FULL=state.per_full_page,
+    )
     many = 4 if interpreted() else 128
     _take[(triton.cdiv(rows, many),)](
         **table, stack=state.stack, free=state.free, owners=state.owners, failed=state.failed, ROWS=many, num_warps=4,
     )
-    state.format.triton_write(table, opened, state)
-    each, spare = rows_of_a_program(), -(-(state.sinks + state.window) // state.per_open)
+    state.format.triton_write(table, full_precision, state)
+    each, spare = rows_of_a_program(), -(-(state.sinks + state.window) // state.per_full_page)
     _settle[(triton.cdiv(rows, each),)](
-        **table, **opened, stack=state.stack, free=state.free, owners=state.owners, sinks=state.sinks, window=state.window,
-        kept=spare, SPARE=triton.next_power_of_2(max(1, state.open_table.shape[1] - spare)), OPEN=state.open_table.shape[1],
-        PAGE=state.page, STEP=min(16, state.page), TILE=16, ROWS=each, D=size, BLOCK=triton.next_power_of_2(size), num_warps=4,
+        **table, **full_precision, stack=state.stack, free=state.free, owners=state.owners, sinks=state.sinks,
+        window=state.window, kept=spare, SPARE=triton.next_power_of_2(max(1, state.full_table.shape[1] - spare)),
+        FULL=state.full_table.shape[1], PAGE=state.page, STEP=min(16, state.page), TILE=16, ROWS=each, D=size,
+        BLOCK=triton.next_power_of_2(size), num_warps=4,
     )
 
 
 @triton.jit
 def _take(
-    index, exact, closed, closed_table, R, most, columns, ct, stack, free, owners, failed, ROWS: tl.constexpr,
+    index, full_count, encoded_count, encoded_table, R, most, columns, et, stack, free, owners, failed, ROWS: tl.constexpr,
 ):
     """A page for each full row, as far as there are columns and pages."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.load(index + r, r < R, -1).to(tl.int64)
-    full = row >= 0
-    full = full & (tl.load(exact + row, full, 0) == most)
-    count = tl.load(closed + row, full, 0)
-    room = full & (count < columns)
-    if tl.max((full & ~room).to(tl.int32), 0) > 0:
+    filled = row >= 0
+    filled = filled & (tl.load(full_count + row, filled, 0) == most)
+    count = tl.load(encoded_count + row, filled, 0)
+    room = filled & (count < columns)
+    if tl.max((filled & ~room).to(tl.int32), 0) > 0:
         tl.atomic_or(failed, _NO_COLUMN)
     wanted = tl.sum(room.to(tl.int32), 0)
     if wanted > 0:
@@ -73,39 +76,39 @@ def _take(
             tl.atomic_or(failed, _NO_PAGE)
         page = tl.load(stack + left, given, 0)
         tl.store(owners + page, tl.full((ROWS,), 1, tl.int32), given)
-        tl.store(closed_table + row * ct + count, page.to(tl.int32), given)
+        tl.store(encoded_table + row * et + count, page.to(tl.int32), given)
 
 
 @triton.jit
 def _settle(
-    index, exact, closed, closed_table, R, most, columns, ct, open_table, keys, values, ot, kp, vp, stack, free, owners,
-    sinks, window, kept, SPARE: tl.constexpr, OPEN: tl.constexpr, PER_OPEN: tl.constexpr, PAGE: tl.constexpr,
+    index, full_count, encoded_count, encoded_table, R, most, columns, et, full_table, keys, values, ft, kp, vp, stack, free,
+    owners, sinks, window, kept, SPARE: tl.constexpr, FULL: tl.constexpr, PER_FULL: tl.constexpr, PAGE: tl.constexpr,
     STEP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """What is left of the rows that were encoded: their newest entries move to the place behind the sinks."""
-    row, count, page = new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS)
+    row, count, page = new_pages(index, full_count, encoded_count, encoded_table, R, most, columns, et, ROWS)
     left = page > 0
     while tl.max(left.to(tl.int32), 0) > 0:
         here = first_of(left, ROWS)
-        table = open_table + tl.sum(tl.where(here, row, 0), 0) * ot
+        table = full_table + tl.sum(tl.where(here, row, 0), 0) * ft
         d = tl.arange(0, BLOCK)
         for first in range(0, window, STEP):  # no more than a page at once, or it would overtake what it reads
             i = tl.arange(0, TILE)
             n = first + i
             one = (i < STEP) & (n < window)
             mask = one[:, None] & (d < D)[None, :]
-            k_from = exact_at(table, sinks + PAGE + n, one, kp, PER_OPEN, D)
-            v_from = exact_at(table, sinks + PAGE + n, one, vp, PER_OPEN, D)
+            k_from = full_at(table, sinks + PAGE + n, one, kp, PER_FULL, D)
+            v_from = full_at(table, sinks + PAGE + n, one, vp, PER_FULL, D)
             k = tl.load(keys + k_from[:, None] + d[None, :], mask)
             v = tl.load(values + v_from[:, None] + d[None, :], mask)
-            k_to = exact_at(table, sinks + n, one, kp, PER_OPEN, D)
-            v_to = exact_at(table, sinks + n, one, vp, PER_OPEN, D)
+            k_to = full_at(table, sinks + n, one, kp, PER_FULL, D)
+            v_to = full_at(table, sinks + n, one, vp, PER_FULL, D)
             tl.debug_barrier()
             tl.store(keys + k_to[:, None] + d[None, :], k, mask)
             tl.store(values + v_to[:, None] + d[None, :], v, mask)
             tl.debug_barrier()
         column = kept + tl.arange(0, SPARE)
-        spare = tl.load(table + column, column < OPEN, 0)
+        spare = tl.load(table + column, column < FULL, 0)
         some = spare > 0
         end = tl.atomic_add(free, tl.sum(some.to(tl.int32), 0))
         tl.store(stack + end + tl.cumsum(some.to(tl.int32), 0) - 1, spare.to(tl.int64), some)
@@ -113,5 +116,5 @@ def _settle(
         tl.store(table + column, tl.zeros((SPARE,), tl.int32), some)
         left = left & ~here
     done = page > 0
-    tl.store(exact + row, tl.zeros((ROWS,), tl.int32) + sinks + window, done)
-    tl.store(closed + row, count + 1, done)
+    tl.store(full_count + row, tl.zeros((ROWS,), tl.int32) + sinks + window, done)
+    tl.store(encoded_count + row, count + 1, done)

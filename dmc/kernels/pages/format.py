@@ -113,11 +113,11 @@ class PageFormat:
         """Whether `triton_write` works."""
         return False
 
-    def triton_write(self, table: dict, opened: dict, state: Any) -> None:
+    def triton_write(self, table: dict, full_precision: dict, state: Any) -> None:
         """Launches the Triton kernel that encodes pages of full rows (`dmc.kernels.encode.gpu.encode`).
 
         Args:
-            table, opened: arguments of the kernel: the table of encoded pages, and the full-precision entries.
+            table, full_precision: arguments of the kernel: the table of encoded pages, and the full-precision entries.
             state: `dmc.kernels.pages.paged.Growing`, the rows.
         """
         raise ValueError(f"the Triton kernels do not write {self.name} pages; choose kernels=torch")

@@ -16,14 +16,14 @@ def rows_of_a_program() -> int:
 
 
 @triton.jit
-def new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS: tl.constexpr):
+def new_pages(index, full_count, encoded_count, encoded_table, R, most, columns, et, ROWS: tl.constexpr):
     """This program's rows, their counts of encoded pages, and the page that each is to be encoded into; 0: none."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.load(index + r, r < R, -1).to(tl.int64)
-    full = row >= 0
-    full = full & (tl.load(exact + row, full, 0) == most)
-    count = tl.load(closed + row, full, 0)
-    return row, count, tl.load(closed_table + row * ct + count, full & (count < columns), 0)
+    filled = row >= 0
+    filled = filled & (tl.load(full_count + row, filled, 0) == most)
+    count = tl.load(encoded_count + row, filled, 0)
+    return row, count, tl.load(encoded_table + row * et + count, filled & (count < columns), 0)
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def first_of(left, ROWS: tl.constexpr):
 
 
 @triton.jit
-def exact_at(table, place, mask, stride, PER_OPEN: tl.constexpr, D: tl.constexpr):
+def full_at(table, offset, mask, stride, PER_FULL: tl.constexpr, D: tl.constexpr):
     """Where exact entries begin in the memory of a row's open pages, in elements; int64."""
-    page = tl.load(table + place // PER_OPEN, mask, 0).to(tl.int64)
-    return page * stride + (place % PER_OPEN) * D
+    page = tl.load(table + offset // PER_FULL, mask, 0).to(tl.int64)
+    return page * stride + (offset % PER_FULL) * D

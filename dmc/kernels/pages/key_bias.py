@@ -34,31 +34,31 @@ class KeyBias:
         self.bias, self._rope = bias.float().flatten(0, 1), rope
         self._features = torch.empty(0, bias.shape[-1], device=bias.device)
 
-    def keys(self, heads: Tensor, places: Tensor) -> Tensor:
+    def keys(self, heads: Tensor, positions: Tensor) -> Tensor:
         """What the bias adds to entries.
 
         Args:
             heads: int64 ``[...]``, counted over all layers.
-            places: int ``[..., N]``, positions; below 0 is an entry that nothing reads.
+            positions: int ``[..., N]``; below 0 is an entry that nothing reads.
 
         Returns:
             fp32 ``[..., N, D]``.
         """
-        bias = self.bias[heads][..., None, :].expand(*places.shape, -1)
-        return rotate(bias, self._rope(places.long().clamp(min=0)))
+        bias = self.bias[heads][..., None, :].expand(*positions.shape, -1)
+        return rotate(bias, self._rope(positions.long().clamp(min=0)))
 
-    def scores(self, query: Tensor, heads: Tensor, places: Tensor) -> Tensor:
+    def scores(self, query: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
         """What the bias adds to scores.
 
         Args:
             query: ``[..., G, D]``, rotated.
             heads: int64 ``[...]``, counted over all layers.
-            places: int ``[..., N]``, positions; below 0 is an entry that nothing reads.
+            positions: int ``[..., N]``; below 0 is an entry that nothing reads.
 
         Returns:
             ``[..., G, N]`` in the query's dtype.
         """
-        features = self.features(places)[places.long().clamp(min=0)].to(query.dtype)
+        features = self.features(positions)[positions.long().clamp(min=0)].to(query.dtype)
         return self.coefficients(query, heads) @ features.transpose(-1, -2)
 
     def coefficients(self, query: Tensor, heads: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ class KeyBias:
         b_first, b_second = self.bias[heads][..., None, :].to(query.dtype).chunk(2, dim=-1)
         return torch.cat([first * b_first + second * b_second, second * b_first - first * b_second], dim=-1)
 
-    def features(self, places: Tensor | None = None) -> Tensor:
-        """The positions' part of a score: fp32 ``[positions, D]``, those of ``places`` and of all calls before among them."""
-        highest = -1 if places is None or not places.numel() else int(places.max())
+    def features(self, positions: Tensor | None = None) -> Tensor:
+        """The positions' part of a score: fp32 ``[positions, D]``, those of ``positions`` and of all calls before among them."""
+        highest = -1 if positions is None or not positions.numel() else int(positions.max())
         if highest >= len(self._features):
             length = max(highest + 1, 2 * len(self._features))
             cos, sin = self._rope(self._positions(length))

@@ -17,8 +17,8 @@ def unpacked(packed: Tensor, start: int, total: int, bits: int) -> tuple[Tensor,
     index = torch.arange(total, device=packed.device)
     codes, shift = 0, 0
     for width in PLANES[bits]:
-        stretch = -(-total * width // 8)
-        plane = packed[..., start + index % stretch].int() >> (index // stretch * width)
+        chunk = -(-total * width // 8)
+        plane = packed[..., start + index % chunk].int() >> (index // chunk * width)
         codes = codes + ((plane & ((1 << width) - 1)) << shift)
-        start, shift = start + stretch, shift + width
+        start, shift = start + chunk, shift + width
     return codes, start

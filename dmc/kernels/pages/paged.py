@@ -20,28 +20,28 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Paged:
-    """What decode attention reads. Entries of a row: whole encoded pages, then full-precision entries on open pages.
+    """What decode attention reads. Entries of a row: whole encoded pages, then full-precision entries on pages of their own.
 
     Attributes:
         format: of the encoded pages.
         encoded: their fields ``[pages, shape]``, as `PageFormat.fields` names them. Of policies that evict and with a bias of
-            keys also ``place`` int32 ``[pages, P]``, positions, below 0 where an entry was evicted. Of policies that evict also
-            ``score`` fp32 ``[pages, P]``: for the CPU kernels alone.
-        opened: ``k`` and ``v`` of full-precision pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
-        encoded_table, open_table: int32 ``[rows, columns]``, pages of each row in order; 0, the null page, where there is none.
+            keys also ``position`` int32 ``[pages, P]``, below 0 where an entry was evicted. Of policies that evict also ``score``
+            fp32 ``[pages, P]``, for the CPU kernels alone.
+        full_precision: ``k`` and ``v`` of full-precision pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
+        encoded_table, full_table: int32 ``[rows, columns]``, pages of each row in order; 0, the null page, where there is none.
         encoded_count: int32 ``[rows]``, encoded pages of each row.
-        exact_count: int32 ``[rows]``, full-precision entries of each row.
+        full_count: int32 ``[rows]``, full-precision entries of each row.
         key_bias: of keys of encoded pages, which are stored without it; None: they have none.
         heads: with ``key_bias``, int64 ``[rows]``, key/value head of each row, counted over all layers.
     """
 
     format: PageFormat
     encoded: dict[str, Tensor]
-    opened: dict[str, Tensor]
+    full_precision: dict[str, Tensor]
     encoded_table: Tensor
-    open_table: Tensor
+    full_table: Tensor
     encoded_count: Tensor
-    exact_count: Tensor
+    full_count: Tensor
     key_bias: KeyBias | None = field(default=None, kw_only=True)
     heads: Tensor | None = field(default=None, kw_only=True)
 
@@ -51,22 +51,22 @@ class Paged:
         return self.format.page
 
     @property
-    def per_open(self) -> int:
+    def per_full_page(self) -> int:
         """Full-precision entries of a page, E."""
-        return self.opened["k"].shape[1]
+        return self.full_precision["k"].shape[1]
 
     @property
     def head_size(self) -> int:
         """D."""
-        return self.opened["k"].shape[2]
+        return self.full_precision["k"].shape[2]
 
     @functools.cached_property
     def cpu_reads(self) -> bool:
         """Whether the CPU kernels read these pages: their format, full precision in `CPU_DTYPES`, one storage as a pool's."""
-        fields = [x for part in (self.encoded, self.opened) for x in part.values()]
+        fields = [x for part in (self.encoded, self.full_precision) for x in part.values()]
         one = len({x.untyped_storage().data_ptr() for x in fields}) == 1
         strides = {x.stride(0) * x.element_size() for x in self.encoded.values()}
-        return one and len(strides) == 1 and self.opened["k"].dtype in CPU_DTYPES and self.format.cpu_reads
+        return one and len(strides) == 1 and self.full_precision["k"].dtype in CPU_DTYPES and self.format.cpu_reads
 
     def __post_init__(self) -> None:  # noqa: D105
         missing = [name for name in self.format.fields if name not in self.encoded]
@@ -113,13 +113,13 @@ class Growing(Paged):
 
     def __post_init__(self) -> None:  # noqa: D105
         super().__post_init__()
-        for name in ("exact_count", "encoded_count", "open_table", "encoded_table", "free", "owners", "failed"):
+        for name in ("full_count", "encoded_count", "full_table", "encoded_table", "free", "owners", "failed"):
             if getattr(self, name).dtype != torch.int32:
                 raise ValueError(f"{name} must be int32 on the device, got {getattr(self, name).dtype}")
-        if self.open_table.shape[1] * self.per_open < self.most:
+        if self.full_table.shape[1] * self.per_full_page < self.most:
             raise ValueError(
-                f"a row has up to {self.most} exact entries, but its {self.open_table.shape[1]} open pages hold "
-                f"{self.per_open} each; give open_table more columns"
+                f"a row has up to {self.most} full-precision entries, but its {self.full_table.shape[1]} full-precision pages "
+                f"hold {self.per_full_page} each; give full_table more columns"
             )
         if self.numerators.shape[1] != 2 * self.head_size or self.numerators.dtype != self.z.dtype:
             raise ValueError(

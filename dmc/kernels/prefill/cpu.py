@@ -18,7 +18,7 @@ _LEAST = 1 << 19  # products for which another thread is worth waking
 
 
 def prefill(
-    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, own_keys: Tensor, own_values: Tensor, positions: Tensor,
+    query: Tensor, keys: Tensor, values: Tensor, entry_positions: Tensor, own_keys: Tensor, own_values: Tensor, positions: Tensor,
     scale: float,
 ) -> Tensor:
     """`dmc.kernels.prefill.prefill.prefill_attention` for fp32 and bf16 on a CPU.
@@ -33,8 +33,8 @@ def prefill(
         return torch.empty_like(query)
     paired = query.dtype == torch.bfloat16 and PAIRED
     query, own_keys, own_values = ((x if paired else x.float()).contiguous() for x in (query, own_keys, own_values))
-    positions = positions.to(places.dtype).expand(heads, -1).contiguous()
-    seen = torch.searchsorted(places.contiguous(), positions, out_int32=True).numpy()
+    positions = positions.to(entry_positions.dtype).expand(heads, -1).contiguous()
+    seen = torch.searchsorted(entry_positions.contiguous(), positions, out_int32=True).numpy()
     out = torch.empty(tokens, heads, groups, size, dtype=query.dtype)
     entries = (x.numpy() for x in _entries(keys, values, paired))
     arrays = _array(query), *entries, seen, *(_array(x) for x in (own_keys, own_values, out))

@@ -118,7 +118,7 @@ def attend(begin, end, query, keys, values, seen, own_keys, own_values, out, sca
     """
     groups, tokens, head = query.shape[1:]
     rows, steps, size, share = tokens * groups, keys.shape[2], values.shape[2], 2 if paired else 1
-    stretches, blocks = keys.shape[1], (rows + BLOCK - 1) // BLOCK
+    segments, blocks = keys.shape[1], (rows + BLOCK - 1) // BLOCK
     bits, halves = np.empty(ROWS * KEYS, np.uint32), np.empty(ROWS * KEYS, np.uint16)
     room = bits.view(np.float32)
     top, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
@@ -144,8 +144,8 @@ def attend(begin, end, query, keys, values, seen, own_keys, own_values, out, sca
                     continue
                 columns = min(KEYS, (left + WIDTH - 1) // WIDTH * WIDTH)
                 for column in range(0, columns, WIDTH):
-                    stretch, place = keys_at + 4 * (r * stretches + (n + column) // WIDTH) * steps * WIDTH, scores_at + 4 * column
-                    product(mine_at + 4 * tile * steps, steps, stretch, WIDTH, place, columns, steps, WIDTH, paired, False)
+                    segment, target = keys_at + 4 * (r * segments + (n + column) // WIDTH) * steps * WIDTH, scores_at + 4 * column
+                    product(mine_at + 4 * tile * steps, steps, segment, WIDTH, target, columns, steps, WIDTH, paired, False)
                 for i in range(ROWS):
                     m, count = tile + i, max(0, min(columns, counts[tile + i] - n))
                     most = _peak(scores_at + 4 * i * columns, count, scale)
@@ -154,14 +154,14 @@ def attend(begin, end, query, keys, values, seen, own_keys, own_values, out, sca
                         top[m] = most
                         total[m] *= fall
                         _scale(sums[m], fall)
-                    place = weights_at + 4 // share * i * columns
-                    total[m] += _weigh(paired, scores_at + 4 * i * columns, count, scale, top[m], place)
+                    target = weights_at + 4 // share * i * columns
+                    total[m] += _weigh(paired, scores_at + 4 * i * columns, count, scale, top[m], target)
                     if paired:
                         halves[i * columns + count : i * columns + columns] = np.uint16(0)
                     else:
                         room[i * columns + count : i * columns + columns] = np.float32(0)
                 product(
-                    weights_at, columns // share, values_at + 4 * (r * stretches * WIDTH + n) // share * size, size,
+                    weights_at, columns // share, values_at + 4 * (r * segments * WIDTH + n) // share * size, size,
                     sums_at + 4 * tile * size, size, columns // share, size, paired, True,
                 )
         for m in range(many):

@@ -16,7 +16,7 @@ CPU_DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 def prefill_attention(
-    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, own_keys: Tensor, own_values: Tensor,
+    query: Tensor, keys: Tensor, values: Tensor, entry_positions: Tensor, own_keys: Tensor, own_values: Tensor,
     positions: Tensor, *, scale: float | None = None, backend: str | None = None,
 ) -> Tensor:
     """Attention of prompts in one pass, in memory linear in T and N. No gradients.
@@ -24,8 +24,8 @@ def prefill_attention(
     Args:
         query: ``[R, G, T, D]``, rotated; R rows, that is (sequence, key/value head) pairs.
         keys, values: ``[R, N, D]``, final entries, rotated, in the dtype of ``query``.
-        places: int32 ``[R, N]``, rising: position of each entry's newest token; entry n is seen by queries of later
-            positions. Rows with fewer than N entries are filled up with places above every position.
+        entry_positions: int32 ``[R, N]``, rising: position of each entry's newest token; entry n is seen by queries of later
+            positions. Rows with fewer than N entries are filled up with positions above every position.
         own_keys, own_values: ``[R, T, D]``, the state after each query's own token, key rotated.
         positions: int32 ``[T]``, rising, of the queries.
         scale: of the scores, ``1 / sqrt(D)`` if None.
@@ -35,7 +35,7 @@ def prefill_attention(
         ``[R, G, T, D]`` in the dtype of ``query``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (query, keys, values, places, own_keys, own_values, positions)
+    arguments = (query, keys, values, entry_positions, own_keys, own_values, positions)
     chosen = choose(query, backend, cpu=CPU_DTYPES)
     if chosen is Backend.CPU:
         from dmc.kernels.prefill import cpu
@@ -49,13 +49,13 @@ def prefill_attention(
 
 
 def prefill_reference(
-    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, own_keys: Tensor, own_values: Tensor,
+    query: Tensor, keys: Tensor, values: Tensor, entry_positions: Tensor, own_keys: Tensor, own_values: Tensor,
     positions: Tensor, *, scale: float,
 ) -> Tensor:
     """The naive twin: all scores in memory; products in the dtype of ``query``, softmax in fp32 at least."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     scores = (query @ keys[:, None].transpose(-1, -2)).to(work) * scale
-    later = places[:, None, None, :] >= positions[:, None]
+    later = entry_positions[:, None, None, :] >= positions[:, None]
     own = (query * own_keys[:, None]).sum(-1, keepdim=True, dtype=work) * scale
     weights = torch.cat([scores.masked_fill(later, -torch.inf), own], dim=-1).softmax(-1).to(query.dtype)
     return weights[..., :-1] @ values[:, None] + weights[..., -1:] * own_values[:, None]

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dmc.kernels.pages.exact import exact_piece, shifted, store_piece
 from dmc.kernels.pages.paged import Paged
+from dmc.kernels.pages.segments import full_segment, shifted, store_segment
 
 
 def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
@@ -35,9 +35,9 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
             f"{upper}_CHANNEL": pages.channel(part), f"{upper}_GROUPS": groups, f"{upper}_GROUP": size,
             f"{upper}_OUTLIERS": pages.count(f"{part}_outliers"),
         }
-    names = ("codes", "scale", "zero", "outliers", "places", "left", "right")
+    names = ("codes", "scale", "zero", "outliers", "indices", "left", "right")
     pointers = {f"{part}_{name}": fields.get(f"{part}_{name}", empty) for part in "kv" for name in names}
-    _gear_pieces[grid](
+    _gear_segments[grid](
         **arguments, **pointers, page8=stride, page16=stride // 2, PAGE=pages.page, BITS=pages.bits, RANK=pages.count("k_left"),
         **sides, **constants | {"GROUPS": 1 if constants["G"] == 1 else constants["GROUPS"], "num_warps": 2},
     )
@@ -45,10 +45,10 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
 
 @triton.jit
 def plane(codes, index, TOTAL: tl.constexpr, WIDTH: tl.constexpr, mask):
-    """Plane of WIDTH bits: element ``index`` lies in byte ``index % stretch``, at place ``index // stretch``; int32."""
-    stretch: tl.constexpr = (TOTAL * WIDTH + 7) // 8
-    byte = tl.load(codes + index % stretch, mask, 0).to(tl.int32)
-    return (byte >> (index // stretch * WIDTH)) & ((1 << WIDTH) - 1)
+    """Plane of WIDTH bits: element ``index`` lies in byte ``index % chunk``, at place ``index // chunk``; int32."""
+    chunk: tl.constexpr = (TOTAL * WIDTH + 7) // 8
+    byte = tl.load(codes + index % chunk, mask, 0).to(tl.int32)
+    return (byte >> (index // chunk * WIDTH)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
@@ -72,52 +72,52 @@ def packed(codes, index, TOTAL: tl.constexpr, BITS: tl.constexpr, mask):
 
 @triton.jit
 def _base(
-    codes, scale, zero, outliers, places, n, d, mask, KEYS: tl.constexpr, CHANNEL: tl.constexpr, GROUPS: tl.constexpr,
+    codes, scale, zero, outliers, indices, n, d, mask, KEYS: tl.constexpr, CHANNEL: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, OUTLIERS: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
 ):
     """Backbone and outliers of a page, fp32 ``[PAGE, BLOCK]``."""
     if CHANNEL:
-        vector, place, LENGTH = d[None, :], n[:, None], PAGE
+        vector, index, LENGTH = d[None, :], n[:, None], PAGE
     else:
-        vector, place, LENGTH = n[:, None], d[None, :], D
-    at = vector * GROUPS + place // GROUP
-    x = packed(codes, vector * LENGTH + place, PAGE * D, BITS, mask).to(tl.float32)
+        vector, index, LENGTH = n[:, None], d[None, :], D
+    at = vector * GROUPS + index // GROUP
+    x = packed(codes, vector * LENGTH + index, PAGE * D, BITS, mask).to(tl.float32)
     x *= tl.load(scale + at, mask, 0.0).to(tl.float32)
     x += tl.load(zero + at, mask, 0.0).to(tl.float32)
     for i in tl.static_range(OUTLIERS):
         if KEYS:  # of each channel, by entry
-            where = tl.load(places + d * OUTLIERS + i, d < D, 0).to(tl.int32)
+            where = tl.load(indices + d * OUTLIERS + i, d < D, 0).to(tl.int32)
             much = tl.load(outliers + d * OUTLIERS + i, d < D, 0.0).to(tl.float32)
             x += tl.where(n[:, None] == where[None, :], much[None, :], 0.0)
         else:  # of each entry, by channel
-            where = tl.load(places + n * OUTLIERS + i).to(tl.int32)
+            where = tl.load(indices + n * OUTLIERS + i).to(tl.int32)
             much = tl.load(outliers + n * OUTLIERS + i).to(tl.float32)
             x += tl.where(d[None, :] == where[:, None], much[:, None], 0.0)
     return tl.where(mask, x, 0.0)
 
 
 @triton.jit
-def _gear_pieces(
-    query, index, encoded, exact, first_exact, encoded_table, open_table, open_keys, open_values, sums, parts,
-    scale, et, ot, okp, ovp,
-    k_codes, k_scale, k_zero, k_outliers, k_places, k_left, k_right,
-    v_codes, v_scale, v_zero, v_outliers, v_places, v_left, v_right, page8, page16,
-    PAGE: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr,
+def _gear_segments(
+    query, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values, sums, parts,
+    scale, et, ft, fkp, fvp,
+    k_codes, k_scale, k_zero, k_outliers, k_indices, k_left, k_right,
+    v_codes, v_scale, v_zero, v_outliers, v_indices, v_left, v_right, page8, page16,
+    PAGE: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     G: tl.constexpr, K_CHANNEL: tl.constexpr, K_GROUPS: tl.constexpr, K_GROUP: tl.constexpr, K_OUTLIERS: tl.constexpr,
     V_CHANNEL: tl.constexpr, V_GROUPS: tl.constexpr, V_GROUP: tl.constexpr, V_OUTLIERS: tl.constexpr,
     shifts=None, shifts_per_query=0,
 ):
-    """As `dmc.kernels.formats.plain.decode._pieces`, for GEAR pages."""
-    row, piece = tl.program_id(0), tl.program_id(1)
+    """As `dmc.kernels.formats.plain.decode._segments`, for GEAR pages."""
+    row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
-    if piece >= first_exact:
-        exact_piece(
-            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, k_scale, sums, parts,
-            scale, okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+    if segment >= first_full:
+        full_segment(
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, k_scale, sums, parts,
+            scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
         return
-    first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
+    first, last = segment * (SEGMENT // PAGE), tl.load(encoded_count + table_row)
     if first >= last:
         return
     g, d, n = tl.arange(0, GROUPS), tl.arange(0, BLOCK), tl.arange(0, PAGE)
@@ -126,10 +126,10 @@ def _gear_pieces(
     top = tl.full((GROUPS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     acc = tl.zeros((GROUPS, BLOCK), tl.float32)
-    for column in range(first, tl.minimum(first + PIECE // PAGE, last)):
+    for column in range(first, tl.minimum(first + SEGMENT // PAGE, last)):
         page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
         at8, at16 = page * page8, page * page16
-        k = _base(k_codes + at8, k_scale + at16, k_zero + at16, k_outliers + at16, k_places + at8, n, d, mask, True,
+        k = _base(k_codes + at8, k_scale + at16, k_zero + at16, k_outliers + at16, k_indices + at8, n, d, mask, True,
                   K_CHANNEL, K_GROUPS, K_GROUP, K_OUTLIERS, BITS, PAGE, D)
         if GROUPS == 1:
             s = tl.sum(q.to(tl.float32) * k, 1)[None, :]
@@ -144,7 +144,7 @@ def _gear_pieces(
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        v = _base(v_codes + at8, v_scale + at16, v_zero + at16, v_outliers + at16, v_places + at8, n, d, mask, False,
+        v = _base(v_codes + at8, v_scale + at16, v_zero + at16, v_outliers + at16, v_indices + at8, n, d, mask, False,
                   V_CHANNEL, V_GROUPS, V_GROUP, V_OUTLIERS, BITS, PAGE, D)
         acc *= shrink[:, None]
         if GROUPS == 1:
@@ -156,4 +156,4 @@ def _gear_pieces(
             right = tl.load(v_right + at16 + d * RANK + r, d < D, 0.0).to(tl.float32)
             acc += tl.sum(p * left[None, :], 1)[:, None] * right[None, :]
         top = new_top
-    store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+    store_segment(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)

@@ -22,7 +22,7 @@ from dmc.kernels.pages.paged import Paged
 class MinMaxFormat(PageFormat):
     """See the head of this file.
 
-    Fields of a side: codes uint8 (packed), scale and zero bf16; with outliers ``outliers`` bf16 and ``places`` uint8, each
+    Fields of a side: codes uint8 (packed), scale and zero bf16; with outliers ``outliers`` bf16 and ``indices`` uint8, each
     ``[vectors, count]``; with a low rank ``left`` bf16 ``[P, r]`` and ``right`` bf16 ``[D, r]``.
 
     Attributes:
@@ -63,7 +63,7 @@ class MinMaxFormat(PageFormat):
         x = x.transpose(-1, -2) if self.channel(part) else x  # [..., P, D]
         if "outliers" in fields:
             side = x.transpose(-1, -2).clone() if part == "k" else x.clone()
-            side.scatter_add_(-1, fields["places"].long(), fields["outliers"].to(work))
+            side.scatter_add_(-1, fields["indices"].long(), fields["outliers"].to(work))
             x = side.transpose(-1, -2) if part == "k" else side
         if "left" in fields:
             x = x + fields["left"].to(work) @ fields["right"].to(work).transpose(-1, -2)
@@ -72,7 +72,7 @@ class MinMaxFormat(PageFormat):
     @property
     def cpu_reads(self) -> bool:
         """Whether the CPU kernels read these pages: positions of outliers in bytes."""
-        return all(self.fields[name][0] == torch.uint8 for name in ("k_places", "v_places") if name in self.fields)
+        return all(self.fields[name][0] == torch.uint8 for name in ("k_indices", "v_indices") if name in self.fields)
 
     def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
         """See `PageFormat.cpu_reader`."""

@@ -12,9 +12,9 @@ from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, ma
 from dmc.kernels.cpu.compiled import compiled, widen
 from dmc.kernels.cpu.products import add, score
 
-FIELDS = ("codes", "scale", "zero", "outliers", "places", "left", "right")  # of a side: where these begin in a page
+FIELDS = ("codes", "scale", "zero", "outliers", "indices", "left", "right")  # of a side: where these begin in a page
 SIDE = ("channel", "groups", "size", "outliers")  # of a side before its fields: see `dmc.kernels.formats.minmax.format`
-_CODES, _SCALE, _ZERO, _OUTLIERS, _PLACES, _LEFT, _RIGHT = range(4, 11)
+_CODES, _SCALE, _ZERO, _OUTLIERS, _INDICES, _LEFT, _RIGHT = range(4, 11)
 _CHANNEL, _GROUPS, _SIZE, _COUNT = range(4)
 HEAD = 4  # entries, head size, bits, rank
 _PER_SIDE = len(SIDE) + len(FIELDS)
@@ -90,15 +90,15 @@ def _base(page, known, part, room):  # noqa: ANN001, ANN202
     if side[_COUNT]:
         count, of_keys = side[_COUNT], part == 0
         many = size if of_keys else entries  # vectors of outliers: channels of keys, entries of values
-        places = bytes_at(page + side[_PLACES], many * count)
+        indices = bytes_at(page + side[_INDICES], many * count)
         widen(halves_at(page + side[_OUTLIERS], many * count), words_at(at, many * count))  # over the scales
         much = singles_at(at, many * count)
         if of_keys == (channel == 1):
             for i in range(many * count):
-                out[i // count, places[i]] += much[i]
+                out[i // count, indices[i]] += much[i]
         else:
             for i in range(many * count):
-                out[places[i], i // count] += much[i]
+                out[indices[i], i // count] += much[i]
     return out
 
 

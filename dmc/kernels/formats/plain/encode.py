@@ -7,18 +7,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dmc.kernels.pages.floats import as_bits, load_float, store_float
-from dmc.kernels.pages.full_rows import ROUND, exact_at, first_of, new_pages, rows_of_a_program
+from dmc.kernels.pages.full_rows import ROUND, first_of, full_at, new_pages, rows_of_a_program
 from dmc.kernels.pages.paged import Growing
 
 _STORED = {"dense": 0, "int8": 1, "fp8": 2}
 _DENSE, _INT8 = tl.constexpr(0), tl.constexpr(1)
 
 
-def launch(table: dict, opened: dict, state: Growing) -> None:
-    """Encodes into the pages that were taken; ``table`` and ``opened`` as `dmc.kernels.encode.gpu.encode` has them."""
+def launch(table: dict, full_precision: dict, state: Growing) -> None:
+    """Encodes into the pages that were taken; ``table`` and ``full_precision`` as `dmc.kernels.encode.gpu.encode` has them."""
     each = rows_of_a_program()
     _plain[(triton.cdiv(table["R"], each), 2)](
-        **table, **opened, **_fields(state), sinks=state.sinks, KIND=_STORED[state.format.name], TILE=16, PAGE=state.page,
+        **table, **full_precision, **_fields(state), sinks=state.sinks, KIND=_STORED[state.format.name], TILE=16, PAGE=state.page,
         ROWS=each, D=state.head_size, BLOCK=triton.next_power_of_2(state.head_size), num_warps=4,
     )
 
@@ -35,26 +35,26 @@ def _fields(state: Growing) -> dict[str, Tensor | int]:
 
 @triton.jit
 def _plain(
-    index, exact, closed, closed_table, R, most, columns, ct, open_table, keys, values, ot, kp, vp, k_to, k_scale, kt, ks,
-    v_to, v_scale, vt, vs, sinks, KIND: tl.constexpr, PER_OPEN: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    index, full_count, encoded_count, encoded_table, R, most, columns, et, full_table, keys, values, ft, kp, vp, k_to, k_scale,
+    kt, ks, v_to, v_scale, vt, vs, sinks, KIND: tl.constexpr, PER_FULL: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row, _, page = new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS)
+    row, _, page = new_pages(index, full_count, encoded_count, encoded_table, R, most, columns, et, ROWS)
     left = page > 0
     while tl.max(left.to(tl.int32), 0) > 0:
         here = first_of(left, ROWS)
-        table = open_table + tl.sum(tl.where(here, row, 0), 0) * ot
+        table = full_table + tl.sum(tl.where(here, row, 0), 0) * ft
         to = tl.sum(tl.where(here, page, 0), 0).to(tl.int64)
         if tl.program_id(1) == 0:
-            _plain_page(table, keys, kp, k_to + to * kt, k_scale + to * ks, sinks, KIND, PER_OPEN, PAGE, TILE, D, BLOCK)
+            _plain_page(table, keys, kp, k_to + to * kt, k_scale + to * ks, sinks, KIND, PER_FULL, PAGE, TILE, D, BLOCK)
         else:
-            _plain_page(table, values, vp, v_to + to * vt, v_scale + to * vs, sinks, KIND, PER_OPEN, PAGE, TILE, D, BLOCK)
+            _plain_page(table, values, vp, v_to + to * vt, v_scale + to * vs, sinks, KIND, PER_FULL, PAGE, TILE, D, BLOCK)
         left = left & ~here
 
 
 @triton.jit
 def _plain_page(
-    table, source, stride, to, scales, sinks, KIND: tl.constexpr, PER_OPEN: tl.constexpr, PAGE: tl.constexpr,
+    table, source, stride, to, scales, sinks, KIND: tl.constexpr, PER_FULL: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Keys or values of one page."""
@@ -62,7 +62,7 @@ def _plain_page(
     for first in range(0, PAGE, TILE):
         n = first + tl.arange(0, TILE)
         mask = (n < PAGE)[:, None] & (d < D)[None, :]
-        at = exact_at(table, sinks + n, n < PAGE, stride, PER_OPEN, D)
+        at = full_at(table, sinks + n, n < PAGE, stride, PER_FULL, D)
         x = load_float(source + at[:, None] + d[None, :], mask)
         into = to + n[:, None] * D + d[None, :]
         if KIND == _DENSE:

@@ -79,8 +79,8 @@ class PlainFormat(PageFormat):
         """True: of any number of entries."""
         return True
 
-    def triton_write(self, table: dict, opened: dict, state: Growing) -> None:
+    def triton_write(self, table: dict, full_precision: dict, state: Growing) -> None:
         """See `PageFormat.triton_write`."""
         from dmc.kernels.formats.plain.encode import launch
 
-        launch(table, opened, state)
+        launch(table, full_precision, state)

@@ -6,7 +6,7 @@ import numpy as np
 
 from dmc.kernels.cpu.compiled import compiled
 from dmc.kernels.cpu.lookup import WIDE
-from dmc.kernels.formats.trellis.levels_loop import MOST, stretch
+from dmc.kernels.formats.trellis.levels_loop import MOST, chunk
 
 
 @compiled()
@@ -25,7 +25,7 @@ def _paths(code, entries, count, path):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def _places(code, path, entries, count):  # noqa: ANN001, ANN202
+def _indices(code, path, entries, count):  # noqa: ANN001, ANN202
     """Codes ``[entries, count]`` become places among the levels, in place: the subset is named by three bits of the path."""
     for n in range(entries):
         at, by = n * count, n * (count + np.uint64(2))
@@ -34,19 +34,19 @@ def _places(code, path, entries, count):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def _levels(place, entries, count, table, first, size, level):  # noqa: ANN001, ANN202
-    """Levels of a stretch into columns ``first`` and on of ``[entries, size]``."""
+def _levels(index, entries, count, table, first, size, level):  # noqa: ANN001, ANN202
+    """Levels of a chunk into columns ``first`` and on of ``[entries, size]``."""
     for n in range(entries):
         at, to = n * count, n * size + first
         for d in range(count):
-            level[to + d] = table[np.uint64(place[at + d])]
+            level[to + d] = table[np.uint64(index[at + d])]
 
 
 @compiled()
 def _carry(path, entries, before, count):  # noqa: ANN001, ANN202
-    """Where a stretch begins the path goes on from the end of the stretch before, of ``before`` codes; 0: from 0.
+    """Where a chunk begins the path goes on from the end of the chunk before, of ``before`` codes; 0: from 0.
 
-    Paths of a stretch replace those of the one before, so this goes from the end that is not yet written over.
+    Paths of a chunk replace those of the one before, so this goes from the end that is not yet written over.
     """
     old, new = before + np.uint64(2), count + np.uint64(2)
     for step in range(entries):
@@ -74,7 +74,7 @@ def _trellis_by_values(codes, page, size, table, lines, code, path, level):  # n
             line += 1
         _carry(path, entries, last, np.uint64(count))
         _paths(code, entries, np.uint64(count), path)
-        _places(code, path, entries, np.uint64(count))
+        _indices(code, path, entries, np.uint64(count))
         _levels(code, entries, np.uint64(count), table[offset:], np.uint64(first), np.uint64(size), level)
         last = np.uint64(count)
 
@@ -108,7 +108,7 @@ def trellis(codes, page, size, table, lines, code, path, last_bits, level):  # n
             if line + 1 < len(lines) and lines[line + 1, 0] == lines[line, 0]:
                 width, planes = width + lines[line + 1, 2], 2
             low, high, first, count = lines[line, 4], lines[line + planes - 1, 4], lines[line, 0], lines[line, 1]
-            stretch(codes, page, size, low, high, width, first, count, begins, last_bits, table[lines[line, 5] :], level)
+            chunk(codes, page, size, low, high, width, first, count, begins, last_bits, table[lines[line, 5] :], level)
             line, begins = line + planes, False
     else:
         _trellis_by_values(codes, page, size, table, lines, code, path, level)

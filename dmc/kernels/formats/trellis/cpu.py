@@ -20,14 +20,14 @@ _LEAST = 1 << 14  # values for which another thread is worth waking
 
 
 def encode(
-    x: Tensor, rotation: Tensor, stretches: Sequence[tuple[int, int]], levels: dict[int, Tensor], *, mean: bool, hadamard: bool,
+    x: Tensor, rotation: Tensor, chunks: Sequence[tuple[int, int]], levels: dict[int, Tensor], *, mean: bool, hadamard: bool,
 ) -> dict[str, Tensor]:
     """`dmc.cache.codecs.rotated.Rotated.encode` with the trellis.
 
     Args:
         x: fp32 ``[..., N, D]``.
         rotation: fp64 ``[D, D]``.
-        stretches, levels: see `dmc.kernels.formats.trellis.viterbi_cpu.choose`.
+        chunks, levels: see `dmc.kernels.formats.trellis.viterbi_cpu.choose`.
         mean: whether the channels' mean is kept apart.
         hadamard: whether the rotation is random signs, then Hadamard of D's power of 2 and a mix of the blocks.
 
@@ -37,16 +37,16 @@ def encode(
     entries, size = x.shape[-2:]
     pages = x.detach().reshape(-1, entries, size).contiguous()
     many, lead = len(pages), x.shape[:-2]
-    planes = np.zeros((len(stretches), 3), np.int64)
-    for line, (_, bits) in zip(planes, stretches, strict=True):
+    planes = np.zeros((len(chunks), 3), np.int64)
+    for line, (_, bits) in zip(planes, chunks, strict=True):
         line[: len(PLANES[bits])] = PLANES[bits]
-    packed = sum(-(-count * entries * width // 8) for count, bits in stretches for width in PLANES[bits])
+    packed = sum(-(-count * entries * width // 8) for count, bits in chunks for width in PLANES[bits])
     falls = torch.exp2(torch.arange(256).float() / -SCALE_STEPS)
     falls[NO_SCALE] = 0.0
     codes, scale = torch.empty(many, packed, dtype=torch.uint8), torch.empty(many, entries, dtype=torch.uint8)
     means, unit, top = torch.empty(many, size if mean else 0, dtype=torch.int8), torch.empty(many), torch.empty(many)
     tensors = codes, means, unit, scale, top
-    given = pages.numpy(), *_factors(rotation.numpy(), hadamard), *tables(stretches, levels), falls.numpy(), planes
+    given = pages.numpy(), *_factors(rotation.numpy(), hadamard), *tables(chunks, levels), falls.numpy(), planes
     arguments = *given, *(one.numpy() for one in tensors)
     groups = -(-many // max(1, loops.LANES // entries))
     share(np.arange(groups + 1), lambda begin, end: loops.encode(begin, end, *arguments), most=pages.numel() // _LEAST)

@@ -23,7 +23,7 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
     fields = {name: paged.encoded[name] for name in pages.fields}
     stride = _check(fields, pages)
     for part, upper in (("k", "K"), ("v", "V")):
-        (count, bits), *rest = pages.stretches(part)
+        (count, bits), *rest = pages.chunks(part)
         sides |= {
             f"{upper}_FIRST": count, f"{upper}_BITS": bits, f"{upper}_REST": rest[0][1] if rest else 0,
             f"{part}_codes": fields[f"{part}_codes"].view(torch.int32),
@@ -53,13 +53,14 @@ def _check(fields: dict[str, torch.Tensor], pages) -> int:  # noqa: ANN001
         ValueError: if the kernel cannot read such pages.
     """
     bytes_of = {x.stride(0) * x.element_size() for x in fields.values()}
-    counts = [count for part in "kv" for count, _ in pages.stretches(part)]
-    places = [fields[f"{part}_codes"].storage_offset() % 4 for part in "kv"]
+    counts = [count for part in "kv" for count, _ in pages.chunks(part)]
+    offsets = [fields[f"{part}_codes"].storage_offset() % 4 for part in "kv"]
     if "v_mean" in fields:
         raise ValueError("the kernel takes trellis pages with a mean of the keys alone, not of the values; choose kernels=torch")
-    if len(bytes_of) > 1 or pages.page & (pages.page - 1) or pages.page < 16 or any(x % 4 for x in (*bytes_of, *counts, *places)):
+    unaligned = any(x % 4 for x in (*bytes_of, *counts, *offsets))
+    if len(bytes_of) > 1 or pages.page & (pages.page - 1) or pages.page < 16 or unaligned:
         raise ValueError(
             f"the kernel takes trellis pages of one pool with a power of two of at least 16 entries, and codes in whole "
-            f"words, not {pages.page} entries, strides {sorted(bytes_of)} and stretches of {counts} codes; choose kernels=torch"
+            f"words, not {pages.page} entries, strides {sorted(bytes_of)} and chunks of {counts} codes; choose kernels=torch"
         )
     return bytes_of.pop()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmc.kernels.backend import interpreted
 from dmc.kernels.pages.floats import bf16_bits, load_float
-from dmc.kernels.pages.full_rows import ROUND, exact_at, first_of, new_pages
+from dmc.kernels.pages.full_rows import ROUND, first_of, full_at, new_pages
 from dmc.kernels.pages.layout import NO_SCALE, PLANES, SCALE_STEPS
 from dmc.kernels.pages.paged import Growing
 
@@ -28,14 +28,14 @@ _TILE = 16  # entries that are rotated at a time
 CHANNELS = tl.constexpr(16)  # at a time, of up to `SIDE` entries
 
 
-def launch(table: dict, opened: dict, state: Growing) -> None:
-    """Encodes into the pages that were taken; ``table`` and ``opened`` as `dmc.kernels.encode.gpu.encode` has them."""
-    layout, page, size, rows, device = state.format, state.page, state.head_size, table["R"], table["exact"].device
+def launch(table: dict, full_precision: dict, state: Growing) -> None:
+    """Encodes into the pages that were taken; ``table`` and ``full_precision`` as `dmc.kernels.encode.gpu.encode` has them."""
+    layout, page, size, rows, device = state.format, state.page, state.head_size, table["R"], table["full_count"].device
     each = triton.next_power_of_2(triton.cdiv(rows, _programs(device)))
     programs = triton.cdiv(rows, each)
     lanes, sides = max(_TILE, triton.next_power_of_2(page)), {}
     for part, upper in (("k", "K"), ("v", "V")):
-        (count, bits), *rest = layout.stretches(part)
+        (count, bits), *rest = layout.chunks(part)
         below = rest[0][1] if rest else 0
         sides |= {
             f"{upper}_FIRST": count, f"{upper}_BITS": bits, f"{upper}_REST": below,
@@ -43,7 +43,7 @@ def launch(table: dict, opened: dict, state: Growing) -> None:
             f"{part}_levels": layout.levels[bits], f"{part}_below": layout.levels[below or bits],
         }
     _trellis[(programs, 2)](
-        **table, **opened, **_fields(state.encoded), **sides, rotation=layout.rotation.contiguous(), sinks=state.sinks,
+        **table, **full_precision, **_fields(state.encoded), **sides, rotation=layout.rotation.contiguous(), sinks=state.sinks,
         **_scratch(programs, size, lanes, page, device), PAGE=page, ROWS=each, D=size,
         BLOCK=max(16, triton.next_power_of_2(size)), LANES=lanes, TILE=_TILE, SIDE=min(64, lanes),
         UNROLL=4 if size % 4 == 0 else 2, num_warps=4,
@@ -82,34 +82,34 @@ def _scratch(programs: int, size: int, lanes: int, page: int, device: torch.devi
 
 @triton.jit
 def _trellis(
-    index, exact, closed, closed_table, R, most, columns, ct, open_table, keys, values, ot, kp, vp,
+    index, full_count, encoded_count, encoded_table, R, most, columns, et, full_table, keys, values, ft, kp, vp,
     page8, page16, k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_below, v_codes, v_scale, v_top, v_mean, v_unit,
     v_levels, v_below, rotation, sinks, ys, nears, paths, gains, ordered,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr, V_FIRST: tl.constexpr,
-    V_BITS: tl.constexpr, V_REST: tl.constexpr, V_MEAN: tl.constexpr, PER_OPEN: tl.constexpr, PAGE: tl.constexpr,
+    V_BITS: tl.constexpr, V_REST: tl.constexpr, V_MEAN: tl.constexpr, PER_FULL: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    row, _, page = new_pages(index, exact, closed, closed_table, R, most, columns, ct, ROWS)
+    row, _, page = new_pages(index, full_count, encoded_count, encoded_table, R, most, columns, et, ROWS)
     own = tl.program_id(0).to(tl.int64) * 2 + tl.program_id(1)
     y, near, path = ys + own * D * LANES, nears + own * D * LANES, paths + own * 2 * D * LANES
     gain, order = gains + own * LANES, ordered + own * PAGE * D
     left = page > 0
     while tl.max(left.to(tl.int32), 0) > 0:
         here = first_of(left, ROWS)
-        table = open_table + tl.sum(tl.where(here, row, 0), 0) * ot
+        table = full_table + tl.sum(tl.where(here, row, 0), 0) * ft
         to = tl.sum(tl.where(here, page, 0), 0).to(tl.int64)
         at8, at16 = to * page8, to * page16
         if tl.program_id(1) == 0:
             _page(
                 table, keys, kp, k_codes + at8, k_scale + at8, k_top + at16, k_mean + at8, k_unit + at16, k_levels, k_below,
-                rotation, sinks, y, near, path, gain, order, K_FIRST, K_BITS, K_REST, K_MEAN, PER_OPEN, PAGE, D, BLOCK,
+                rotation, sinks, y, near, path, gain, order, K_FIRST, K_BITS, K_REST, K_MEAN, PER_FULL, PAGE, D, BLOCK,
                 LANES, TILE, SIDE, UNROLL,
             )
         else:
             _page(
                 table, values, vp, v_codes + at8, v_scale + at8, v_top + at16, v_mean + at8, v_unit + at16, v_levels, v_below,
-                rotation, sinks, y, near, path, gain, order, V_FIRST, V_BITS, V_REST, V_MEAN, PER_OPEN, PAGE, D, BLOCK,
+                rotation, sinks, y, near, path, gain, order, V_FIRST, V_BITS, V_REST, V_MEAN, PER_FULL, PAGE, D, BLOCK,
                 LANES, TILE, SIDE, UNROLL,
             )
         left = left & ~here
@@ -118,14 +118,14 @@ def _trellis(
 @triton.jit
 def _page(
     table, source, stride, codes, scale, top, mean, unit, levels, below, rotation, sinks, y, near, path, gain, order,
-    FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, MEAN: tl.constexpr, PER_OPEN: tl.constexpr,
+    FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, MEAN: tl.constexpr, PER_FULL: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Keys or values of one page."""
     tl.debug_barrier()  # the scratch is that of the page before
-    size = _size(table, source, stride, sinks, PER_OPEN, PAGE, D, BLOCK, TILE)
-    total = _rotate(table, source, stride, rotation, sinks, size, y, PER_OPEN, PAGE, D, BLOCK, LANES, TILE)
+    size = _size(table, source, stride, sinks, PER_FULL, PAGE, D, BLOCK, TILE)
+    total = _rotate(table, source, stride, rotation, sinks, size, y, PER_FULL, PAGE, D, BLOCK, LANES, TILE)
     if MEAN:
         _store_mean(mean, unit, total / PAGE, size, D, BLOCK)
     tl.debug_barrier()
@@ -158,7 +158,7 @@ def _bytes(count, bits):
 
 @triton.jit
 def _size(
-    table, source, stride, sinks, PER_OPEN: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    table, source, stride, sinks, PER_FULL: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The largest value of the page, in whose units all that follows is, so that nothing overflows; 1 if all are 0."""
@@ -166,7 +166,7 @@ def _size(
     largest = tl.zeros((TILE,), tl.float32)
     for first in range(0, PAGE, TILE):
         n = first + tl.arange(0, TILE)
-        at = exact_at(table, sinks + n, n < PAGE, stride, PER_OPEN, D)
+        at = full_at(table, sinks + n, n < PAGE, stride, PER_FULL, D)
         x = load_float(source + at[:, None] + d[None, :], (n < PAGE)[:, None] & (d < D)[None, :])
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
     size = tl.max(largest, 0)
@@ -175,7 +175,7 @@ def _size(
 
 @triton.jit
 def _rotate(
-    table, source, stride, rotation, sinks, size, y, PER_OPEN: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    table, source, stride, rotation, sinks, size, y, PER_FULL: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):
     """Writes the rotated entries ``[D, LANES]``, in units of ``size``, and sums up each channel ``[BLOCK]``."""
@@ -183,7 +183,7 @@ def _rotate(
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, PAGE, TILE):
         n = first + tl.arange(0, TILE)
-        at = exact_at(table, sinks + n, n < PAGE, stride, PER_OPEN, D)
+        at = full_at(table, sinks + n, n < PAGE, stride, PER_FULL, D)
         turned = tl.zeros((BLOCK, TILE), tl.float32)
         for channel in range(0, D, 16):
             d = channel + tl.arange(0, 16)
@@ -249,7 +249,7 @@ def _encoded_scales(gain, size, PAGE: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _level(levels, below, c, which, FIRST: tl.constexpr, REST: tl.constexpr, mask):
-    """Levels by their number: those of the first stretch of channels, or of the others."""
+    """Levels by their number: those of the first chunk of channels, or of the others."""
     if REST > 0:
         return tl.load(tl.where(c < FIRST, levels, below) + which, mask, 0.0)
     else:

@@ -13,7 +13,7 @@ from dmc.kernels.pages.format import CpuReader, PageFormat
 from dmc.kernels.pages.layout import NO_SCALE, PLANES, SCALE_STEPS, unpacked
 from dmc.kernels.pages.paged import Growing, Paged
 
-Stretches = tuple[tuple[int, int], ...]
+Chunks = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +29,12 @@ class TrellisFormat(PageFormat):
         turn: R, fp32 ``[D, D]``.
     """
 
-    key: Stretches
-    value: Stretches
+    key: Chunks
+    value: Chunks
     levels: dict[int, Tensor]
     turn: Tensor
 
-    def stretches(self, part: str) -> Stretches:
+    def chunks(self, part: str) -> Chunks:
         """Those of "k" or "v"."""
         return self.key if part == "k" else self.value
 
@@ -46,13 +46,13 @@ class TrellisFormat(PageFormat):
     def reference(self, fields: dict[str, Tensor], part: str, work: torch.dtype) -> Tensor:
         """See `PageFormat.reference`: levels, found by the path that each code's lowest bit is part of, scaled, rotated back."""
         fields, codes, start = self.side(fields, part), [], 0
-        for count, bits in self.stretches(part):
+        for count, bits in self.chunks(part):
             some, start = unpacked(fields["codes"], start, self.page * count, bits)
             codes.append(some.unflatten(-1, (self.page, count)))
         code = torch.cat(codes, dim=-1)
         once, twice = (torch.nn.functional.pad(code, (by, 0))[..., : self.head_size] & 1 for by in (1, 2))
         index = 2 * ((code & 1) ^ twice) + once + 2 * (code & ~1)
-        counts, widths = zip(*self.stretches(part), strict=True)
+        counts, widths = zip(*self.chunks(part), strict=True)
         levels = [self.levels[bits].to(work)[some] for bits, some in zip(widths, index.split(counts, -1), strict=True)]
         scale = torch.exp2(fields["scale"].to(work) / -SCALE_STEPS) * fields["top"].to(work)
         x = torch.cat(levels, dim=-1) * scale.masked_fill(fields["scale"] == NO_SCALE, 0.0)[..., None]
@@ -89,7 +89,7 @@ class TrellisFormat(PageFormat):
         tables, lines, line_starts = [falls], [], [0]
         for part in "kv":
             start, first = 0, 0
-            for count, bits in self.stretches(part):
+            for count, bits in self.chunks(part):
                 table, shift = sum(len(known) for known in tables), 0
                 for width in PLANES[bits]:
                     lines.append((first, count, width, shift, start, table))
@@ -103,7 +103,7 @@ class TrellisFormat(PageFormat):
     @property
     def triton_reads(self) -> bool:
         """Whether the kernels read these pages: a power of two of at least 16 entries, and codes in whole words."""
-        words = not any(count % 4 for part in "kv" for count, _ in self.stretches(part))
+        words = not any(count % 4 for part in "kv" for count, _ in self.chunks(part))
         return self.page >= 16 and not self.page & (self.page - 1) and words
 
     def triton_read(self, grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
@@ -122,8 +122,8 @@ class TrellisFormat(PageFormat):
         """True: of any number of entries."""
         return True
 
-    def triton_write(self, table: dict, opened: dict, state: Growing) -> None:
+    def triton_write(self, table: dict, full_precision: dict, state: Growing) -> None:
         """See `PageFormat.triton_write`."""
         from dmc.kernels.formats.trellis.encode import launch
 
-        launch(table, opened, state)
+        launch(table, full_precision, state)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from dmc.kernels.formats.trellis.words import plane_words, scales
-from dmc.kernels.pages.exact import exact_piece, shifted
 from dmc.kernels.pages.layout import PLANES
+from dmc.kernels.pages.segments import full_segment, shifted
 
 
 def launch(
@@ -31,7 +31,7 @@ def launch(
     pairs = len(key), len(value)
     most = max(count for count, _ in key + value)
     words = max(16 // min(pairs), triton.next_power_of_2(most // 4))  # 16 columns at least make a product
-    _trellis_pieces[grid](
+    _trellis_segments[grid](
         **shared, WORDS=words, K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1], **constants | {"num_stages": 1},
     )
 
@@ -57,12 +57,12 @@ def _lowest(codes, n, w, mask, COUNT: tl.constexpr, BITS: tl.constexpr, PAGE: tl
 
 
 @triton.jit
-def _places(
+def _indices(
     codes, n, w, before, COUNT: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
 ):
     """Places in the table of levels, four a word ``[PAGE, WORDS]``: (all bits, or all but the lowest at 8 bits; that one).
 
-    ``before [PAGE]``: the path's word before the stretch.
+    ``before [PAGE]``: the path's word before the chunk.
     """
     n, w = n[:, None], w[None, :]
     mask = (w < COUNT // 4) & (n >= 0)
@@ -87,14 +87,14 @@ def _places(
 
 
 @triton.jit
-def _level(table, places, once, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+def _level(table, indices, once, j: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
     """Levels of the j-th codes of words."""
-    place = (places >> (8 * j)) & 255
+    index = (indices >> (8 * j)) & 255
     if BITS == 8:
-        place = 2 * place + ((once >> (8 * j)) & 1)
+        index = 2 * index + ((once >> (8 * j)) & 1)
     # Hint of contiguity 1 along the words: the compiler then keeps the words' layout for the loads. Without it, every address
     # goes through shared memory. There is no multiple, so loads are scalar, as they have to be.
-    return tl.load(table + tl.max_contiguous(place, (1, 2))).to(dtype)
+    return tl.load(table + tl.max_contiguous(index, (1, 2))).to(dtype)
 
 
 @triton.jit
@@ -102,12 +102,12 @@ def _page(
     codes, table, more_table, n, w, dtype: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr,
     PAGE: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr,
 ):
-    """A page's levels by their place in a word, four ``[PAGE, WORDS]``, or ``[PAGE, 2 WORDS]`` where two stretches take turns."""
-    a, a_once = _places(codes, n, w, tl.zeros((PAGE,), tl.int32), FIRST, BITS, PAGE)
+    """A page's levels by their place in a word, four ``[PAGE, WORDS]``, or ``[PAGE, 2 WORDS]`` where two chunks take turns."""
+    a, a_once = _indices(codes, n, w, tl.zeros((PAGE,), tl.int32), FIRST, BITS, PAGE)
     found = ()
     if REST > 0:
         more = codes + plane_words(PAGE * FIRST, BITS)
-        b, b_once = _places(more, n, w, _lowest(codes, n, FIRST // 4 - 1, n >= 0, FIRST, BITS, PAGE), D - FIRST, REST, PAGE)
+        b, b_once = _indices(more, n, w, _lowest(codes, n, FIRST // 4 - 1, n >= 0, FIRST, BITS, PAGE), D - FIRST, REST, PAGE)
         for j in tl.static_range(4):
             both = tl.join(_level(table, a, a_once, j, BITS, dtype), _level(more_table, b, b_once, j, REST, dtype))
             found = found + (tl.reshape(both, (PAGE, 2 * WORDS)),)
@@ -128,26 +128,26 @@ def _features(x, FIRST: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _trellis_pieces(
-    query, rotated, index, encoded, exact, first_exact, encoded_table, open_table, open_keys, open_values, sums, parts,
-    scale, et, ot, okp, ovp,
+def _trellis_segments(
+    query, rotated, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values, sums, parts,
+    scale, et, ft, fkp, fvp,
     k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_rest, v_codes, v_scale, v_top, v_levels, v_rest,
     page8, page16, page32, PAGE: tl.constexpr, WORDS: tl.constexpr, K_COLUMNS: tl.constexpr,
-    V_COLUMNS: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr,
+    V_COLUMNS: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
-    """As `dmc.kernels.formats.plain.decode._pieces`, for trellis pages; their pieces leave rotated values."""
-    row, piece = tl.program_id(0), tl.program_id(1)
+    """As `dmc.kernels.formats.plain.decode._segments`, for trellis pages; their pieces leave rotated values."""
+    row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
-    if piece >= first_exact:
-        exact_piece(
-            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, k_top, sums, parts, scale,
-            okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+    if segment >= first_full:
+        full_segment(
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, k_top, sums, parts,
+            scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
         return
-    first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
+    first, last = segment * (SEGMENT // PAGE), tl.load(encoded_count + table_row)
     if first >= last:
         return
     g, n, w = tl.arange(0, GROUPS), tl.arange(0, PAGE), tl.arange(0, WORDS)
@@ -161,7 +161,7 @@ def _trellis_pieces(
     total = tl.zeros((GROUPS,), tl.float32)
     d = tl.arange(0, BLOCK)
     whole = tl.load(rotated + (row * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
-    for column in range(first, tl.minimum(first + PIECE // PAGE, last)):
+    for column in range(first, tl.minimum(first + SEGMENT // PAGE, last)):
         page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
         at8, at16, at32 = page * page8, page * page16, page * page32
         levels = _page(k_codes + at32, k_levels, k_rest, n, w, dtype, K_FIRST, K_BITS, K_REST, PAGE, WORDS, D)
@@ -184,7 +184,7 @@ def _trellis_pieces(
         acc2 = tl.dot(p, levels[2], acc2 * shrink[:, None], input_precision=PRECISION)
         acc3 = tl.dot(p, levels[3], acc3 * shrink[:, None], input_precision=PRECISION)
         top = new_top
-    item = row.to(tl.int64) * tl.num_programs(1) + piece
+    item = row.to(tl.int64) * tl.num_programs(1) + segment
     tl.store(sums + item * 2 * G + g, top, g < G)
     tl.store(sums + item * 2 * G + G + g, total, g < G)
     feature, there = _features(tl.arange(0, V_COLUMNS), V_FIRST, V_REST, D)

@@ -13,8 +13,8 @@ from dmc.kernels.backend import interpreted
 from dmc.kernels.formats.trellis.words import (
     BITS,
     columns,
+    indices_of,
     level,
-    places_of,
     plane_words,
     scales,
     second_plane,
@@ -22,7 +22,7 @@ from dmc.kernels.formats.trellis.words import (
     table_of,
     width,
 )
-from dmc.kernels.pages.exact import exact_piece, shifted
+from dmc.kernels.pages.segments import full_segment, shifted
 
 TILE = 16  # exact entries at a time: one warp holds them
 _GROUPS = 16  # queries a head at most
@@ -32,7 +32,7 @@ _WASTE = 1.5  # columns at most, over those that hold words: beyond it the other
 
 
 def takes(groups: int, page: int, *sides: tuple[tuple[int, int], ...]) -> bool:
-    """Whether this kernel reads pages of so many entries, keys and values in such stretches, for so many queries a head."""
+    """Whether this kernel reads pages of so many entries, keys and values in such chunks, for so many queries a head."""
     def fits(side: tuple[tuple[int, int], ...]) -> bool:
         held = sum(count for count, _ in side)
         return 4 * sum(_columns(count) for count, _ in side) <= _WASTE * held and all(bits in BITS for _, bits in side)
@@ -46,7 +46,7 @@ def launch(grid: tuple[int, int], shared: dict, constants: dict) -> None:
     for part in "KV":
         first = shared[f"{part}_FIRST"]
         words |= {f"{part}_WORDS": _columns(first), f"{part}_MORE": _columns(constants["D"] - first or 4)}
-    _grouped_pieces[grid](
+    _grouped_segments[grid](
         **shared, **words, **constants | {"TILE": TILE, "num_warps": 1, "num_stages": 1}, N=rows, JOIN=_LEAST // rows,
         SHUFFLE=not interpreted(),
     )
@@ -83,10 +83,10 @@ def _tiles(
     tiles = ()
     for m in tl.static_range(JOIN):
         high, once = rows[(part * JOIN + m) % WIDTH]
-        places, sign = places_of(high, once, second, part * JOIN + m, BITS)
+        indices, sign = indices_of(high, once, second, part * JOIN + m, BITS)
         four = ()
         for j in tl.static_range(4):
-            four = four + (level(table, places, sign, j, BITS, SHUFFLE).to(dtype),)
+            four = four + (level(table, indices, sign, j, BITS, SHUFFLE).to(dtype),)
         tiles = tiles + (four,)
     return tiles
 
@@ -108,7 +108,7 @@ def _score(
     codes, table, q, i, w, found, COUNT: tl.constexpr, BITS: tl.constexpr, BEFORE: tl.constexpr, BEFORE_COUNT: tl.constexpr,
     BEFORE_BITS: tl.constexpr, N: tl.constexpr, JOIN: tl.constexpr, PRECISION: tl.constexpr, SHUFFLE: tl.constexpr,
 ):
-    """Adds a stretch's part to the products of queries and entries, 8 / JOIN of ``[GROUPS, JOIN * N]``."""
+    """Adds a chunk's part to the products of queries and entries, 8 / JOIN of ``[GROUPS, JOIN * N]``."""
     second = second_plane(codes, i, w, COUNT, BITS, N)
     rows = _rows(codes, i, w, COUNT, BITS, BEFORE, BEFORE_COUNT, BEFORE_BITS, N)
     out = ()
@@ -142,7 +142,7 @@ def _combine(
 
 @triton.jit
 def _shift(mean, q, w, found, COUNT: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds the queries' products with a stretch of the keys' mean, in its unit, in every column of ``[GROUPS, JOINED]``."""
+    """Adds the queries' products with a chunk of the keys' mean, in its unit, in every column of ``[GROUPS, JOINED]``."""
     for j in tl.static_range(4):
         part = tl.load(mean + 4 * w + j, 4 * w < COUNT, 0).to(q[0].dtype)
         found = tl.dot(q[j], tl.broadcast_to(part[:, None], (w.shape[0], JOINED)), found, input_precision=PRECISION)
@@ -151,7 +151,7 @@ def _shift(mean, q, w, found, COUNT: tl.constexpr, JOINED: tl.constexpr, PRECISI
 
 @triton.jit
 def _queries(rotated, g, w, COUNT: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """The features of a stretch by their place in a word, four ``[GROUPS, W]``."""
+    """The features of a chunk by their place in a word, four ``[GROUPS, W]``."""
     at, there = rotated + g[:, None] * D + 4 * w[None, :], (4 * w < COUNT)[None, :] & (g < G)[:, None]
     found = ()
     for j in tl.static_range(4):
@@ -167,26 +167,26 @@ def _put(parts, acc, g, w, COUNT: tl.constexpr, D: tl.constexpr, G: tl.constexpr
 
 
 @triton.jit
-def _grouped_pieces(
-    query, rotated, index, encoded, exact, first_exact, encoded_table, open_table, open_keys, open_values, sums, parts,
-    scale, et, ot, okp, ovp,
+def _grouped_segments(
+    query, rotated, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values, sums, parts,
+    scale, et, ft, fkp, fvp,
     k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_rest, v_codes, v_scale, v_top, v_levels, v_rest,
     page8, page16, page32, PAGE: tl.constexpr, K_WORDS: tl.constexpr, K_MORE: tl.constexpr, V_WORDS: tl.constexpr,
-    V_MORE: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
+    V_MORE: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, N: tl.constexpr, JOIN: tl.constexpr,
     SHUFFLE: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
-    row, piece = tl.program_id(0), tl.program_id(1)
+    row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
-    if piece >= first_exact:
-        exact_piece(
-            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, k_top, sums, parts, scale,
-            okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+    if segment >= first_full:
+        full_segment(
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, k_top, sums, parts,
+            scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
         return
-    first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
+    first, last = segment * (SEGMENT // PAGE), tl.load(encoded_count + table_row)
     if first >= last:
         return
     JOINED: tl.constexpr = JOIN * N
@@ -209,7 +209,7 @@ def _grouped_pieces(
         more_blank = tl.zeros((GROUPS, V_MORE), tl.float32)
         more_acc = more_blank, more_blank, more_blank, more_blank
     top, total = tl.full((GROUPS,), float("-inf"), tl.float32), tl.zeros((GROUPS,), tl.float32)
-    for column in range(first, tl.minimum(first + PIECE // PAGE, last)):
+    for column in range(first, tl.minimum(first + SEGMENT // PAGE, last)):
         page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
         at8, at16, at32 = page * page8, page * page16, page * page32
         zero = tl.zeros((GROUPS, JOINED), tl.float32)
@@ -250,7 +250,7 @@ def _grouped_pieces(
                 V_BITS, N, JOIN, PRECISION, SHUFFLE,
             )
         top = new_top
-    item = row.to(tl.int64) * tl.num_programs(1) + piece
+    item = row.to(tl.int64) * tl.num_programs(1) + segment
     tl.store(sums + item * 2 * G + g, top, g < G)
     tl.store(sums + item * 2 * G + G + g, total, g < G)
     _put(parts + item * G * D, acc, g, vw, V_FIRST, D, G)

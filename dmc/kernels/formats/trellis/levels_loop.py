@@ -77,11 +77,11 @@ def _write(builder, bits, low, low_shift, high, high_shift, groups, begins, path
     group, last = builder.phi(ADDRESS), builder.phi(WORDS)
     group.add_incoming(ADDRESS(0), before)
     last.add_incoming(start, before)
-    at, code, place = builder.mul(group, ADDRESS(16)), None, 0
+    at, code, shift = builder.mul(group, ADDRESS(16)), None, 0
     for address, shift, width in zip((low, high), shifts, widths, strict=False):
         plane = builder.lshr(builder.zext(load(builder.add(address, at), BYTES), WORDS), shift)
-        plane = builder.shl(builder.and_(plane, same((1 << width) - 1)), same(place))
-        code, place = plane if code is None else builder.or_(code, plane), place + width
+        plane = builder.shl(builder.and_(plane, same((1 << width) - 1)), same(shift))
+        code, shift = plane if code is None else builder.or_(code, plane), shift + width
     now = builder.and_(code, same(1))
     index = builder.or_(builder.shl(builder.xor(code, moved(last, now, 2)), same(1)), moved(last, now, 1))
     store(look_up(builder, tables, index), builder.add(out, builder.mul(at, ADDRESS(4))))
@@ -96,16 +96,16 @@ def _write(builder, bits, low, low_shift, high, high_shift, groups, begins, path
 _one, _two, _three, _four, _five = (_row(bits) for bits in range(1, MOST + 1)) if WIDE else (None,) * MOST
 
 
-def _stretch(codes, page, size, low, high, bits, first, count, begins, path, table, level):  # noqa: ANN001, ANN202, PLR0913
-    """Levels of a stretch of a page's values into columns ``first`` and on of ``level [page, size]``.
+def _chunk(codes, page, size, low, high, bits, first, count, begins, path, table, level):  # noqa: ANN001, ANN202, PLR0913
+    """Levels of a chunk of a page's values into columns ``first`` and on of ``level [page, size]``.
 
     Args:
         codes: the page's bytes.
         low, high: where its planes begin; high of 3 and 5 bits alone.
         bits: of a code, up to `MOST`.
-        count: values of an entry that the stretch has; 16 divides it, and 8 divides ``page``.
+        count: values of an entry that the chunk has; 16 divides it, and 8 divides ``page``.
         begins: whether it is the first one.
-        path: int32 ``[page, 16]``, kept from one stretch to the next.
+        path: int32 ``[page, 16]``, kept from one chunk to the next.
         table: fp32, the levels; 16 numbers are read of 1 and 2 bits too.
     """
     low_bits = bits - 1 if bits in (3, 5) else bits
@@ -136,4 +136,4 @@ def _none(codes, page, size, low, high, bits, first, count, begins, path, table,
     """Where the CPU cannot; is not called."""
 
 
-stretch = compiled()(_stretch if WIDE else _none)
+chunk = compiled()(_chunk if WIDE else _none)

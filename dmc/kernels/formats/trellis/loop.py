@@ -151,10 +151,10 @@ def _gains(y, codes, levels, counts, room, level):  # noqa: ANN001, ANN202, PLR0
     """The factors by which entries' levels come nearest to them, in ``room[0]``."""
     room[:] = 0.0
     none, t = np.zeros(codes.shape[1], np.uint8), 0
-    for stretch in range(len(counts)):
-        for _ in range(counts[stretch]):
+    for chunk in range(len(counts)):
+        for _ in range(counts[chunk]):
             before, first = codes[t - 1] if t > 0 else none, codes[t - 2] if t > 1 else none
-            _levels(codes[t], before, first, levels[stretch], level)
+            _levels(codes[t], before, first, levels[chunk], level)
             _compare(y[t], level, room[0], room[1])
             t += 1
     for w in range(room.shape[1]):
@@ -169,16 +169,16 @@ def _plane(codes, shift, mask, up, out):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def _pack(codes, counts, planes, flat, out):  # noqa: ANN001, ANN202
-    """Codes ``[D, N]`` into bytes, as `dmc.cache.codecs.bits` lays them out entry after entry, stretch after stretch."""
+    """Codes ``[D, N]`` into bytes, as `dmc.cache.codecs.bits` lays them out entry after entry, chunk after chunk."""
     out[:] = np.uint8(0)
     start, first = 0, 0
-    for stretch in range(len(counts)):
-        count, total = counts[stretch], counts[stretch] * codes.shape[1]
+    for chunk in range(len(counts)):
+        count, total = counts[chunk], counts[chunk] * codes.shape[1]
         for n in range(codes.shape[1]):
             for c in range(count):
                 flat[n * count + c] = codes[first + c, n]
         shift = 0
-        for width in planes[stretch]:
+        for width in planes[chunk]:
             if width == 0:
                 break
             share = (total * width + 7) // 8  # bytes; codes that have the same place in them
@@ -196,9 +196,9 @@ def encode(begin, end, x, signs, power, mix, counts, sizes, levels, falls, plane
     Args:
         x: fp32 ``[B, N, D]``.
         signs, power, mix: of the rotation, see `_turn`: fp64 ``[D]``, a number, fp64 ``[D / power, D / power]``.
-        counts, sizes, levels: of the stretches, see `dmc.kernels.formats.trellis.viterbi_loop.choose`.
+        counts, sizes, levels: of the chunks, see `dmc.kernels.formats.trellis.viterbi_loop.choose`.
         falls: fp32 ``[256]``, what a scale's code stands for in units of the largest.
-        planes: int64 ``[S, 3]``, widths of the planes of a stretch's codes, then 0.
+        planes: int64 ``[S, 3]``, widths of the planes of a chunk's codes, then 0.
         out: uint8 ``[B, bytes]``, packed codes, to be filled, as are the next.
         mean: int8 ``[B, D]``, or ``[B, 0]`` without.
         unit: fp32 ``[B]``, of the mean.

@@ -13,8 +13,8 @@ from dmc.kernels.backend import interpreted
 from dmc.kernels.formats.trellis.words import (
     BITS,
     columns,
+    indices_of,
     level,
-    places_of,
     plane_words,
     scales,
     second_plane,
@@ -22,14 +22,14 @@ from dmc.kernels.formats.trellis.words import (
     table_of,
     width,
 )
-from dmc.kernels.pages.exact import exact_piece, shifted
+from dmc.kernels.pages.segments import full_segment, shifted
 
 TILE = 16  # exact entries at a time: one warp holds them
 
 
-def takes(groups: int, stretches: tuple[tuple[int, int], ...]) -> bool:
-    """Whether these kernels read pages of such stretches, of keys and values together, for so many queries a head."""
-    return groups == 1 and all(bits in BITS for _, bits in stretches)
+def takes(groups: int, chunks: tuple[tuple[int, int], ...]) -> bool:
+    """Whether these kernels read pages of such chunks, of keys and values together, for so many queries a head."""
+    return groups == 1 and all(bits in BITS for _, bits in chunks)
 
 
 def launch(grid: tuple[int, int], shared: dict, constants: dict) -> None:
@@ -38,7 +38,7 @@ def launch(grid: tuple[int, int], shared: dict, constants: dict) -> None:
     for part in "KV":
         first = shared[f"{part}_FIRST"]
         words |= {f"{part}_WORDS": columns(first), f"{part}_MORE": columns(constants["D"] - first or 4)}
-    _single_pieces[grid](
+    _single_segments[grid](
         **shared, **words, **constants | {"TILE": TILE, "num_warps": max(1, rows // 8), "num_stages": 1}, N=rows,
         SHUFFLE=not interpreted(),
     )
@@ -49,7 +49,7 @@ def _score(
     codes, table, q, i, w, found, COUNT: tl.constexpr, BITS: tl.constexpr, BEFORE: tl.constexpr, BEFORE_COUNT: tl.constexpr,
     BEFORE_BITS: tl.constexpr, N: tl.constexpr, SHUFFLE: tl.constexpr,
 ):
-    """Adds a stretch's part to the products of the query and each entry, eight ``[N]``."""
+    """Adds a chunk's part to the products of the query and each entry, eight ``[N]``."""
     WIDTH: tl.constexpr = width(BITS)
     second = second_plane(codes, i, w, COUNT, BITS, N)
     rows = ()
@@ -57,10 +57,10 @@ def _score(
         rows = rows + (shared_by_blocks(codes, i, w, k, COUNT, BITS, BEFORE, BEFORE_COUNT, BEFORE_BITS, N),)
     out = ()
     for b in tl.static_range(8):
-        places, sign = places_of(rows[b % WIDTH][0], rows[b % WIDTH][1], second, b, BITS)
-        product = level(table, places, sign, 0, BITS, SHUFFLE) * q[0]
+        indices, sign = indices_of(rows[b % WIDTH][0], rows[b % WIDTH][1], second, b, BITS)
+        product = level(table, indices, sign, 0, BITS, SHUFFLE) * q[0]
         for j in tl.static_range(1, 4):
-            product += level(table, places, sign, j, BITS, SHUFFLE) * q[j]
+            product += level(table, indices, sign, j, BITS, SHUFFLE) * q[j]
         out = out + (found[b] + tl.sum(product, 1),)
     return out
 
@@ -77,18 +77,18 @@ def _combine(
     for k in tl.static_range(WIDTH):
         high, once = shared_by_blocks(codes, i, w, k, COUNT, BITS, BEFORE, BEFORE_COUNT, BEFORE_BITS, N)
         for h in tl.static_range(8 // WIDTH):
-            places, sign = places_of(high, once, second, h * WIDTH + k, BITS)
+            indices, sign = indices_of(high, once, second, h * WIDTH + k, BITS)
             weight = weights[h * WIDTH + k][:, None]
-            acc0 += level(table, places, sign, 0, BITS, SHUFFLE) * weight
-            acc1 += level(table, places, sign, 1, BITS, SHUFFLE) * weight
-            acc2 += level(table, places, sign, 2, BITS, SHUFFLE) * weight
-            acc3 += level(table, places, sign, 3, BITS, SHUFFLE) * weight
+            acc0 += level(table, indices, sign, 0, BITS, SHUFFLE) * weight
+            acc1 += level(table, indices, sign, 1, BITS, SHUFFLE) * weight
+            acc2 += level(table, indices, sign, 2, BITS, SHUFFLE) * weight
+            acc3 += level(table, indices, sign, 3, BITS, SHUFFLE) * weight
     return acc0, acc1, acc2, acc3
 
 
 @triton.jit
 def _queries(rotated, w, COUNT: tl.constexpr):
-    """The features of a stretch by their place in a word, four fp32 ``[1, W]``."""
+    """The features of a chunk by their place in a word, four fp32 ``[1, W]``."""
     at, there = rotated + 4 * w[None, :], (4 * w < COUNT)[None, :]
     found = ()
     for j in tl.static_range(4):
@@ -103,26 +103,26 @@ def _put(parts, acc, w, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _single_pieces(
-    query, rotated, index, encoded, exact, first_exact, encoded_table, open_table, open_keys, open_values, sums, parts,
-    scale, et, ot, okp, ovp,
+def _single_segments(
+    query, rotated, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values, sums, parts,
+    scale, et, ft, fkp, fvp,
     k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_rest, v_codes, v_scale, v_top, v_levels, v_rest,
     page8, page16, page32, PAGE: tl.constexpr, K_WORDS: tl.constexpr, K_MORE: tl.constexpr, V_WORDS: tl.constexpr,
-    V_MORE: tl.constexpr, PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
+    V_MORE: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, N: tl.constexpr, SHUFFLE: tl.constexpr,
     shifts=None, shifts_per_query=0,
 ):
-    row, piece = tl.program_id(0), tl.program_id(1)
+    row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
-    if piece >= first_exact:
-        exact_piece(
-            query, open_table + table_row * ot, exact + table_row, first_exact, open_keys, open_values, k_top, sums, parts, scale,
-            okp, ovp, PER_OPEN, PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+    if segment >= first_full:
+        full_segment(
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, k_top, sums, parts,
+            scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
         return
-    first, last = piece * (PIECE // PAGE), tl.load(encoded + table_row)
+    first, last = segment * (SEGMENT // PAGE), tl.load(encoded_count + table_row)
     if first >= last:
         return
     rotated += row.to(tl.int64) * D
@@ -143,7 +143,7 @@ def _single_pieces(
         more_blank = tl.zeros((N, V_MORE), tl.float32)
         more_acc = more_blank, more_blank, more_blank, more_blank
     top, total = float("-inf"), 0.0
-    for column in range(first, tl.minimum(first + PIECE // PAGE, last)):
+    for column in range(first, tl.minimum(first + SEGMENT // PAGE, last)):
         page = tl.load(encoded_table + table_row * et + column).to(tl.int64)
         at8, at16, at32 = page * page8, page * page16, page * page32
         zero = tl.zeros((N,), tl.float32)
@@ -183,7 +183,7 @@ def _single_pieces(
                 V_BITS, N, SHUFFLE,
             )
         top = new_top
-    item = row.to(tl.int64) * tl.num_programs(1) + piece
+    item = row.to(tl.int64) * tl.num_programs(1) + segment
     tl.store(sums + item * 2, top)
     tl.store(sums + item * 2 + 1, total)
     _put(parts + item * D, acc, vw, V_FIRST)

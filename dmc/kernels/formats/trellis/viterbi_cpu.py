@@ -18,12 +18,12 @@ from dmc.kernels.formats.trellis import viterbi_loop as loops
 _LEAST = 1 << 15  # values for which another thread is worth waking
 
 
-def choose(x: Tensor, stretches: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> Tensor:
+def choose(x: Tensor, chunks: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> Tensor:
     """The codes whose levels are nearest to x in the squares' sum.
 
     Args:
         x: fp32 ``[..., T]`` on the CPU, each vector coded for itself.
-        stretches: ``(values, bits)`` of each part of a vector; their values add up to T.
+        chunks: ``(values, bits)`` of each part of a vector; their values add up to T.
         levels: by bits, fp32 ``[2 ** (bits + 1)]``, rising.
 
     Returns:
@@ -31,7 +31,7 @@ def choose(x: Tensor, stretches: Sequence[tuple[int, int]], levels: dict[int, Te
     """
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
     out = np.empty(rows.shape, np.uint8)
-    parts = tables(stretches, levels)
+    parts = tables(chunks, levels)
     blocks = -(-len(rows) // loops.LANES)
 
     def run(begin: int, end: int) -> None:
@@ -41,11 +41,11 @@ def choose(x: Tensor, stretches: Sequence[tuple[int, int]], levels: dict[int, Te
     return torch.from_numpy(out).view(x.shape)
 
 
-def tables(stretches: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stretches as `dmc.kernels.formats.trellis.viterbi_loop.choose` takes them: counts, sizes and levels."""
-    counts = np.array([count for count, _ in stretches], np.int64)
-    sizes = np.array([2 ** (bits - 1) for _, bits in stretches], np.int64)
+def tables(chunks: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Chunks as `dmc.kernels.formats.trellis.viterbi_loop.choose` takes them: counts, sizes and levels."""
+    counts = np.array([count for count, _ in chunks], np.int64)
+    sizes = np.array([2 ** (bits - 1) for _, bits in chunks], np.int64)
     table = np.zeros((len(counts), 4 * sizes.max(initial=1)), np.float32)
-    for line, (_, bits) in zip(table, stretches, strict=True):
+    for line, (_, bits) in zip(table, chunks, strict=True):
         line[: 2 ** (bits + 1)] = levels[bits].numpy()
     return counts, sizes, table

@@ -138,15 +138,15 @@ def paths(column, counts, sizes, levels, room, codes):  # noqa: ANN001, ANN201, 
     totals[0, 0] = np.float32(0)
     came[:] = np.uint8(0)
     t = 0
-    for stretch in range(len(counts)):
-        size = sizes[stretch]
+    for chunk in range(len(counts)):
+        size = sizes[chunk]
         for s in range(_SUBSETS):
             for j in range(size):
-                of_subset[s, j] = levels[stretch, j * _SUBSETS + s]
+                of_subset[s, j] = levels[chunk, j * _SUBSETS + s]
             middles[s] = np.float32(np.inf)
             for j in range(size - 1):
                 middles[s, j] = (of_subset[s, j + 1] + of_subset[s, j]) / np.float32(2)
-        for _ in range(counts[stretch]):
+        for _ in range(counts[chunk]):
             for s in range(_SUBSETS):
                 if WIDE and size <= 16:
                     _near(column[t], middles[s], of_subset[s], cost[s], cells[t, s])
@@ -172,7 +172,7 @@ def choose(begin, end, x, counts, sizes, levels, out):  # noqa: ANN001, ANN201
     Args:
         begin, end: vectors, in multiples of `LANES` but for the last.
         x: fp32 ``[R, T]``.
-        counts: int64 ``[S]``, values of each stretch, that add up to T.
+        counts: int64 ``[S]``, values of each chunk, that add up to T.
         sizes: int64 ``[S]``, levels a subset of each.
         levels: fp32 ``[S, most levels]``, rising, of which every fourth belongs to one subset.
         out: uint8 ``[R, T]``, to be filled.

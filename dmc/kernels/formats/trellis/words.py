@@ -55,16 +55,16 @@ def table_of(levels, BITS: tl.constexpr, SHUFFLE: tl.constexpr):
 
 
 @triton.jit
-def level(table, places, sign, j: tl.constexpr, BITS: tl.constexpr, SHUFFLE: tl.constexpr):
+def level(table, indices, sign, j: tl.constexpr, BITS: tl.constexpr, SHUFFLE: tl.constexpr):
     """Levels of the j-th codes of words; a shuffle looks at the five lowest bits alone."""
-    places = places >> (8 * j)
+    indices = indices >> (8 * j)
     if SHUFFLE:
         level = tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [table, places], dtype=tl.float32, is_pure=True, pack=1,
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [table, indices], dtype=tl.float32, is_pure=True, pack=1,
         )
     else:
         LAST: tl.constexpr = 31 if BITS == 5 else (2 << BITS) - 1
-        level = tl.load(table + (places & LAST))
+        level = tl.load(table + (indices & LAST))
     if BITS == 5:
         level = (level.to(tl.int32, bitcast=True) ^ ((sign << (31 - 8 * j)) & -2147483648)).to(tl.float32, bitcast=True)
     return level
@@ -83,7 +83,7 @@ def shared_by_blocks(
 ):
     """What the blocks in the k-th rows of words share: (own bits with the path xor twice below, once), int32 ``[N, W]``.
 
-    The codes before a stretch's first ones are the last of the stretch before it, whose words begin BEFORE words earlier.
+    The codes before a chunk's first ones are the last of the chunk before it, whose words begin BEFORE words earlier.
     """
     WIDTH: tl.constexpr = width(BITS)
     PATH: tl.constexpr = _in_bytes(1, WIDTH)
@@ -102,23 +102,23 @@ def shared_by_blocks(
 
 
 @triton.jit
-def places_of(high, once, second, b: tl.constexpr, BITS: tl.constexpr):
+def indices_of(high, once, second, b: tl.constexpr, BITS: tl.constexpr):
     """Of block b: (places in the table of levels, four a word; at 5 bits 1 in the bytes whose level is the negative one)."""
     WIDTH: tl.constexpr = width(BITS)
     ONE: tl.constexpr = 0x01010101
     OWN: tl.constexpr = (2 << WIDTH) * ONE - 2 * ONE
     SHIFT: tl.constexpr = WIDTH * (b // WIDTH)
     if SHIFT == 0:
-        places = ((high << 1) & OWN) | (once & ONE)
+        indices = ((high << 1) & OWN) | (once & ONE)
     else:
-        places = ((high >> (SHIFT - 1)) & OWN) | ((once >> SHIFT) & ONE)
+        indices = ((high >> (SHIFT - 1)) & OWN) | ((once >> SHIFT) & ONE)
     if BITS == 5:
         below = ONE - ((second >> b) & ONE)
-        return places ^ (below * 31), below
+        return indices ^ (below * 31), below
     elif BITS > WIDTH:
-        return places | (((second >> b) & ONE) << (WIDTH + 1)), places
+        return indices | (((second >> b) & ONE) << (WIDTH + 1)), indices
     else:
-        return places, places
+        return indices, indices
 
 
 @triton.jit

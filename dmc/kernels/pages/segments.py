@@ -26,7 +26,7 @@ def first_of_page(base, page, words):
 
 
 @triton.jit
-def store_piece(
+def store_segment(
     sums, parts, top, total, acc, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
     """What a piece leaves."""
@@ -51,25 +51,25 @@ def shifted(s, shifts, shifts_per_query, g, entry, there, G: tl.constexpr):
 
 
 @triton.jit
-def exact_piece(
-    query, table, exact, first_exact, open_keys, open_values, any_scale, sums, parts, scale, okp, ovp,
-    PER_OPEN: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+def full_segment(
+    query, table, full_count, first_full, full_keys, full_values, any_scale, sums, parts, scale, fkp, fvp,
+    PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
     """A program whose piece lies among a row's exact entries: their ``table``, and where their number is."""
-    start, length = (tl.program_id(1) - first_exact) * PIECE, tl.load(exact)
+    start, length = (tl.program_id(1) - first_full) * SEGMENT, tl.load(full_count)
     if start < length:
-        top, total, acc = attend_piece(
-            query, table, open_keys, open_values, any_scale, any_scale, okp, ovp, 0, 0, start, length, scale, PER_OPEN, False,
-            PIECE, TILE, GROUPS, PRECISION, D, BLOCK, G,
+        top, total, acc = attend_segment(
+            query, table, full_keys, full_values, any_scale, any_scale, fkp, fvp, 0, 0, start, length, scale, PER_FULL, False,
+            SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
-        store_piece(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
+        store_segment(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
 
 
 @triton.jit
-def attend_piece(
+def attend_segment(
     query, table, keys, values, key_scale, value_scale, kp, vp, ksp, vsp, start, length, scale,
-    PAGE: tl.constexpr, SCALED: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
+    PAGE: tl.constexpr, SCALED: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
     """One piece of a row, in base-2 logarithms: its maximum and sum ``[GROUPS]``, its weighted values."""
@@ -78,7 +78,7 @@ def attend_piece(
     top = tl.full((GROUPS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     acc = tl.zeros((GROUPS, BLOCK), tl.float32)
-    for first in range(start, tl.minimum(start + PIECE, length), TILE):
+    for first in range(start, tl.minimum(start + SEGMENT, length), TILE):
         n = first + tl.arange(0, TILE)
         page = tl.load(table + n // PAGE, n < length, 0).to(tl.int64)
         within = n % PAGE
