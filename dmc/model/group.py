@@ -28,7 +28,7 @@ class Group:
         store: over which the ranks find each other.
         rank, ranks: which of how many.
         device: of the model's tensors.
-        timeout: seconds that a call waits for the other ranks; `announce` waits without a limit.
+        timeout: seconds that a call waits for the other ranks; other ranks than 0 wait for `announce` without a limit.
 
     Attributes:
         together: True while all ranks run the same code, which is when collectives are allowed.
@@ -94,7 +94,8 @@ class Group:
         if message is not None:
             whole = len(message).to_bytes(_LENGTH, "little") + message
             first[: len(whole)] = _bytes(whole[:_HEADER])
-        self._call(lambda: self._small.broadcast([first], _from_first(_UNLIMITED)))
+        wait = _UNLIMITED if message is None else None  # rank 0 waits for others that hang no longer than in any other call
+        self._call(lambda: self._small.broadcast([first], _from_first(wait)))
         start = first.numpy().tobytes()
         length = int.from_bytes(start[:_LENGTH], "little")
         if length <= _HEADER - _LENGTH:

@@ -1,7 +1,11 @@
 """`dmc serve --tensor-parallel 2` as a process: what its clients see when a rank dies, and how it ends."""
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
@@ -9,7 +13,7 @@ import psutil
 import pytest
 
 from tests.server.helpers import model_directory
-from tests.server.test_process import LONG, Process
+from tests.server.test_process import LONG, ROOT, Process
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +76,35 @@ def test_ranks_do_not_outlive_a_killed_server(directory):
     server.process.kill()
     server.process.wait()
     assert gone([rank])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, said", [
+    (signal.SIGKILL, "rank 1 has ended"), (signal.SIGSTOP, "rank 1 has not answered for 4 seconds"),
+])
+def test_a_rank_of_torchrun_dies_or_hangs(directory, tmp_path, number, said):
+    """The ranks are nobody's children here: those that are left find out who it was."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmc", "serve",
+               str(directory), "--port", "0", "--device", "cpu", "--rank-timeout", "4"]
+    with log.open("w") as file:
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        )
+    try:
+        end = time.monotonic() + 120
+        while not (found := re.search(r'"listening".*"port": (\d+)', log.read_text())):
+            assert launcher.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        workers = psutil.Process(launcher.pid).children()
+        (victim,) = [worker for worker in workers if worker.environ()["RANK"] == "1"]
+        with httpx.stream("POST", f"http://127.0.0.1:{found[1]}/v1/completions", json=LONG, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            victim.send_signal(number)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and said in json.loads(rest[-2][6:])["error"]["message"]
+        assert launcher.wait(timeout=60) != 0 and gone(workers)
+    finally:
+        for process in [*psutil.Process(launcher.pid).children(), launcher] if launcher.poll() is None else []:
+            process.kill()

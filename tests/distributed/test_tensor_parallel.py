@@ -222,6 +222,19 @@ def test_a_rank_that_dies_or_hangs(directory, number, said):
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_while_nothing_runs(directory):
+    """Rank 0 waits no longer for it when it announces than in any other call."""
+    llm = LLM(directory, device="cpu", tensor_parallel=2, rank_timeout=3)
+    (child,) = llm.engine.ranks.children
+    llm.check_ranks()
+    child.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match="rank 1 has not answered for 3 seconds"):
+        llm.check_ranks()
+    assert time.monotonic() - started < 20 and child.poll() is not None
+
+
+@pytest.mark.slow
 def test_under_torchrun(directory):
     """As many ranks as torchrun has started, with --tensor-parallel or without."""
     arguments = ["generate", str(directory), "--prompt", "abcabc", "--device", "cpu", "--temperature", "0", "--codec", "tcq"]
