@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dmc.engine import LLM
     from dmc.evaluation.needle import NeedleSettings
     from dmc.evaluation.reference import Reference
+    from dmc.evaluation.suite import SuiteSettings
     from dmc.evaluation.windows import Windows
 
 
@@ -41,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
         ValueError: if nothing was asked for, or something cannot be measured; one sentence.
     """
     asked = [(name, measure) for name, wanted, measure in (
-        ("text", options.text, _text), ("needle", options.needle, _needle), ("tasks", options.tasks or options.suite, _tasks),
+        ("text", options.text, _text), ("needle", options.needle, _needle), ("retrieval", _own_suite(options), _retrieval),
+        ("tasks", options.tasks or (options.suite and not _own_suite(options)), _tasks),
     ) if wanted]
     if not asked:
         raise ValueError("nothing to measure: give --text FILE, --needle, --tasks NAME,NAME or --suite NAME")
@@ -74,17 +76,22 @@ def _check(options: argparse.Namespace) -> None:
 
         _needle_settings(options)
         read_haystack(options.haystack)
-    if options.tasks or options.suite:
+    if _own_suite(options):
+        from dmc.evaluation.haystack import read_haystack
+
+        _suite_settings(options)
+        read_haystack(options.haystack)
+    if options.tasks or (options.suite and not _own_suite(options)):
         from dmc.evaluation.tasks import check_tasks, task_names
 
-        check_tasks(task_names(options.tasks, options.suite), options.task_dir)
+        check_tasks(task_names(options.tasks, _harness_suite(options)), options.task_dir)
         if options.apply_chat_template:
             from dmc.evaluation.chat import choose_template
             from dmc.pretrained import load_tokenizer
 
             choose_template(load_tokenizer(options.directory), options.apply_chat_template)
     for flag in ("apply_chat_template", "system_instruction"):
-        if getattr(options, flag) and not (options.tasks or options.suite):
+        if getattr(options, flag) and not (options.tasks or _harness_suite(options)):
             raise ValueError(f"--{flag.replace('_', '-')} is for tasks: add --tasks or --suite")
 
 
@@ -151,10 +158,10 @@ def _add_needle(parser: argparse.ArgumentParser) -> None:
     hay.add_argument("--needle", action="store_true", help="retrieve a needle from a haystack, at lengths x depths")
     hay.add_argument("--haystack", nargs="+", action="extend", default=[], metavar="FILE",
                      help="UTF-8 texts (the Python standard library's prose)")
-    hay.add_argument("--kinds", type=_list(str), default=("passkey", "fact"), help="passkey,fact (default), constant")
-    hay.add_argument("--lengths", type=_list(int), default=(256, 512, 1024), help="tokens of the prompts (256,512,1024)")
+    hay.add_argument("--kinds", type=_list(str), help="passkey,fact (default), constant; with --suite: its kinds (all)")
+    hay.add_argument("--lengths", type=_list(int), help="tokens of the prompts (256,512,1024; with --suite: its own)")
     hay.add_argument("--depths", type=_list(float), default=(0, 25, 50, 75, 100), help="needle depths in %% (0,25,50,75,100)")
-    hay.add_argument("--trials", type=int, default=4, help="prompts of each kind, length and depth (4)")
+    hay.add_argument("--trials", type=int, help="prompts of each kind, length and depth (4; with --suite: its own)")
     hay.add_argument("--choices", type=int, default=10, help="number of answers compared, including the right one (10)")
     hay.add_argument("--plot", metavar="PNG", help="file for a heat map")
 
@@ -162,10 +169,45 @@ def _add_needle(parser: argparse.ArgumentParser) -> None:
 def _needle_settings(options: argparse.Namespace) -> NeedleSettings:
     from dmc.evaluation.needle import NeedleSettings
 
-    return NeedleSettings(
-        lengths=options.lengths, depths=tuple(depth / 100 for depth in options.depths), kinds=options.kinds,
-        trials=options.trials, choices=options.choices, seed=options.seed,
-    )
+    given = _given(options)
+    return NeedleSettings(depths=tuple(depth / 100 for depth in options.depths), choices=options.choices, **given)
+
+
+def _given(options: argparse.Namespace) -> dict:
+    """What needles and suites share, where it was said."""
+    parts = {name: getattr(options, name) for name in ("lengths", "kinds", "trials", "seed")}
+    return {name: value for name, value in parts.items() if value is not None}
+
+
+def _own_suite(options: argparse.Namespace) -> bool:
+    """True if --suite names one of `dmc.evaluation.suite`, which needs no harness."""
+    from dmc.evaluation.suite import SUITES
+
+    return options.suite in SUITES
+
+
+def _harness_suite(options: argparse.Namespace) -> str | None:
+    return None if _own_suite(options) else options.suite
+
+
+def _suite_settings(options: argparse.Namespace) -> SuiteSettings:
+    from dataclasses import replace
+
+    from dmc.evaluation.suite import SUITES
+
+    return replace(SUITES[options.suite], **_given(options))
+
+
+def _retrieval(options: argparse.Namespace, llm: LLM) -> dict:
+    from dmc.evaluation import suite
+    from dmc.evaluation.haystack import read_haystack
+
+    settings, haystack = _suite_settings(options), read_haystack(options.haystack)
+    with _bar(options, f"suite {options.suite}", suite.count(settings), " texts") as bar:
+        answered = suite.run(llm, haystack, settings, bar.update)
+    figures = suite.report(answered, haystack, settings)
+    print(suite.as_text(figures))
+    return figures
 
 
 def _needle(options: argparse.Namespace, llm: LLM) -> dict:
@@ -188,7 +230,8 @@ def _needle(options: argparse.Namespace, llm: LLM) -> dict:
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install -e '.[eval]')")
     tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="names of the harness, or of --task-dir")
-    tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (the usual ones)")
+    tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (the usual ones); without the "
+                       "harness: quick or retrieval (needles, key-value pairs, several turns, written out)")
     tasks.add_argument("--task-dir", metavar="DIR", help="your own task files (YAML; data paths relative to DIR)")
     tasks.add_argument("--limit", type=int, metavar="N", help="use only the first N examples of each task")
     tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (the task's default)")
@@ -202,8 +245,8 @@ def _tasks(options: argparse.Namespace, llm: LLM) -> dict:
     from dmc.evaluation.tasks import as_text, run_tasks, task_names
 
     figures = run_tasks(
-        llm, task_names(options.tasks, options.suite), task_dir=options.task_dir, limit=options.limit, fewshot=options.fewshot,
-        chat_template=options.apply_chat_template, system=options.system_instruction, seed=options.seed,
+        llm, task_names(options.tasks, _harness_suite(options)), task_dir=options.task_dir, limit=options.limit,
+        fewshot=options.fewshot, chat_template=options.apply_chat_template, system=options.system_instruction, seed=options.seed,
         allow_code=options.allow_code, progress=not options.no_progress,
     )
     print(as_text(figures))

@@ -33,15 +33,22 @@ class Request:
     Attributes:
         context: token ids, at least one.
         continuation: token ids to be scored, at least one; or how many the model is to choose, the likeliest each time.
+        fed: token ids between the two, which go through the decode step one by one: a reply, and the question of a later turn.
     """
 
     context: Sequence[int]
     continuation: Sequence[int] | int
+    fed: Sequence[int] = ()
 
     @property
     def length(self) -> int:
         """Tokens of the continuation."""
         return self.continuation if isinstance(self.continuation, int) else len(self.continuation)
+
+    @property
+    def before(self) -> int:
+        """Tokens before the continuation."""
+        return len(self.context) + len(self.fed)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class _Running(Fed):
 
     def take(self, predicted: Tensor) -> None:
         """Log-probabilities ``[V]`` of the token after those that were fed; those after the context's last one count."""
-        if self.fed < len(self.request.context):
+        if self.fed < self.request.before:
             return
         likeliest = int(predicted.argmax())
         if self.fed == len(self.tokens):
@@ -144,8 +151,8 @@ def _prefilled(engine: Engine, request: Request) -> _Running:
 
 def _running(request: Request, slot: int, fed: int) -> _Running:
     given = [] if isinstance(request.continuation, int) else request.continuation
-    until = len(request.context) + request.length - 1
-    return _Running(slot, [*request.context, *given], fed, until, request=request, started=time.perf_counter())
+    until = request.before + request.length - 1
+    return _Running(slot, [*request.context, *request.fed, *given], fed, until, request=request, started=time.perf_counter())
 
 
 def _take(running: list[_Running], predicted: Tensor) -> None:
@@ -159,7 +166,7 @@ def _scored(runner: Runner, each: _Running) -> Scored:
         runner.cache, each.slot, prompt_tokens=prefilled, cached_tokens=each.fed, generated=each.fed - prefilled,
         seconds=time.perf_counter() - each.started,
     )
-    return Scored(each.tokens[len(each.request.context) :], torch.tensor(each.logprobs), each.greedy, stats)
+    return Scored(each.tokens[each.request.before :], torch.tensor(each.logprobs), each.greedy, stats)
 
 
 def _check(llm: LLM, requests: Sequence[Request]) -> int:
@@ -171,13 +178,13 @@ def _check(llm: LLM, requests: Sequence[Request]) -> int:
         given = [] if isinstance(request.continuation, int) else request.continuation
         if not len(request.context) or request.length < 1:
             raise ValueError("a context and a continuation of at least one token each are needed: is a text empty?")
-        wrong = next((token for token in (*request.context, *given) if not 0 <= token < llm.vocabulary), None)
+        wrong = next((token for token in (*request.context, *request.fed, *given) if not 0 <= token < llm.vocabulary), None)
         if wrong is not None:
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of {llm.vocabulary}")
-        fed = len(request.context) + request.length - 1
+        fed = request.before + request.length - 1
         if fed > config.positions:
             raise ValueError(
-                f"a context of {len(request.context)} tokens and a continuation of {request.length} need {fed} positions, and "
+                f"a context of {request.before} tokens and a continuation of {request.length} need {fed} positions, and "
                 f"the model has {config.positions}"
             )
         if limit is not None:
