@@ -1,8 +1,8 @@
 """The KV cache of an engine: policy x codec over one page pool, for sequences that come and go.
 
-What a query sees follows from positions alone. A prompt's queries see the prompt's entries exactly, as the model
-computed them. A generated token's query sees the row as `dmc.cache.storage.rows` lays it out: its full pages encoded,
-sinks and window exact, and the tail with the token itself already in it.
+The entries that a query sees follow from positions alone. A prompt's queries see the prompt's entries as the model
+computed them. A generated token's query sees the row as `dmc.cache.storage.rows` lays it out: full pages encoded, sinks
+and window in full precision, and the accumulating entry, which already contains the token itself.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ class KVCache:
     Args:
         shape: sizes and dtype of the model.
         policy: which entries exist.
-        codec: how a full page of them is stored; one for all layers, or one each.
-        slots: sequences at most at a time.
-        memory: bytes of the page pool; None lets it grow.
-        page_size: entries of an encoded page; None: the codec's own. Where layers' codecs differ, of the average layer:
-            see `dmc.cache.storage.packing`.
-        sink_tokens: first entries of each row that stay exact; None: 4 for lossy codecs, 0 for lossless ones.
-        window: newest closed entries of each row that always stay exact, beside the page that is filling; None: the
-            codec's own.
-        exact_dtype: "fp32", "bf16" or "fp16", of everything outside encoded pages but the tail. None: that of the
-            dense codec, or the model's; but with a lossy codec and an fp32 model bf16, whose rounding (2^-9) is far
-            below what the codec loses, unless keys have a bias.
-        key_bias: of the model's keys, if they have one: lossy codecs then see keys without it.
+        codec: how a full page of entries is stored; one codec for all layers, or one per layer.
+        slots: largest number of sequences at a time.
+        memory: bytes of the page pool; None: the pool grows.
+        page_size: entries of an encoded page; None: the codec's own. If the codecs of layers differ: of the average
+            layer, see `dmc.cache.storage.packing`.
+        sink_tokens: first entries of each row that stay in full precision; None: 4 for lossy codecs, 0 for lossless ones.
+        window: newest final entries of each row that always stay in full precision, in addition to the page that is
+            filling; None: the codec's own.
+        exact_dtype: "fp32", "bf16" or "fp16", of full-precision entries except the accumulating one. None: the dtype of
+            the dense codec, or of the model. With a lossy codec and an fp32 model None is bf16, unless keys have a bias: the
+            rounding of bf16 (2^-9) is far below the codec's error.
+        key_bias: of the model's keys, if they have one: lossy codecs then get keys without it.
         device: of everything.
 
     Attributes:
         shape, policy, codec, key_bias: as given.
         model_shape: of all heads of the model; ``shape`` itself unless a rank has only some of them
             (`dmc.engine.sharded_cache`).
-        backend: what runs on this cache (`dmc.kernels.backend`), chosen when it is made.
+        backend: the backend of this cache (`dmc.kernels.backend`), chosen when the cache is made.
         readers: how new tokens attend in each layer (`dmc.cache.reading.reader`), chosen when it is made.
-        rows: tables, counts and pages. Nobody outside of `dmc.cache` reaches for them (tests/test_house.py).
+        rows: tables, counts and pages. No module outside of `dmc.cache` accesses them (tests/test_house.py).
 
     Raises:
         ValueError: if a size is out of range, there are not as many codecs as layers, the memory is less than one page, or
@@ -100,14 +100,14 @@ class KVCache:
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
     def bound(self, memory: int, *, tokens: int) -> None:
-        """Gives the pool of an empty cache that may grow its final size.
+        """Sets the final size of the pool of an empty cache that may grow.
 
         Args:
-            memory: bytes at most; a pool that no ``slots`` sequences of so many tokens could fill is not made larger than that.
+            memory: largest number of bytes. The pool gets no more than ``slots`` sequences of so many tokens can fill.
             tokens: of the longest sequence.
 
         Raises:
-            ValueError: if it holds no page, or there is less memory.
+            ValueError: if it holds no page, or the memory cannot be allocated.
         """
         pool, rows = self.rows.pool, self.shape.layers * self.shape.heads
         useful = self.rows.slots * (self.worst_pages(tokens) + rows)  # while a page is encoded a row has one more
@@ -120,7 +120,7 @@ class KVCache:
 
     @property
     def codec_name(self) -> str:
-        """Name of the codec, or of those of the layers with " + " between."""
+        """Name of the codec, or the names of the layers' codecs joined by " + "."""
         return " + ".join(dict.fromkeys(packing.codec.name for packing in self.rows.packings))
 
     @property
@@ -141,16 +141,16 @@ class KVCache:
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """Of full-precision entries."""
+        """Dtype of full-precision entries."""
         return self.rows.storage.exact_dtype
 
     @property
     def free_slots(self) -> int:
-        """Sequences that can still be opened."""
+        """Number of sequences that can still be added."""
         return len(self._slots)
 
     def prompt(self) -> Prompt | LatePrompt:
-        """A new prompt, to go through `step` in chunks and then into the pool by `load`."""
+        """A new prompt, which goes through `step` in chunks and then into the pool by `load`."""
         if self.policy.ring is not None:
             return LatePrompt(self.shape.layers, self.policy)
         return Prompt(self.shape.layers, self.policy, self.backend)
@@ -159,20 +159,20 @@ class KVCache:
         self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *,
         merges: bool = True, trace: bool = False,
     ) -> Step:
-        """What the model attends through for new tokens of sequences and chunks of prompts; see `Step`."""
+        """A step over new tokens of sequences and chunks of prompts; see `Step`."""
         return Step(self.rows, self.policy, self.readers, slots, positions, chunks, rope, merges=merges, trace=trace)
 
     def load(self, prompt: Prompt | LatePrompt, *, donor: int | None = None, common: int = 0) -> int:
-        """A new sequence out of a prompt that is done, its pages encoded → its slot; one must be free.
+        """Makes a sequence of a finished prompt and encodes its pages; returns its slot. A slot must be free.
 
         Args:
             prompt: to load; it can be dropped afterwards.
-            donor: slot of a sequence whose text begins with the same tokens: encoded pages that follow from these
-                alone are shared with it.
-            common: how many tokens.
+            donor: slot of a sequence whose text begins with the same tokens: encoded pages that depend on
+                these tokens alone are shared with it.
+            common: number of these tokens.
 
         Raises:
-            PoolExhausted: if there are not pages enough; nothing is changed then.
+            PoolExhausted: if there are not enough pages; nothing is changed then.
         """
         layers = [prompt.final(number) for number in range(self.shape.layers)]
         slot, needed, shared = self._slots[-1], 0, []
@@ -195,17 +195,17 @@ class KVCache:
         return self._slots.pop()
 
     def close(self, slot: int) -> None:
-        """Ends a sequence: its pages return to the pool, but those that others share."""
+        """Ends a sequence. Its pages return to the pool, except those that other sequences share."""
         self.rows.release(self.rows.all_layers(slot))
         self._slots.append(slot)
 
     def fork(self, slot: int) -> int:
-        """A second sequence that continues the same text → its slot; one must be free.
+        """Makes a second sequence that continues the same text; returns its slot. A slot must be free.
 
-        Encoded pages are shared, unless the policy evicts from them; what can still change is copied.
+        Encoded pages are shared, unless the policy evicts from them. Everything that can still change is copied.
 
         Raises:
-            PoolExhausted: if there are not pages enough; nothing is changed then.
+            PoolExhausted: if there are not enough pages; nothing is changed then.
         """
         rows, share = self.rows, not self.policy.evicts_later
         self._check_free(swap.fork_pages(rows, rows.all_layers(slot), share=share))
@@ -213,16 +213,16 @@ class KVCache:
         return self._slots.pop()
 
     def swap_out(self, slot: int) -> swap.Swapped:
-        """Moves a sequence to host memory and closes it."""
+        """Copies a sequence to host memory and ends it here."""
         swapped = swap.read(self.rows, self.rows.all_layers(slot))
         self.close(slot)
         return swapped
 
     def swap_in(self, swapped: swap.Swapped) -> int:
-        """Brings a sequence back, bit for bit → its slot; one must be free. What it had shared it now holds alone.
+        """Restores a sequence bit for bit; returns its slot. A slot must be free. It no longer shares pages with others.
 
         Raises:
-            PoolExhausted: if there are not pages enough; nothing is changed then.
+            PoolExhausted: if there are not enough pages; nothing is changed then.
         """
         self._check_free(len(swapped.pages))
         swap.write(self.rows, self.rows.all_layers(self._slots[-1]), swapped)
@@ -232,12 +232,12 @@ class KVCache:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page; all pages have the same."""
+        """Bytes of a page; all pages have the same size."""
         return self.rows.pool.page_bytes
 
     @property
     def page_limit(self) -> int | None:
-        """Pages of the pool at most; None: it grows as needed."""
+        """Largest number of pages of the pool; None: it grows as needed."""
         return self.rows.pool.limit
 
     @property
@@ -247,13 +247,13 @@ class KVCache:
 
     @property
     def used_pages(self) -> int:
-        """Pages that sequences hold, shared ones counted once. Any thread may ask: pages that kernels took in a step are counted
-        when `free_pages` is asked next."""
+        """Pages that sequences hold, shared ones counted once. Any thread may read it. Pages that kernels took in a
+        step are counted when `free_pages` is read next."""
         return self.rows.pool.used
 
     @property
     def free_pages(self) -> int:
-        """Pages that can be taken without growing the pool; after a step this waits for the device, once.
+        """Pages that can be taken without growing the pool. The first read after a step waits for the device.
 
         Raises:
             RuntimeError: if the page reservation of a step was too small (an internal error); the KV cache is invalid.
@@ -262,83 +262,84 @@ class KVCache:
 
     @property
     def codec_error(self) -> tuple[float, float]:
-        """Of keys and values: Frobenius norm of the error / of the entries, over a sample of encoded pages; 0 before any."""
+        """Relative error of keys and of values: Frobenius norm of the error / of the entries, over a sample of encoded pages; 0
+        before the first."""
         return self.rows.error.relative
 
     @property
     def codec_error_sums(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Squared error of keys and values, and their squares: what `codec_error` of several caches is made of."""
+        """Sums of squared errors of keys and values, and of their squares, from which `codec_error` of several caches follows."""
         return self.rows.error.sums
 
     def worst_pages(self, tokens: int) -> int:
-        """Pages that a sequence of ``tokens`` cached tokens can come to need, if nothing is merged but what a bound of entries
-        forces to."""
-        closed = self.policy.most_entries(tokens)
+        """Largest number of pages of a sequence with ``tokens`` cached tokens, if nothing is merged except where a bound on
+        entries forces it."""
+        final = self.policy.most_entries(tokens)
         if self.policy.ring is None:
-            closed = max(0, closed - 1)
-        return self.rows.worst_pages(closed, evicting=self.policy.evicts_later) * self.shape.heads
+            final = max(0, final - 1)
+        return self.rows.worst_pages(final, evicting=self.policy.evicts_later) * self.shape.heads
 
     def likely_pages(self, entries: Tensor) -> int:
-        """Pages of a sequence whose heads hold so many entries, the tail counted: ``[L, H]``, need not be whole."""
-        spare = self.policy.evicts_later * entries.numel()  # a page more in each row
-        closed = (entries.ceil().long() - int(self.policy.ring is None)).clamp(min=0)
-        return int(self.rows.pages_of(closed, self.rows.page_sizes.to(closed.device)[:, None]).sum()) + spare
+        """Pages of a sequence whose heads hold so many entries, the accumulating one included: ``[L, H]``, may be fractional."""
+        spare = self.policy.evicts_later * entries.numel()  # one more page in each row
+        final = (entries.ceil().long() - int(self.policy.ring is None)).clamp(min=0)
+        return int(self.rows.pages_of(final, self.rows.page_sizes.to(final.device)[:, None]).sum()) + spare
 
     def can_append(self, slots: Tensor) -> bool:
-        """Whether the free pages will do for one more token of each of some sequences, whatever it does."""
+        """True if the free pages suffice for one more token of each of some sequences, merged or not."""
         most = 2 * self.shape.layers * self.shape.heads * len(slots)  # a row takes two at most
         return self._fits(most) or self._fits(self.append_pages(slots))
 
     def can_return(self, swapped: swap.Swapped, *, beside: bool) -> bool:
-        """Whether the free pages will do for `swap_in`, and ``beside`` others for one more page in each row."""
+        """True if the free pages suffice for `swap_in`; with ``beside``, if others run, also for one more page per row."""
         return self._fits(len(swapped.pages) + self.shape.layers * self.shape.heads * beside)
 
     def append_pages(self, slots: Tensor) -> int:
-        """Pages that one more token of each of some sequences can take at most, were every open entry to close."""
+        """Largest number of pages that one more token of some sequences can take, if every accumulating entry becomes final."""
         return growing.needs(self.rows, self.rows.indices(slots))[0]
 
     def entries(self, slot: int) -> Tensor:
-        """Cache lengths: int64 ``[L, H]``, the tail counted."""
+        """Cache lengths, int64 ``[L, H]``, accumulating entries included."""
         rows, index = self.rows, self.rows.all_layers(slot)
         count = rows.encoded_count[index].long() * rows.row_page_sizes(index) + rows.full_count[index]
         if self.policy.evicts_later:
             there = [evict.entries(rows, some, torch.zeros_like(some)) for some in index.split(self.shape.heads)]
             count = torch.cat([(layer.positions >= 0).sum(-1) for layer in there])
-        if self.policy.ring is None:  # with a ring the accumulating entry is one of the exact ones
+        if self.policy.ring is None:  # with a ring the accumulating entry is one of the full-precision entries
             count = count + (rows.z[index] > 0)
         return count.view(self.shape.layers, self.shape.heads)
 
     def held(self, slot: int) -> dict[str, int]:
-        """Bytes that a sequence holds now, by kind, taken from the tensors themselves.
+        """Bytes that a sequence holds now, by kind, measured on the tensors.
 
-        "pages": encoded pages, those it shares included; "exact": whole pages of sinks and window, their unused places
-        included; "tail": numerators and z; "tables": block tables (as wide as they are) and counts.
+        "pages": encoded pages, shared ones included; "exact": full-precision pages, unused slots included; "tail":
+        numerators and z of accumulating entries; "tables": block tables, unused columns included, and counts.
         """
         rows, index = self.rows, self.rows.all_layers(slot)
-        closed = int(rows.encoded_count[index].sum())
+        encoded = int(rows.encoded_count[index].sum())
         full = int((rows.full_table[index] != 0).sum())
         tables = ("encoded_table", "full_table", "encoded_count", "full_count")
         return {
-            "pages": closed * rows.pool.page_bytes,
+            "pages": encoded * rows.pool.page_bytes,
             "exact": full * rows.pool.page_bytes,
             "tail": sum(_bytes(getattr(rows, name)[index]) for name in rows.state if name not in tables),
             "tables": sum(_bytes(getattr(rows, name)[index]) for name in tables),
         }
 
     def shared_bytes(self, slot: int) -> int:
-        """Of a sequence's encoded pages, the bytes of those that other sequences hold as well."""
+        """Bytes of a sequence's encoded pages that other sequences share."""
         table = self.rows.encoded_table[self.rows.all_layers(slot)]
         return int((self.rows.pool.owners[table.long()] > 1).sum()) * self.rows.pool.page_bytes
 
     def dense_bytes(self, tokens: int) -> int:
-        """Bytes of an uncompressed bf16 cache of so many tokens: the baseline of every ratio."""
+        """Bytes of an uncompressed bf16 cache of so many tokens, the baseline of every ratio."""
         return 2 * 2 * self.shape.layers * self.shape.heads * self.shape.head_size * tokens
 
     def check_integrity(self) -> None:
-        """Checks that every page is owned as often as tables name it, or free, and that tables and counts agree.
+        """Checks that each page's owner count equals the number of table entries that name it, and that tables and counts agree.
 
         Raises:
-            RuntimeError: naming what is wrong; the cache cannot be trusted after that.
+            RuntimeError: with the fault; the cache is invalid after that.
         """
         check(self.rows, self._slots, evicting=self.policy.evicts_later)
 
@@ -367,14 +368,14 @@ class KVCache:
             raise PoolExhausted(f"{pages} pages are needed and {pool.free} of {pool.limit} are free")
 
     def _shared(self, number: int, layer: Layer, counts: Tensor, donor: int | None, common: int) -> Tensor:
-        """How many first pages of each head follow from the ``common`` first tokens alone, and are the donor's too."""
+        """Number of first pages of each head that depend on the ``common`` first tokens alone and that the donor holds too."""
         if donor is None or self.policy.evicts or not layer.positions.numel():
             return torch.zeros_like(counts)
         size = self.rows.packings[number].page_size
         encoded, _ = self.rows.split(counts, size)
         column = torch.arange(int(encoded.max()), device=counts.device)
         last = (self.rows.storage.first + (column + 1) * size - 1).clamp(max=layer.positions.shape[1] - 1)
-        # An entry is final once the token after its newest has opened another.
+        # An entry is final once the token after its newest one has started another entry.
         # With a window that token must have left it as well.
         settled = (layer.positions[:, last] < common - 1 - (self.policy.ring or 0)) & (column < encoded[:, None])
         return settled.sum(-1).minimum(self.rows.encoded_count[self._index(number, donor)].long())
@@ -384,7 +385,7 @@ def _per_layer(codec: Codec | Sequence[Codec], shape: Shape) -> list[Codec]:
     if isinstance(codec, Codec):
         return [codec.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer in range(shape.layers)]
     if len(codec) != shape.layers:
-        raise ValueError(f"{len(codec)} codecs were given, one a layer, but the model has {shape.layers} layers")
+        raise ValueError(f"{len(codec)} codecs were given, one per layer, but the model has {shape.layers} layers")
     return [one.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer, one in enumerate(codec)]
 
 

@@ -1,1 +1,1 @@
-"""Fast forms of the maths in `dmc.functional`, each tested against it."""
+"""Fast implementations of the maths in `dmc.functional`, each tested against it."""

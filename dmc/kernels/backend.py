@@ -2,12 +2,12 @@
 
 The setting is one of `BACKENDS`. It comes, in this order, from the ``backend`` argument of a call (None: none), from `using`,
 from `set_default` (the trainer's ``run.kernels``), from the environment variable ``DMC_KERNELS``, and is else "auto": Triton on a
-CUDA device that can run it; on a CPU the CPU kernels where an operation has some (serving) and numba is installed; PyTorch
-elsewhere. If "auto" selects PyTorch for training, one line on stderr says why. A setting other than "auto" is used or
-rejected, never replaced, except in fp64 caches: no kernel computes in fp64, so they take PyTorch. The choice is a `Backend`.
+CUDA device that can run it; on a CPU the CPU kernels if the operation has some (serving) and numba is installed; PyTorch
+otherwise. If "auto" selects PyTorch for training, one line on stderr says why. A setting other than "auto" is used or
+rejected, never replaced, except in fp64 caches: no kernel computes in fp64, so they use PyTorch. The choice is a `Backend`.
 
-Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" runs on CPU
-tensors too, slowly: that is how the kernels are tested without a GPU.
+Under Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) "triton" also runs on
+CPU tensors, slowly; the kernels are tested in this way without a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 class Backend(enum.StrEnum):
-    """What runs. `TORCH` and `REFERENCE` differ in training alone; in serving PyTorch's form is the reference implementation."""
+    """A resolved backend. `TORCH` and `REFERENCE` differ only in training; in serving PyTorch is the reference implementation."""
 
     TRITON = "triton"
     CPU = "cpu"
@@ -53,7 +53,7 @@ def check_backend(name: str) -> str:
         ValueError: naming it and the known ones.
     """
     if name in FORMER:
-        say(f"kernels {name!r} are now called {FORMER[name]!r}; the next version does not know the old name")
+        say(f"kernels {name!r} are now called {FORMER[name]!r}; the next version does not accept the old name")
         return FORMER[name]
     if name not in BACKENDS:
         raise ValueError(f"unknown kernels {name!r}; known: {', '.join(BACKENDS)}")
@@ -61,7 +61,7 @@ def check_backend(name: str) -> str:
 
 
 def set_default(name: str) -> None:
-    """Set the default for calls that name no backend; "auto" means that ``DMC_KERNELS`` decides."""
+    """Set the default for calls without a backend; "auto" means that ``DMC_KERNELS`` decides."""
     global _default
     name = check_backend(name)
     _default = None if name == "auto" else name
@@ -69,7 +69,7 @@ def set_default(name: str) -> None:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Inside the block, ``name`` is the default: for tests and benchmarks."""
+    """Make ``name`` the default inside the block, for tests and benchmarks."""
     global _default
     before, _default = _default, check_backend(name)
     try:
@@ -79,12 +79,12 @@ def using(name: str) -> Iterator[None]:
 
 
 def choose(x: Tensor, backend: str | None = None, *, cpu: Sequence[torch.dtype] = ()) -> Backend:
-    """What runs on tensors like ``x``.
+    """The backend for tensors like ``x``.
 
     Args:
         x: ``[..., D]``, on the device and in the dtype of the computation.
         backend: a setting that overrides every default; None: the default.
-        cpu: dtypes that the operation's CPU kernels take; none: it has no CPU kernels.
+        cpu: dtypes that the operation's CPU kernels support; empty: it has no CPU kernels.
 
     Raises:
         ValueError: if Triton or the CPU kernels were asked for by name and cannot run on ``x``, or the name is unknown.
@@ -107,12 +107,12 @@ def choose(x: Tensor, backend: str | None = None, *, cpu: Sequence[torch.dtype] 
 
 
 def chosen_name() -> str:
-    """The setting where a call names none: one of `BACKENDS`, "auto" included."""
+    """The setting for calls without a backend: one of `BACKENDS`, "auto" included."""
     return _default or check_backend(os.environ.get("DMC_KERNELS") or "auto")
 
 
 def _no_cpu_kernels(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why CPU kernels that take some dtypes cannot run on such tensors; None where they can."""
+    """The reason why CPU kernels for these dtypes cannot run on such tensors; None if they can."""
     if not dtypes:
         return "this operation has none"
     if x.device.type != "cpu":
@@ -120,7 +120,7 @@ def _no_cpu_kernels(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
     if x.dtype not in dtypes:
         return f"they take {', '.join(map(str, dtypes))} here, not {x.dtype}"
     if _given_up or not _numba():
-        return "numba is not there or cannot compile them"
+        return "numba is not installed or cannot compile them"
     return None
 
 
@@ -139,7 +139,7 @@ def _say_numba(what: str, why: object) -> None:
 def _numba() -> bool:
     try:
         from numba import config
-    except ImportError as error:  # not installed, or not made for the numpy that is
+    except ImportError as error:  # not installed, or not compatible with the installed numpy
         if importlib.util.find_spec("numba") is None:
             return False
         _say_numba("be imported", error)
@@ -148,19 +148,19 @@ def _numba() -> bool:
 
 
 def in_reach(x: Tensor) -> Tensor:
-    """``[..., T, D]`` as the kernels address it: features side by side, and a head's tokens less than 2^31 numbers apart."""
+    """``[..., T, D]`` in the layout that the kernels need: contiguous features, and strides of a head's tokens below 2^31."""
     near = x.stride(-1) == 1 and x.stride(-2) * x.shape[-2] < 2**31
     return x if near else x.contiguous()
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter."""
+    """True if Triton's kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def _refusal(device: str, index: int | None, dtype: torch.dtype, head_size: int, interpret: bool) -> str | None:
-    """Why Triton cannot run on such tensors; None where it can."""
+    """The reason why Triton cannot run on such tensors; None if it can."""
     if dtype not in _DTYPES:
         return f"the kernels take bf16, fp16 and fp32, not {dtype}"
     if head_size % 2 or head_size > _MOST_HEAD_SIZE:

@@ -1,4 +1,4 @@
-"""The CPU kernels, compiled before they are needed. Where numba is missing, this file can be imported too."""
+"""The CPU kernels, compiled before they are needed. This file can be imported without numba."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _log = logging.getLogger("dmc.kernels")
 
 
 def compiles(*which: str, formats: Iterable[PageFormat] = ()) -> bool:
-    """Compiles CPU kernels before they are needed (`prepare`); if that fails, PyTorch takes over for good.
+    """Compiles CPU kernels before they are needed (`prepare`); if that fails, PyTorch replaces them in this process.
 
     Args:
         which: see `prepare`.
-        formats: of pages that the CPU kernels are to read.
+        formats: of pages that the CPU kernels will read.
 
     Returns:
-        Whether they are there.
+        True if they are compiled.
     """
     try:
         for name in which:
@@ -41,10 +41,10 @@ def compiles(*which: str, formats: Iterable[PageFormat] = ()) -> bool:
 
 @lru_cache
 def prepare(which: str) -> None:
-    """Compiles loops, or reads what an earlier process compiled, so that no request has to wait for it.
+    """Compiles CPU kernels, or reads the machine code of an earlier process, so that no request waits for it.
 
     Args:
-        which: "decode", "prefill", or "trellis" (those that encode such pages).
+        which: "decode", "prefill", or "trellis" (kernels that encode such pages).
     """
     known = {"decode": _decode, "prefill": _prefill, "trellis": _trellis}
     _timed(which, known[which])
@@ -65,7 +65,7 @@ def _timed(which: str, compile: Callable[[], object]) -> None:  # noqa: A002
         kept = "the next process finds them ready"
         if not compiled.KEPT:
             kept = "NUMBA_CACHE_DIR, a folder to write to, would keep them"
-        _log.warning("dmc: compiled the %s loops for this CPU in %.0f s; %s", which, seconds, kept)
+        _log.warning("dmc: compiled the %s CPU kernels in %.0f s; %s", which, seconds, kept)
 
 
 def _decode() -> None:

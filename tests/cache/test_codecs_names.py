@@ -118,7 +118,7 @@ def test_held_bytes_of_the_published_recipe():
     bits = 4 + 32 / 64 + 16 * 4 * (1 / 64 + 1 / 64) + 24 / 64
     page = 2 * 64 * size * bits / 8
     assert held["pages"] == layers_ * heads * 2 * page and pool.page_bytes == page  # a multiple of 8: no slack
-    exact = 4 + 39  # sinks, and the buffer but for the newest token, which is the tail
+    exact = 4 + 39  # sinks, and the buffer but for the newest token, which accumulates
     per_page = page // (2 * size * 2)
     assert held["exact"] == layers_ * heads * -(-exact // per_page) * page
 

@@ -178,7 +178,7 @@ def test_the_command_and_the_refusals(directory, tmp_path, capsys):
         (["calibrate", *common, "--windows", "9000"], "give a longer text"),
         (["calibrate", *common[:-6], "--out", str(tmp_path)], "name a file in a folder that can be"),
         (["generate", str(directory), "--prompt", "a", "--codec", "eigen"], "it needs file=FILE"),
-        (["generate", str(directory), "--prompt", "a", "--codec", f"eigen:file={text}"], "no safetensors file"),
+        (["generate", str(directory), "--prompt", "a", "--codec", f"eigen:file={text}"], "not a safetensors file"),
         (["generate", str(directory), "--prompt", "a", "--codec", "eigen:file=nowhere"], "nowhere is missing"),
     ):
         assert cli.main(arguments) == 2

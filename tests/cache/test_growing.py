@@ -59,7 +59,7 @@ def run(cache, texts, starts, steps, *, merges, chunked=None):
 
 
 def state(cache, slot):
-    """All that a sequence holds: counts, tails, exact entries, and encoded pages as they read."""
+    """All that a sequence holds: counts, accumulating and full-precision entries, and decoded pages."""
     rows, found = cache.rows, []
     for layer in range(LAYERS):
         index = rows.index(layer, torch.tensor([slot]))
@@ -93,7 +93,7 @@ def test_steps_leave_what_pytorch_leaves(name, merges):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
     for mine, other in zip(both[0][1], both[1][1], strict=True):
         for ours, theirs in zip(state(both[0][0], mine), state(both[1][0], other), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # exact entries are bf16: one rounding
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # full-precision entries are bf16: one rounding
         both[0][0].close(mine)
     assert both[0][0].rows.pool.used == 0
 
@@ -210,7 +210,7 @@ def test_a_step_needs_no_more_than_was_counted(lengths, page, sinks, window, see
 
 
 def test_a_row_can_open_a_page_and_fill_one_at_once():
-    """With as many exact entries as this the token before the last finds no place on the open pages."""
+    """With so many full-precision entries the token before the last needs another full-precision page."""
     cache = make("int8", page_size=16, sink_tokens=0, window=0)
     fits = cache.rows.per_full_page
     window = (1 - 16) % fits
@@ -218,7 +218,7 @@ def test_a_row_can_open_a_page_and_fill_one_at_once():
     text = tokens(16 + window, seed=3)
     for layer in text:
         layer[3].zero_()  # nothing merges
-    slot = cache.load(prefill(cache, text, 16 + window))  # its last token is the open entry
+    slot = cache.load(prefill(cache, text, 16 + window))  # its last token is the accumulating entry
     pages, columns = growing.needs(cache.rows, cache.rows.indices(torch.tensor([slot])))
     assert pages == 2 * LAYERS * HEADS and columns == 1
 

@@ -1,4 +1,4 @@
-"""The cache read by the loops for CPUs against the same cache read by PyTorch: everything that moves pages and tables."""
+"""The cache read by the CPU kernels against the same cache read by PyTorch: everything that moves pages and tables."""
 
 import hypothesis.strategies as st
 import pytest

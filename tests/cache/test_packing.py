@@ -69,5 +69,5 @@ def test_pages_that_are_predicted_are_pages_that_are_taken():
 
 
 def test_as_many_codecs_as_layers():
-    with pytest.raises(ValueError, match="3 codecs were given, one a layer, but the model has 2 layers"):
+    with pytest.raises(ValueError, match="3 codecs were given, one per layer, but the model has 2 layers"):
         made([codec("int8")] * 3)

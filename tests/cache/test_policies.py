@@ -71,7 +71,7 @@ def dense(parts, kind, budget=14):
         else:
             ranked = score.mean(0, keepdim=True).expand(HEADS, -1) if kind == "latest" else score
             ranked = ranked.clone().masked_fill(~held, -torch.inf)
-            ranked[:, max(0, i - 2) : i] = torch.inf  # newer than next - 4; the tail, at i, is in no competition
+            ranked[:, max(0, i - 2) : i] = torch.inf  # newer than next - 4; the accumulating entry, at i, does not compete
             ranked[:, i] = -torch.inf
             kept = torch.zeros_like(held).scatter_(1, ranked.topk(budget, dim=1).indices, True)
             held &= kept

@@ -21,7 +21,7 @@ def places(cache, slot):
 
 
 def check_row(made, held, following):
-    """What the query at ``following`` will see, itself and the tail beside ``held``: the three promises of a policy."""
+    """The entries that the query at ``following`` sees, and the accumulating entry: what a policy promises."""
     share = made.share
     whole = made.most_entries(following + 1)
     assert len(held) + 2 == whole, (sorted(held), whole)  # neither more nor, where there are tokens enough, fewer

@@ -91,7 +91,7 @@ def expected_entries(parts):
     st.sampled_from(["fp32", "bf16"]), st.integers(0, 1000),
 )
 def test_what_is_encoded_follows_from_the_entries_alone(length, data, page_size, sinks, window, exact, seed):
-    """Any split into chunks of a prompt and generated tokens leaves the same pages, exact entries and tail."""
+    """Any split into chunks of a prompt and generated tokens gives the same pages, full-precision and accumulating entries."""
     prompt = data.draw(st.integers(1, length))
     chunk = data.draw(st.integers(1, prompt))
     layers = tokens(length, seed)
@@ -123,7 +123,7 @@ def test_what_is_encoded_follows_from_the_entries_alone(length, data, page_size,
 
 
 def test_decode_attends_to_what_is_held():
-    """The last token's output equals plain attention over decoded pages, exact entries and tail."""
+    """The last token's output equals plain attention over decoded pages, full-precision and accumulating entries."""
     layers = tokens(50, seed=3)
     cache = make()
     slot, outs = feed(cache, layers, prompt=7)
@@ -147,7 +147,7 @@ def test_decode_attends_to_what_is_held():
 
 @pytest.mark.parametrize("name", ["tcq", "dense"])
 def test_held_bytes_are_those_of_the_tensors(name):
-    """An independent count: pages of each row from its entries, tail and tables from their shapes."""
+    """An independent count: pages of each row from its entries, accumulating entries and tables from their shapes."""
     cache = make(name, exact_dtype="bf16")
     slot, _ = feed(cache, tokens(45, seed=1), prompt=20)
     other, _ = feed(cache, tokens(9, seed=2), prompt=9)
@@ -334,7 +334,7 @@ TestCache.settings = TestStreaming.settings = settings(max_examples=12, stateful
     (lambda rows: rows.encoded_count.__setitem__(rows.encoded_count.nonzero()[0], 9), "more or fewer"),
     (lambda rows: rows.full_table.__setitem__((0, 0), int(rows.full_table[1, 0])), "more or fewer owners"),
     (lambda rows: rows.pool.memory.__setitem__((0, 0), 1), "null page"),
-    (lambda rows: rows.z.zero_(), "no tail"),
+    (lambda rows: rows.z.zero_(), "no accumulating entry"),
 ])
 def test_integrity_check_finds(harm, said):
     cache = make(slots=1)

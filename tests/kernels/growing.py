@@ -94,7 +94,7 @@ def append(state, held, layer, slots, places, part, turn, *, table=128, **option
 
 
 def content(held):
-    """Everything that rows hold but the names of their pages: counts, tails, exact entries, encoded pages."""
+    """Everything that rows hold but the names of their pages: counts, accumulating and full-precision entries, encoded pages."""
     rows = held.rows
     every = torch.arange(len(rows.z), device=DEVICE)
     keys, values, valid = rows.full_entries(every)
@@ -105,7 +105,7 @@ def content(held):
 
 
 def same(ours, theirs, *, bits=False):
-    """Two `content`s without their pages: equal up to the rounding of exact entries, or altogether."""
+    """Two `content`s without their pages: equal up to the rounding of full-precision entries, or altogether."""
     for name, x in ours.items():
         close = {"rtol": 0.0, "atol": 0.0}
         if not bits and x.is_floating_point():
@@ -114,7 +114,7 @@ def same(ours, theirs, *, bits=False):
 
 
 def own_states(held, layer, slots, places, turn):
-    """The open entries of a layer after a step, keys rotated to their positions: what `append_tokens` returns."""
+    """The accumulating entries of a layer after a step, keys rotated to their positions: what `append_tokens` returns."""
     rows, index = held.rows, held.rows.index(layer, torch.tensor(slots, device=DEVICE))
     mean = (rows.numerators[index] / rows.z[index, None]).view(len(slots), HEADS, -1)
     keys, values = mean.chunk(2, dim=-1)
@@ -123,7 +123,7 @@ def own_states(held, layer, slots, places, turn):
 
 
 def fill(held, counts, keys, values):
-    """Gives the first rows so many exact entries, out of ``[rows, N, D]``; all slots are then taken."""
+    """Gives the first rows so many full-precision entries, out of ``[rows, N, D]``; all slots are then taken."""
     rows, every = held.rows, torch.arange(len(counts), device=DEVICE)
     counts = torch.tensor(counts, device=DEVICE)
     rows._new_full_pages(*ragged(rows.full_pages(counts)))

@@ -1,4 +1,4 @@
-"""A token joins or opens an entry on the device: against the twin, and against what the cache itself does."""
+"""A token merges or starts an entry on the device: against the reference implementation, and against the cache itself."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def following(texts, places):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("size", "dtype"), [(8, "fp32"), (6, "bf16"), (10, "fp16")])
 def test_grows_as_the_cache_itself_does(backend, size, dtype):
-    """Sequences of unequal lengths, heads that merge beside heads that append, over several pages of exact entries."""
+    """Sequences of unequal lengths, heads that merge beside heads that append, over several pages of full-precision entries."""
     (ours, theirs), slots, texts, turn = pair(1, 9, 23, size=size, exact_dtype=dtype)
     state, lengths = growing(ours), [1, 9, 23]
     for more in range(6):

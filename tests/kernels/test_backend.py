@@ -63,7 +63,7 @@ def test_a_former_name_works_with_one_warning(monkeypatch, caplog):
     monkeypatch.setenv("DMC_KERNELS", "sdpa")
     assert [backend.choose(on_cpu()) for _ in range(3)] == ["torch"] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        "dmc: kernels 'sdpa' are now called 'torch'; the next version does not know the old name"
+        "dmc: kernels 'sdpa' are now called 'torch'; the next version does not accept the old name"
     ]
 
 
@@ -79,7 +79,7 @@ def test_cpu_kernels_run_where_an_operation_has_some(monkeypatch, caplog):
             backend.choose(on_cpu(dtype=dtype), "cpu", cpu=dtypes)
     monkeypatch.setattr(backend, "_numba", lambda: False)
     assert backend.choose(on_cpu(), cpu=fp32) == "torch"
-    with pytest.raises(ValueError, match="numba is not there"):
+    with pytest.raises(ValueError, match="numba is not installed"):
         backend.choose(on_cpu(), "cpu", cpu=fp32)
 
 

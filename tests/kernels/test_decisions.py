@@ -1,4 +1,4 @@
-"""The relaxed decisions in one pass, against their twin, forward and backward."""
+"""The relaxed decisions in one pass, against their reference implementation, forward and backward."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def problem(batch, heads, tokens, *, seed=0, size=10.0, strided=False):
 
 
 def both(logits, weights, kept, drawn, **settings):
-    """Outputs and gradients of the kernels and of the twin."""
+    """Outputs and gradients of the kernels and of the reference implementation."""
     found = []
     for backend in ("triton", "reference"):
         leaves = [None if x is None else x.detach().clone().requires_grad_() for x in (logits, weights)]

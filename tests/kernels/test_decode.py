@@ -1,4 +1,4 @@
-"""Decode attention over pages against its twin and fp64: rows of every length, all kinds of pages."""
+"""Decode attention over pages against its reference implementation and fp64: rows of every length, all kinds of pages."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ PLAIN = list(MAIN)
 
 
 def paged(kind, lengths, size, page, *, dtype=torch.float32, per_full_page=12, columns=None, seed=0):
-    """Rows of ``lengths`` (encoded pages, exact entries) over one byte pool, pages dealt out in random order.
+    """Rows of ``lengths`` (encoded pages, full-precision entries) over one byte pool, pages dealt out in random order.
 
     Memory that nothing owns holds 0xFF bytes: NaN as any float.
     """
@@ -87,7 +87,7 @@ def queries(rows, groups, size, dtype=torch.float32):
 def check(cache, inputs, index, **options):
     index, scale = torch.tensor(index, device=DEVICE), inputs[0].shape[-1] ** -0.5
     ours = decode_attention(*inputs, index, cache, backend="triton")
-    # Memory that no row owns reads as NaN: the twin masks it, the fp64 result shows that it did.
+    # Memory that no row owns reads as NaN: the reference implementation masks it, the fp64 result shows that it did.
     plain = decode_reference(*inputs, index, cache, scale=scale)
     exact = decode_reference(*(x.double() for x in inputs), index, cache, scale=scale)
     assert exact.isfinite().all()
@@ -107,7 +107,7 @@ def with_key_bias(cache, seed=0):
     return replace(cache, encoded=cache.encoded | {"position": places}, key_bias=made, heads=heads)
 
 
-LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, exact entries)
+LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, full-precision entries)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -184,7 +184,7 @@ GEARS = [dict(bits=bits, backbone=backbone) for bits, backbone in ((4, "kivi"), 
 @pytest.mark.parametrize("settings", [*GEARS, dict(bits=8, backbone="kivi", rank=2, outliers=0.0, group=8)])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gear_pages(settings, groups):
-    """Packed codes, outliers and low rank against the twin, and the twin against the codec that wrote the pages."""
+    """Packed codes, outliers and low rank against the reference, and that against the codec."""
     settings = {"rank": 1, "outliers": 0.1, **settings}
     cache, (keys, values) = gear_pages(16, 32, **settings)
     inputs = queries(3, groups, 16)
@@ -203,7 +203,7 @@ TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bi
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_trellis_pages(settings, groups):
-    """Every width of codes, one chunk and two; against the twin, and the twin against the codec that wrote the pages."""
+    """Every width of codes, one chunk and two; against the reference, and that against the codec."""
     cache, (keys, values) = gear_pages(16, 16, **settings)
     inputs = queries(3, groups, 16)
     check(cache, inputs, [2, 0, 1], floor=3e-6)

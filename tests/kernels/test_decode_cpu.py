@@ -1,4 +1,4 @@
-"""Decode attention by the loops for CPUs, against the naive twin in fp64: all kinds of pages, bf16, several threads."""
+"""Decode attention by the CPU kernels, against the reference in fp64: all kinds of pages, bf16, several threads."""
 
 import math
 import sys
@@ -154,7 +154,7 @@ def test_a_query_of_other_strides():
 
 
 def test_what_runs_by_default(monkeypatch):
-    """fp32 on a CPU, pages that the loops know, and no other setting; without numba PyTorch."""
+    """fp32 on a CPU, pages that the CPU kernels support, and no other setting; without numba PyTorch."""
     x, calls = torch.zeros(2, 8), []
     assert runs_on_cpu(x) and not runs_on_cpu(x.bfloat16()) and not runs_on_cpu(x.double())
     assert paged("dense", LENGTHS, 8, 16).cpu_reads and gear_pages(16, 16, bits=4)[0].cpu_reads

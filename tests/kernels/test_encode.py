@@ -53,7 +53,7 @@ def entries(rows, count, size):
 @pytest.mark.parametrize("exact", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_bit_for_bit_as_the_codec(kind, exact):
-    """Rows in every state, full ones among them; several open pages to a row, a window that moves over its old place."""
+    """Rows in every state, full ones among them; several full-precision pages per row, a window that moves over old slots."""
     check_bits(kind, exact, 10)
 
 

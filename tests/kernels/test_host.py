@@ -1,4 +1,4 @@
-"""What the loops take for the CPU's vectors, and that they are right on narrower ones."""
+"""What the CPU kernels take for the CPU's vectors, and that they are right on narrower ones."""
 
 import os
 import platform

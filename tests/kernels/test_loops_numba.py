@@ -1,4 +1,4 @@
-"""How the loops for CPUs are kept on disk."""
+"""How the CPU kernels are kept on disk."""
 
 import ast
 import os
@@ -30,7 +30,7 @@ HEAD = "from kept.cpu.compiled import compiled\n"
 
 @pytest.fixture
 def package(tmp_path):
-    """A package with the decorator, for other loops than the project's."""
+    """A package with the decorator, for other kernels than the project's."""
     folder = tmp_path / "kept"
     (folder / "cpu").mkdir(parents=True)
     (folder / "__init__.py").touch()
@@ -96,7 +96,7 @@ def test_every_compiled_file_is_dated():
     made = {path for path in PROJECT.rglob("*.py") if any(makers(ast.parse(path.read_text())))}
     dated = set(compiled.sources(compiled._ROOM, compiled._PACKAGE))
     assert len(made) >= 5 and not made - dated
-    assert {"host", "layout"} <= {path.stem for path in dated}  # constants that loops hold
+    assert {"host", "layout"} <= {path.stem for path in dated}  # constants that machine code holds
     assert not any("import triton" in path.read_text() for path in dated)
 
 

@@ -1,4 +1,4 @@
-"""Prefill attention against its twin, fp64, and the training form of DMC with hard decisions."""
+"""Prefill attention against its reference implementation, fp64, and the training form of DMC with hard decisions."""
 
 import pytest
 import torch

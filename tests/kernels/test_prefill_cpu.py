@@ -1,4 +1,4 @@
-"""Prefill attention by the loops for CPUs, against the naive twin in fp64, and their products of matrices against NumPy's."""
+"""Prefill attention by the CPU kernels, against the reference implementation in fp64, and their matmuls against NumPy's."""
 
 import numpy as np
 import pytest
@@ -119,7 +119,7 @@ def test_what_runs_by_default(monkeypatch):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_prompts_are_the_same_in_pytorch(merged):
-    """`prompt_attention` by the loops and by PyTorch's two forms: everything an entry of its own, and merged."""
+    """`prompt_attention` by the CPU kernels and by PyTorch's two forms: everything an entry of its own, and merged."""
     query, keys, values, places, own_keys, own_values, positions = problem(90, (89, 89), 32, 3)
     if not merged:
         keys, values, places[:] = own_keys[:, :-1], own_values[:, :-1], torch.arange(89)

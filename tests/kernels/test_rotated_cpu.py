@@ -1,4 +1,4 @@
-"""Pages that the loops for CPUs make of entries are those of PyTorch's form, bit for bit."""
+"""Pages that the CPU kernels make of entries are those of PyTorch's form, bit for bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton scan of eq. 9 against its twin and fp64: forward and every gradient."""
+"""The Triton scan of eq. 9 against its reference implementation and fp64: forward and every gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The trellis codes that the loops for CPUs choose are those of PyTorch's form, bit for bit."""
+"""The trellis codes that the CPU kernels choose are those of PyTorch's form, bit for bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How an entry is stored. `codec` makes one by name; a new codec is a file here and a line in `CODECS`."""
+"""Codecs: how entries are stored. `codec` makes one by name; a new codec is a file here and a line in `CODECS`."""
 
 from __future__ import annotations
 

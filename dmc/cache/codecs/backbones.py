@@ -32,7 +32,7 @@ WIDTHS: dict[str, tuple[Iterable[float], str]] = {
 BACKBONES = tuple(WIDTHS)
 SPLIT = {2: (2, 2), 3: (3.25, 2.5), 4: (4.5, 3.5), 8: (8, 8)}  # bits → best (key bits, value bits) of the trellis
 GROUP = 64
-_MOST_INDICES = 256  # places of outliers are bytes
+_MOST_INDICES = 256  # indices of outliers are bytes
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -42,8 +42,8 @@ class Backbone:
 
     Attributes:
         name: one of `BACKBONES`: "kcvt" (min/max; keys by channel, values by token, over whole vectors), "kivi" (the same
-            in groups), "token" (min/max; both by token, in groups), "trellis" (rotated, then trellis-coded; keys keep
-            their mean apart) or "lloyd" (rotated, then the scalar Lloyd-Max codebook).
+            in groups), "token" (min/max; both by token, in groups), "trellis" (rotated, then trellis-coded; the mean of
+            keys is stored separately) or "lloyd" (rotated, then the scalar Lloyd-Max codebook).
         key_bits, value_bits: of a code; see `widths`.
         group: most values that share a scale in "kivi" and "token".
         scale_dtype: of the scales and zeros of the min/max backbones.
@@ -68,7 +68,7 @@ class Backbone:
     def page_format(
         self, codec: Codec, page: int, head_size: int, fields: dict[str, Field], device: torch.device,
     ) -> PageFormat:
-        """See `Codec.page_format`, of a codec that stores ``fields``; without kernels if none reads such codes."""
+        """See `Codec.page_format`, for a codec that stores ``fields``. The format has no kernels if none reads such codes."""
         given = codec.name, page, head_size, fields, codec.fields
         key, value = self.part("k", head_size), self.part("v", head_size)
         if self.name == "trellis":
@@ -90,11 +90,11 @@ def widths(
     Args:
         codec: name, for errors.
         backbone: one of `BACKBONES`.
-        bits: of both on average; the trellis divides them as was measured best (`SPLIT`).
-        key_bits, value_bits: of each, where it is given.
+        bits: of both on average; the trellis divides them by the best measured bit allocation (`SPLIT`).
+        key_bits, value_bits: of each; None: from ``bits``.
 
     Raises:
-        ValueError: if the backbone has no codes of that width; the sentence names those that it has.
+        ValueError: if the backbone has no codes of that width; the message names the widths that it has.
     """
     split = SPLIT[bits] if backbone == "trellis" else (bits, bits)
     known, words = WIDTHS[backbone]

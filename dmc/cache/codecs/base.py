@@ -1,4 +1,4 @@
-"""What a codec is: how the entries of a full page are stored, and how attention reads them."""
+"""`Codec`: the interface for storing the entries of a full page, and reading them in attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmc.kernels.pages.format import Field, PageFormat
 
 @dataclass(frozen=True)
 class Blocks:
-    """Encoded pages: every tensor has the same leading dimensions, one element each a page of one head.
+    """Encoded pages. Every tensor has the same leading dimensions; each of their elements is a page of one head.
 
     Attributes:
         tensors: by field name, ``[..., field's own fixed shape]``.
@@ -37,18 +37,18 @@ POSITION = "e_position"  # field of a `Codec.needs_positions` codec
 
 
 class Codec(ABC):
-    """How the N entries of a page of one head are stored. Holds settings only, no data.
+    """Stores the N entries of a page of one head. A codec holds settings and no data.
 
     Attributes:
         name: under which `dmc.cache.codec` finds it.
-        lossy: whether ``decode(encode(x))`` may differ from x; then a sequence's first entries stay exact.
+        lossy: whether ``decode(encode(x))`` may differ from x; then a sequence's first entries stay in full precision.
         page_size: entries of a page unless the user says otherwise.
-        window: newest entries that stay exact unless the user says otherwise.
-        needs_positions: whether it must know which head's entries a page holds and their places; it is then called by
-            `encode_at` and keeps the places in a field `POSITION`, int32 ``[..., N]``, where the cache also writes -1 for
-            entries that it evicts.
+        window: newest entries that stay in full precision unless the user says otherwise.
+        needs_positions: whether it needs the head of a page and the positions of its entries. The cache then calls `encode_at`.
+            The codec stores the positions in a field `POSITION`, int32 ``[..., N]``; the cache writes -1 there for entries
+            that it evicts.
         compiles: CPU kernels that encoding needs, names of `dmc.kernels.ready.prepare`.
-        made_for: `dmc.model.fingerprint.model_hash` of the only model that it fits; None: it fits all.
+        made_for: `dmc.model.fingerprint.model_hash` of the only model that the codec was made for; None: any model.
     """
 
     name: ClassVar[str]
@@ -65,7 +65,8 @@ class Codec(ABC):
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
     def of_layer(self, layer: int, layers: int, heads: int, head_size: int) -> Codec:
-        """The codec of one layer of a model of L layers, H key/value heads and head size D: itself, if all are alike.
+        """The codec of one layer of a model with L layers, H key/value heads and head size D; the same object if all layers are
+        alike.
 
         Raises:
             ValueError: if it was made for a model of another shape.
@@ -80,24 +81,24 @@ class Codec(ABC):
         """`encode`, for a codec that `needs_positions`.
 
         Args:
-            keys, values: ``[..., N, D]``; keys rotated, each at its place.
+            keys, values: ``[..., N, D]``; keys rotated, each to its position.
             heads: int64 ``[...]``, key/value head of each page, counted over all layers: ``layer * H + head``.
-            positions: int32 ``[..., N]``, position of each entry's newest token; -1 is an entry that nothing will read.
+            positions: int32 ``[..., N]``, position of each entry's newest token; -1 for an entry that is never read.
         """
         return self.encode(keys, values)
 
     @abstractmethod
     def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[..., N, D]`` as attention sees them, fp32 if the codec is lossy."""
+        """Decoded keys and values ``[..., N, D]``; fp32 if the codec is lossy."""
 
     def nbytes(self, blocks: Blocks) -> int:
-        """Bytes of all tensors that `blocks` holds, metadata included."""
+        """Bytes of all tensors of ``blocks``, metadata included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in blocks.tensors.values())
 
     def layout(self, entries: int, head_size: int, dtype: torch.dtype) -> dict[str, Field]:
         """Fields of one page: name → (dtype, shape without the leading dimensions).
 
-        ``dtype`` is that of the entries which will be encoded.
+        ``dtype`` is the dtype of the entries before encoding.
         """
         blocks = self.encode(*torch.zeros(2, entries, head_size, dtype=dtype))
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in blocks.tensors.items()}
@@ -105,18 +106,19 @@ class Codec(ABC):
     def page_format(
         self, entries: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu",
     ) -> PageFormat:
-        """How pages of so many entries are stored, and the kernels that read and write them. One object for each page size.
+        """The page format: storage of pages of so many entries, and kernels that read and write them. One object per page size.
 
         Args:
             entries: N, of a page.
             head_size: D.
-            dtype: of the entries which will be encoded.
-            device: of what the format keeps beside the pages, such as tables of levels.
+            dtype: of the entries before encoding.
+            device: of the format's own tensors, such as tables of levels.
         """
         return _page_format(self, entries, head_size, dtype, torch.device(device))
 
     def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
-        """Makes what `page_format` keeps, of a page of ``fields``; here without kernels: PyTorch gathers such pages."""
+        """Makes the object that `page_format` returns, for a page of ``fields``. This default has no kernels: PyTorch gathers the
+        pages."""
         return PageFormat(self.name, entries, head_size, fields, self.fields)
 
     def fields(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Codes of 1 to 8 bits packed into bytes.
 
-A code is cut into planes of 1, 2, 4 or 8 bits (3 = 2 + 1). A plane of width w puts 8 / w codes into each byte:
-the codes are laid out as 8 / w equal chunks, and byte i holds element i of every chunk. So unpacking is a
-shift and a mask over a contiguous chunk, with no interleaving, and a row of n codes takes
-``sum over planes of ceil(n w / 8)`` bytes: at most one byte a plane is slack.
+A code is cut into planes of 1, 2, 4 or 8 bits (3 = 2 + 1). A plane of width w stores 8 / w codes in each byte: the codes
+are laid out as 8 / w equal chunks, and byte i holds element i of every chunk. Unpacking is then a shift and a mask over a
+contiguous chunk, without interleaving. A row of n codes takes ``sum over planes of ceil(n w / 8)`` bytes, so at most one
+byte per plane is unused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmc.kernels.pages.layout import PLANES
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes of ``bits`` bits take once packed."""
+    """Bytes of ``count`` packed codes of ``bits`` bits."""
     return sum(-(-count * width // 8) for width in PLANES[bits])
 
 

@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DenseCodec(Codec):
-    """No compression: the baseline, and what every other codec is compared with.
+    """No compression: the baseline of every other codec.
 
     Args:
         dtype: "fp32", "bf16" or "fp16"; None keeps the dtype of the entries (the model's).
@@ -49,11 +49,11 @@ class DenseCodec(Codec):
         return query @ blocks.tensors["k"].to(query.dtype).transpose(-1, -2)
 
     def row_scores(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """See `Codec.row_scores`; one product a row."""
+        """See `Codec.row_scores`; one matmul per row."""
         return query @ blocks.tensors["k"].flatten(1, 2).to(query.dtype).transpose(-1, -2)
 
     def row_combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
-        """See `Codec.row_combine`; one product a row."""
+        """See `Codec.row_combine`; one matmul per row."""
         return weights @ blocks.tensors["v"].flatten(1, 2).to(weights.dtype)
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:

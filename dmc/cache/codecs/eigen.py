@@ -1,15 +1,15 @@
 """Eigen Attention (Saxena et al., arXiv 2408.05646): keys and values as coefficients of bases found by calibration.
 
-Keys have their basis before RoPE, where they have low rank. The cache hands over rotated keys, so each is turned back
-by its entry's place, which the page therefore keeps (4 bytes an entry), and the coefficients are taken of that. At use
-keys are formed from their coefficients and rotated, each at its own place; values are never formed: the weighted sum
-of coefficients goes through the basis once a query.
+The bases of keys apply before RoPE, where keys have low rank. The cache passes rotated keys, so the codec rotates each one
+back by its entry's position before it computes the coefficients; the page stores the positions (4 bytes per entry).
+Attention reconstructs the keys from their coefficients and rotates each to its position. Values are not reconstructed: the
+weighted sum of coefficients is multiplied by the basis once per query.
 
-An entry that DMC merged is a mean of unrotated keys, rotated at the entry's place: turned back it is in the basis'
-space again, so nothing is different with it.
+An entry that DMC merged is a mean of unrotated keys, rotated to the entry's position. Rotated back it is in the space of
+the basis, so merged entries need no special case.
 
-Bytes of an entry of one head: ``2 (r_k + r_v) + 4``, and 1 a page for the head's number; with coefficients in 8 bits
-``r_k + r_v + 4 + 4``. The bases themselves are parameters of the model, ``2 D (r_k + r_v)`` bytes a head, not cache.
+Bytes per entry and head: ``2 (r_k + r_v) + 4``, and 1 per page for the head's number; with coefficients in 8 bits
+``r_k + r_v + 4 + 4``. The bases are parameters of the model, ``2 D (r_k + r_v)`` bytes per head, and not part of the cache.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _CODES = 127
 
 
 class EigenCodec(Codec):
-    """Eigen Attention with the bases of a file of `dmc calibrate`; each layer has a rank of its own.
+    """Eigen Attention with the bases of a file of `dmc calibrate`; each layer has its own rank.
 
     Args:
-        file: made by ``dmc calibrate`` from the model that is served; for another one it is refused.
+        file: made by ``dmc calibrate`` from the model that is served; a file of another model is rejected.
         coefficients: "bf16", or "int8" with one bf16 scale for keys and one for values of each entry.
 
     Raises:
-        ValueError: if there is no file, or it is no such file.
+        ValueError: if the file is missing, or was not made by ``dmc calibrate``.
     """
 
     name = "eigen"
@@ -65,11 +65,11 @@ class EigenCodec(Codec):
         return EigenLayer(self, self._read.layers[layer], self._read.frequencies, self._read.scaling)
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
-        """Not without a layer: see `of_layer`."""
+        """Raises ValueError: each layer has its own bases, see `of_layer`."""
         raise ValueError("eigen codec: every layer has bases of its own; take `of_layer`")
 
     def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Not without a layer: see `of_layer`."""
+        """Raises ValueError: each layer has its own bases, see `of_layer`."""
         raise ValueError("eigen codec: every layer has bases of its own; take `of_layer`")
 
 
@@ -77,10 +77,10 @@ class EigenLayer(Codec):
     """`EigenCodec` of one layer.
 
     Args:
-        whole: what it is a part of.
+        whole: the codec of all layers.
         bases: of the layer.
         frequencies: fp32 ``[D / 2]``, of RoPE.
-        scaling: attention factor of RoPE: a rotated key is longer by it, and is divided by it when it is rotated back.
+        scaling: attention factor of RoPE: rotation multiplies a key by it, and rotating back divides by it.
     """
 
     name = "eigen"
@@ -100,8 +100,8 @@ class EigenLayer(Codec):
         return {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in blocks.tensors.items()}
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
-        """Not without heads and places: see `encode_at`."""
-        raise ValueError("eigen codec: keys are turned back by their places; take `encode_at`")
+        """Raises ValueError: encoding needs heads and positions, see `encode_at`."""
+        raise ValueError("eigen codec: keys are rotated back by their positions; call `encode_at`")
 
     def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, positions: Tensor) -> Blocks:
         """See `Codec.encode_at`; arithmetic in fp32."""
@@ -119,7 +119,7 @@ class EigenLayer(Codec):
         return self._keys(blocks, torch.float32), values @ self._basis("v", heads, values).transpose(-1, -2)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """See `Codec.scores`; keys are formed, and rotated at their own places."""
+        """See `Codec.scores`; keys are reconstructed and rotated to their positions."""
         return query @ self._keys(blocks, query.dtype).transpose(-1, -2)
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
@@ -152,5 +152,5 @@ class EigenLayer(Codec):
 
 
 def _held(positions: Tensor) -> Tensor:
-    """Positions of entries as indices; an evicted entry's place is -1, and 0 is taken instead, which nobody reads."""
+    """Positions of entries as indices. Evicted entries have position -1; they get 0, and their result is not used."""
     return positions.long().clamp(min=0)

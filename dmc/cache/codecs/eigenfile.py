@@ -27,7 +27,7 @@ class Bases:
 
 @dataclass(frozen=True)
 class EigenFile:
-    """What a file holds.
+    """Content of a file.
 
     Attributes:
         model_hash: `dmc.model.fingerprint.model_hash` of the model.
@@ -45,18 +45,18 @@ class EigenFile:
 
 
 def write(path: Path, made: EigenFile) -> None:
-    """Writes a file; under another name first, so that none is left half written."""
+    """Writes a file atomically: first under another name, then renamed."""
     tensors = {"frequencies": made.frequencies.float().contiguous()}
     known = {"format": FORMAT, "model_hash": made.model_hash, "rope_scaling": repr(made.scaling)}
     for number, bases in enumerate(made.layers):
         tensors[f"layers.{number}.keys"] = bases.keys.float().contiguous()
         tensors[f"layers.{number}.values"] = bases.values.float().contiguous()
-    beside = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, str(beside), metadata={**made.notes, **known})
-        beside.replace(path)
+        save_file(tensors, str(part), metadata={**made.notes, **known})
+        part.replace(path)
     except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written: {error}") from error
 
 
@@ -64,7 +64,7 @@ def read(path: Path) -> EigenFile:
     """Reads a file.
 
     Raises:
-        ValueError: if it is missing, damaged or no file of `dmc calibrate`.
+        ValueError: if it is missing, damaged, or not a file of `dmc calibrate`.
     """
     if not path.is_file():
         raise ValueError(f"eigen codec: {path} is missing; `dmc calibrate DIR --text TEXT --out {path}` makes it")
@@ -73,7 +73,7 @@ def read(path: Path) -> EigenFile:
             notes = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"eigen codec: {path} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"eigen codec: {path} is damaged or not a safetensors file: {error}") from error
     if notes.pop("format", None) != FORMAT:
         raise ValueError(f"eigen codec: {path} is not a file of `dmc calibrate` (format {FORMAT})")
     try:

@@ -20,14 +20,14 @@ _log = logging.getLogger("dmc.cache")
 
 
 def former(name: str, settings: Mapping[str, object]) -> tuple[str, dict[str, object], int | None]:
-    """What a codec of version 0.1 is called now.
+    """The current name and settings of a codec of version 0.1.
 
     Args:
         name: of the codec.
         settings: of the codec.
 
     Returns:
-        Name, settings and, where it may differ from today's, the page size (else None). Other codecs come back unchanged.
+        Name, settings and, where it may differ from today's, the page size (else None). Other codecs are returned unchanged.
     """
     if name not in CHANGED + GONE:
         return name, dict(settings), None
@@ -54,13 +54,13 @@ def former(name: str, settings: Mapping[str, object]) -> tuple[str, dict[str, ob
 
 
 def current(name: str, settings: Mapping[str, object]) -> tuple[str, dict[str, object], int | None, str | None]:
-    """What a name and settings that a user gives today stand for.
+    """The codec that a name and settings given by a user mean.
 
-    A name that is gone, and settings that only the former meaning has, keep that meaning. ``gear`` and its presets mean
+    Removed names, and settings that only the former meaning has, keep the former meaning. ``gear`` and its presets mean
     GEAR's published recipe.
 
     Returns:
-        As `former`, and a warning for `say` where it is not what it was (else None).
+        As `former`, and a warning for `say` if the meaning has changed (else None).
     """
     note = None
     if name in GONE or (name in CHANGED and _only_former(settings)):
@@ -85,20 +85,20 @@ def renamed(name: str, settings: Mapping[str, object]) -> tuple[str, dict[str, o
 
 
 def _only_former(settings: Mapping[str, object]) -> bool:
-    """Whether only the former meaning has such settings: its name of the backbone, or parts of a bit without a backbone."""
+    """True if only the former meaning has such settings: its name of the backbone, or fractional bits without a backbone."""
     parts = (settings.get(name) for name in ("key_bits", "value_bits"))
     fractional = any(isinstance(bits, float) and not bits.is_integer() for bits in parts)
     return settings.get("backbone") == _ROTATED or ("backbone" not in settings and fractional)
 
 
 def _written(name: str, settings: Mapping[str, object]) -> str:
-    """As the command line writes it."""
+    """Name and settings as on the command line."""
     words = ",".join(f"{setting}={value}" for setting, value in settings.items())
     return f"{name}:{words}" if words else name
 
 
 @functools.cache
 def say(text: str) -> None:
-    """Logs a warning, each one once in a process."""
+    """Logs a warning, each text once per process."""
     if os.environ.get("RANK", "0") == "0":
         _log.warning("dmc: %s", text)

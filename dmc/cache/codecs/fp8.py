@@ -47,12 +47,12 @@ class Fp8Codec(Codec):
         return PlainFormat("fp8", entries, head_size, fields, self.fields)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """See `Codec.scores`; the scale is met after the product."""
+        """See `Codec.scores`; the scale is applied after the product."""
         scale = blocks.tensors["k_scale"].to(query.dtype)
         return (query @ self._numbers(blocks, "k", query.dtype).transpose(-1, -2)).mul_(scale[..., None, :])
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
-        """See `Codec.combine`; the scale is met before the product."""
+        """See `Codec.combine`; the scale is applied before the product."""
         scale = blocks.tensors["v_scale"].to(weights.dtype)
         return (weights * scale[..., None, :]) @ self._numbers(blocks, "v", weights.dtype)
 

@@ -2,12 +2,13 @@
 
 A page of one head is ``X ≈ D + S + A Bᵀ``, built in this order: outliers are taken out (for keys those of each
 channel over the page's entries, for values those of each entry over the channels), the rest is quantised to
-D, S holds what D lacks at the outliers' places, and A Bᵀ approximates what is still missing.
+D, S holds the residual at the indices of the outliers, and A Bᵀ approximates the rest of the residual.
 
 The defaults are the published recipe: KCVT backbone from 4 bits up and KIVI below, rank 4, 2 % outliers. A page is the
-block of the paper, and the page that fills is its streaming buffer: the newest 0 to 63 entries are exact. What differs
-from the paper is in docs/methods/gear.md. Bits per element of the min/max backbones, everything stored, for pages of
-N entries and heads of size D (16-bit scales, zeros, factors and outliers; 8-bit places; c outliers per vector of n values):
+block of the paper, and the page that fills is its streaming buffer: the newest 0 to 63 entries are in full precision.
+The differences to the paper are in docs/methods/gear.md. Bits per element of the min/max backbones, everything stored, for
+pages of N entries and heads of size D (16-bit scales, zeros, factors and outliers; 8-bit indices; c outliers per vector of n
+values):
 
     bits + 32 / group + 16 rank (1/D + 1/N) + 24 c / n
 """
@@ -27,7 +28,7 @@ _GROUPED = tuple(name for name, parts in MIN_MAX.items() if any(grouped for _, g
 
 
 class GearCodec(Codec):
-    """GEAR, and its parts: ``outliers=0`` is GEAR-L; ``rank=0`` and ``outliers=0`` the bare backbone, and named so.
+    """GEAR and its parts: ``outliers=0`` is GEAR-L; ``rank=0`` and ``outliers=0`` is the backbone alone, and has its name.
 
     Args:
         bits: 2, 3, 4 or 8, of keys and values on average.
@@ -43,7 +44,7 @@ class GearCodec(Codec):
         scale_dtype: "bf16" or "fp32", of scales and zeros of the min/max backbones alone; None: "bf16".
 
     Raises:
-        ValueError: if a setting is not one of these; the sentence names it and what is allowed.
+        ValueError: if a setting is not one of these; the message names it and the allowed values.
     """
 
     name = "gear"
@@ -79,7 +80,7 @@ class GearCodec(Codec):
         self.group, self.scale_dtype = group if backbone in _GROUPED else None, scale_dtype if backbone in MIN_MAX else None
         self.key_bits, self.value_bits = widths("gear", backbone, bits, key_bits, value_bits)
         if not rank and not outliers:
-            self.name = f"bare {backbone}"  # reports must not show it as GEAR
+            self.name = f"bare {backbone}"  # so that reports do not show it as GEAR
         self.compiles = ("trellis",) if backbone == "trellis" else ()
         self.parts = Backbone(backbone, self.key_bits, self.value_bits, group, SCALE_DTYPES[scale_dtype])
 
@@ -105,7 +106,7 @@ class GearCodec(Codec):
         return self.parts.page_format(self, entries, head_size, fields, device)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """See `Codec.scores`. The low-rank part is ``(q B) Aᵀ``, so A Bᵀ is never formed."""
+        """See `Codec.scores`. The low-rank part is ``(q B) Aᵀ``, so A Bᵀ is not computed."""
         if self.outliers:
             scores = query @ self._base(blocks, "k").to(query.dtype).transpose(-1, -2)
         else:
@@ -116,7 +117,7 @@ class GearCodec(Codec):
         return scores
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
-        """See `Codec.combine`. The low-rank part is ``(w A) Bᵀ``, so A Bᵀ is never formed."""
+        """See `Codec.combine`. The low-rank part is ``(w A) Bᵀ``, so A Bᵀ is not computed."""
         if self.outliers:
             out = weights @ self._base(blocks, "v").to(weights.dtype)
         else:
@@ -162,5 +163,6 @@ class GearCodec(Codec):
 
 
 def _vectors(part: str, x: Tensor) -> Tensor:
-    """What outliers are counted over, last: channels' entries for keys, entries' channels for values. An involution."""
+    """Moves the dimension that outliers are counted over to the end: entries of a channel for keys, channels of an entry for
+    values. Its own inverse."""
     return x.transpose(-1, -2) if part == "k" else x

@@ -44,18 +44,18 @@ class Int8Codec(Codec):
         return PlainFormat("int8", entries, head_size, fields, self.fields)
 
     def scores(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """See `Codec.scores`; the scale is met after the product."""
+        """See `Codec.scores`; the scale is applied after the product."""
         codes, scale = blocks.tensors["k_codes"].to(query.dtype), blocks.tensors["k_scale"].to(query.dtype)
         return (query @ codes.transpose(-1, -2)).mul_(scale[..., None, :])
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
-        """See `Codec.combine`; the scale is met before the product."""
+        """See `Codec.combine`; the scale is applied before the product."""
         codes, scale = blocks.tensors["v_codes"].to(weights.dtype), blocks.tensors["v_scale"].to(weights.dtype)
         return (weights * scale[..., None, :]) @ codes
 
 
 def round_up(x: Tensor) -> Tensor:
-    """The cast of x, fp32 and not negative, to bf16, never below x."""
+    """Casts x (fp32, not negative) to bf16, rounding up."""
     rounded = x.bfloat16()
     above = (rounded.view(torch.int16) + 1).view(torch.bfloat16)  # the next number of the same sign
     return torch.where(rounded.float() < x, above, rounded)

@@ -14,11 +14,11 @@ BITS = (2, 3, 4, 8)
 
 
 class KiviCodec(Codec):
-    """``x ≈ code * scale + zero``; a group of keys is ``group`` tokens of one channel, of values as many channels of a token.
+    """``x ≈ code * scale + zero``; a group is ``group`` tokens of one channel (keys) or ``group`` channels of one token (values).
 
     Bits per element: ``bits + 32 / group``, scales and zeros in bf16. The paper keeps the newest values (R = 128) and up
-    to as many of the newest keys in full precision; here a row's newest 96 to 127 entries are exact, keys and values
-    alike (``window`` and the page that is filling), as are its first 4.
+    to as many of the newest keys in full precision; here keys and values of a row's newest 96 to 127 entries are in full
+    precision (``window`` and the page that is filling), and so are its first 4 entries.
 
     Args:
         bits: 2, 3, 4 or 8; the paper has 2 and 4.

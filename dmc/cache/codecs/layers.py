@@ -11,23 +11,23 @@ from dmc.cache.codecs.former import former, say
 
 FORMAT = "dmc-layers-2"
 FORMER = "dmc-layers-1"
-"""As version 0.1 wrote it: with what the codecs' names meant then."""
+"""The format of version 0.1, with the codec names of that version."""
 _KEYS = {"format", "codec", "layers"}
 
 
 def read_layers(path: str | Path) -> list[Codec]:
-    """One codec a layer; layers with equal settings share an object.
+    """One codec per layer; layers with equal settings share an object.
 
     The file is JSON: ``{"format": "dmc-layers-2", "codec": "tcq", "layers": [{"bits": 4}, {"bits": 2}, ...]}``, an
-    element of "layers" for each layer of the model, with settings of the codec. A key beside these three that begins
-    with "_" is a note and is passed over.
+    element of "layers" for each layer of the model, with settings of the codec. Further keys
+    that begin with "_" are notes and are ignored.
 
     Args:
         path: of the file.
 
     Raises:
-        ValueError: if the file cannot be read, is no such file, or a layer's settings are refused; the sentence names
-            the layer.
+        ValueError: if the file cannot be read, is not such a file, or a layer's settings are rejected; the message
+            names the layer.
     """
     try:
         read = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def read_layers(path: str | Path) -> list[Codec]:
 
 
 def _made(path: str | Path, read: dict, settings: dict) -> Codec:
-    """A codec of the file; in one of the former format names mean what they meant then."""
+    """A codec of the file. In the former format, names have the meaning of version 0.1."""
     name = read["codec"]
     if read["format"] == FORMAT:
         return codec(name, **settings)

@@ -15,17 +15,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_GRID = 1 << 14  # angles at which the density is summed up
+_GRID = 1 << 14  # angles of the numerical integration
 _ROUNDS = 1000  # of Lloyd's iteration, at most
 _SETTLED = 1e-8
 
 
 @dataclass(frozen=True)
 class LloydMax:
-    """The coder that `dmc.cache.codecs.rotated.Rotated` takes in place of the trellis; see there for the methods.
+    """A coder for `dmc.cache.codecs.rotated.Rotated` instead of the trellis; the methods are described there.
 
     Attributes:
-        head_size: D; the law of a coordinate depends on it.
+        head_size: D; the distribution of a coordinate depends on it.
     """
 
     head_size: int
@@ -65,7 +65,7 @@ def levels(bits: int, head_size: int) -> Tensor:
         edges = torch.cat([points[:1], middle, points[-1:]])
         below, first = _at(edges, points, mass), _at(edges, points, moment)
         new = (first[1:] - first[:-1]) / (below[1:] - below[:-1])
-        new = (new - new.flip(0)) / 2  # the law is symmetric
+        new = (new - new.flip(0)) / 2  # the distribution is symmetric
         moved = (new - table).abs().max()
         table = new
         if moved < _SETTLED:

@@ -9,8 +9,8 @@ from torch import Tensor
 def low_rank(residual: Tensor, rank: int, *, rounds: int, seed: int) -> tuple[Tensor, Tensor]:
     """Best rank-``rank`` approximation of each page's residual, by power iteration with QR in every round.
 
-    The start is drawn from ``seed`` alone and is the same for every page, so a page's code depends on nothing
-    but the page.
+    The start is drawn from ``seed`` alone and is the same for every page, so the code of a
+    page depends on that page alone.
 
     Args:
         residual: fp32 ``[..., N, D]``.

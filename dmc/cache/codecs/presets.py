@@ -10,7 +10,7 @@ from dmc.cache.codecs.tcq import TcqCodec
 
 
 class _Preset(Codec):
-    """A codec with defaults of its own; every setting can still be changed."""
+    """A codec with its own defaults; every setting can be changed."""
 
     defaults: ClassVar[dict[str, object]]
     of: ClassVar[type[Codec]]
@@ -25,7 +25,7 @@ class _Preset(Codec):
 
 
 class _Gear(_Preset, GearCodec):
-    """GEAR as its paper has it: rank 4, 2 % outliers, and the backbone that the paper takes for these bits."""
+    """GEAR as published: rank 4, 2 % outliers, and the paper's backbone for these bits."""
 
     of = GearCodec
 
@@ -45,9 +45,9 @@ class Gear2Bit(_Gear):
 
 
 class _Tcq(_Preset, TcqCodec):
-    """TCQ in pages that are longer than its own, which costs the fewest bits per stored entry.
+    """TCQ in pages longer than its default, which takes the fewest bits per stored entry.
 
-    Below some thousand tokens per head ``page_size=32`` holds less in all, since fewer entries wait for a full page.
+    Below some thousand tokens per head ``page_size=32`` takes fewer bytes in total, since fewer entries wait for a full page.
     """
 
     of = TcqCodec

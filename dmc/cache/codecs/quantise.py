@@ -17,7 +17,7 @@ class Quantiser:
 
     Attributes:
         bits: 2, 3, 4 or 8; ``2**bits - 1`` steps between a group's lowest and highest value.
-        axis: "token": a group is a chunk of one token's channels; "channel": a group is a chunk of
+        axis: "token": a group is a run of channels of one token; "channel": a group is a run of
             tokens of one channel.
         group: longest group; None: the whole vector. A vector that it does not divide is cut into equal groups
             below that length.
@@ -45,7 +45,7 @@ class Quantiser:
         return {"codes": pack(codes, self.bits), "scale": scale.flatten(-3), "zero": zero.flatten(-3)}
 
     def decode(self, fields: dict[str, Tensor], entries: int, head_size: int) -> Tensor:
-        """The fp32 ``[..., N, D]`` that `encode`'s fields stand for."""
+        """Decodes the fields of `encode`: fp32 ``[..., N, D]``."""
         count, length = (entries, head_size) if self.axis == "token" else (head_size, entries)
         codes = unpack(fields["codes"], self.bits, entries * head_size, torch.float32)
         scale = fields["scale"].float().unflatten(-1, (count, -1, 1))
@@ -74,7 +74,7 @@ def _in_groups(vectors: Tensor, group: int | None) -> Tensor:
 
 
 def _round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cast of x to ``dtype``, never above x."""
+    """Casts x to ``dtype``, rounding down."""
     rounded = x.to(dtype)
     below = (x - x.abs() * torch.finfo(dtype).eps - torch.finfo(dtype).tiny).to(dtype)
     return torch.where(rounded.float() > x, below, rounded)

@@ -1,9 +1,9 @@
-"""Rotated quantisation: channels are mixed by an orthogonal matrix, then coded with one scale a token.
+"""Rotated quantisation: channels are mixed by an orthogonal matrix, then coded with one scale per token.
 
 After the rotation every channel of a token looks normal with the same variance, whatever channels were large before,
-so one scale a token is enough and nothing is an outlier. Keys keep a mean of their own over the page in each channel,
-which is where the energy of keys is: it is taken off before and kept in 8 bits. Attention works on rotated queries
-(``q·k = qR·kR``), so nothing is rotated back entry by entry.
+so one scale per token is enough and there are no outliers. Most of the energy of keys is in each channel's mean over the
+page: the mean is subtracted first and stored in 8 bits. Attention uses rotated queries (``q·k = qR·kR``), so entries are
+not rotated back one by one.
 
 Bits per element of a page of N entries and heads of size D: ``rate + 8/D + 16/(N D)``, and with a mean
 ``8/N + 16/(N D)`` more.
@@ -31,7 +31,7 @@ Fields = dict[str, Tensor]
 
 
 class Coder(Protocol):
-    """How values of about variance 1 become codes: the functions of `dmc.cache.codecs.trellis`, or another's."""
+    """Converts values of about variance 1 to codes and back, as the functions of `dmc.cache.codecs.trellis` do."""
 
     chunks: Callable[[float, int], list[tuple[int, int]]]
     choose: Callable[[Tensor, float], Tensor]
@@ -54,8 +54,8 @@ class Rotated:
     """``x ≈ (levels * scale + mean) Rᵀ``; see the head of this file.
 
     Attributes:
-        rate: bits a code, one that the coder knows: of the trellis `trellis.RATES`.
-        mean: whether each channel's mean over the page is kept apart.
+        rate: bits per code, one that the coder supports: of the trellis `trellis.RATES`.
+        mean: whether each channel's mean over the page is stored separately.
         coder: of the values; the trellis.
         rotation: a name of `ROTATIONS`.
         seed: of the rotation.
@@ -81,7 +81,7 @@ class Rotated:
             tables = {bits: trellis.levels(bits) for _, bits in parts}
             turn, hadamard = self._turn(x.shape[-1], x[..., :0].double()), self.rotation == "hadamard"
             return rotated_cpu.encode(x, turn, parts, tables, mean=self.mean, hadamard=hadamard)
-        x = x.double()  # what another batch size changes in the last digit of a sum must not reach the codes
+        x = x.double()  # rounding that depends on the batch size must not change the codes
         size = x.abs().amax((-2, -1), keepdim=True)
         size = torch.where(size > 0, size, 1.0)
         y = (x / size) @ self._turn(x.shape[-1], x)
@@ -100,7 +100,7 @@ class Rotated:
         return fields | {"codes": self._pack(codes)}
 
     def decode(self, fields: Fields, entries: int, head_size: int) -> Tensor:
-        """The fp32 ``[..., N, D]`` that `encode`'s fields stand for; within bf16's range."""
+        """Decodes the fields of `encode`: fp32 ``[..., N, D]`` within bf16's range."""
         levels, scale, mean = self._parts(fields, entries, head_size)
         size = scale.amax(-1)[..., None, None]
         if mean is not None:
@@ -153,7 +153,7 @@ class Rotated:
 
 
 class RotatedPages(Codec):
-    """A codec whose pages are coded by `Rotated` quantisers and hold nothing else."""
+    """A codec whose pages hold only the fields of `Rotated` quantisers."""
 
     lossy = True
 
@@ -190,7 +190,7 @@ def rotation(size: int, like: Tensor, *, kind: str = "hadamard", seed: int = 0) 
 
     "hadamard": random signs, then Hadamard. "orthogonal": uniformly random, by QR of normal numbers.
 
-    A Hadamard matrix as built here exists for powers of 2. What D has besides (3 of 96, 5 of 80, all of an odd D)
+    A Hadamard matrix as built here exists for powers of 2. The remaining factor of D (3 of 96, 5 of 80, D itself if odd)
     is mixed by the cosine transform of that length.
     """
     return _rotation(size, like.dtype, kind, seed).to(like.device)

@@ -12,14 +12,14 @@ _CODES = 127
 
 
 class SvdCodec(Codec):
-    """``X ≈ A diag(s) Bᵀ``: the truncated SVD of keys and of values, the best approximation of rank r in the squares' sum.
+    """``X ≈ A diag(s) Bᵀ``: the truncated SVD of keys and of values, the best approximation of rank r in least squares.
 
     Only the factors are stored, never a product: A ``[N, r]`` and B ``[D, r]``, each column scaled to a largest value
-    of 1, and s in fp32. Bits per element: ``r (1/N + 1/D) b + 32 r / (N D)`` with b bits a number of the factors.
+    of 1, and s in fp32. Bits per element: ``r (1/N + 1/D) b + 32 r / (N D)`` with b bits per number of the factors.
 
     Args:
-        rank: r, at most min(N, D): a larger one is cut to that.
-        factors: "bf16", "fp16", "fp32" or "int8" (127 steps a column), how the factors are stored.
+        rank: r, at most min(N, D): a larger one is reduced to that.
+        factors: "bf16", "fp16", "fp32" or "int8" (127 steps per column): how the factors are stored.
 
     Raises:
         ValueError: if a setting is out of range.

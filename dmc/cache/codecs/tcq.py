@@ -1,13 +1,13 @@
 """TCQ: rotated, trellis-coded quantisation, the closest codec of this project per bit (docs/results/tcq.md).
 
 A rotation spreads each vector over all channels (`dmc.cache.codecs.rotated`), then a trellis codes it
-(`dmc.cache.codecs.trellis`). There is no low rank and there are no outliers, so this is not GEAR; GEAR can have it as its
+(`dmc.cache.codecs.trellis`). It has no low-rank part and no outliers, so it is not GEAR; GEAR can use it as its
 backbone (`dmc.cache.codecs.gear`). Bits per element, everything stored, for pages of N entries and heads of size D:
 
     (key_bits + value_bits) / 2 + 8/D + 4/N + 24/(N D)
 
-With 4 bits, N = 32 and D = 64 an entry of 64 + 64 values takes 68 bytes, against 256 in bf16. Longer pages share the
-keys' mean among more entries, but more entries then wait for a full page.
+With 4 bits, N = 32 and D = 64 an entry of 64 + 64 values takes 68 bytes, against 256 in bf16. In longer pages
+more entries share the keys' mean, but more entries wait for a full page.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from dmc.kernels.pages.format import PageFormat
 
 
 class TcqCodec(RotatedPages):
-    """Rotated, trellis-coded quantisation with one 8-bit scale per token; keys keep their mean over the page apart.
+    """Rotated, trellis-coded quantisation with one 8-bit scale per token; the keys' mean over the page is stored
+    separately.
 
     Args:
-        bits: 2, 3, 4 or 8, of keys and values on average; divided between them as was measured best
-            (`dmc.cache.codecs.backbones.SPLIT`).
+        bits: 2, 3, 4 or 8, of keys and values on average; divided between them by the best measured bit
+            allocation (`dmc.cache.codecs.backbones.SPLIT`).
         key_bits, value_bits: of keys and of values, in quarters of a bit from 1 to 8; None: as ``bits`` says.
 
     Raises:
-        ValueError: if a setting is not one of these; the sentence names it and what is allowed.
+        ValueError: if a setting is not one of these; the message names it and the allowed values.
     """
 
     name = "tcq"

@@ -1,12 +1,12 @@
-"""Trellis-coded quantisation of values that look normal: b bits a value, about 1.2 to 1.6 dB closer than b-bit scalars.
+"""Trellis-coded quantisation of values that look normal: b bits per value, 1.2 to 1.6 dB closer than b-bit scalars.
 
 Marcellin & Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources" (1990), with Ungerboeck's
-four-state code. There are ``2**(b + 1)`` levels, twice as many as b bits can tell apart, dealt out in turn to four
+four-state code. There are ``2**(b + 1)`` levels, twice as many as b bits can distinguish, distributed in turn over four
 subsets. The lowest bit of a code, u, is the path through the trellis: it and the two before it name the subset,
 
     subset of value t = 2 (u_t xor u_{t-2}) + u_{t-1}          (u before the first value: 0)
 
-and the code's other bits, the cell, name the level in the subset. Which path is best is found by Viterbi's algorithm.
+and the code's other bits, the cell, name the level in the subset. Viterbi's algorithm finds the best path.
 A code is read without a loop: the subset is two shifted copies of the path.
 
 The levels are the quantiles of a wider normal distribution, which are optimal as b grows (Panter and Dite); at 1 and
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from dmc.kernels.cpu.runs import runs_on_cpu
 
-RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits a value: 1 to 8, see `chunks`
+RATES = tuple(quarter / 4 for quarter in range(4, 33))  # bits per value: 1 to 8, see `chunks`
 _FITTED = {1: (0.3963, 1.1817), 2: (0.1680, 0.6470, 1.0708, 1.8779)}  # the positive levels
 _WIDTH = {3: 1.35, 4: 1.45, 5: 1.5}  # of the wider normal distribution; 1.55 above
 _SUBSETS = 4
-_ROWS = 1024  # vectors whose path is sought at once, so that the costs stay in a core's cache
+_ROWS = 1024  # vectors per search, so that the costs stay in a core's cache
 
 
 def chunks(rate: float, length: int) -> list[tuple[int, int]]:
-    """How a vector of ``length`` values is divided: ``(values, bits)`` of each chunk, those of more bits first.
+    """Divides a vector of ``length`` values: ``(values, bits)`` of each chunk, the one with more bits first.
 
     At 2.25 bits a quarter of the values has 3 bits and the others 2; the count is rounded to whole values.
     """
@@ -52,11 +52,11 @@ def levels(bits: int) -> Tensor:
 
 
 def choose(x: Tensor, rate: float) -> Tensor:
-    """The codes whose levels are nearest to x in the squares' sum: fp32 ``[..., T]`` → uint8 ``[..., T]``.
+    """The codes whose levels are nearest to x in least squares: fp32 ``[..., T]`` → uint8 ``[..., T]``.
 
     Args:
-        x: vectors of about variance 1; each is coded for itself.
-        rate: bits a value, one of `RATES`.
+        x: vectors of about variance 1; each is coded independently.
+        rate: bits per value, one of `RATES`.
     """
     if runs_on_cpu(x):
         from dmc.kernels.formats.trellis import viterbi_cpu as trellis_cpu
@@ -68,7 +68,7 @@ def choose(x: Tensor, rate: float) -> Tensor:
 
 
 def read(codes: Tensor, rate: float) -> Tensor:
-    """The levels that codes stand for: uint8 ``[..., T]`` → fp32 ``[..., T]``."""
+    """The levels of codes: uint8 ``[..., T]`` → fp32 ``[..., T]``."""
     path = codes & 1
     index = torch.zeros_like(path)  # of the subset
     index[..., 1:] = path[..., :-1]

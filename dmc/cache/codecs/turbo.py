@@ -9,19 +9,19 @@ BITS = (1, 2, 3, 4, 5, 6)
 
 
 class RotatedCodec(RotatedPages):
-    """A vector is turned by a random rotation, and each coordinate takes the nearest level of the optimal scalar codebook.
+    """A random rotation of each vector, and for each coordinate the nearest level of the optimal scalar codebook.
 
-    After the rotation a coordinate follows one known law whatever the vector was, so the codebook
-    (`dmc.cache.codecs.lloyd`) needs no data. The vector's length is kept as the gain that fits its levels best, in 8 bits
-    on a logarithmic scale below the page's largest, where the paper keeps the norm in 16. `dmc.cache.codecs.tcq` is
-    the same with a trellis in the place of the scalar codebook, and closer per bit.
+    After the rotation a coordinate has the same known distribution for every vector, so the codebook
+    (`dmc.cache.codecs.lloyd`) needs no data. The vector's length is stored as the gain that fits its levels best, in 8 bits
+    on a logarithmic scale below the page's largest; the paper stores the norm in 16 bits. `dmc.cache.codecs.tcq` uses a
+    trellis instead of the scalar codebook, and is closer per bit.
 
     Bits per element of a page of N entries and heads of size D: ``bits + 8/D + 16/(N D)``; with the keys' mean
     ``4/N + 8/(N D)`` more.
 
     Args:
         bits: 1 to 6.
-        mean: whether the mean of each key channel over the page is taken off before and kept in 8 bits; not in the paper.
+        mean: whether the mean of each key channel over the page is subtracted first and stored in 8 bits; not in the paper.
         rotation: "hadamard" (random signs, then Hadamard: fast) or "orthogonal" (uniformly random, as in the paper).
         seed: of the signs or of the matrix.
 

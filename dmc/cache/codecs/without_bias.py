@@ -1,4 +1,4 @@
-"""A codec for models whose keys have a bias: it sees keys without it (`dmc.kernels.pages.key_bias` says why)."""
+"""A codec for models whose keys have a bias: it encodes keys without the bias (reasons: `dmc.kernels.pages.key_bias`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAD = "head"  # field: the key/value head of a page, counted over all layers
 
 
 class WithoutKeyBias(Codec):
-    """Another codec, given keys without their bias; the bias enters again where pages are read.
+    """Another codec, which gets keys without their bias. The bias is added again when pages are read.
 
     A page also keeps the positions of its entries, 4 bytes each, and its head, 4 bytes.
 
@@ -37,13 +37,13 @@ class WithoutKeyBias(Codec):
         return self.inner.layout(entries, head_size, dtype) | own
 
     def make_page_format(self, entries: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
-        """That of the inner codec: its kernels read these pages, and whoever calls them adds the bias."""
+        """The page format of the inner codec: its kernels read these pages, and their caller adds the bias."""
         inner = {name: field for name, field in fields.items() if name not in (POSITION, _HEAD)}
         return self.inner.make_page_format(entries, head_size, inner, device)
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
-        """Not without heads and positions: see `encode_at`."""
-        raise ValueError(f"{self.name} codec without the keys' bias: this needs heads and positions; take `encode_at`")
+        """Raises ValueError: encoding needs heads and positions, see `encode_at`."""
+        raise ValueError(f"{self.name} codec without the keys' bias: this needs heads and positions; call `encode_at`")
 
     def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, positions: Tensor) -> Blocks:
         """See `Codec.encode_at`; the difference is computed in fp32 and rounded to the dtype of ``keys``."""
@@ -63,12 +63,12 @@ class WithoutKeyBias(Codec):
         return self.inner.scores(self._inner(blocks), query) + bias
 
     def row_scores(self, blocks: Blocks, query: Tensor) -> Tensor:
-        """See `Codec.row_scores`; the pages of a row are of one head."""
+        """See `Codec.row_scores`; all pages of a row belong to one head."""
         bias = self.key_bias.scores(query, _heads(blocks)[:, 0], blocks.tensors[POSITION].flatten(1))
         return self.inner.row_scores(self._inner(blocks), query) + bias
 
     def combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
-        """See `Codec.combine`: values have no part in this."""
+        """See `Codec.combine`: values have no bias."""
         return self.inner.combine(self._inner(blocks), weights)
 
     def row_combine(self, blocks: Blocks, weights: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ class WithoutKeyBias(Codec):
 
 
 def without_key_bias(codecs: Sequence[Codec], key_bias: KeyBias | None) -> list[Codec]:
-    """The codecs of each layer for a model whose keys have this bias; one object stays one object.
+    """The codecs of each layer for a model whose keys have this bias. Layers that share a codec object still share one.
 
-    Lossless codecs stay as they are, and so does a codec that turns keys back itself (`Codec.needs_positions`): eigen has its
-    bases before RoPE, where the bias is one direction of them.
+    Lossless codecs are returned unchanged. So are codecs that rotate keys back themselves (`Codec.needs_positions`): the bases
+    of eigen apply before RoPE, where the bias is one of their directions.
     """
     if key_bias is None:
         return list(codecs)

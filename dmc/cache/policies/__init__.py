@@ -1,4 +1,4 @@
-"""Which entries exist. `policy` makes one by name; a new policy is a file here and a line in `POLICIES`."""
+"""Policies: which entries exist. `policy` makes one by name; a new policy is a file here and a line in `POLICIES`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class AdaKVPolicy(SnapKVPolicy):
 
     Args:
         budget, share, window, kernel: see `dmc.cache.policies.snapkv.SnapKVPolicy`.
-        least: part of the mean budget that each head has in any case.
+        least: part of the mean budget that each head has at least.
 
     Raises:
         ValueError: if a setting is out of range.

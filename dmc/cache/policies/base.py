@@ -1,4 +1,4 @@
-"""What a policy is: which entries exist."""
+"""`Policy`: the interface that decides which entries exist."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from dmc.cache.policies.entries import Entries, PromptEntries
 class Policy(ABC):
     """Decides, from what the model proposes, which entries each key/value head holds.
 
-    Merging policies override `decide` alone. An evicting policy sets `evicts` and says in `keep` which entries stay;
+    Merging policies override `decide` alone. An evicting policy sets `evicts` and selects in `keep` the entries that stay;
     the cache calls it at the end of a prompt and after every generated token, drops the others and frees their pages.
-    A policy that also looks at keys, values or queries of a prompt overrides `keep_prompt`, which is called at its end in the
-    place of `keep`. With `prompt_only` nothing is evicted after that. What needs memory or time is declared (`statistics`,
-    `last_queries`, `query_moments`, `arrival`), and nothing of it is computed for a policy that does not declare it.
+    A policy that also looks at keys, values or queries of a prompt overrides `keep_prompt`, which is called at its end
+    instead of `keep`. With `prompt_only` nothing is evicted after that. A policy declares what needs memory or time
+    (`statistics`, `last_queries`, `query_moments`, `arrival`); nothing else is computed.
 
     Attributes:
         name: under which `dmc.cache.policy` finds it.
-        merges: whether `decide` can give an alpha other than 0 or an omega other than 1. Where it cannot, the cache
-            knows before a step that every open entry closes in it.
-        evicts: whether entries can go before their sequence ends. Their places are then stored, 4 bytes an entry.
-        statistics: what attention gathers for each entry, 4 bytes an entry: None; "sum", the softmax weights that it got
-            from all queries so far, those of a head's group added up; "last", those of the newest query alone.
-        prompt_only: whether entries are evicted at the end of a prompt alone, by `keep_prompt`; generated tokens all stay.
-        last_queries: of a prompt that `PromptEntries` holds, as many as there are at most.
-        query_moments: whether it also holds mean and covariance of the prompt's queries.
-        ring: newest tokens of a row that stay as they are; one that leaves them is merged, or dropped by a policy that does
-            not merge, where the model's logit says so (`dmc.cache.reading.late`). None: tokens are merged at once.
-        max_entries: with a ring, entries of a row behind it at most: once there are so many, what leaves the ring is
-            merged, or dropped by a policy that does not merge, whatever the model says. None: no bound.
-        sinks: with a ring, first tokens of a sequence that are never dropped or merged; where tokens merge, the token after
-            them opens an entry as well.
+        merges: whether `decide` can give an alpha other than 0 or an omega other than 1. If it cannot, the
+            cache knows before a step that every accumulating entry becomes final in it.
+        evicts: whether entries can be dropped before their sequence ends. Their positions are then stored, 4 bytes per entry.
+        statistics: attention statistics of each entry, 4 bytes per entry: None; "sum", the sum of the softmax weights that
+            the entry got from all queries so far, over a head's group; "last", from the newest query alone.
+        prompt_only: whether entries are evicted only at the end of a prompt, by `keep_prompt`; all generated tokens stay.
+        last_queries: largest number of a prompt's last queries that `PromptEntries` holds.
+        query_moments: whether `PromptEntries` holds mean and covariance of the prompt's queries.
+        ring: number of newest tokens of a row that stay as they are. A token that leaves them is merged, or dropped by a policy
+            that does not merge, if the model's logit is above 0 (`dmc.cache.reading.late`). None: tokens are merged at once.
+        max_entries: with a ring, largest number of entries of a row behind it. Once there are so many, each token that leaves the
+            ring is merged, or dropped by a policy that does not merge, whatever the model decides. None: no bound.
+        sinks: with a ring, first tokens of a sequence that are never dropped or merged; if tokens merge, the token after
+            them also starts a new entry.
         likely_cr: tokens / entries to expect of a sequence until it is measured; None: what the checkpoint reports.
-        by_head: whether what happens to a head's entries follows from that head alone, so that heads can be on
-            different ranks (tensor parallelism).
+        by_head: whether decisions about a head's entries depend on that head alone, so that heads can be on different ranks
+            (tensor parallelism).
     """
 
     name: ClassVar[str]
@@ -55,7 +55,7 @@ class Policy(ABC):
     by_head: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """A policy that says it evicts must do so: known when it is defined, not at the first step."""
+        """Rejects a policy that sets `evicts` without `keep` when the class is defined, not at the first step."""
         super().__init_subclass__(**kwargs)
         if cls.evicts and cls.prompt_only:
             if cls.keep_prompt is Policy.keep_prompt:
@@ -75,21 +75,21 @@ class Policy(ABC):
 
     @property
     def scored(self) -> bool:
-        """Whether entries carry a score."""
+        """True if entries carry a score."""
         return self.statistics is not None or type(self).arrival is not Policy.arrival
 
     @property
     def evicts_later(self) -> bool:
-        """Whether entries can go while tokens are generated. Their places are then stored."""
+        """True if entries can be dropped while tokens are generated. Their positions are then stored."""
         return self.evicts and not self.prompt_only
 
     @abstractmethod
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """The merging decisions that are carried out.
+        """The merging decisions of this policy.
 
         Args:
-            alpha: fp32 of any shape, 1 where the model would merge the token into the open entry, else 0. With a model that
-                decides when tokens leave a window: its logit, which a policy with a `ring` passes on.
+            alpha: fp32 of any shape, 1 where the model would merge the token into the accumulating entry, else 0. For a model
+                that decides when tokens leave a window: its logit, which a policy with a `ring` returns unchanged.
             omega: the same shape, weight of the token in its entry.
 
         Returns:
@@ -109,24 +109,24 @@ class Policy(ABC):
         return omega
 
     def visible(self, positions: Tensor, queries: Tensor) -> Tensor | None:
-        """Which earlier entries the queries of a prompt see, by position alone.
+        """The earlier entries that the queries of a prompt see, by position alone.
 
         Args:
             positions: int32 ``[..., N]`` as in `Entries`.
             queries: int64 ``[..., T]``, positions.
 
         Returns:
-            bool ``[..., T, N]``, or None: all of them. An entry out of sight must stay so for later queries: the
-            cache forgets it during the prompt.
+            bool ``[..., T, N]``, or None: all of them. An entry that one query does not see must be invisible to later
+            queries too: the cache drops it during the prompt.
         """
         return None
 
     def keep(self, entries: Entries) -> Tensor:
-        """Which entries stay, if `evicts`: bool ``[R, N]``; asked after each step, before the next query."""
+        """The entries that stay, bool ``[R, N]``; only if `evicts`. Called after each step, before the next query."""
         raise NotImplementedError
 
     def arrival(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """Scores of tokens as they come, for a policy that overrides this; `Entries.scores` then holds them.
+        """Scores of tokens at arrival, for a policy that overrides this; `Entries.scores` then holds them.
 
         Args:
             keys: ``[..., H, D]``, before RoPE.
@@ -139,14 +139,14 @@ class Policy(ABC):
         raise NotImplementedError
 
     def keep_prompt(self, prompt: PromptEntries) -> Tensor:
-        """Which entries of one sequence's prompt stay, if `evicts`: bool ``[H, N]``; asked once, at its end."""
+        """The entries of one sequence's prompt that stay, bool ``[H, N]``; only if `evicts`. Called once, at its end."""
         return self.keep(prompt)
 
     def rewrite(self, prompt: PromptEntries, kept: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys (rotated) and values ``[H, N, D]`` of a prompt after `keep_prompt`, such as with what was dropped merged into what
-        stays; None: as they are."""
+        """Keys (rotated) and values ``[H, N, D]`` of a prompt after `keep_prompt`, for example with dropped entries merged into
+        kept ones; None: unchanged."""
         return None
 
     def most_entries(self, tokens: int) -> int:
-        """Entries, the tail counted, that a row of so many tokens can hold between two steps."""
+        """Largest number of entries, the accumulating one included, of a row of so many tokens between two steps."""
         return tokens if self.max_entries is None else min(tokens, self.ring + self.max_entries)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 LEAST = 16
-"""Entries that a share of the tokens comes to at least: shorter texts are kept whole."""
+"""Lower bound of a budget that is a share of the tokens: shorter texts are kept completely."""
 
 Count = TypeVar("Count", int, Tensor)
 
 
 def check_count(policy: str, setting: str, value: object, least: int) -> int:
-    """The value, if it is a whole number that is large enough.
+    """Returns the value if it is a whole number that is large enough.
 
     Raises:
         ValueError: if not.
@@ -26,7 +26,7 @@ def check_count(policy: str, setting: str, value: object, least: int) -> int:
 
 
 def check_entries(policy: str, value: object, sinks: int = 0) -> int | None:
-    """The value of ``max_entries``, if it is None or leaves room for an entry behind the sinks.
+    """Returns ``max_entries`` if it is None or leaves room for an entry behind the sinks.
 
     Raises:
         ValueError: if not.
@@ -40,7 +40,7 @@ def check_entries(policy: str, value: object, sinks: int = 0) -> int | None:
 
 
 def check_share(policy: str, value: object) -> float | None:
-    """The value, if it is None or a share.
+    """Returns the value if it is None or a share.
 
     Raises:
         ValueError: if not.
@@ -53,7 +53,7 @@ def check_share(policy: str, value: object) -> float | None:
 
 
 def of_tokens(share: float, tokens: Count) -> Count:
-    """Entries that a query may see, itself among them, when so many tokens have been read, itself among them.
+    """Number of entries that a query may see, itself included, after so many tokens, itself included.
 
     Args:
         share: of the tokens.
@@ -65,15 +65,15 @@ def of_tokens(share: float, tokens: Count) -> Count:
 
 
 def top(scores: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
-    """The entries with the highest scores: of equal ones, those further right.
+    """The entries with the highest scores; of equal scores, those further right.
 
     Args:
         scores: fp32 ``[R, N]``.
         among: bool ``[R, N]``, entries that take part.
-        count: how many of each row; a number, or int64 ``[R, 1]``.
+        count: number per row; an int, or int64 ``[R, 1]``.
 
     Returns:
-        bool ``[R, N]``; all that take part where they are no more than ``count``.
+        bool ``[R, N]``; all that take part if there are at most ``count`` of them.
     """
     if not (among.sum(-1, keepdim=True) > count).any():
         return among

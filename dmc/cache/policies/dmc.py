@@ -9,13 +9,13 @@ from dmc.cache.policies.base import Policy
 
 
 class DmcPolicy(Policy):
-    """Takes the model's decisions as they are; a plain Llama makes none, and is then cached in full.
+    """Uses the model's decisions unchanged. A plain Llama makes none; its cache is then uncompressed.
 
     Args:
-        window: newest tokens that stay as they are (late merging); None merges at once. What the model was trained with, if
-            `dmc.LLM` is given the policy by name alone.
-        max_entries: entries of each head behind the window at most, at least 1: once there are so many, every token that
-            leaves the window is merged. Needs a window; None sets no bound. See `dmc.cache.KVCache` for sinks.
+        window: newest tokens that stay as they are (late merging); None merges at once. If `dmc.LLM` gets the policy
+            by name alone, it is the window of training.
+        max_entries: largest number of entries of each head behind the window, at least 1. Once there are so many, every token
+            that leaves the window is merged. Needs a window; None sets no bound. See `dmc.cache.KVCache` for sinks.
 
     Raises:
         ValueError: if a number is out of range, or ``max_entries`` comes without a window.

@@ -1,4 +1,4 @@
-"""Dynamic Memory Sparsification (Łańcucki et al., arXiv 2506.05345): tokens are evicted a while after the model marks them."""
+"""Dynamic Memory Sparsification (Łańcucki et al., arXiv 2506.05345): late eviction of tokens."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dmc.cache.policies.base import Policy
 
 
 class DmsPolicy(Policy):
-    """A token that the model decides to evict is last seen by the query ``window`` tokens after it.
+    """The last query that sees a token with an eviction decision is ``window`` tokens after it.
 
-    The newest ``window`` tokens stay in a ring (`dmc.cache.reading.late`), and only those to be kept leave it for a page, so
+    The newest ``window`` tokens stay in a ring (`dmc.cache.reading.late`), and only tokens that are kept go from it to a page, so
     pages have no evicted slots. Nothing is merged.
 
     Args:
-        window: tokens between a token and its eviction, at least 0. What the model was trained with, if `dmc.LLM` is given
-            the policy by name alone.
-        sinks: first tokens of a sequence that are never evicted, at least 0. Of a model that decides late, `dmc.LLM` sets 1:
-            training keeps the first token.
-        max_entries: entries of each head behind the window at most, more than the sinks: once there are so many, every token
-            that leaves the window is dropped. None sets no bound.
+        window: tokens between a token and its eviction, at least 0. If `dmc.LLM` gets the policy by name
+            alone, it is the window of training.
+        sinks: first tokens of a sequence that are never evicted, at least 0. For a model that decides late, `dmc.LLM`
+            sets 1: training keeps the first token.
+        max_entries: largest number of entries of each head behind the window, more than the sinks. Once there are so many,
+            every token that leaves the window is dropped. None sets no bound.
 
     Raises:
         ValueError: if a number is out of range.

@@ -1,4 +1,4 @@
-"""What policies choose among: entries of a row, and at the end of a prompt also its keys, values and queries."""
+"""Arguments of policies: entries of rows, and at the end of a prompt also its keys, values and queries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dmc.functional import rotate
 
 @dataclass(frozen=True)
 class Entries:
-    """What an evicting policy chooses among: the closed entries of R rows, the tail left out.
+    """The entries that an evicting policy chooses among: the final entries of R rows, without the accumulating ones.
 
     Rows are those of one layer, sequence by sequence and head by head within a sequence, so that
     ``tensor.unflatten(0, (-1, heads))`` has a dimension of sequences.
 
     Attributes:
-        positions: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1: no entry.
-        scores: fp32 ``[R, N]``, what `Policy.statistics` gathered; None if nothing is.
+        positions: int32 ``[R, N]``, position of the newest token of each entry, rising along a row; -1 where there is no entry.
+        scores: fp32 ``[R, N]``, attention statistics of `Policy.statistics`, or scores of `Policy.arrival`; None without them.
         heads: H.
         next: int64 ``[R]``, position of the next query of the row's sequence.
         layer: number of the layer.
@@ -37,13 +37,13 @@ class Entries:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """fp64 stays fp64."""
+    """x in fp32, or in fp64 if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the queries of a prompt, before RoPE, summed over its tokens in fp32 at least.
+    """Moments of a prompt's queries before RoPE, summed over its tokens in fp32 or more.
 
     Attributes:
         count: tokens.
@@ -57,28 +57,28 @@ class Moments:
 
     @classmethod
     def of(cls, query: Tensor) -> Moments:
-        """Of queries ``[T, Hq, D]``."""
+        """Moments of queries ``[T, Hq, D]``."""
         heads = at_least_fp32(query).transpose(0, 1)
         return cls(len(query), heads.sum(1), heads.transpose(1, 2) @ heads)
 
     def __add__(self, other: Moments) -> Moments:
-        """Of two chunks of a prompt together."""
+        """Moments of two chunks of a prompt together."""
         return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
 
     @property
     def mean(self) -> Tensor:
-        """``[Hq, D]``."""
+        """Mean ``[Hq, D]``."""
         return self.total / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """``[Hq, D, D]``, of the population: divided by the number of tokens."""
+        """Covariance ``[Hq, D, D]`` of the population: divided by the number of tokens."""
         return self.products / self.count - self.mean[:, :, None] * self.mean[:, None, :]
 
 
 @dataclass(frozen=True)
 class PromptEntries(Entries):
-    """`Entries` of one sequence at the end of its prompt: R is H, and the newest token, which always stays, is not among them.
+    """`Entries` of one sequence at the end of its prompt: R is H. The newest token always stays and is not included.
 
     Attributes:
         keys: ``[H, N, D]``, rotated.
@@ -98,7 +98,7 @@ class PromptEntries(Entries):
 
     @cached_property
     def attention(self) -> Tensor:
-        """Softmax weights of the last queries: ``[H, G, n, N]``. What is missing to 1 is the newest token's."""
+        """Softmax weights of the last queries: ``[H, G, n, N]``. The rest up to 1 is the newest token's."""
         count, size = self.queries.shape[2], self.queries.shape[-1]
         keys = torch.cat([self.keys, self.newest[0][:, None].to(self.keys)], dim=1)
         scores = at_least_fp32(self.queries) @ at_least_fp32(keys)[:, None].transpose(-1, -2) * size**-0.5  # [H, G, n, N + 1]
@@ -109,7 +109,7 @@ class PromptEntries(Entries):
 
     @property
     def plain_keys(self) -> Tensor:
-        """Keys before RoPE: ``[H, N, D]`` in fp32 at least."""
+        """Keys before RoPE: ``[H, N, D]`` in fp32 or more."""
         cos, sin = self.rope(self.positions.long().clamp(min=0))
         scaling = cos.square() + sin.square()  # 1, unless RoPE has an attention factor
         return rotate(at_least_fp32(self.keys), (cos / scaling, -sin / scaling))

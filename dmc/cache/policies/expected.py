@@ -1,4 +1,4 @@
-"""Expected Attention (Devoto et al., arXiv 2510.00636): a prompt keeps what future queries will probably attend to."""
+"""Expected Attention (Devoto et al., arXiv 2510.00636): a prompt keeps entries that future queries will likely attend to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dmc.functional import rotate
 
 
 class ExpectedAttentionPolicy(PromptPolicy):
-    """Scores of entries follow from mean and covariance of the prompt's queries, taken as those of a normal distribution.
+    """Scores entries by mean and covariance of the prompt's queries, which are assumed to be normally distributed.
 
     The expectation of ``exp(q k / sqrt(D))`` is ``exp(m k / sqrt(D) + k C k / (2 D))``. m and C are rotated by the mean RoPE of
     the next ``future`` positions. A softmax over entries, averaged over query heads, times the length of the entry's value is
@@ -21,7 +21,7 @@ class ExpectedAttentionPolicy(PromptPolicy):
     Args:
         budget: tokens of a prompt that each head keeps.
         share: None, or the budget as a part of the prompt's tokens.
-        future: positions that the next queries are expected at, at least 1.
+        future: number of next positions at which queries are expected, at least 1.
         sinks: first tokens that always stay.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every token is an entry of its own: the uncompressed cache."""
+"""Every token is its own entry: the uncompressed cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dmc.cache.policies.base import Policy
 
 
 class FullPolicy(Policy):
-    """Overrules the model: nothing is merged."""
+    """Ignores the model's decisions: nothing is merged."""
 
     name = "full"
     by_head = True

@@ -25,18 +25,18 @@ class GatePolicy(Policy):
 
     With ``merge`` a token is weighted with exp(power · (score - threshold)), from its complete score, the look-ahead
     included. The threshold changes no mean, since it is the same for all tokens; it keeps the weights near 1. At the largest
-    possible CR there is no threshold, and all weights are equal. The first token after the sinks opens an entry, so that
-    nothing merges into a sink.
+    possible CR there is no threshold, and all weights are equal. The first token after the sinks starts a new entry, so
+    that nothing merges into a sink.
 
     Args:
         decisions: file of `dmc calibrate --decisions`, or its content.
-        target_cr: tokens / entries that a text of ``length`` tokens reaches, the window counted, if it is like the text that
+        target_cr: tokens / entries that a text of ``length`` tokens reaches, the window included, if it resembles the text that
             the heads were fitted on. Longer texts reach a higher CR, shorter ones a lower CR.
         length: tokens of that text. None: of the sequences that the heads were fitted on, or 1024 if the file gives none.
         merge: True merges into the previous entry, False evicts. "true" and "false" are accepted as well.
         power: exponent of the weights, only with ``merge``. None: 1.
-        max_entries: entries of each head behind the window at most, more than the sinks: once there are so many, every token
-            that leaves the window is merged, or dropped without ``merge``. None sets no bound.
+        max_entries: largest number of entries of each head behind the window, more than the sinks. Once there are so many,
+            every token that leaves the window is merged, or dropped without ``merge``. None sets no bound.
 
     Raises:
         ValueError: if ``decisions`` or ``target_cr`` is missing, the file cannot be used, the target CR is impossible at this

@@ -14,14 +14,14 @@ class H2OPolicy(Policy):
     """A generated token's query sees the newest ``recent`` tokens, itself among them, and the ``heavy`` best older ones.
 
     The score of a token is the softmax attention that it got from all queries so far, its own included, summed over
-    the query heads that read its key/value head; so each key/value head keeps tokens of its own. A prompt's queries
-    see the whole prompt; it is cut down to the budget when it has been read.
+    the query heads that read its key/value head; so each key/value head keeps its own tokens. A prompt's queries
+    see the whole prompt; it is cut to the budget after prefilling.
 
     Args:
         heavy: older tokens that stay, those with the highest scores; at least 1.
         recent: newest tokens that stay; at least 2, the query and the token before it.
-        share: None, or the budget as a part of the tokens so far: ``heavy`` and ``recent`` then say only how it is
-            divided between the two.
+        share: None, or the budget as a part of the tokens so far. ``heavy`` and ``recent`` then only give the ratio in which
+            it is divided.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -43,7 +43,7 @@ class H2OPolicy(Policy):
         return torch.zeros_like(alpha), torch.ones_like(omega)
 
     def keep(self, entries: Entries) -> Tensor:
-        """What the next query will see; see `Policy.keep`."""
+        """The entries that the next query will see; see `Policy.keep`."""
         following, heavy, recent = entries.next[:, None], self.heavy, self.recent
         if self.share is not None:
             whole = budget.of_tokens(self.share, following + 1)

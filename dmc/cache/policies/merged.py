@@ -1,4 +1,4 @@
-"""Merging what a policy drops from a prompt into what stays."""
+"""Merging the entries that a policy drops from a prompt into those that stay."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ INNER = {policy.name: policy for policy in (SnapKVPolicy, PyramidKVPolicy, AdaKV
 
 
 class MergedPolicy(PromptPolicy):
-    """Another policy of prompts, but each token that it drops is merged into the nearest position of its head that stays.
+    """Another policy of prompts, with each token that it drops merged into the nearest kept position of its head.
 
-    Key and value of an entry become the mean of its tokens': keys before RoPE, rotated to the position that stayed. Of two
-    positions that are equally near it is the older one.
+    Key and value of an entry become the mean of its tokens': keys before RoPE, rotated to the kept position. Of two equally near
+    positions the older one is used.
 
     Args:
         of: name of the policy.
-        budget, share: its own.
+        budget, share: of that policy.
 
     Raises:
         ValueError: if a setting is out of range, or there is no such policy.
@@ -41,15 +41,15 @@ class MergedPolicy(PromptPolicy):
             setattr(self, name, getattr(self.inner, name))
 
     def scores(self, prompt: PromptEntries) -> Tensor:
-        """Those of the inner policy."""
+        """Scores of the inner policy."""
         return self.inner.scores(prompt)
 
     def keep_prompt(self, prompt: PromptEntries) -> Tensor:
-        """Those that the inner policy keeps."""
+        """Entries that the inner policy keeps."""
         return self.inner.keep_prompt(prompt)
 
     def rewrite(self, prompt: PromptEntries, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Policy.rewrite`; a head that keeps nothing stays as it is."""
+        """See `Policy.rewrite`; a head that keeps nothing is unchanged."""
         positions, held = prompt.positions.long(), prompt.positions >= 0
         both = torch.cat([prompt.plain_keys, prompt.values.to(prompt.plain_keys.dtype)], dim=-1)
         merged = torch.empty_like(both)

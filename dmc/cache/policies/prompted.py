@@ -1,4 +1,4 @@
-"""Policies that cut a prompt down by scores when it has been read."""
+"""Policies that cut a prompt by scores after prefilling."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dmc.cache.policies.entries import PromptEntries
 
 
 class PromptPolicy(Policy):
-    """Keeps the entries of a prompt with the highest scores when it has been read; all generated tokens stay.
+    """Keeps the entries of a prompt with the highest scores after prefilling; all generated tokens stay.
 
     Args:
-        budget: tokens of a prompt that each head keeps, the newest among them; at least 2.
-        share: None, or the budget as a part of the prompt's tokens; ``budget`` then says nothing.
+        budget: tokens of a prompt that each head keeps, the newest included; at least 2.
+        share: None, or the budget as a part of the prompt's tokens; ``budget`` is then ignored.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -37,12 +37,12 @@ class PromptPolicy(Policy):
         return torch.zeros_like(alpha), torch.ones_like(omega)
 
     def size(self, prompt: PromptEntries) -> int:
-        """Tokens of the prompt that each head of this layer keeps, the newest among them."""
+        """Tokens of the prompt that each head of this layer keeps, the newest included."""
         return self.budget if self.share is None else budgets.of_tokens(self.share, int(prompt.next[0]))
 
     @abstractmethod
     def scores(self, prompt: PromptEntries) -> Tensor:
-        """``[H, N]``: the entries with the highest ones stay; infinity: always."""
+        """Scores ``[H, N]``; the entries with the highest scores stay, those with infinity always."""
 
     def keep_prompt(self, prompt: PromptEntries) -> Tensor:
         """See `Policy.keep_prompt`."""

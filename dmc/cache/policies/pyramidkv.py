@@ -27,7 +27,7 @@ class PyramidKVPolicy(SnapKVPolicy):
         self.beta = budgets.check_count(self.name, "beta", beta, 1)
 
     def size(self, prompt: PromptEntries) -> int:
-        """See `PromptPolicy.size`: what the first layer cannot use, as the prompt is shorter, the last one gets."""
+        """See `PromptPolicy.size`: budget that exceeds the prompt in the first layer goes to the last one."""
         tokens, whole = int(prompt.next[0]), super().size(prompt)
         window = min(self.window, whole - 1)
         mean = whole - window

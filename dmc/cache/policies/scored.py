@@ -1,4 +1,4 @@
-"""Policies with a constant budget whose scores tokens bring with them: the norm of their key, or chance."""
+"""Policies with a constant budget whose scores are known at arrival: the norm of the key, or a random number."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dmc.cache.policies.entries import Entries
 class ArrivalPolicy(Policy):
     """A generated token's query sees ``budget`` tokens: itself, the one before it, and the older ones with the highest scores.
 
-    A prompt's queries see the whole prompt; it is cut down when it has been read.
+    A prompt's queries see the whole prompt; it is cut after prefilling.
 
     Args:
         budget: tokens that a query sees, at least 2.
-        share: None, or the budget as a part of the tokens so far; ``budget`` then says nothing.
+        share: None, or the budget as a part of the tokens so far; ``budget`` is then ignored.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -36,7 +36,7 @@ class ArrivalPolicy(Policy):
         return torch.zeros_like(alpha), torch.ones_like(omega)
 
     def keep(self, entries: Entries) -> Tensor:
-        """What the next query will see; see `Policy.keep`."""
+        """The entries that the next query will see; see `Policy.keep`."""
         whole = self.budget if self.share is None else budgets.of_tokens(self.share, entries.next[:, None] + 1)
         return budgets.top(entries.scores, entries.positions >= 0, whole - 2)  # the newest token and the next one are the others
 
@@ -57,7 +57,7 @@ class KNormPolicy(ArrivalPolicy):
 
 
 class RandomPolicy(ArrivalPolicy):
-    """Tokens stay by chance: what every other policy must be better than.
+    """Random tokens stay: the lower baseline of every other policy.
 
     Args:
         budget, share: see `ArrivalPolicy`.
@@ -68,7 +68,7 @@ class RandomPolicy(ArrivalPolicy):
     """
 
     name = "random"
-    by_head = False  # a rank would number its heads from 0
+    by_head = False  # a rank numbers its heads from 0
 
     def __init__(self, *, budget: int = 256, share: float | None = None, seed: int = 0) -> None:
         super().__init__(budget=budget, share=share)

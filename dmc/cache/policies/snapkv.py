@@ -1,4 +1,4 @@
-"""SnapKV (Li et al., arXiv 2404.14469): a prompt keeps what the queries at its end attended to."""
+"""SnapKV (Li et al., arXiv 2404.14469): a prompt keeps the tokens that the queries at its end attended to."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class SnapKVPolicy(PromptPolicy):
     averaged with its neighbours.
 
     Args:
-        budget: tokens of a prompt that each head keeps, the window among them.
+        budget: tokens of a prompt that each head keeps, the window included.
         share: None, or the budget as a part of the prompt's tokens.
-        window: last tokens of the prompt, at least 1. All stay where the budget is larger.
+        window: last tokens of the prompt, at least 1. All stay if the budget is larger.
         kernel: neighbouring tokens that a score is averaged over, an odd number.
 
     Raises:

@@ -13,13 +13,13 @@ from dmc.cache.policies.entries import Entries
 class StreamingPolicy(Policy):
     """A query sees the first ``sinks`` tokens and the newest ``recent``, itself among them; those of a prompt too.
 
-    Tokens keep the positions that they have in the text, so a text may be no longer than the model's positions; the
-    paper numbers them anew inside the cache, which goes on for ever.
+    Tokens keep the positions that they have in the text, so a text cannot be longer than the model's positions. The
+    paper numbers them again inside the cache, without a limit.
 
     Args:
         sinks: first tokens that stay.
         recent: newest tokens that stay; at least 2, the query and the token before it.
-        share: None, or sinks and newest together as a part of the tokens so far; ``recent`` then says nothing.
+        share: None, or sinks and newest together as a part of the tokens so far; ``recent`` is then ignored.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -36,7 +36,7 @@ class StreamingPolicy(Policy):
         self.share = budget.check_share(self.name, share)
         if share is not None and sinks > budget.LEAST - 2:
             raise ValueError(
-                f"streaming policy: sinks={sinks} must be at most {budget.LEAST - 2} beside a share, "
+                f"streaming policy: sinks={sinks} must be at most {budget.LEAST - 2} with a share, "
                 f"which can be as little as {budget.LEAST} tokens"
             )
 
@@ -50,7 +50,7 @@ class StreamingPolicy(Policy):
         return (positions < self.sinks)[..., None, :] | (positions[..., None, :] > queries[..., None] - recent)
 
     def keep(self, entries: Entries) -> Tensor:
-        """What the next query will see; see `Policy.keep`."""
+        """The entries that the next query will see; see `Policy.keep`."""
         return self.visible(entries.positions, entries.next[:, None])[:, 0]
 
     def most_entries(self, tokens: int) -> int:

@@ -1,1 +1,1 @@
-"""How a step and a prompt attend to the cache."""
+"""Attention of steps and prompts over the cache."""

@@ -1,4 +1,4 @@
-"""Which readers a cache has: chosen once, when it is made, by its device, dtypes, codecs and policy."""
+"""Chooses the readers of a cache once, when the cache is made, by its device, dtypes, codecs and policy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dmc.kernels.ready import compiles
 
 
 def choose_readers(rows: Rows, statistics: str | None) -> tuple[Backend, list[Reader]]:
-    """What runs, and the reader of each layer; layers that are stored alike share one.
+    """The backend, and the reader of each layer. Layers with equal storage share a reader.
 
-    CPU kernels that will be needed are compiled here, before any request waits for them. If that fails, PyTorch takes over.
+    The needed CPU kernels are compiled here, before any request waits for them. If that fails, PyTorch replaces them.
 
     Args:
         rows: of a new cache.
@@ -46,10 +46,10 @@ def _backend(rows: Rows) -> Backend:
 
 
 def _reader(rows: Rows, packing: Packing, backend: Backend, statistics: str | None) -> Reader:
-    """Kernels where they know the format: Triton's in the model's dtype, the CPU's in fp32.
+    """A reader with kernels if they support the format: Triton in the model's dtype, the CPU kernels in fp32.
 
-    The CPU kernels alone read pages with evicted slots and say what entries weigh. Triton's also write rows, but not entries
-    that carry more than key and value (policies that evict, the eigen codec).
+    Only the CPU kernels read pages with evicted slots and compute attention statistics. The Triton kernels also write rows,
+    except rows whose entries carry metadata (policies that evict, the eigen codec).
     """
     made, store = packing.format(rows.z.device), rows.storage
     biased = getattr(packing.codec, "key_bias", None) is not None
@@ -62,12 +62,12 @@ def _reader(rows: Rows, packing: Packing, backend: Backend, statistics: str | No
 
 
 def _compiled(rows: Rows, backend: Backend, readers: list[Reader]) -> bool:
-    """Compiles the CPU kernels; False if they do not compile."""
+    """Compiles the CPU kernels; returns False if that fails."""
     if not runs_on_cpu(rows.z.float()):
         return True
     on_pages = [reader for reader in readers if reader.on_pages and backend is Backend.CPU]
     needed = ["decode"] if on_pages else []
-    if backend is Backend.CPU and not rows.storage.evicted_slots:  # policies that evict read prompts with PyTorch
+    if backend is Backend.CPU and not rows.storage.evicted_slots:  # policies that evict prefill with PyTorch
         needed.append("prefill")
     needed += [name for packing in rows.packings for name in packing.codec.compiles]
     return compiles(*dict.fromkeys(needed), formats={reader.packing.format(rows.z.device) for reader in on_pages})

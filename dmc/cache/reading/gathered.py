@@ -1,4 +1,4 @@
-"""Attention of new tokens over rows whose pages are gathered: a few rows at a time, those of about one length together."""
+"""Attention of new tokens over gathered pages: a few rows at a time, rows of similar length together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmc.cache.storage.rows import Rows
 
 
 class Gathered(Reader):
-    """Copies of pages, read by their codec in PyTorch.
+    """Attention over copies of pages, which the codec reads in PyTorch.
 
     Args:
         packing: of the layers.
@@ -48,7 +48,7 @@ class Gathered(Reader):
 
 
 def _group(rows: Rows, plan: Plan, group: Group, query: Tensor, scores: Tensor, values: Tensor) -> Tensor:
-    """Of some rows; scores ``[r, G, n]`` and values ``[r, n, D]`` are those of everything that is not in the group's pages."""
+    """Attention of some rows. Scores ``[r, G, n]`` and values ``[r, n, D]`` are those of entries outside of the group's pages."""
     if not group.columns:
         return scores.softmax(-1) @ values
     codec = plan.packing.codec

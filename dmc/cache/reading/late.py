@@ -1,15 +1,15 @@
-"""Tokens that stay as they are while they are recent, and what becomes of one that leaves: merged, appended or dropped.
+"""The window of recent tokens, and merging, appending or dropping the tokens that leave it.
 
-Under a policy with a window w a row keeps its newest w tokens in a ring: exact entries 0 .. w - 1, keys rotated, the token
-at position p in slot ``p % w``. Slot w holds the accumulating entry as attention sees it (its numerators and z are those of
-any row), and after it come sinks, encoded pages and window as in `dmc.cache.storage.rows`. So every reader of pages reads
-the ring as well, and nothing is ever evicted from a page.
+Under a policy with a window w a row keeps its newest w tokens in a ring: full-precision entries 0 .. w - 1, keys rotated, the
+token at position p in slot ``p % w``. Slot w holds the accumulating entry as attention sees it (its numerators and z are those of
+any row), and after it come sinks, encoded pages and window as in `dmc.cache.storage.rows`. Every reader of pages therefore
+reads the ring too, and nothing is evicted from a page.
 
 The query at position p sees the ring (p - w .. p - 1), its own token and the entries. Then token p - w leaves. The model's
 logit decides: above 0 the token is merged into the accumulating entry, or dropped by a policy that does not merge; else the
-accumulating entry becomes final and the token opens the next one. A model that looks ahead adds to the logit of token p - w
-what it reads at position p. The first tokens of a sequence, `Policy.sinks`, are appended whatever the logit is. Once a row
-has as many entries behind the ring as `Policy.max_entries` allows, a token is merged or dropped whatever the logit is.
+accumulating entry becomes final and the token starts the next one. A model that looks ahead adds to the logit of token p - w
+what it reads at position p. The first tokens of a sequence, `Policy.sinks`, are appended for any logit. Once a row
+has as many entries behind the ring as `Policy.max_entries` allows, a token is merged or dropped for any logit.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Leaving:
     Attributes:
         there: bool ``[S]``, False for a sequence whose ring is not full yet.
         positions: int64 ``[S]``, 0 where no token leaves.
-        slots: int64 ``[S]``, where in the ring the newest token takes its place.
-        before, at: (cos, sin) each ``[S, D]``, of the positions before it and of its own; of angle 0 if nothing merges, since
-            keys then stay rotated as they are.
-        table, table_index: the same as one table ``[2 S, D]``, and int64 ``[S]`` where in it positions are.
+        slots: int64 ``[S]``, the newest token's slot in the ring.
+        before, at: (cos, sin) each ``[S, D]``, of the position before the leaving token and of its own. If nothing merges the
+            angle is 0, since keys then stay rotated.
+        table, table_index: the same as one table ``[2 S, D]``, and the rows int64 ``[S]`` of `positions` in it.
     """
 
     there: Tensor
@@ -48,7 +48,7 @@ class Leaving:
     table_index: Tensor
 
     def repeat(self, layers: int) -> Leaving:
-        """The same for the rows of several layers, one layer after the other."""
+        """Repeated for the rows of several layers, layer after layer."""
         if layers == 1:
             return self
         parts = self.there, self.positions, self.slots, self.table_index
@@ -58,7 +58,7 @@ class Leaving:
 
 
 def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  # noqa: ANN001 - dmc.cache.reading.step.Rope
-    """Of sequences whose newest tokens are at ``positions`` [S]."""
+    """`Leaving` of sequences whose newest tokens are at ``positions`` [S]."""
     left = positions - window
     there, left = left >= 0, left.clamp(min=0)
     table = rope(torch.stack([(left - 1).clamp(min=0), left], dim=1).flatten())
@@ -70,7 +70,7 @@ def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  
 
 
 def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """The inverse of `dmc.functional.rotate`, also of tables that carry a factor; ``[..., D]`` in the dtype of x."""
+    """The inverse of `dmc.functional.rotate`, also for tables with an attention factor; ``[..., D]`` in the dtype of x."""
     cos, sin = table
     return rotate(x, (cos, -sin)) / (cos * cos + sin * sin).to(x.dtype)
 
@@ -79,18 +79,18 @@ def leave(
     rows: Rows, packing: Packing, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor,
     logits: Tensor, omega: Tensor, late: Tensor | None, kernels: OnPages | None,
 ) -> Tensor:
-    """After attention, in layers that are stored alike: the oldest tokens leave their rings and the newest ones enter.
+    """Moves the oldest tokens out of their rings and the newest ones in, after attention, in layers with equal storage.
 
     Args:
         rows: of the cache.
         packing: of the layers.
         policy: with a window; its `merges` says whether tokens merge or are dropped.
-        index: int64 ``[R]``, rows of S sequences, R = S * H; with several layers each sequence is there once for each.
+        index: int64 ``[R]``, rows of S sequences, R = S * H; with several layers each sequence occurs once per layer.
         gone: of these sequences.
         key, turned, value: ``[R, D]`` of the newest tokens, the key before and after its rotation.
         logits, omega: ``[R]`` of them, in the dtype of `Rows.z`; a logit above 0 merges or drops.
-        late: ``[R]``, what they add to the logits of the tokens that leave; None without a look ahead.
-        kernels: reader of the layers, if it writes; None: PyTorch does.
+        late: ``[R]``, added to the logits of the tokens that leave; None without look-ahead.
+        kernels: reader of the layers, if it writes rows; None: PyTorch writes them.
 
     Returns:
         bool ``[R]``, True where a token that left was merged or dropped.
@@ -155,7 +155,7 @@ def _by_kernels(
     rows: Rows, index: Tensor, gone: Leaving, kernels: OnPages, entering: Tensor, key: Tensor, value: Tensor,
     alpha: Tensor, omega: Tensor,
 ) -> None:
-    """`_by_torch` through the kernels of `dmc.cache.reading.onpages`: nothing waits for the device."""
+    """`_by_torch` with the kernels of `dmc.cache.reading.onpages`, without waiting for the device."""
     window = rows.storage.ring
     mean = kernels.append(rows, torch.where(entering, index, -1), key, value, alpha, omega, gone.table_index, gone.table)
     slot = torch.full_like(index, window)
@@ -171,7 +171,7 @@ def _write(rows: Rows, index: Tensor, slots: Tensor, keys: Tensor, values: Tenso
 
 
 def _count(rows: Rows, index: Tensor, gone: Leaving, window: int) -> None:
-    """Exact entries after the step: the ring as far as it is filled, and its accumulating entry where there is one."""
+    """Updates the number of full-precision entries: the filled part of the ring, and the accumulating entry if there is one."""
     filled = (torch.where(gone.there, window, gone.slots + 1)).clamp(max=window).repeat_interleave(rows.shape.heads)
     full = torch.maximum(rows.full_count[index], filled.int())
     rows.full_count[index] = torch.where(rows.z[index] > 0, full.clamp(min=window + 1), full)

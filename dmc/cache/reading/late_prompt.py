@@ -1,8 +1,7 @@
-"""A prompt on its way into the cache under a policy with a window; see `dmc.cache.reading.late` for what becomes of its tokens.
+"""Prefilling under a policy with a window; `dmc.cache.reading.late` describes the decisions about tokens that leave it.
 
-As with `dmc.cache.reading.prompt` its queries attend to what the model computed, uncompressed, however the prompt is cut:
-to recent tokens as they are, to final entries, and where tokens merge to the accumulating entry as it is when the query
-comes.
+As in `dmc.cache.reading.prompt`, queries attend to uncompressed states as the model computed them, for any division into
+chunks: to recent tokens as they are, to final entries, and if tokens merge to the accumulating entry as of the query.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from dmc.cache.policies import Policy
 from dmc.cache.reading.prompt import NONE, Layer, rotated, select, states_of
 from dmc.cache.reading.prompt_attention import compact
 
-_SCORES = {"cpu": 1 << 18}  # held at once, over all heads: the fewer, the more of them are in sight
+_SCORES = {"cpu": 1 << 18}  # scores held at once, over all heads: the fewer, the larger the part of them that queries see
 _SCORES_ELSEWHERE = 1 << 24
 
 
 @dataclass
 class Recent:
-    """The newest tokens of one layer, at most as many as the window has: ``[H, r, D]`` and ``[H, r]`` each."""
+    """The newest r tokens of one layer, at most the window: ``[H, r, D]`` and ``[H, r]`` each."""
 
     key: Tensor
     turned: Tensor
@@ -32,21 +31,22 @@ class Recent:
     omega: Tensor
 
     def after(self, new: Recent) -> Recent:
-        """These and newer ones."""
+        """These tokens followed by newer ones."""
         return Recent(*(torch.cat([mine, getattr(new, name)], 1) for name, mine in vars(self).items()))
 
     def part(self, start: int, stop: int | None = None) -> Recent:
-        """Some of them, without the others' memory."""
+        """A copy of some of the tokens, which does not keep the others' memory."""
         return Recent(*(x[:, start:stop].clone() for x in vars(self).values()))
 
 
 @dataclass
 class _Layer:
-    """What one layer holds: final entries, the accumulating entry, and the newest tokens.
+    """State of one layer: final entries, the accumulating entry, and the newest tokens.
 
     Attributes:
-        keys, values, positions: final entries as in `dmc.cache.reading.prompt.Layer`. Where tokens are dropped: all that stayed.
-        numerators, z: ``[H, 2 D]``, ``[H]`` of the accumulating entry, where tokens merge; 0 where there is none.
+        keys, values, positions: final entries as in `dmc.cache.reading.prompt.Layer`. If tokens are dropped: the
+            tokens that stayed.
+        numerators, z: ``[H, 2 D]``, ``[H]`` of the accumulating entry, if tokens merge; 0 without one.
         own: ``[H, D]``, its key, rotated.
         recent: the newest tokens.
     """
@@ -74,12 +74,12 @@ class LatePrompt:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds now."""
+        """Bytes of its tensors."""
         tensors = [x for layer in self.layers if layer for x in (*vars(layer).values(), *vars(layer.recent).values())]
         return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """Positions that `attend` needs the rope of for a chunk: those of the ring and the accumulating entry go before."""
+        """Positions whose RoPE `attend` needs for a chunk: those of the accumulating entry and the ring, then the chunk's."""
         return torch.arange(max(0, self.done - self.window - 1), self.done + tokens, device=device)
 
     def attend(
@@ -92,7 +92,7 @@ class LatePrompt:
             number: of the layer.
             query: ``[T, Hq, D]``; key, value ``[T, H, D]``; not rotated.
             logits, omega: ``[T, H]``; a logit above 0 merges or drops.
-            late: ``[T, H]``, what each token adds to the logit of the one that leaves as it comes; None: nothing.
+            late: ``[T, H]``, added to the logit of the token that leaves when this one arrives; None: nothing.
             positions: of `positions`.
             table: (cos, sin) of them.
 
@@ -123,7 +123,7 @@ class LatePrompt:
         gone.logits[:, :always] = 0
         change = self._merge if self.policy.merges else self._drop
         layer, accumulating = change(past, gone, start, table)
-        # Of the token that left as each of the chunk came.
+        # Decisions about the tokens that left, one per token of the chunk.
         merged = accumulating is not None and torch.nn.functional.pad(self._alpha, (tokens - count, 0)).T > 0
         self.merged = merged if count and self.policy.merges else torch.zeros_like(logits, dtype=torch.bool)
         layer.recent = held.part(count)
@@ -132,8 +132,8 @@ class LatePrompt:
         return _attend(rotated(query, here).unflatten(0, (heads, -1)), seen).flatten(0, 1).transpose(0, 1)
 
     def _merge(self, past: _Layer, gone: Recent, start: int, table: tuple[Tensor, Tensor]) -> tuple[_Layer, Accumulating]:
-        """Tokens at ``start`` and later leave the window and merge. The table begins at the accumulating entry's position, or
-        where there is none at ``start``."""
+        """Tokens at ``start`` and later leave the window and merge. The table begins at the accumulating entry's position, or at
+        ``start`` without one."""
         lead, dtype = int(start > 0), past.keys.dtype  # 1 if there is an accumulating entry already
         if not gone.key.shape[1]:
             return _Layer(**vars(past)), None
@@ -158,7 +158,7 @@ class LatePrompt:
         return _Layer(*joined, *sums, turned[:, -1].clone(), past.recent), (turned, values, start - lead)
 
     def _drop(self, past: _Layer, gone: Recent, start: int, table: tuple[Tensor, Tensor]) -> tuple[_Layer, None]:
-        """Tokens at ``start`` and later leave the window; those that stay are final entries as they are."""
+        """Tokens at ``start`` and later leave the window; those that stay are final entries, unchanged."""
         if not gone.key.shape[1]:
             return _Layer(**vars(past)), None
         stays = gone.logits <= 0
@@ -173,8 +173,8 @@ class LatePrompt:
         return _Layer(*joined, past.numerators, past.z, past.own, past.recent), None
 
     def final(self, number: int) -> tuple[Layer, Tensor]:
-        """What of a layer enters the pool when the prompt is done: entries in the order of a row (`dmc.cache.reading.late`), and
-        how many each head has."""
+        """Entries of a layer that go into the pool when the prompt is done, in the order of a row (`dmc.cache.reading.late`), and
+        their number per head."""
         held, window, recent = self.layers[number], self.window, self.layers[number].recent
         slots = torch.arange(min(self.done, window), device=recent.value.device)
         age = (slots - self.done) % window if len(slots) == window and window else slots
@@ -198,7 +198,7 @@ class LatePrompt:
         return entries, window + (entries.z > 0).long() + counts
 
     def notes(self, number: int) -> Tensor:
-        """What `Rows.notes` holds of the ring, ``[H, r, 2]`` (1 where nothing merges) in the order of its slots."""
+        """Content of `Rows.notes` for the ring, ``[H, r, 2]`` (1 where nothing merges) in the order of its slots."""
         recent = self.layers[number].recent
         slots = torch.arange(recent.logits.shape[1], device=recent.logits.device)
         age = (slots - self.done) % self.window if len(slots) == self.window and self.window else slots
@@ -212,7 +212,7 @@ Accumulating = tuple[Tensor, Tensor, int] | None
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the queries of a chunk, at ``first`` and later, attend to; ``ready`` of the tokens came before it."""
+    """Input of the queries of a chunk, which begin at position ``first``; ``ready`` of the tokens came before the chunk."""
 
     tokens: Recent
     layer: _Layer
@@ -223,7 +223,7 @@ class _Seen:
 
 
 def _attend(query: Tensor, seen: _Seen) -> Tensor:
-    """Queries ``[H, G, T, D]`` over what they see, some at a time; softmax in fp32 at least."""
+    """Attention of queries ``[H, G, T, D]``, some at a time; softmax in fp32 or more."""
     heads, groups, tokens, size = query.shape
     layer, recent, window = seen.layer, seen.tokens, seen.window
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -269,7 +269,7 @@ def _blocks(rows: int, tokens: int, width: int, device: str) -> Iterator[tuple[i
 
 
 def _nth(x: Tensor, index: Tensor) -> Tensor:
-    """``[H, N, ...], [H] → [H, ...]``: one entry of each head; 0 where there are no entries at all."""
+    """``[H, N, ...], [H] → [H, ...]``: one entry per head; 0 if there are no entries at all."""
     if not x.shape[1]:
         return x.new_zeros(x.shape[0], *x.shape[2:])
     return x[torch.arange(len(x), device=x.device), index.clamp(max=x.shape[1] - 1)]

@@ -1,7 +1,7 @@
-"""Rows that kernels read where they are (`dmc.kernels.decode`), and write to (`dmc.kernels.append`, `dmc.kernels.encode`).
+"""Kernels that read pages in place (`dmc.kernels.decode`), and write them (`dmc.kernels.append`, `dmc.kernels.encode`).
 
-No layer waits for the device: the kernels that write take and give pages of the pool themselves. Before a step the host counts
-once what the step can take at most (`dmc.cache.reading.growing`) and makes that room.
+No layer waits for the device: the kernels take pages from the pool and give pages back themselves. Before a step the host
+computes once how many pages the step can take at most (`dmc.cache.reading.growing`) and reserves them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dmc.kernels.pages.paged import Growing, Paged
 
 
 class OnPages(Reader):
-    """Kernels on pages.
+    """Reader with kernels that read pages in place.
 
     Args:
         packing: of the layers.
         backend: Triton, the CPU kernels, or in tests the reference implementation.
         statistics: `Policy.statistics`.
-        writes: whether kernels write these rows as well.
+        writes: whether kernels write these rows too.
     """
 
     on_pages = True
@@ -56,7 +56,7 @@ class OnPages(Reader):
         return append_tokens(self.growing(rows), index, key, value, alpha, omega, positions, rope, backend=self.backend)
 
     def encode(self, rows: Rows, index: Tensor) -> None:
-        """Encodes the pages that this filled; now and then one of them is compared with what was encoded."""
+        """Encodes the pages that `append` filled. A sample of them is compared with the entries before encoding."""
         state, codec = self.growing(rows), self.packing.codec
         filled = _filled(rows, state, index) if codec.lossy and rows.error.due() else None
         encode_pages(state, index, backend=self.backend)
@@ -76,7 +76,8 @@ class OnPages(Reader):
         return known[1]
 
     def growing(self, rows: Rows) -> Growing:
-        """The same with what kernels need that write; the free pages are theirs until the host takes, gives or counts some."""
+        """`view` with the tensors that writing kernels need. The free pages belong to the kernels until the host takes, gives
+        back or counts pages."""
         lent, read = rows.pool.lend(), self.view(rows)
         key = "growing", id(self.packing)
         known = rows.pool.kept.get(key)
@@ -108,10 +109,10 @@ def _growing(rows: Rows, read: Paged, stack: Tensor, free: Tensor, failed: Tenso
 
 
 def _filled(rows: Rows, state: Growing, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """One of the rows to be encoded, and the exact keys and values ``[P, D]`` of its page; this waits for the device."""
+    """One of the rows to be encoded, and keys and values ``[P, D]`` of its page before encoding. Waits for the device."""
     filled = index[state.full_count[index] == state.most]
     if not len(filled):
         return None
-    row = filled[rows.error.pages % len(filled)]  # heads that fill together alternate
+    row = filled[rows.error.pages % len(filled)]  # heads whose pages fill at the same time alternate
     offsets = torch.arange(state.sinks, state.sinks + state.page, device=index.device)
     return row, rows.read_full(row.expand_as(offsets), offsets)[:2]

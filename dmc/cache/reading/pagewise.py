@@ -14,7 +14,7 @@ _PAGE_VALUES = 1 << 18  # values of encoded pages unpacked at once: they stay in
 
 
 class PageByPage(Reader):
-    """Scores of each page, their parts summed by row.
+    """Computes scores page by page, and sums the partial results by row.
 
     Args:
         packing: of the layers.
@@ -63,7 +63,10 @@ class PageByPage(Reader):
 def _add_statistics(
     rows: Rows, packing: Packing, index: Tensor, weights: Tensor, parts: list, total: Tensor, *, add: bool,
 ) -> Tensor:
-    """Writes each entry's softmax weight, summed over the queries of its head, to its score → the tail's."""
+    """Adds each entry's softmax weight, summed over the queries of its head, to its score, or replaces the score.
+
+    Returns:
+        The weight of the accumulating entry, fp32 ``[R]``."""
     layouts = packing.layout, rows.full_layout
     encoded, full = (rows.pool.views(layout)["e_score"] for layout in layouts)
     for pages, owners, paged in parts:

@@ -1,7 +1,7 @@
-"""Which pages are gathered, and with which rows (`dmc.cache.reading.gathered`): a `Plan`.
+"""`Plan`: which pages are gathered, and which rows together (`dmc.cache.reading.gathered`).
 
-It follows from the counts and the tables alone. Where nothing is merged all layers have the same counts, and one look at them
-makes the plans of all.
+A plan depends on counts and tables alone. If nothing is merged all layers have equal counts, so one transfer of the counts
+gives the plans of all layers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dmc.cache.storage.rows import Rows
 
 _VALUES = {"cpu": 1 << 19}  # keys gathered at once: measured, see docs/results/serve.md
 _VALUES_ELSEWHERE = 1 << 24
-_ALIKE = 0.75  # rows are gathered together if they are at least so long as the longest of them ...
-_NEAR = 64  # ... or not more entries shorter
+_ALIKE = 0.75  # rows are gathered together if they have at least this part of the longest row's entries ...
+_NEAR = 64  # ... or at most so many entries less
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Group:
     """Rows ``start`` to ``end`` of a plan, gathered together.
 
     Attributes:
-        pages: int32 ``[r * C]``, C of each row; empty if the rows have none.
+        pages: int32 ``[r * C]``, C pages per row; empty if the rows have none.
         columns: C.
-        gone: bool ``[r or 1, 1, C * P]``, True where a row has no entry; None: nowhere.
+        gone: bool ``[r or 1, 1, C * P]``, True where a row has no entry; None: every row has one everywhere.
     """
 
     start: int
@@ -40,13 +40,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows of one layer are read.
+    """The division of the rows of one layer into groups.
 
     Attributes:
         packing: of the layer's encoded pages.
         order, back: int64 ``[R]``, from the caller's order to the plan's, and back; None if they are the same.
-        groups: that cover all rows.
-        full_pages: int32 ``[R * O]``, pages of exact entries; None if the groups read them too.
+        groups: together all rows.
+        full_pages: int32 ``[R * O]``, full-precision pages; None if the groups read them too.
         full_gone: bool ``[R, 1, O * per page]``, as `Group.gone`.
     """
 
@@ -59,7 +59,7 @@ class Plan:
 
 
 def plans(rows: Rows, index: Tensor) -> list[Plan]:
-    """Plans of layers that are stored alike and whose rows hold equally many entries: row r of each, ``index [L, R]``."""
+    """Plans of layers with equal storage, whose rows have equal numbers of entries: ``index [L, R]``."""
     packing = rows.packing(index[0])
     size, joined = packing.page_size, rows.joined(packing)
     encoded, full = rows.encoded_count[index[0]].long(), rows.full_count[index[0]].long()
@@ -93,7 +93,7 @@ def plans(rows: Rows, index: Tensor) -> list[Plan]:
 
 
 def _cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
-    """Cuts rows of falling lengths into groups of at most ``most`` entries, unless one row has more."""
+    """Cuts rows of falling lengths into groups of at most ``most`` entries; a longer row is a group of its own."""
     cuts, start = [], 0
     while start < len(lengths):
         longest = lengths[start]
@@ -106,7 +106,7 @@ def _cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def _gone(counts: Tensor, longest: int, shortest: int, width: int) -> Tensor | None:
-    """Where rows of so many entries, padded to ``width``, have none; one row for all that are equally long."""
+    """Mask of the padding of rows of so many entries, padded to ``width``; one row if all are equally long."""
     if shortest == width:
         return None
     counts = counts[:1] if shortest == longest else counts
@@ -114,7 +114,7 @@ def _gone(counts: Tensor, longest: int, shortest: int, width: int) -> Tensor | N
 
 
 def _joined(rows: Rows, index: Tensor, encoded: Tensor, columns: int) -> Tensor:
-    """Encoded pages and after them those of exact entries, ``[L, R, C]``."""
+    """Encoded pages, then full-precision pages, ``[L, R, C]``."""
     widest = int(encoded.max())
     both = torch.cat([rows.encoded_table[:, :widest][index], rows.full_table[index]], dim=-1)
     column = torch.arange(columns, device=index.device).expand(len(encoded), -1)

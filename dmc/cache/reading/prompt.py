@@ -1,7 +1,7 @@
-"""A prompt on its way into the cache, in chunks.
+"""Prefilling in chunks.
 
-Its queries attend to its entries exactly, as the model computed them, however it is cut; so exact entries of all
-layers are kept until the prompt is done, outside the page pool. Then its pages are encoded, all at once.
+Queries attend to entries as the model computed them, for any division into chunks, so the full-precision entries of all
+layers are kept outside of the page pool until the prompt is done. Then all pages are encoded at once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
 from dmc.functional import accumulate_numerators, rotate
 from dmc.kernels.backend import Backend
 
-NONE = torch.iinfo(torch.int32).max  # place of an entry that a head does not have: no query is that late
+NONE = torch.iinfo(torch.int32).max  # position of a missing entry: no query is that late
 
 
 @dataclass
 class Layer:
-    """One layer of a prompt: final entries so far, and the open one.
+    """One layer of a prompt: final entries so far, and the accumulating entry.
 
     Attributes:
         keys, values: ``[H, N, D]`` in the model's dtype, rotated.
         positions: int32 ``[H, N]``, positions of the newest tokens; `NONE` where a head has fewer than N entries.
         scores: fp32 ``[H, N]``, or None.
-        numerators, z: ``[H, 2 D]`` and ``[H]`` of the open entry.
+        numerators, z: ``[H, 2 D]`` and ``[H]`` of the accumulating entry.
         accumulating_score: fp32 ``[H]``, or None.
     """
 
@@ -44,12 +44,12 @@ class Layer:
 
 
 class Prompt:
-    """Exact state of one prompt.
+    """Uncompressed state of one prompt.
 
     Args:
         layers: L.
         policy: which entries exist.
-        backend: what its attention runs with.
+        backend: of its attention.
 
     Attributes:
         done: tokens that have gone through all layers.
@@ -68,14 +68,14 @@ class Prompt:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds now."""
+        """Bytes of its tensors."""
         tensors = [value for layer in self.layers if layer for value in vars(layer).values() if value is not None]
         tensors += [queries for queries in self.queries if queries is not None]
         tensors += [part for moments in self.moments if moments for part in (moments.total, moments.products)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """Positions that `attend` needs the rope of for a chunk of so many tokens: the open entry's goes before."""
+        """Positions whose RoPE `attend` needs for a chunk of so many tokens: the accumulating entry's, then the chunk's."""
         return torch.arange(self.done - (self.done > 0), self.done + tokens, device=device)
 
     def attend(
@@ -88,7 +88,7 @@ class Prompt:
             number: of the layer.
             query: ``[T, Hq, D]``; key, value ``[T, H, D]``; not rotated.
             alpha, omega: ``[T, H]``, as the policy decided.
-            late: None: decisions are not made late here (`dmc.cache.reading.late_prompt`).
+            late: None, since late decisions are in `dmc.cache.reading.late_prompt`.
             positions: of `positions`.
             table: (cos, sin) of them.
 
@@ -97,7 +97,7 @@ class Prompt:
         """
         past, first, tokens = self.layers[number], self.done, len(query)
         states = states_of(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
-        lead = states.alpha.shape[1] - tokens  # 1 if the open entry of the last chunk comes before this one's tokens
+        lead = states.alpha.shape[1] - tokens  # 1 if the accumulating entry of the last chunk comes before this chunk's tokens
         size, dtype = query.shape[-1], query.dtype
         keys, values = rotated(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
 
@@ -124,7 +124,7 @@ class Prompt:
         return out.transpose(0, 1)
 
     def final(self, number: int) -> tuple[Layer, Tensor]:
-        """What of a layer becomes pages when the prompt is done: left-aligned entries, and how many each head has."""
+        """Entries of a layer that go into pages when the prompt is done, left-aligned, and their number per head."""
         layer = self.layers[number]
         if not self.policy.evicts:
             return select(layer, layer.positions != NONE)
@@ -142,14 +142,14 @@ class Prompt:
         return select(layer, keep)
 
     def _newest(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Key (rotated) and value ``[H, D]`` of the newest token, where nothing merges."""
+        """Key (rotated) and value ``[H, D]`` of the newest token, if nothing merges."""
         size = layer.keys.shape[-1]
         mean = (layer.numerators / layer.z[:, None]).to(layer.keys.dtype)
         at = torch.full((len(mean), 1), self.done - 1, device=mean.device)
         return rotated(mean[:, None, :size], self.rope(at))[:, 0], mean[:, size:]
 
     def _note(self, number: int, query: Tensor, turned: Tensor) -> None:
-        """Keeps what the policy asks for of the queries ``[T, Hq, D]`` of a chunk, rotated ``[Hq, T, D]``."""
+        """Keeps the data that the policy declares about a chunk's queries ``[T, Hq, D]``, rotated ``[Hq, T, D]``."""
         if self.policy.last_queries:
             before = self.queries[number]
             both = turned if before is None else torch.cat([before, turned], dim=1)
@@ -162,8 +162,8 @@ class Prompt:
         self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, ends: Tensor, counts: Tensor,
         arrived: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Scores of all entries, and of the open one: each token's goes to the entry that it is in. ``arrived [H, T]``: those of
-        `Policy.arrival`."""
+        """Scores of final entries, and of the accumulating one. Each token's score is added to the entry that contains it.
+        ``arrived [H, T]``: scores of `Policy.arrival`."""
         heads, states = ends.shape
         if not self.policy.scored:
             return None, torch.zeros(heads, device=ends.device)
@@ -184,7 +184,7 @@ class Prompt:
         return (new if gathered is None else new + gathered[0]), accumulating
 
     def _forget(self, layer: Layer, following: int) -> Layer:
-        """Without the entries that no later query sees."""
+        """The layer without the entries that no later query sees."""
         if not self.policy.evicts or not layer.positions.numel():
             return layer
         query = torch.full((len(layer.positions), 1), following, device=layer.positions.device)
@@ -194,7 +194,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _States:
-    """Intermediate states of a chunk, the open entry of the last one first: alpha, z ``[H, T]``, the rest ``[H, T, 2 D]``."""
+    """Intermediate states of a chunk, after the last one's accumulating entry: alpha, z ``[H, T]``, the rest ``[H, T, 2 D]``."""
 
     alpha: Tensor
     numerators: Tensor
@@ -204,12 +204,12 @@ class _States:
 
 
 def states_of(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
-    """``merges``: whether the policy can; without, a mean is a token, which the model's dtype holds as it is."""
+    """Intermediate states of tokens. ``merges``: if the policy can merge; if not, a mean is a token, in the model's dtype."""
     x = torch.cat([key, value], dim=-1).transpose(0, 1)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, alpha, omega = x.to(work if merges else x.dtype), alpha.to(work), omega.to(work)
     if past is None:
-        alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha[:, 1:]], dim=1)  # the first token opens an entry
+        alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha[:, 1:]], dim=1)  # the first token starts an entry
     else:
         x = torch.cat([(past.numerators / past.z[:, None])[:, None].to(x.dtype), x], dim=1)
         alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha], dim=1)

@@ -13,14 +13,14 @@ from dmc.kernels.backend import Backend
 from dmc.kernels.prefill.prefill import prefill_attention
 
 _PROMPT_SCORES = 1 << 22  # scores of a prompt held at once, over all heads
-_BLOCK_SCORES = 1 << 18  # the same on a CPU where tokens merge, 16 queries at least: the fewer, the fewer keys are met in vain
+_BLOCK_SCORES = 1 << 18  # the same on a CPU if tokens merge, for 16 queries or more: the fewer, the fewer are masked
 
 
 def compact(ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the final entries of a prompt are among its intermediate states.
+    """Indices of the final entries of a prompt among its intermediate states.
 
     Args:
-        ends: ``[H, T]`` bool, True where the next token of the prompt opens a new entry.
+        ends: ``[H, T]`` bool, True where the next token of the prompt starts a new entry.
 
     Returns:
         ``(index [H, N] int64, counts [H] int64)``: the states in rising order, T where a head has fewer than N; N is
@@ -31,22 +31,22 @@ def compact(ends: Tensor) -> tuple[Tensor, Tensor]:
     counts = order[..., -1]
     most = int(counts.max())
     index = order.new_full((heads, most + 1), tokens)
-    target = torch.where(ends, order - 1, most)  # states that do not close all land in the spare last place
+    target = torch.where(ends, order - 1, most)  # states that are not final all go to the spare last column
     index.scatter_(-1, target, torch.arange(tokens, device=ends.device).expand_as(target))
     return index[..., :most], counts
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the queries of a prompt attend to: entries, and each its own state; all rotated.
+    """Input of a prompt's queries: entries, and each query's own state; all rotated.
 
     Attributes:
         keys, values: ``[H, N, D]``, final entries.
         positions: int32 ``[H, N]``, position of each entry's newest token; a query sees those below its own position.
         own_keys, own_values: ``[H, T, D]``.
         queries: int64 ``[T]``, positions.
-        merged: whether an own state can be anything else than the entry that it becomes.
-        rising: whether the places of a head's entries rise; heads of unequal length are filled up after each chunk.
+        merged: whether an own state can differ from the entry that it becomes.
+        rising: whether the positions of a head's entries rise; shorter heads are padded after each chunk.
     """
 
     keys: Tensor
@@ -62,11 +62,11 @@ class Seen:
 def prompt_attention(
     query: Tensor, seen: Seen, policy: Policy, backend: Backend,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Queries ``[Hq, T, D]`` of a prompt, rotated, over what they see; softmax in fp32 at least. ``backend``: of the cache.
+    """Attention of a prompt's rotated queries ``[Hq, T, D]``; softmax in fp32 or more. ``backend``: of the cache.
 
     Returns:
-        ``(out [Hq, T, D], gathered)``: what `Policy.statistics` asks for, of entries ``[H, N]`` and of own states
-        ``[H, T]``; None if nothing.
+        ``(out [Hq, T, D], gathered)``: gathered are the statistics that `Policy.statistics` asks for, of entries
+        ``[H, N]`` and of own states ``[H, T]``, or None.
     """
     heads, tokens = seen.own_keys.shape[:2]
     query = query.unflatten(0, (heads, -1))  # [H, G, T, D]
@@ -105,7 +105,7 @@ def prompt_attention(
 
 
 def _rising(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and places of the entries, in the order of their places."""
+    """Keys, values and positions of the entries, in the order of their positions."""
     if seen.rising:
         return seen.keys, seen.values, seen.positions
     positions, order = seen.positions.sort(dim=-1)
@@ -114,7 +114,7 @@ def _rising(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _unmerged(query: Tensor, seen: Seen) -> Tensor:
-    """Where nothing merges, each own state but the last is an entry already, and PyTorch's fused attention will do."""
+    """PyTorch's fused attention, if nothing merges: each own state except the last is already an entry."""
     keys = torch.cat([seen.keys, seen.own_keys[:, -1:]], dim=1)
     values = torch.cat([seen.values, seen.own_values[:, -1:]], dim=1)
     shape = (-1, query.shape[1], -1, -1)
@@ -127,7 +127,7 @@ def _unmerged(query: Tensor, seen: Seen) -> Tensor:
 
 
 def _blocks(query: Tensor, seen: Seen) -> Tensor:
-    """For CPUs: some queries at a time over the entries that the last of them sees, in fp32 at least; ``[H, G, T, D]``."""
+    """For CPUs: some queries at a time over the entries that the last of them sees, in fp32 or more; ``[H, G, T, D]``."""
     heads, groups, tokens, size = query.shape
     work = _work_dtype(query.dtype)
     keys, values, positions = _rising(seen)

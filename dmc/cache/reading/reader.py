@@ -1,4 +1,4 @@
-"""How a step attends to the rows of some layers: a `Reader`, chosen once when the cache is made (`dmc.cache.reading.choose`)."""
+"""`Reader`: attention of a step over the rows of some layers, chosen once when the cache is made (`dmc.cache.reading.choose`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmc.cache.storage.rows import Rows
 
 
 class Reader(ABC):
-    """Attention of new tokens over rows of layers that are stored alike. It holds no rows: these are given with each call.
+    """Attention of new tokens over rows of layers with equal storage. It holds no rows: each call gets them.
 
     Attributes:
         on_pages: True if kernels read pages in place.
@@ -27,8 +27,8 @@ class Reader(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """One query of each head over what a row holds: encoded pages, full-precision entries, and its own state.
 
-        In every reader a row costs what it holds. If the policy asks for attention statistics, they are added to the scores of
-        entries, or replace them.
+        In every reader the cost of a row depends on its own length. If the policy asks for attention statistics, they
+        are added to the scores of entries, or replace them.
 
         Args:
             rows: the cache.

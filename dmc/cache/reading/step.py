@@ -1,4 +1,4 @@
-"""What the model attends through in one step: new tokens of running sequences, and chunks of prompts, together."""
+"""The cache's part of one step: attention of new tokens of running sequences and of chunks of prompts, together."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Rope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Step:
-    """Called once a layer by the model, layer after layer, with the tokens of all parts one after the other.
+    """Called by the model once per layer, layer after layer, with the tokens of all parts one after the other.
 
-    Where kernels write the rows (`dmc.cache.reading.onpages`), a layer appends its tokens, encodes what they fill and attends,
-    and nothing of it waits for the device. Elsewhere PyTorch does; and where nothing merges, the open entries of all layers close
-    when the step is made, and the new ones are written after the last layer, so each layer has only its attention to do.
-    Behind a window tokens leave their rings after the last layer, in all layers at once.
+    If kernels write the rows (`dmc.cache.reading.onpages`), each layer appends its tokens, encodes the pages that they fill and
+    attends, without waiting for the device. Else PyTorch writes the rows. If in addition nothing merges, the accumulating
+    entries of all layers become final when the step is made, and the new ones are written after the last layer, so each layer
+    only computes attention. With a window, tokens leave their rings after the last layer, in all layers at once.
 
     Args:
         rows, policy: of the cache.
         readers: of each layer.
         slots: int64 ``[S]``, running sequences: one token each, first.
-        positions: int64 ``[S]`` of these tokens, at least 1: a prompt went before.
-        chunks: prompts and how many of their tokens follow, at least 1 each. The last layer adds it to `Prompt.done`.
+        positions: int64 ``[S]`` of these tokens, at least 1, since a prompt precedes them.
+        chunks: prompts and the number of their tokens in this step, at least 1 each. The last layer adds it to `Prompt.done`.
         rope: see `Rope`.
         merges: whether the model can decide to merge.
         trace: whether to keep the decisions.
@@ -48,7 +48,7 @@ class Step:
     ) -> None:
         self.merges: list[Tensor] | None = [] if trace else None
         self.entering: list[tuple] = []  # with a window: the new tokens of each layer so far
-        self.left: list[list[Tensor]] = []  # with a window: what became of the prompts' tokens that left it, by layer
+        self.left: list[list[Tensor]] = []  # with a window: decisions about the prompts' tokens that left it, by layer
         self.rows, self.policy, self.readers, self.slots = rows, policy, readers, slots
         self.grows = all(reader.writes for reader in readers)
         self.chunks = []
@@ -63,16 +63,16 @@ class Step:
             self.index = rows.indices(slots)  # [L, S * H]
             if self.grows:
                 growing.make_room(rows, self.index)
-                self.table_index = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # in the table, behind the ones before
+                self.table_index = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # rows of the table: the odd ones
                 self.table = rope(torch.stack([positions - 1, positions], dim=1).flatten())  # [2 S, D]
                 self.now = _signed(tuple(x[1::2] for x in self.table))
                 ending = rows.z.new_zeros(self.index.shape[1])
-                self.settle = (ending, ending + 1) if self.settled else None  # alpha and omega where nothing merges
+                self.settle = (ending, ending + 1) if self.settled else None  # alpha and omega if nothing merges
                 return
             self.now, self.before = (_signed(rope(each)) for each in (positions, positions - 1))  # [S, 1, D]
             self.following = (positions + 1).repeat_interleave(rows.shape.heads)
             self.plans: list[Plan | None] = [None] * rows.shape.layers
-            self.tokens: list[Tensor] = []  # where nothing merges: the next open entries of each layer so far
+            self.tokens: list[Tensor] = []  # if nothing merges: the next accumulating entries of each layer so far
             for numbers in rows.layers_alike() if self.settled else ():
                 self._finish_all(numbers)
 
@@ -81,8 +81,8 @@ class Step:
     ) -> Tensor:
         """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega, late ``[N, H]`` → as query.
 
-        Where the model decides when tokens leave a window, alpha is the logit at arrival, and late what a token adds to the
-        logit of the one that leaves as it comes (`dmc.cache.reading.late`).
+        If the model decides when tokens leave a window, alpha is the logit at arrival, and late is added to the logit of the
+        token that leaves when this one arrives (`dmc.cache.reading.late`).
         """
         if self.policy.ring is None:
             late = None
@@ -110,7 +110,7 @@ class Step:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _note(self, layer: int, left: list[Tensor]) -> None:
-        """Keeps, with a window, what became of the tokens that left it: of running sequences, then of prompts."""
+        """With a window, keeps the decisions about the tokens that left it: of running sequences, then of prompts."""
         if self.merges is None or self.policy.ring is None:
             return
         self.left.append(left)
@@ -154,7 +154,7 @@ class Step:
         return out.view(query.shape).to(query.dtype)
 
     def _leave(self) -> None:
-        """In every layer the oldest tokens leave their rings and the newest ones enter."""
+        """Moves the oldest tokens out of their rings and the newest ones in, in every layer."""
         rows, work, shape = self.rows, self.rows.z.dtype, (-1, len(self.slots), self.rows.shape.heads)
         self.gone_merged: list[Tensor] = [None] * rows.shape.layers
         for numbers in rows.layers_alike():
@@ -171,7 +171,7 @@ class Step:
     # ------------------------------------------------------------------------------------ nothing merges
 
     def _finish_all(self, numbers: list[int]) -> None:
-        """Every open entry of some layers, which are stored alike, becomes final."""
+        """Makes every accumulating entry of some layers with equal storage final."""
         rows, layers, size = self.rows, len(numbers), self.rows.shape.head_size
         index = self.index[numbers].flatten()
         means = rows.numerators[index] / rows.z[index, None]
@@ -223,7 +223,7 @@ class Step:
         return self._attend(layer, query, _turn(own[..., :size], self.now), own[..., size:], alpha)
 
     def _finish(self, index: Tensor, ending: Tensor, numerators: Tensor, z: Tensor) -> None:
-        """The open entries of some rows become final ones."""
+        """Makes the accumulating entries of some rows final."""
         size, heads = self.rows.shape.head_size, self.rows.shape.heads
         done = numerators / z[:, None]
         keys = _turn(done[:, :size].view(-1, heads, size), self.before).view(-1, size)
@@ -240,7 +240,7 @@ class Step:
     def _attend(
         self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, arrived: Tensor | None = None,
     ) -> Tensor:
-        """Queries over what their rows hold and their own states ``[S, H, D]``, rotated; then scores and eviction.
+        """Attention of queries over their rows and their own rotated states ``[S, H, D]``; then scores and eviction.
 
         ``arrived``: fp32 ``[S * H]``, scores of the new tokens by `Policy.arrival`."""
         rows, index, size = self.rows, self.index[layer], query.shape[-1]
@@ -276,5 +276,5 @@ def _turn(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _cut(part: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
-    """Cuts a tensor along its first dimension; None gives None for each piece."""
+    """Cuts a tensor along its first dimension; None gives None for each part."""
     return [None] * len(sizes) if part is None else part.split(sizes)

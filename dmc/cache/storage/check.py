@@ -1,4 +1,4 @@
-"""The integrity check: every page owned as often as tables name it, or free; tables and counts agree."""
+"""The integrity check: owner counts of pages equal the table entries that name them; tables and counts agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
     """Checks the whole cache.
 
     Raises:
-        RuntimeError: naming what is wrong; the cache cannot be trusted after that.
+        RuntimeError: with the fault; the cache is invalid after that.
     """
     _tables(rows, free_slots)
     _pool(rows)
@@ -22,7 +22,7 @@ def check(rows: Rows, free_slots: list[int], *, evicting: bool) -> None:
     if (waiting >= page_sizes).any() or (not evicting and ((rows.encoded_count > 0) & (waiting < 0)).any()):
         raise RuntimeError("a row has a page to encode, or encoded one too early")
     if ((rows.z == 0) & ((rows.full_count > (store.ring or 0)) | (rows.encoded_count > 0))).any():
-        raise RuntimeError("a row has entries but no tail")
+        raise RuntimeError("a row has entries but no accumulating entry")
     free = torch.tensor(free_slots, dtype=torch.int64, device=rows.z.device)
     if len(set(free_slots)) != len(free_slots) or any(slot not in range(rows.slots) for slot in free_slots):
         raise RuntimeError("a slot is free twice, or does not exist")
@@ -62,7 +62,7 @@ def _pool(rows: Rows) -> None:
 
 
 def _positions(rows: Rows, index: torch.Tensor) -> None:
-    """Of one layer's rows."""
+    """Checks the positions on encoded pages of one layer's rows."""
     pages, owner = rows.encoded_pages(index)
     if not len(pages):
         return

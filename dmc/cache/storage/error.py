@@ -1,4 +1,4 @@
-"""What a codec loses, measured while it works."""
+"""A codec's error, measured during operation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 from dmc.cache.codecs import Blocks, Codec
 
-_SAMPLED = 97  # one page in so many: decoding one costs as much as encoding thirty; a prime, so that layers and heads take turns
+_SAMPLED = 97  # one page of so many: decoding one costs as much as encoding thirty; a prime, so that heads and layers alternate
 
 
 class CodecError:
-    """What a codec loses, measured on a sample of the pages that it encodes.
+    """A codec's error, measured on a sample of the pages that it encodes.
 
     Attributes:
         pages: sampled so far.
@@ -21,7 +21,7 @@ class CodecError:
         self._lost, self._all = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
 
     def sample(self, codec: Codec, encoded: Blocks, keys: Tensor, values: Tensor) -> None:
-        """Looks at every 97th page that a lossy codec encodes, at one of a call at most: pages ``[n, P, D]``."""
+        """Adds every 97th page that a lossy codec encodes to the sample, at most one per call: pages ``[n, P, D]``."""
         if not codec.lossy:
             return
         at = -self._seen % _SAMPLED
@@ -32,26 +32,26 @@ class CodecError:
         self.compare(codec, page, keys[at], values[at])
 
     def compare(self, codec: Codec, page: Blocks, keys: Tensor, values: Tensor) -> None:
-        """Adds one page to the sample: encoded, with a leading dimension of 1, and as it was, ``[P, D]``."""
+        """Adds one page to the sample: encoded, with a leading dimension of 1, and the entries before encoding, ``[P, D]``."""
         self.pages += 1
         for part, exact, got in zip("kv", (keys, values), codec.decode(page), strict=True):
             self._lost[part] += float((got[0].double() - exact.double()).square().sum())
             self._all[part] += float(exact.double().square().sum())
 
     def due(self) -> bool:
-        """Every 97th time, from the first on: for layers whose pages kernels encode, whose number the host does not know.
+        """True every 97th time, the first call included. For layers whose pages kernels encode: the host has no count of them.
 
-        One page of such a layer is compared at most, so of big batches the sample is a smaller part.
+        At most one page of such a layer is compared, so large batches have a smaller sample.
         """
         self._asked += 1
         return self._asked % _SAMPLED == 1
 
     @property
     def sums(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Squared error of keys and values, and their squares, over all sampled pages."""
+        """Sums of squared errors of keys and values, and of their squares, over all sampled pages."""
         return tuple(self._lost.values()), tuple(self._all.values())
 
     @property
     def relative(self) -> tuple[float, float]:
-        """Of keys and values: Frobenius norm of the error / of the entries, over all sampled pages; 0 before any."""
+        """Relative error of keys and of values: Frobenius norm of the error / of the entries, over sampled pages; 0 at first."""
         return tuple((self._lost[part] / self._all[part]) ** 0.5 if self._all[part] else 0.0 for part in "kv")

@@ -1,8 +1,8 @@
-"""Removing entries from rows, and giving back the pages that this frees.
+"""Eviction of entries from rows, and compaction.
 
-An evicted entry leaves the exact part at once. Inside an encoded page its place becomes -1 and attention passes over
-it; a page without entries goes back to the pool, and a row with holes enough for a whole page is packed anew, oldest
-first. Packing decodes and encodes again: with a lossy codec entries pay its loss once more each time.
+An evicted full-precision entry is removed at once. In an encoded page its position becomes -1, and attention skips the slot.
+A page without entries returns to the pool. A row whose evicted slots would fill a page is compacted, oldest entries first.
+Compaction decodes and encodes again, so with a lossy codec each compaction adds the codec's error once more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmc.cache.storage.rows import Rows, ragged
 
 
 def entries(rows: Rows, index: Tensor, following: Tensor) -> Entries:
-    """Closed entries of rows ``[R]`` of one layer, encoded ones first; ``following [R]``: the next query's position."""
+    """Final entries of rows ``[R]`` of one layer, encoded ones first; ``following [R]``: the next query's position."""
     metadata, packing = {}, rows.packing(index)
     for name in rows.storage.metadata:
         empty = -1 if name == "position" else 0.0
@@ -46,7 +46,7 @@ def evict(rows: Rows, index: Tensor, there: Entries, keep: Tensor) -> None:
 
 
 def _from_pages(rows: Rows, index: Tensor, held: Tensor, kept: Tensor) -> None:
-    """Marks evicted slots, frees pages without entries, closes the gaps that these leave in the table, and packs."""
+    """Marks evicted slots, frees pages without entries, closes the gaps in the table, and compacts."""
     some = (held & ~kept).any(-1)
     if not some.any():
         return
@@ -78,7 +78,7 @@ def _pack(rows: Rows, index: Tensor, needed: Tensor) -> None:
     first = live.cumsum(0) - live
     owner, column = ragged(needed)
     slot = column[:, None] * size + torch.arange(size, device=index.device)  # [n, P] within the row
-    source = first[owner, None] + slot.minimum(live[owner, None] - 1)  # the last entry fills the last page up
+    source = first[owner, None] + slot.minimum(live[owner, None] - 1)  # the last entry pads the last page
     keys, values = (part[page[source], offset[source]] for part in packing.codec.decode(blocks))
     moved = {name: field[page[source], offset[source]] for name, field in metadata.items()}
     moved["position"] = moved["position"].masked_fill(slot >= live[owner, None], -1)
@@ -92,7 +92,7 @@ def _pack(rows: Rows, index: Tensor, needed: Tensor) -> None:
 
 
 def _from_full(rows: Rows, index: Tensor, held: Tensor, kept: Tensor) -> None:
-    """Closes the gaps in the exact part and frees the pages at its end."""
+    """Closes the gaps among full-precision entries and frees the pages at their end."""
     some = (held & ~kept).any(-1)
     if not some.any():
         return

@@ -1,8 +1,8 @@
-"""How a layer's encoded pages are laid out, where layers may have codecs of their own.
+"""Layout of a layer's encoded pages; layers may have different codecs.
 
-Every page of the pool has the same bytes, so that any free page serves any layer. A page is as large as the average
-layer needs for the codec's own number of entries (or the one that the user gave); each layer then puts into it as many
-entries as fit. Where all layers are stored alike that number is the one asked for.
+All pages of the pool have the same size, so any free page serves any layer. The size is what the average layer needs for
+the codec's own number of entries, or the number that the user gave; each layer then stores as many entries per page as fit.
+If all layers have equal storage, that is the requested number.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dmc.kernels.pages.format import PageFormat
 
 @dataclass(frozen=True)
 class Storage:
-    """What is common to all rows; see `dmc.cache.storage.rows`.
+    """Settings common to all rows; see `dmc.cache.storage.rows`.
 
     Attributes:
         sink_tokens: s.
         window: w.
-        exact_dtype: of sinks and window.
+        exact_dtype: of full-precision entries.
         with_positions: whether entries carry their position, an int32.
         scored: whether entries carry a score, an fp32.
         evicted_slots: whether entries can be evicted from encoded pages; their slots then hold position -1.
         ring: newest tokens that stay as they are (`dmc.cache.reading.late`); None: a token enters the accumulating entry at once.
-        noted: numbers that are kept with each token of the ring: its logit, and where tokens merge its weight.
-        most: entries of a row behind the ring at most, the accumulating one counted; None: no bound.
+        noted: numbers stored with each token of the ring: its logit, and if tokens merge its weight.
+        most: largest number of entries of a row behind the ring, the accumulating one included; None: no bound.
     """
 
     sink_tokens: int
@@ -45,17 +45,17 @@ class Storage:
 
     @property
     def first(self) -> int:
-        """Exact entries of a row that are never encoded: ring, accumulating entry behind it, and sinks."""
+        """Full-precision entries of a row that are never encoded: ring, accumulating entry behind it, and sinks."""
         return self.sink_tokens + (0 if self.ring is None else self.ring + 1)
 
     @property
     def metadata(self) -> dict[str, torch.dtype]:
-        """What is stored with each entry beside its key and value."""
+        """Per-entry metadata: what is stored with each entry in addition to key and value."""
         known = (("position", torch.int32, self.with_positions), ("score", torch.float32, self.scored))
         return {name: dtype for name, dtype, there in known if there}
 
     def entry_bytes(self, head_size: int) -> int:
-        """Bytes of an exact entry."""
+        """Bytes of a full-precision entry."""
         return 2 * head_size * self.exact_dtype.itemsize + sum(kind.itemsize for kind in self.metadata.values())
 
 
@@ -63,7 +63,7 @@ class Packing:
     """The encoded pages of some layers.
 
     Args:
-        codec: of them.
+        codec: of these layers.
         page_size: P, entries of each.
         head_size: D.
         storage: see `Storage`.
@@ -87,10 +87,10 @@ class Packing:
 def packings(
     codecs: Sequence[Codec], page_size: int | None, head_size: int, storage: Storage,
 ) -> tuple[tuple[Packing, ...], int]:
-    """How the pages of each layer are laid out, and the bytes of a page; see the head of this file.
+    """The layout of each layer's pages, and the bytes of a page; see the head of this file.
 
     Args:
-        codecs: of each layer; one object for layers that are stored alike.
+        codecs: of each layer; one object for layers with equal storage.
         page_size: entries of the average layer's page; None: each codec's own.
         head_size: D.
         storage: see `Storage`.
@@ -106,7 +106,7 @@ def packings(
 
 
 def _filled(packing: Packing, page_bytes: int, head_size: int, storage: Storage) -> Packing:
-    """With the most entries that fit into a page."""
+    """The layout with the most entries that fit into a page."""
     low, high = 1, 2 * max(1, packing.page_size * page_bytes // packing.layout.nbytes)
     while low < high:  # low fits
         middle = (low + high + 1) // 2

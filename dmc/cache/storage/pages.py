@@ -1,11 +1,11 @@
 """One pool of equal pages for every layer, sequence and head.
 
-A page has one owner, or several where sequences share the pages of a common prompt; it is free again when its last
-owner gives it back.
+A page has one owner, or several if sequences share the pages of a common prompt. It is free again when its last owner
+gives it back.
 
-The pool is one byte tensor. What a page holds is said by a `Layout`: named fields of fixed shape at fixed
-offsets, seen as strided views of the pool with a leading page dimension. A page of encoded entries and a page of
-exact ones are two layouts over the same bytes, so any free page serves either, and memory never splits in two.
+The pool is one byte tensor. A `Layout` describes the content of a page: named fields of fixed shape at fixed
+offsets, as strided views of the pool with a leading page dimension. Encoded pages and full-precision pages are two layouts
+over the same bytes, so any free page serves either, and the memory is not split in two.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NULL_PAGE = 0  # never handed out and always zero: what unused places of block tables point to
+NULL_PAGE = 0  # never handed out and always zero: unused columns of block tables point to it
 _FIRST_PAGES = 64  # of a pool that grows
 _ALIGNMENT = 8  # bytes; the widest field type
 _LINE = 64  # bytes of a cache line, where the memory of a pool begins
 
 
 class PoolExhausted(RuntimeError):
-    """More pages were asked for than a pool of fixed size has left."""
+    """A pool of fixed size has fewer free pages than requested."""
 
 
 class Layout:
-    """How the bytes of a page are divided.
+    """The division of a page's bytes into fields.
 
     Args:
         fields: name → (dtype, shape of one page's part).
@@ -35,7 +35,7 @@ class Layout:
         self.fields = {}  # name → (offset, bytes, dtype, shape)
         offset = 0
         sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in fields.items()}
-        # Those of the roundest sizes first, so that each begins at a multiple of its dtype and large ones can be read widely.
+        # Sizes with the largest power of two as a factor first: each field is aligned to its dtype, large ones for wide loads.
         for name in sorted(fields, key=lambda name: -(sizes[name] & -sizes[name])):
             self.fields[name] = (offset, sizes[name], *fields[name])
             offset += sizes[name]
@@ -54,12 +54,12 @@ class PagePool:
 
     Args:
         page_bytes: size of every page, a multiple of 8.
-        limit: pages at most, the null page not counted; None: grows as needed, doubling. With a limit a GPU's memory is
-            taken at once. On a CPU the operating system gives the memory as pages are first used.
+        limit: largest number of pages, without the null page; None: grows as needed, doubling. With a limit a GPU's memory is
+            allocated at once. On a CPU the operating system provides the memory when pages are first used.
         device: of the memory.
 
     Raises:
-        ValueError: if there is less memory than ``limit`` pages.
+        ValueError: if the memory of ``limit`` pages cannot be allocated.
     """
 
     def __init__(self, page_bytes: int, *, limit: int | None, device: torch.device | str = "cpu") -> None:
@@ -67,20 +67,20 @@ class PagePool:
         self._counts = torch.zeros(2, dtype=torch.int32, device=device)  # `lend`
         self._lent = False
         self._views: dict[int, tuple[Layout, dict[str, Tensor]]] = {}
-        self.kept: dict = {}  # what readers keep of the memory (`dmc.cache.reading.onpages`), dropped when it grows
+        self.kept: dict = {}  # readers' views of the memory (`dmc.cache.reading.onpages`), dropped when it grows
         self._allocate(limit)
 
     def bound(self, limit: int) -> None:
-        """Gives the pool, of which no page is taken, its final size: ``limit`` pages.
+        """Sets the final size of a pool without taken pages: ``limit`` pages.
 
         Raises:
-            ValueError: if there is less memory.
+            ValueError: if the memory cannot be allocated.
         """
         assert not self.used, "a pool in use cannot be replaced"
         self._views.clear()
         self.kept.clear()
         self._lent = False
-        self.memory = self._stack = self.owners = None  # given back before the new ones are asked for
+        self.memory = self._stack = self.owners = None  # freed before the new memory is allocated
         self._allocate(limit)
 
     def _allocate(self, limit: int | None) -> None:
@@ -98,12 +98,12 @@ class PagePool:
 
     @property
     def capacity(self) -> int:
-        """Pages there are, free or not."""
+        """Number of pages, free or not."""
         return self.memory.shape[0] - 1
 
     @property
     def free(self) -> int:
-        """Pages that can be taken without growing. After `lend` this waits for the device, once.
+        """Pages that can be taken without growing. The first read after `lend` waits for the device.
 
         Raises:
             RuntimeError: if kernels that used the lent pool found too few reserved pages; the KV cache is invalid.
@@ -119,11 +119,11 @@ class PagePool:
 
     @property
     def used(self) -> int:
-        """Pages handed out; those that kernels took and gave are counted from when `free` is asked next. Any thread may ask."""
+        """Pages in use. Pages that kernels took or gave back are counted when `free` is read next. Any thread may read it."""
         return self.capacity - self._free
 
     def take(self, count: int) -> Tensor:
-        """Hands out pages, as they were left by their last owner: int64 ``[count]``.
+        """Hands out pages, with the content that their last owner left: int64 ``[count]``.
 
         Raises:
             PoolExhausted: if the pool may not grow and has fewer left; nothing is taken then.
@@ -135,7 +135,7 @@ class PagePool:
         return pages
 
     def reserve(self, count: int) -> None:
-        """Sees to it that so many pages are free.
+        """Grows the pool, if needed, until so many pages are free.
 
         Raises:
             PoolExhausted: if the pool may not grow and has fewer left.
@@ -146,12 +146,12 @@ class PagePool:
             self._grow(max(count - self._free, self.capacity))
 
     def lend(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The stack of free pages, for kernels that take and give pages themselves.
+        """The stack of free pages, for kernels that take pages and give them back.
 
         Returns:
             ``(stack int64 [capacity], free int32 [1], failed int32 [1])``: the free pages come first, the last of them is
-            taken next; kernels keep the count, and tell of failures in bits. Until the host takes, gives or counts pages the
-            count is theirs.
+            taken next; kernels update the count, and report failures as bits. The count belongs to the kernels until the host
+            takes, gives back or counts pages.
         """
         if not self._lent:
             self._counts[0] = self._free
@@ -159,12 +159,12 @@ class PagePool:
         return self._stack, self._counts[:1], self._counts[1:]
 
     def share(self, pages: Tensor) -> None:
-        """One more owner for each of some pages, which are handed out and distinct: int64 ``[n]``."""
+        """Adds one owner to each of some pages in use, distinct: int64 ``[n]``."""
         self.owners[pages] += 1
 
     def give(self, pages: Tensor) -> None:
-        """One owner gives pages back: int64 ``[n]``, distinct; those without another owner are free again."""
-        start = self.free  # first: it raises where the pool is lost
+        """Removes one owner from each of some pages, int64 ``[n]``, distinct; pages without another owner are free again."""
+        start = self.free  # first, since it raises if the pool is invalid
         left = self.owners[pages] - 1
         assert (left >= 0).all(), "a page was given back that nobody owns"
         self.owners[pages] = left

@@ -1,25 +1,24 @@
-"""What the cache holds for each row, that is each (layer, sequence, key/value head).
+"""State of the cache for each row, that is each (layer, sequence, key/value head).
 
 The entries of a row, oldest first:
 
-    sinks        the first few entries, exact; their number is 0 for lossless codecs
-    pages        full pages of entries, encoded once, final
-    window       entries that wait for a full page, exact
-    tail         the open entry, the only one that can still change: unrotated fp32 numerators and z
+    sinks           the first few entries, in full precision; none for lossless codecs
+    encoded pages   full pages of final entries, encoded once
+    window          entries that wait for a full page, in full precision
+    accumulating    the only entry that can still change: unrotated fp32 numerators and z
 
-Where tokens stay as they are for a while (`Storage.ring`), the ring and the accumulating entry go before the sinks
+With a ring of recent tokens (`Storage.ring`), the ring and the accumulating entry precede the sinks
 (`dmc.cache.reading.late`), and count as sinks below.
 
-With c closed entries (all but the tail), s sinks, a window of at least w and pages of P entries, a row holds
-``max(0, c - s - w) // P`` encoded pages, which cover entries s, s + 1, ...; everything else is exact. So what is
-encoded follows from c alone, whatever batch, chunk or schedule brought the entries here.
+With c final entries, s sinks, a window of at least w and pages of P entries, a row holds ``max(0, c - s - w) // P`` encoded
+pages, which cover entries s, s + 1, ...; all other entries are in full precision. The encoded entries depend on c alone,
+and not on batch, chunks or schedule.
 
-All pages have the same bytes. Layers may have codecs of their own, and P then is a layer's own too (`Packing`): a layer
-that takes fewer bytes for an entry has more entries in a page.
+All pages have the same size. Layers may have different codecs, and then different P (`Packing`): a layer that takes fewer
+bytes per entry stores more entries per page.
 
-Under an evicting policy, or with a codec that asks for it, a page also holds each entry's place, the position of its
-newest token; -1 is an entry that was evicted and is seen no more. `dmc.cache.storage.evict` removes entries and frees their
-pages.
+Under an evicting policy, or with a codec that needs it, a page also holds each entry's position, that of its newest token;
+-1 marks an evicted slot. `dmc.cache.storage.evict` removes entries and frees their pages.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from dmc.cache.storage.packing import Packing, Storage, packings
 from dmc.cache.storage.pages import NULL_PAGE, Layout, PagePool
 
 _FIRST_COLUMNS = 4  # of the table of encoded pages; doubles when a row outgrows it
-_ENCODE_PAGES = 1024  # encoded in one go; bounds the memory that encoding needs
+_ENCODE_PAGES = 1024  # encoded at once; bounds the memory of encoding
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,21 @@ class Shape:
 
 
 Metadata = dict[str, Tensor]
-"""What entries carry beside key and value, as `Storage.metadata` names it."""
+"""Per-entry metadata: tensors by the names of `Storage.metadata`."""
 
 
 class Rows:
-    """Tables, counts and tails of all rows, as tensors over a flat row index, and their pages in one pool.
+    """Tables, counts and accumulating entries of all rows, as tensors over a flat row index, and their pages in one pool.
 
     A row's index is ``(layer * slots + slot) * H + head``; see `index`. Tables are int32 and name pages of `pool`;
-    unused places name the null page.
+    unused columns name the null page.
 
     Args:
         shape, storage: see `Shape`, `Storage`.
-        codecs: of each layer; one object for layers that are stored alike.
+        codecs: of each layer; one object for layers with equal storage.
         page_size: entries of an encoded page; None: each codec's own. See `packings` for layers that differ.
-        slots: sequences at most.
-        memory: bytes of the pool; None lets it grow.
+        slots: largest number of sequences.
+        memory: bytes of the pool; None: it grows.
         device: of everything.
     """
 
@@ -79,7 +78,7 @@ class Rows:
         self.page_sizes = torch.tensor([packing.page_size for packing in self.packings], device=device)  # [L]
         self._alike = len({id(packing) for packing in self.packings}) == 1
         entry = storage.entry_bytes(size)
-        self.per_full_page = page_bytes // entry  # exact entries that a page takes
+        self.per_full_page = page_bytes // entry  # full-precision entries per page
         part = (dtype, (self.per_full_page, size))
         metadata = {f"e_{name}": (kind, (self.per_full_page,)) for name, kind in storage.metadata.items()}
         self.full_layout = Layout({"k": part, "v": part} | metadata)
@@ -92,18 +91,18 @@ class Rows:
         columns = max(self.full_pages(self.most_full(packing)) for packing in self.packings)
         self.full_table = torch.full((rows, columns), NULL_PAGE, dtype=torch.int32, device=device)
         self.encoded_count = torch.zeros(rows, dtype=torch.int32, device=device)  # encoded pages
-        self.full_count = torch.zeros(rows, dtype=torch.int32, device=device)  # exact entries, the tail not counted
-        self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the tail: keys | values
-        self.z = torch.zeros(rows, dtype=work, device=device)  # of the tail; 0: no tail, the row is empty
+        self.full_count = torch.zeros(rows, dtype=torch.int32, device=device)  # full-precision entries but the accumulating
+        self.numerators = torch.zeros(rows, 2 * size, dtype=work, device=device)  # of the accumulating entry: keys | values
+        self.z = torch.zeros(rows, dtype=work, device=device)  # of the accumulating entry; 0: the row is empty
         self.accumulating_score = torch.zeros(rows if storage.scored else 0, device=device)
         self.notes = torch.zeros(rows, storage.ring or 0, storage.noted, dtype=work, device=device)  # see `Storage`
-        # Position of the newest token in the tail; only read where entries carry theirs and tokens can be dropped.
+        # Position of the newest token in the accumulating entry; only read if entries carry positions and tokens can be dropped.
         positioned = storage.with_positions and storage.ring is not None
         self.newest = torch.zeros(rows if positioned else 0, dtype=torch.int32, device=device)
 
     @property
     def state(self) -> tuple[str, ...]:
-        """Names of the tensors that say everything of a row but its pages' content; the first two are tables."""
+        """Names of the tensors with all state of a row except its pages' content; the first two are tables."""
         more = [name for name in ("accumulating_score", "notes", "newest") if getattr(self, name).numel()]
         return ("encoded_table", "full_table", "encoded_count", "full_count", "numerators", "z", *more)
 
@@ -130,50 +129,50 @@ class Rows:
         return rows // (self.slots * heads) * heads + rows % heads
 
     def packing(self, rows: Tensor) -> Packing:
-        """How the encoded pages of rows ``[R]`` of one layer, at least one, are laid out."""
+        """Layout of the encoded pages of rows ``[R]`` of one layer; at least one row."""
         return self.packings[0 if self._alike else int(rows[0]) // (self.slots * self.shape.heads)]
 
     def layers_alike(self) -> list[list[int]]:
-        """Layers whose encoded pages are laid out alike, together."""
+        """Layers grouped by the layout of their encoded pages."""
         together: dict[int, list[int]] = {}
         for layer, packing in enumerate(self.packings):
             together.setdefault(id(packing), []).append(layer)
         return list(together.values())
 
     def joined(self, packing: Packing) -> bool:
-        """Whether exact entries lie as encoded ones do, so that a row can be read as one run of pages."""
+        """True if full-precision and encoded pages have the same layout, so that a row can be read as one run of pages."""
         return not self.storage.first and self.full_layout.fields == packing.layout.fields
 
     def row_page_sizes(self, rows: Tensor) -> Tensor:
-        """Entries of an encoded page of any rows: int64 ``[R] → [R]``."""
+        """Entries per encoded page of any rows: int64 ``[R] → [R]``."""
         return self.page_sizes[rows // (self.slots * self.shape.heads)]
 
     def most_full(self, packing: Packing) -> int:
-        """Exact entries of a row just before a page is closed; the tail not counted."""
+        """Full-precision entries of a row just before a page is encoded, without the accumulating one."""
         return self.storage.first + self.storage.window + packing.page_size
 
     def split(self, entries: Tensor, page_size: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Closed entries of a row (the tail not counted) → (encoded pages, exact entries)."""
+        """Final entries of a row → (encoded pages, full-precision entries)."""
         encoded = (entries - self.storage.first - self.storage.window).clamp(min=0) // page_size
         return encoded, entries - encoded * page_size
 
     def pages_of(self, entries: Tensor, page_size: int | Tensor) -> Tensor:
-        """Pages that rows of so many closed entries hold, if none was evicted; int64, any shape."""
+        """Pages of rows with so many final entries, if none was evicted; int64, any shape."""
         encoded, full = self.split(entries, page_size)
         return encoded + self.full_pages(full).clamp(min=self.ring_pages)
 
     @property
     def ring_pages(self) -> int:
-        """Pages of ring and accumulating entry, which a row has from its first token on."""
+        """Pages of ring and accumulating entry; a row has them from its first token."""
         return 0 if self.storage.ring is None else self.full_pages(self.storage.ring + 1)
 
     def behind_ring(self, encoded: Tensor, full: Tensor, page_size: int | Tensor) -> Tensor:
-        """Entries behind the ring, the accumulating one counted, of rows with so many encoded pages and exact entries; 0 or
-        less where the ring is not full."""
+        """Entries behind the ring, the accumulating one included, of rows with so many encoded pages and full-precision entries;
+        0 or less if the ring is not full."""
         return encoded * page_size + full - (self.storage.ring or 0)
 
     def worst_pages(self, entries: int, *, evicting: bool) -> int:
-        """Pages that one row of each layer, together, can come to need on its way to so many closed entries."""
+        """Largest number of pages, summed over one row of each layer, on the way to so many final entries."""
         store, pages = self.storage, 0
         for packing in self.packings:
             encoded = max(0, entries - store.first - store.window) // packing.page_size
@@ -182,20 +181,20 @@ class Rows:
         return pages
 
     def full_pages(self, entries: int | Tensor) -> int | Tensor:
-        """Pages that so many exact entries take."""
+        """Pages of so many full-precision entries."""
         return -(-entries // self.per_full_page)
 
     # ------------------------------------------------------------------------------------ reading
 
     def full_entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sinks and window of rows: ``[R] → (keys [R, N, D], values [R, N, D], valid [R, N])``; the rest is 0."""
+        """Full-precision entries of rows: ``[R] → (keys [R, N, D], values [R, N, D], valid [R, N])``; the rest is 0."""
         count = self.full_count[rows]
         columns = self.full_pages(int(count.max()))
         valid = torch.arange(columns * self.per_full_page, device=rows.device) < count[:, None]
         return *self.read_full_pages(self.full_table[rows, :columns].flatten(), len(rows)), valid
 
     def read_full_pages(self, pages: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[R, N, D]`` on pages of exact entries ``[R * columns]``: copies."""
+        """Copies of keys and values ``[R, N, D]`` on full-precision pages ``[R * columns]``."""
         views = self.full_layout.views(self.pool.read(pages))
         keys, values = (views[part].reshape(rows, -1, self.shape.head_size) for part in ("k", "v"))
         return keys, values
@@ -213,8 +212,8 @@ class Rows:
         return self.read_encoded(pages, packing)[0]
 
     def read_encoded(self, pages: Tensor, packing: Packing) -> tuple[Blocks, Metadata]:
-        """`blocks`, and what each entry carries, ``[n, P]``; copies."""
-        if len(packing.layout.fields) == 2:  # few and large: one by one they come out contiguous
+        """`blocks`, and the per-entry metadata ``[n, P]``; copies."""
+        if len(packing.layout.fields) == 2:  # few and large: selected one by one they are contiguous
             views = {name: view.index_select(0, pages) for name, view in self.pool.views(packing.layout).items()}
         else:
             views = packing.layout.views(self.pool.read(pages))
@@ -246,10 +245,10 @@ class Rows:
         Args:
             rows: ``[R]``.
             keys, values: ``[R, N, D]``, oldest first.
-            counts: ``[R]`` int64, how many of the N are a row's own.
+            counts: ``[R]`` int64, how many of the N entries a row has.
             metadata: ``[R, N]`` each.
             donors: ``[R]``, rows whose first pages hold the same entries.
-            shared: ``[R]`` int64, how many of them are taken over instead of encoded again.
+            shared: ``[R]`` int64, how many of these pages are shared instead of encoded again.
         """
         store, size = self.storage, self.packing(rows).page_size
         encoded, full = self.split(counts, size)
@@ -316,7 +315,7 @@ class Rows:
         return views["k"][pages, slots], views["v"][pages, slots], metadata
 
     def _encode_page(self, rows: Tensor) -> None:
-        """Encodes the oldest page of the window of each row, whose exact part is full."""
+        """Encodes the oldest page of the window of each row; the rows have `most_full` full-precision entries."""
         store, packing = self.storage, self.packing(rows)
         first, end = store.first, store.first + packing.page_size
         offsets = torch.arange(first, self.most_full(packing), device=rows.device).expand(len(rows), -1)
@@ -337,7 +336,7 @@ class Rows:
         self.encoded_count[rows] = column + 1
 
     def _store(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> None:
-        """Encodes one page ``[R, P, D]`` a row into a new page of the pool, named at ``columns`` of the table."""
+        """Encodes one page per row, ``[R, P, D]``, into new pages of the pool, named at ``columns`` of the table."""
         if not len(rows):
             return
         pages = self.pool.take(len(rows))
@@ -346,13 +345,13 @@ class Rows:
         self.encoded_table[rows, columns] = pages.int()
 
     def _new_full_pages(self, rows: Tensor, columns: Tensor) -> None:
-        """Gives each row a zeroed page for exact entries, named at ``columns`` of the table; rows may repeat."""
+        """Gives each row a zeroed page for full-precision entries, named at ``columns`` of the table; rows may repeat."""
         pages = self.pool.take(len(rows))
-        self.pool.memory[pages] = 0  # what an encoded page left here could read as NaN
+        self.pool.memory[pages] = 0  # the bytes of a former encoded page could read as NaN
         self.full_table[rows, columns] = pages.int()
 
     def widen(self, columns: int) -> None:
-        """Makes the table of encoded pages at least so wide."""
+        """Widens the table of encoded pages to at least so many columns."""
         have = self.encoded_table.shape[1]
         if columns > have:
             self.encoded_table = F.pad(self.encoded_table, (0, max(columns, 2 * have) - have), value=NULL_PAGE)

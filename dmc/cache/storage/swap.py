@@ -13,12 +13,12 @@ from dmc.cache.storage.rows import Rows
 
 @dataclass(frozen=True)
 class Swapped:
-    """What a sequence held.
+    """State of a sequence that was swapped out.
 
     Attributes:
-        pages: uint8 ``[n, page bytes]``, encoded pages, then exact ones.
+        pages: uint8 ``[n, page bytes]``, encoded pages, then full-precision ones.
         owners: for each table, (row of the sequence, column) of its pages, int64 ``[.., 2]``.
-        state: counts and tails, ``[L * H, ...]``.
+        state: counts and accumulating entries, ``[L * H, ...]``.
     """
 
     pages: Tensor
@@ -32,7 +32,7 @@ class Swapped:
 
 
 def read(rows: Rows, index: Tensor) -> Swapped:
-    """A copy, in host memory, of what rows ``[L * H]`` hold; they keep it."""
+    """Copies the content of rows ``[L * H]`` to host memory; the rows keep it."""
     tables, rest = rows.state[:2], rows.state[2:]
     owners = tuple((getattr(rows, name)[index] != NULL_PAGE).nonzero() for name in tables)
     pages = torch.cat([
@@ -46,7 +46,7 @@ def write(rows: Rows, index: Tensor, swapped: Swapped) -> None:
     """Puts a copy into empty rows ``[L * H]``.
 
     Raises:
-        PoolExhausted: if there are not pages enough; nothing is changed then.
+        PoolExhausted: if there are not enough pages; nothing is changed then.
     """
     pages = rows.pool.take(len(swapped.pages))
     rows.pool.memory[pages] = swapped.pages.to(pages.device)
@@ -65,13 +65,13 @@ def fork_pages(rows: Rows, source: Tensor, *, share: bool) -> int:
 
 
 def fork(rows: Rows, source: Tensor, target: Tensor, *, share: bool) -> None:
-    """Empty rows ``target [L * H]`` become what rows ``source`` are.
+    """Copies rows ``source`` to empty rows ``target [L * H]``.
 
-    Encoded pages never change and get a second owner, if ``share``; exact ones will soon differ and are copied, and so
-    are the tails.
+    With ``share`` encoded pages get a second owner, since they never change. Full-precision pages and accumulating entries
+    will soon differ and are copied.
 
     Raises:
-        PoolExhausted: if there are not pages enough; nothing is changed then.
+        PoolExhausted: if there are not enough pages; nothing is changed then.
     """
     encoded, full = rows.encoded_table[source], rows.full_table[source]
     held = [table != NULL_PAGE for table in (encoded, full)]

@@ -1,1 +1,1 @@
-"""A generated token enters the cache."""
+"""Appending generated tokens to the cache."""

@@ -1,7 +1,7 @@
 """Triton kernel of `dmc.kernels.append.append`.
 
-One program a row. Pages are taken from the stack by a subtraction from the count of free pages that every program does
-for itself; nothing puts pages back meanwhile, so a count that was positive names a page that is this program's alone.
+One program per row. A program takes a page from the stack by an atomic decrement of the count of free pages. No page is
+given back in the same launch, so a positive count names a page that only this program gets.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _page(
     table, words, stack, free, owners, failed, count, most, wp,
     WORDS: tl.constexpr, STEP: tl.constexpr, PER_FULL: tl.constexpr,
 ):
-    """The page of a row's next exact entry, int64, zeroed if it is a new one; 0 where there is none."""
+    """The page of a row's next full-precision entry, int64, zeroed if it is new; 0 if there is none."""
     page = tl.full((), 0, tl.int64)
     if count >= most:
         tl.atomic_or(failed, _NOT_ENCODED)
@@ -130,7 +130,7 @@ def _page(
             for first in range(0, WORDS, STEP):
                 w = first + tl.arange(0, STEP)
                 tl.store(words + page * wp + w, tl.zeros((STEP,), tl.int64), w < WORDS)
-            tl.debug_barrier()  # the entry is written next, by other threads
+            tl.debug_barrier()  # other threads write the entry next
         else:
             tl.atomic_add(free, 1)
             tl.atomic_or(failed, _NO_PAGE)

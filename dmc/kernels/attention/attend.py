@@ -1,23 +1,23 @@
 """Training attention of DMC (merging at once, and late) and of DMS, in memory linear in T.
 
-`dmc.functional.attention` and `dmc.functional_dms.attention` are the naive twins ("reference"). `dmc.kernels.backend`
-says which of these runs:
+`dmc.functional.attention` and `dmc.functional_dms.attention` are the reference implementations. `dmc.kernels.backend`
+chooses:
 
     triton      the project's kernels: merge and rotation in one pass (`dmc.kernels.scan.merge`), and attention with a
-                bias for each key, exempt band and borders of documents; late merging in the same softmax
+                bias for each key, exempt band and document boundaries; late merging in the same softmax
                 (`dmc.kernels.attention.gpu`)
-    torch       PyTorch's fused causal attention, below: what runs on a CPU
+    torch       PyTorch's fused causal attention, below; used on a CPU
 
-To these kernels the two methods are one: every key has a bias, which queries up to ``window`` tokens after it are exempt
-from. In DMC the window is 0: the query's own state alone. Two facts let an ordinary causal kernel compute it:
+Both methods use the same kernels: every key has a bias, and queries up to ``window`` tokens after the key are exempt from it.
+In DMC the window is 0: only the query's own state is exempt. Two facts let an ordinary causal kernel compute this:
 
-- the per-key bias is one more feature of the keys, met by a constant feature of the queries;
-- what is exempt becomes an extra key in front (the **anchor**), whose score for query i is made to be the
+- the per-key bias is one more feature of the keys, multiplied by a constant feature of the queries;
+- the exempt keys become one extra key in front (the **anchor**), whose score for query i equals the
   query's own score, or the logarithm of the summed exponentials of its band (`dmc.kernels.attention.band`), and whose value row
   carries a marker. Shifted so that query i sees the anchor and the keys j < i - window, the marker's share of the
-  output is the weight of what is exempt.
+  output is the weight of the exempt keys.
 
-Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. With PyTorch the anchor stands for
+Late merging has two kinds of keys: the band of recent tokens, and merged states behind it. With PyTorch the anchor replaces
 the band and the accumulating entry together (`late_attention`).
 """
 
@@ -44,12 +44,12 @@ def dmc_attention(
 ) -> Tensor:
     """`dmc.functional.attention` (same arguments and result), differentiable in every tensor argument.
 
-    Merging is in fp32; the attention product is in the dtype of ``query``. In PyTorch's form, in bf16 and fp16, the
-    bias and the diagonal's score travel as two features each, so that they keep 16 bits of mantissa.
+    Merging is in fp32; the attention product is in the dtype of ``query``. In PyTorch, in bf16 and fp16, the
+    bias and the diagonal's score are two features each, so that they keep 16 bits of mantissa.
 
     Args:
-        spans: where only some positions are asked (context parallelism): the ``[first, stop)`` of the positions
-            whose queries ``query`` holds, one after the other; all other arguments stay whole.
+        spans: with context parallelism, the ``[first, stop)`` of the positions whose queries ``query`` holds, one
+            after the other; all other arguments cover the whole sequence.
         backend: a name of `dmc.kernels.backend`, over the default.
 
     Raises:
@@ -74,7 +74,7 @@ def dms_attention(
 ) -> Tensor:
     """`dmc.functional_dms.attention` (same arguments and result), differentiable in every tensor argument.
 
-    Args and errors beyond its own as in `dmc_attention`. The band is in fp32, what lies behind it in the query's dtype.
+    Further arguments and errors as in `dmc_attention`. The band is in fp32, keys behind it are in the query's dtype.
     """
     backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
     if backend == "reference":
@@ -95,7 +95,7 @@ def late_attention(
 ) -> Tensor:
     """`dmc.functional.attention` with a window (same arguments and result), differentiable in every tensor argument.
 
-    Merging is in fp32. In PyTorch's form the band and the accumulating entry are too; other products of attention are in the
+    Merging is in fp32. In PyTorch the band and the accumulating entry are too; other matmuls of attention are in the
     query's dtype.
 
     Args:
@@ -133,9 +133,9 @@ def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, *, rope: tuple[Tensor, Tensor], starts: Tensor | None = None,
     scale: float | None = None, spans: list[tuple[int, int]] | None = None, backend: str | None = None,
 ) -> Tensor:
-    """Causal attention without compression, documents apart; arguments as in `dmc_attention`.
+    """Causal attention without compression, documents separate; arguments as in `dmc_attention`.
 
-    Rows of one document each (``starts`` of None) go to PyTorch's own kernel also where Triton was chosen.
+    Rows of one document each (``starts`` of None) use PyTorch's own kernel even if Triton was chosen.
     """
     backend, spans = choose(query, backend), spans or [(0, key.shape[2])]
     if backend == "reference":
@@ -148,7 +148,7 @@ def plain_attention(
 
 
 def _reference(attend: Callable[..., Tensor], query: Tensor, key: Tensor, *rest: Tensor, **options) -> Tensor:  # noqa: ANN003
-    """A naive twin, asked for all positions and cut to those of the spans, the last of ``rest``."""
+    """A reference implementation at all positions, cut to those of the spans, which are the last of ``rest``."""
     *rest, spans = rest
     at = torch.cat([torch.arange(a, b, device=query.device) for a, b in spans])
     whole = query.new_zeros(*query.shape[:2], key.shape[2], query.shape[3]).index_copy(2, at, query)
@@ -159,7 +159,7 @@ def _attend(
     backend: str, starts: Tensor | None, spans: list[tuple[int, int]], scale: float, query: Tensor, key: Tensor,
     value: Tensor, bias: Tensor | None, window: int = 0,
 ) -> Tensor:
-    """The attention product, span by span; everything merged and rotated. The newest ``window`` keys before a query and
+    """Attention span by span; everything is merged and rotated. The newest ``window`` keys before a query and
     its own are exempt from the bias."""
     parts = []
     for (first, stop), rows in zip(spans, query.split([b - a for a, b in spans], dim=2), strict=True):
@@ -193,7 +193,7 @@ def _late(
     behind = tokens - window - 1  # states that the last query sees, its accumulating entry included
     if behind <= 0:
         return causal_attention(query, key, value, scale=scale)
-    near = max(0, rows - behind)  # queries that see nothing but their band
+    near = max(0, rows - behind)  # queries that see only their band
     out, lse = band_attention(query, key, value, window=window, scale=scale)
     (alone, out), (_, lse) = (x.split([near, rows - near], dim=2) for x in (out, lse))
     far = query[:, :, near:]
@@ -208,7 +208,7 @@ def _late(
             far, merged_key[:, :, final], merged_value[:, :, final], bias[:, :, final], both / scale, scale,
         )
         past, share = past.to(lse.dtype), share[..., 0].to(lse.dtype)
-    # Weights are multiplied before they meet a value, since a pass over the values costs D times one over the weights.
+    # Weights are scaled instead of values, since a pass over the values costs D times a pass over the weights.
     band, accumulating = ((share * (x - both).exp())[..., None].unflatten(1, (heads, -1)) for x in (lse, score))
     joined = torch.addcmul(past, band.flatten(1, 2), out).unflatten(1, (heads, -1))
     joined = torch.addcmul(joined, accumulating, merged_value[:, :, None, entries].to(lse.dtype)).flatten(1, 2)

@@ -54,8 +54,8 @@ def backward_keys(
     BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, EXEMPT: tl.constexpr, LAG: tl.constexpr,
     REACH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Gradients of one block of keys, values and biases, over all query heads of the group. Unless REACH is -1, no query
-    further behind a key sees it."""
+    """Gradients of one block of keys, values and biases, over all query heads of the group. Unless REACH is -1, queries
+    further behind a key do not see it."""
     n0 = tl.program_id(0) * N
     row = tl.program_id(1).to(tl.int64)
     batch, h = row // H, row % H

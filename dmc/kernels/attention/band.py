@@ -1,9 +1,8 @@
 """Exact causal attention over a band: each query over the newest keys, in memory linear in T.
 
-What eviction never touches. The logarithm of each softmax's sum comes with the result, so that it can be joined with
+Eviction does not affect the band. The result includes the logarithm of each softmax's sum, so that it can be combined with
 attention over the keys behind the band (`dmc.kernels.attention.attend`). Rows are cut into blocks of at least ``window``
-queries, each of which meets its own keys and the last ``window`` before them; the weights are computed again in the
-backward pass.
+queries; a block attends to its own keys and the last ``window`` keys before them. The backward pass recomputes the weights.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEAST_BLOCK = 64  # queries of a block: fewer make the products too small
+_LEAST_BLOCK = 64  # queries of a block: with fewer the matmuls are too small
 
 
 def band_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Query i over keys i - window .. i; arithmetic in fp32 at least; differentiable once.
+    """Attention of query i over keys i - window .. i; arithmetic in fp32 or more; differentiable once.
 
     Args:
         query: ``[B, Hq, R, D]``, of the last R of the T tokens; Hq a multiple of H.
@@ -43,7 +42,7 @@ class _Band(torch.autograd.Function):
         blocks = _Blocks(query, key, window)
         scores = blocks.scores(blocks.queries(query), blocks.keys(key), scale)
         weights = scores.softmax(-1)
-        # The largest weight is 1 / the sum of exponentials, that of the largest score being 1.
+        # The largest weight is 1 / the sum of exponentials, since the exponential of the largest score is 1.
         lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
         out, lse = blocks.whole(torch.bmm(weights, blocks.keys(value))), blocks.whole(lse)[..., 0]
         ctx.save_for_backward(query, key, value, out)
@@ -66,7 +65,7 @@ class _Band(torch.autograd.Function):
 
 
 class _Blocks:
-    """Cuts rows into n blocks of C queries, and keys into the W + C that each block meets; a batch of B * H * n matrices."""
+    """Cuts rows into n blocks of C queries, and keys into the W + C of each block: a batch of B * H * n matrices."""
 
     def __init__(self, query: Tensor, key: Tensor, window: int) -> None:
         (self.batch, self.heads, self.groups, self.rows, _), self.tokens, self.window = query.shape, key.shape[-2], window
@@ -90,7 +89,7 @@ class _Blocks:
         return x.flatten(-3, -2)[..., : self.rows, :]
 
     def keys(self, x: Tensor) -> Tensor:
-        """``[B, H, T, F] → [B * H * n, W + C, F]``, tokens that there are not 0."""
+        """``[B, H, T, F] → [B * H * n, W + C, F]``, 0 for missing tokens."""
         before, after = self._margins()
         x = F.pad(x[..., max(0, -before) :, :].to(self.dtype), (0, 0, max(0, before), after))
         return x.unfold(-2, self.window + self.size, self.size).mT.reshape(-1, self.window + self.size, x.shape[-1])
@@ -100,17 +99,17 @@ class _Blocks:
         before, after = self._margins()
         x = x.view(self.batch, self.heads, self.count, self.window + self.size, -1)
         own = F.pad(x[..., self.window :, :].flatten(-3, -2), (0, 0, self.window, 0))
-        # The last `window` keys of a block are the next one's first: their second share.
+        # The last `window` keys of a block are the first of the next block, which adds their second part.
         shared = F.pad(x[..., : self.window, :], (0, 0, 0, self.size - self.window)).flatten(-3, -2)
         own[..., : shared.shape[-2], :] += shared
         own = own[..., max(0, before) : own.shape[-2] - after, :]
         return F.pad(own, (0, 0, max(0, -before), 0))
 
     def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """``[B * H * n, G * C, W + C]`` of `queries` and `keys`, -inf where a query does not see a key; a row beyond the last
-        sees what is 0."""
+        """``[B * H * n, G * C, W + C]`` of `queries` and `keys`, -inf where a query does not see a key; rows beyond the last
+        see keys of 0."""
         scores = torch.baddbmm(self.mask, query, key.mT, alpha=scale)
-        before = max(0, self._margins()[0])  # keys of the first block that there are not; the next block has none of these
+        before = max(0, self._margins()[0])  # missing keys of the first block; other blocks have none
         if before:
             scores.view(self.batch * self.heads, self.count, *self.mask.shape)[:, 0, :, :before] = -torch.inf
         return scores

@@ -35,7 +35,7 @@ def store_tile(base, rows, T, x, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_bias(s, b, behind, DIAGONAL: tl.constexpr, EXEMPT: tl.constexpr):
-    """Scores with the bias of each key, but for keys at most EXEMPT tokens behind the query."""
+    """Scores with the bias of each key, except keys at most EXEMPT tokens behind the query."""
     if DIAGONAL:
         return s + tl.where(behind <= EXEMPT, 0.0, b)
     else:
@@ -44,7 +44,7 @@ def add_bias(s, b, behind, DIAGONAL: tl.constexpr, EXEMPT: tl.constexpr):
 
 @triton.jit
 def visible(behind, LAG: tl.constexpr, REACH: tl.constexpr):
-    """Where a key is at least LAG tokens behind the query and, unless REACH is -1, at most REACH."""
+    """True where a key is at least LAG tokens behind the query and, unless REACH is -1, at most REACH."""
     seen = behind >= LAG
     if REACH >= 0:
         seen = seen & (behind <= REACH)
@@ -57,8 +57,8 @@ def _forward_blocks(
     DIAGONAL: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, EXEMPT: tl.constexpr,
     LAG: tl.constexpr, REACH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Keys ``start`` to ``stop`` for one block of queries; DIAGONAL where some of them are not visible
-    to every query or are exempt from the bias."""
+    """Keys ``start`` to ``stop`` for one block of queries; DIAGONAL if some of them are invisible
+    to some query or exempt from the bias."""
     for n0 in range(start, stop, N):
         n = n0 + tl.arange(0, N)
         k = load_tile(key, kt, n, T, DIAGONAL, D, BLOCK)
@@ -71,7 +71,7 @@ def _forward_blocks(
         if PACKED:
             s = tl.where(n[None, :] >= first[:, None], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: weights of 0, not NaN
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet: weights of 0, not NaN
         p = tl.exp2(s - reference[:, None])
         shrink = tl.exp2(top - reference)
         v = load_tile(value, vt, n, T, DIAGONAL, D, BLOCK)

@@ -5,14 +5,14 @@
 In late merging the softmax covers two sets of keys: those above for j < i - window, the last of them without its bias, and the
 recent keys j >= i - window as they are.
 
-Keys and values are those of the key/value heads: a query head reads its group's, none is repeated. Nothing of size T
-x T is stored: the forward pass keeps the logarithm of each softmax's sum, from which the backward pass computes the
-weights again, once for the queries' gradient and once for that of keys, values and bias. The bias's gradient is the
-sum over later queries of the scores' gradient and costs a row sum of a tile that is there anyway. Blocks of keys that
-lie before the first document of a block of queries are never visited.
+Keys and values are those of the key/value heads; a query head reads its group's, without copies. No tensor of size
+T x T is stored: the forward pass keeps the logarithm of each softmax's sum, from which the backward pass recomputes
+the weights, once for the queries' gradient and once for that of keys, values and bias. The bias's gradient is the
+sum over later queries of the scores' gradient and costs a row sum of a tile that is computed anyway. Blocks of keys
+before the first document of a block of queries are skipped.
 
-Queries may be those of the last R of the T tokens. Arithmetic is in fp32, exponentials to base 2; products take their
-operands in the dtype of the query, as flash attention does.
+Queries may be those of the last R of the T tokens. Arithmetic is in fp32, exponentials have base 2; the operands of matmuls
+have the dtype of the query, as in flash attention.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def attend_late(
 
 
 def _boundaries(starts: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """For each token, where its document begins and where the next one does: int32 ``[B, T]`` each."""
+    """For each token, the positions where its document and the next one begin: int32 ``[B, T]`` each."""
     if starts is None:
         return None, None
     tokens = starts.shape[1]
@@ -139,7 +139,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Launch:
-    """What the kernels of one problem have in common: sizes and compile-time constants.
+    """Sizes and compile-time constants that the kernels of one problem share.
 
     Attributes:
         both, keys, recent: which keys a query sees, in the kernels over both sets of keys and in those over one of them.
@@ -161,9 +161,9 @@ class _Launch:
         self.recent = dict(BIASED=False, EXEMPT=0, LAG=0, REACH=window)
 
     def blocks(self, kernel: str) -> dict:
-        """Block sizes of one kernel: M queries, N keys, and how the compiler is to schedule it."""
+        """Block sizes of one kernel: M queries, N keys, and the compiler's schedule."""
         if interpreted():
-            m, n, warps, stages = 32, 16, 4, 1  # small, so that short sequences have several blocks
+            m, n, warps, stages = 32, 16, 4, 1  # small, so that short test sequences have several blocks
         elif not self.narrow:
             m, n, warps, stages = 32, 32, 4, 1
         else:
@@ -180,5 +180,5 @@ BLOCKS = {
 
 
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Of batch, head and token, for each tensor."""
+    """Strides of batch, head and token of each tensor."""
     return tuple(stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3]))

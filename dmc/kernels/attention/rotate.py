@@ -1,4 +1,4 @@
-"""Rotary embedding in one pass over the tensor; `dmc.functional.rotate` is the naive twin."""
+"""Rotary embedding in one pass over the tensor; `dmc.functional.rotate` is the reference implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], *, backend: str | None = None
     Args:
         x: ``[B, H, T, D]``.
         rope: (cos, sin), each ``[T, D]``, half-split: the second half of each row repeats the first.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+        backend: see `dmc.kernels.backend`; every other name runs the reference implementation.
     """
     if choose(x, backend) == "triton":
         from dmc.kernels.attention.rotate_gpu import Rotate

@@ -1,4 +1,4 @@
-"""DMC's and DMS's attention by PyTorch's fused causal kernel; `dmc.kernels.attention.attend` explains the form."""
+"""DMC's and DMS's attention by PyTorch's fused causal kernel; `dmc.kernels.attention.attend` explains the method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     """Causal attention of the last queries of a sequence: query m of n sees keys up to m + (keys - n)."""
     if query.shape[2] == key.shape[2]:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    # Not every fused kernel behind the shifted mask knows grouped queries: here the keys are repeated.
+    # Some fused kernels with the shifted mask do not support grouped queries, so keys are repeated here.
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     mask = causal_lower_right(query.shape[2], key.shape[2])
@@ -22,7 +22,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
 
 
 def own_exempt(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The last queries of a sequence over all earlier keys with their bias, and over their own without."""
+    """Attention of the last queries of a sequence over all earlier keys with their bias, and over their own keys without it."""
     heads, rows = key.shape[1], query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
     own = (grouped * key[:, :, None, -rows:]).sum(-1, dtype=torch.float32).flatten(1, 2)  # [B, Hq, rows], unscaled
@@ -37,7 +37,7 @@ def band_exempt(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window:
         return causal_attention(query, key, value, scale=scale)
     out, lse = band_attention(query, key, value, window=window, scale=scale)
     out = out.to(query.dtype)
-    near = max(0, rows - behind - 1)  # queries that see nothing but their band; one more is left, whose anchor is all it sees
+    near = max(0, rows - behind - 1)  # queries that see only their band; one more query remains, which sees only its anchor
     past = [x[:, :, :behind] for x in (key, value, bias)]
     far, share = _anchored(query[:, :, near:], *past, lse[:, :, near:] / scale, scale)
     joined = far + share * out[:, :, near:]
@@ -47,12 +47,12 @@ def band_exempt(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window:
 def _anchored(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, own: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Queries ``[B, Hq, R, D]`` over N biased keys, of which the last one sees all, each one less than the next, and
-    over an anchor of score ``own [B, Hq, R]`` (before scaling) → (the keys' part of the output, the anchor's weight
+    """Attention of queries ``[B, Hq, R, D]`` over N biased keys, of which the last query sees all and each query one less than
+    the next, and over an anchor of score ``own [B, Hq, R]`` (before scaling) → (the keys' part of the output, the anchor's weight
     ``[B, Hq, R, 1]``)."""
     size = key.shape[-1]
     own, bias = _split(own, query.dtype), _split(bias / scale, query.dtype)
-    extra = 2 * bias.shape[-1]  # features added; the kernels of GPUs want a multiple of 8
+    extra = 2 * bias.shape[-1]  # features added; GPU kernels need a multiple of 8
     pad = -(size + extra) % 8 if query.is_cuda else 0
     queries = F.pad(torch.cat([query, torch.ones_like(own), own], dim=-1), (0, pad))
     anchor = torch.cat([key.new_zeros(size + bias.shape[-1]), key.new_ones(bias.shape[-1]), key.new_zeros(pad)])
@@ -69,12 +69,12 @@ def _split(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return x[..., None]
     high = x.to(dtype)
-    low = (x - high.float()).nan_to_num(0.0, 0.0, 0.0).to(dtype)  # -inf - -inf: nothing is left over
+    low = (x - high.float()).nan_to_num(0.0, 0.0, 0.0).to(dtype)  # -inf - -inf: no remainder
     return torch.stack([high, low], dim=-1)
 
 
 def in_span(attend, starts: Tensor | None, first: int, query: Tensor, *keys: Tensor) -> Tensor:
-    """Run ``attend`` on whole rows at once where a row is one document, and document by document elsewhere.
+    """Runs ``attend`` on whole rows if a row is one document, and document by document otherwise.
 
     ``query`` holds the positions from ``first`` to the end of ``keys`` and ``starts``.
     """

@@ -1,1 +1,1 @@
-"""What the CPU kernels share: compilation, threads, vector helpers. It knows no operation."""
+"""Shared parts of the CPU kernels: compilation, threads, vector helpers. No operation is defined here."""

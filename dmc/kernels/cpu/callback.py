@@ -1,4 +1,4 @@
-"""Compiled functions that other compiled code calls by their address, and arrays out of addresses.
+"""Compiled functions that other compiled code calls by their address, and arrays at addresses.
 
 `dmc.kernels.decode.loop.attend` reads pages of any format this way: one call costs some nanoseconds, and a page hundreds. So
 `attend` is compiled once for all formats, and a format may come from outside of this package.
@@ -23,7 +23,7 @@ _SIGNATURE = (types.int64,) * _ADDRESSES, types.void
 
 
 class Callback:
-    """A function of seven int64, compiled when its address is asked for first."""
+    """A function of seven int64, compiled when its address is first read."""
 
     def __init__(self, function: Callable) -> None:
         self.function = function
@@ -41,12 +41,12 @@ class Callback:
 
     @property
     def address(self) -> int:
-        """Of the machine code, while this object lives."""
+        """Address of the machine code, valid while this object lives."""
         return self._made.address
 
     @property
     def cache_hits(self) -> int:
-        """1 if the machine code was read from disk."""
+        """1 if the machine code was read from disk, else 0."""
         return self._made.cache_hits
 
 
@@ -87,35 +87,35 @@ _bytes, _halves, _words, _singles, _longs = (
 
 @compiled.compiled()
 def bytes_at(address, count):  # noqa: ANN001, ANN201
-    """uint8 ``[count]``, where they lie."""
+    """uint8 ``[count]`` at an address, without a copy."""
     return carray(_bytes(np.int64(address)), (count,))
 
 
 @compiled.compiled()
 def halves_at(address, count):  # noqa: ANN001, ANN201
-    """uint16 ``[count]``, where they lie."""
+    """uint16 ``[count]`` at an address, without a copy."""
     return carray(_halves(np.int64(address)), (count,))
 
 
 @compiled.compiled()
 def words_at(address, count):  # noqa: ANN001, ANN201
-    """uint32 ``[count]``, where they lie."""
+    """uint32 ``[count]`` at an address, without a copy."""
     return carray(_words(np.int64(address)), (count,))
 
 
 @compiled.compiled()
 def singles_at(address, count):  # noqa: ANN001, ANN201
-    """fp32 ``[count]``, where they lie."""
+    """fp32 ``[count]`` at an address, without a copy."""
     return carray(_singles(np.int64(address)), (count,))
 
 
 @compiled.compiled()
 def matrix_at(address, rows, columns):  # noqa: ANN001, ANN201
-    """fp32 ``[rows, columns]``, where they lie."""
+    """fp32 ``[rows, columns]`` at an address, without a copy."""
     return carray(_singles(np.int64(address)), (rows, columns))
 
 
 @compiled.compiled()
 def longs_at(address, count):  # noqa: ANN001, ANN201
-    """int64 ``[count]``, where they lie."""
+    """int64 ``[count]`` at an address, without a copy."""
     return carray(_longs(np.int64(address)), (count,))

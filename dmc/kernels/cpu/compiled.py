@@ -1,8 +1,7 @@
-"""What the loops for CPUs share: how they are compiled, and the smallest of them.
+"""Compilation of the CPU kernels, and the smallest of them.
 
-Arrays that loops run over are slices from 0 on, or are indexed by unsigned numbers: an index that numba cannot see to be positive
-it would check at every step, and then the compiler makes no vector instructions of the loop. bf16 is read as the upper half of an
-fp32's bits.
+Loops run over slices from 0 on, or index by unsigned numbers: numba checks an index at every step unless it is known to be
+positive, and a loop with such checks is not vectorised. bf16 is read as the upper half of an fp32's bits.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from numba.extending import intrinsic, overload
 from dmc.kernels.cpu.host import host
 
 _ROOM, _PACKAGE = Path(__file__).parents[1], __name__.rsplit(".", 2)[0]
-_WORDS = (b"numba", b"llvmlite", b"compiled", b"callback")  # one of them is in every file that is to be compiled
-KEPT = True  # whether what is compiled is kept on disk
+_WORDS = (b"numba", b"llvmlite", b"compiled", b"callback")  # every compiled file has one of them
+KEPT = True  # whether machine code is kept on disk
 FAST = frozenset({"reassoc", "contract", "nsz"})
-"""How numbers may be computed in another order than they are written down in."""
+"""Flags that allow computing numbers in another order than written."""
 
 
 def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callable], Callable]:
-    """A decorator: loops without Python's lock.
+    """A decorator that compiles a function with numba, without Python's lock.
 
     Args:
         exact: no sum is reordered, and no product fused into one.
@@ -47,25 +46,25 @@ def compiled(*, exact: bool = False, ordered: bool = False) -> Callable[[Callabl
 
 
 def keep(made: object, enable: Callable[[], None]) -> bool:
-    """Keeps on disk what numba will compile, if there is a place for it.
+    """Keeps the machine code of a numba function on disk, if there is a writable folder.
 
     Args:
         made: numba's function.
-        enable: its method that begins to keep it.
+        enable: its method that starts keeping it.
     """
     global KEPT
     try:
         enable()
-        # A loop holds machine code of those that it calls, also from other files, and numba looks at its own file alone.
+        # Machine code contains that of called functions, also from other files, but numba checks the date of its own file alone.
         made._cache._cache_file._source_stamp = _stamp(Path(inspect.getfile(made.__wrapped__)))
         return True
-    except (RuntimeError, AttributeError, OSError):  # nowhere to keep it, or no way to date it: compiled by each process
+    except (RuntimeError, AttributeError, OSError):  # no writable folder, or no date: compiled by each process
         KEPT = False
         return False
 
 
 def _stamp(file: Path) -> str:
-    """What machine code of a file is dated by: this project's compiled code, and the file itself if it is another's."""
+    """The date of a file's machine code: a digest of this project's compiled code, and of the file if it is another package's."""
     if file.resolve().is_relative_to(_ROOM.resolve()):
         return _sources()
     return _sources() + hashlib.sha256(file.read_bytes()).hexdigest()
@@ -78,7 +77,7 @@ def _sources() -> str:
 
 
 def digest(room: Path, package: str) -> str:
-    """Digest of all files that machine code is made from; machine code that was kept under another digest is not used.
+    """Digest of all files that machine code depends on. Machine code that was kept under another digest is not used.
 
     Args:
         room: folder of the package.
@@ -91,7 +90,7 @@ def digest(room: Path, package: str) -> str:
 
 
 def sources(room: Path, package: str) -> list[Path]:
-    """Files that compiled functions are made from, wherever below ``room`` they are.
+    """Files that compiled functions depend on, anywhere below ``room``.
 
     These are the files that import numba, llvmlite or the decorators `compiled` and `callback`, and the package's files that
     they import: numba freezes the constants that a compiled function reads.
@@ -116,7 +115,7 @@ def sources(room: Path, package: str) -> list[Path]:
 
 
 def _imports(path: Path) -> set[str]:
-    """Dotted names that a file imports at its top: modules, and modules with the names that are taken from them."""
+    """Dotted names that a file imports at its top: modules, and modules with the names imported from them."""
     names = set()
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Import):
@@ -140,7 +139,7 @@ def _file(room: Path, package: str, name: str) -> Path | None:
 
 @compiled()
 def dot(a, b):  # noqa: ANN001, ANN201
-    """Of two vectors."""
+    """Dot product of two vectors."""
     total = np.float32(0)
     for d in range(len(a)):
         total += a[d] * b[d]
@@ -174,13 +173,13 @@ def bits_of(context, number):  # noqa: ANN001, ANN201
 
 
 def wide(x):  # noqa: ANN001, ANN201
-    """A number in fp32: itself, or of bf16 as uint16."""
-    raise NotImplementedError("for compiled loops")
+    """A number in fp32, from fp32 or from bf16 as uint16."""
+    raise NotImplementedError("for compiled functions")
 
 
 def narrow(row, x):  # noqa: ANN001, ANN201
-    """An fp32 number as a row like this holds it: bf16, as uint16, to the nearest even."""
-    raise NotImplementedError("for compiled loops")
+    """An fp32 number in the dtype of a row: fp32, or bf16 as uint16, rounded to the nearest even."""
+    raise NotImplementedError("for compiled functions")
 
 
 @overload(wide)

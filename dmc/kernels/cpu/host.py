@@ -1,4 +1,4 @@
-"""The CPU that numba compiles for, as far as the loops' own instructions depend on it."""
+"""Features of the CPU that numba compiles for, which the CPU kernels' own instructions depend on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Host:
 
     Attributes:
         lanes: fp32 numbers of a vector.
-        vectors: of sums that a tile has in a row; 6 rows of them, with what they need, fit the registers.
-        fma: whether the CPU fuses a product and a sum.
-        pairs: whether it multiplies pairs of bf16.
-        looks_up: whether it takes 16 numbers out of a register at once.
+        vectors: of sums per row of a tile; 6 rows of them, with their operands, fit the registers.
+        fma: whether the CPU has fused multiply-add.
+        pairs: whether it has dot products of pairs of bf16.
+        looks_up: whether it looks up 16 numbers in a register at once.
     """
 
     lanes: int
@@ -30,8 +30,8 @@ class Host:
 
 @lru_cache
 def host() -> Host:
-    """Of the CPU that ``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES`` and ``NUMBA_ENABLE_AVX`` leave of this one."""
-    named = config.CPU_NAME and config.CPU_FEATURES is None  # then LLVM knows what it has, and nobody else
+    """`Host` of this CPU, restricted by ``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES`` and ``NUMBA_ENABLE_AVX``."""
+    named = config.CPU_NAME and config.CPU_FEATURES is None  # then only LLVM knows its features
     text = config.CPU_FEATURES if config.CPU_FEATURES is not None else "" if named else get_host_cpu_features()
     has = {feature[1:] for feature in text.split(",") if feature.startswith("+")}
     if "avx512f" in has:

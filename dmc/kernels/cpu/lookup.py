@@ -13,9 +13,9 @@ BYTES, WORDS, SINGLES = (ir.VectorType(kind, 16) for kind in (BYTE, WORD, SINGLE
 
 
 def look_up(builder, tables, index):  # noqa: ANN001, ANN201
-    """Numbers of one, two or four registers, where the CPU can (`WIDE`).
+    """Looks numbers up in one, two or four registers, on CPUs that can (`WIDE`).
 
-    An instruction takes them from one or two, by the low bits of the index.
+    One instruction looks up in one or two registers, by the low bits of the index.
     """
 
     def call(name, *arguments):  # noqa: ANN001, ANN202

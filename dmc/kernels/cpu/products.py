@@ -1,4 +1,4 @@
-"""Products of a group of queries with the entries of a page: what the CPU kernels of decode attention share."""
+"""Matmuls of a group of queries with the entries of a page, shared by the CPU kernels of decode attention."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from dmc.kernels.cpu.compiled import compiled, dot
 
-# Queries of a group meet an entry together, so that it is read once. Two or three at a time: with more the compiler runs out of
-# registers.
+# The queries of a group use an entry together, so that it is read once. Two or three at a time: with more the compiler runs out
+# of registers.
 
 
 @compiled()
@@ -22,7 +22,7 @@ def _dots(entry, first, second):  # noqa: ANN001, ANN202
 
 @compiled()
 def score(query, entries, out):  # noqa: ANN001, ANN201
-    """Queries ``[G, D]`` over entries ``[N, D]`` → ``[G, N]``."""
+    """Scores of queries ``[G, D]`` and entries ``[N, D]``: ``[G, N]``."""
     groups, g = len(query), 0
     while g < groups:
         if g + 1 < groups:

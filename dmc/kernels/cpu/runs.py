@@ -1,4 +1,4 @@
-"""Whether the CPU kernels run in place of PyTorch (`cpu.py` and `loop.py` of each operation)."""
+"""Decides if the CPU kernels replace PyTorch (`cpu.py` and `loop.py` of each operation)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dmc.kernels.backend import Backend, choose, chosen_name
 
 
 def runs_on_cpu(like: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether the CPU kernels are to be used on tensors like this: on a CPU, with numba installed and nothing else asked for.
+    """True if the CPU kernels run on tensors like this: on a CPU, with numba installed and no other backend set.
 
     Args:
-        like: of the computation.
-        dtypes: that the kernels take beside fp32.
+        like: a tensor of the computation.
+        dtypes: that the kernels support in addition to fp32.
     """
     dtypes = torch.float32, *dtypes
     asked = like.device.type == "cpu" and like.dtype in dtypes and chosen_name() in ("auto", Backend.CPU)

@@ -1,4 +1,4 @@
-"""Threads for the CPU kernels, as many as PyTorch has. The compiled functions let go of Python's lock."""
+"""Threads for the CPU kernels, as many as PyTorch has. The compiled functions release Python's lock."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 
 def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> None:
-    """``run(begin, end)`` by threads, for chunks of rows that are about as much work.
+    """Runs ``run(begin, end)`` in threads, for ranges of rows with about equal work.
 
     Args:
-        starts: ``[R + 1]``, work before each row and in all.
-        run: of rows ``begin`` to ``end``.
-        most: threads worth waking; never more than PyTorch's or rows.
+        starts: ``[R + 1]``, work before each row, then the total.
+        run: computes rows ``begin`` to ``end``.
+        most: largest useful number of threads; the number is also bounded by PyTorch's threads and by the rows.
     """
     threads = int(min(torch.get_num_threads(), len(starts) - 1, most))
     if threads < 2:
@@ -30,8 +30,8 @@ def share(starts: np.ndarray, run: Callable[[int, int], None], *, most: int) -> 
 
 @lru_cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dmc-loops")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dmc-kernels")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of its parent's threads

@@ -1,9 +1,9 @@
-"""Small products of matrices for the loops on CPUs, written in vectors: numba's own loops do not keep sums in registers.
+"""Small matmuls for the CPU kernels in vector instructions: loops compiled by numba do not keep sums in registers.
 
-A tile is some rows of A times all rows of some vectors of B's columns. Its sums stay in registers: at most 24 vectors where the
-CPU has 32 registers and 12 where it has 16, as high-performance BLAS has them. A and B hold fp32, or where `PAIRED` pairs of bf16
-in words of 32 bits, of two neighbours along the sum. Sums are fp32, along B's rows in their order: what a row of C is does not
-depend on the other rows, nor on how many they are.
+A tile is some rows of A times all rows of some vectors of B's columns. Its sums stay in registers: at most 24 vectors if the
+CPU has 32 registers and 12 if it has 16, as in high-performance BLAS. A and B hold fp32, or if `PAIRED` pairs of bf16 in words
+of 32 bits, two neighbours along the sum. Sums are fp32, along B's rows in their order, so a row of C does not depend on the
+other rows or their number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dmc.kernels.cpu.host import host
 LANES, _VECTORS, PAIRED = host().lanes, host().vectors, host().pairs
 ROWS, WIDTH = 6, LANES * _VECTORS
 if PAIRED:
-    binding.initialize_native_asmparser()  # instructions on bf16 are named as the CPU names them
+    binding.initialize_native_asmparser()  # bf16 instructions have the CPU's own names
 
 _SINGLE, _WORD, _ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _SINGLES, _WORDS = (ir.VectorType(of, LANES) for of in (_SINGLE, _WORD))
@@ -32,14 +32,14 @@ def far(builder, address, by, times=None):  # noqa: ANN001, ANN201
 
 
 def load(builder, address, of, align=4):  # noqa: ANN001, ANN201
-    """What lies there, of an LLVM type."""
+    """Loads a value of an LLVM type from an address."""
     value = builder.load(builder.inttoptr(address, of.as_pointer()))
     value.align = align
     return value
 
 
 def store(builder, value, address, align=4) -> None:  # noqa: ANN001
-    """The other way."""
+    """Stores a value to an address."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
@@ -56,7 +56,7 @@ def sums_of(builder, rows, vectors, paired, a, a_row, b, b_row, steps) -> list[l
     Returns:
         The sums, a list of vectors for each row.
     """
-    paired = paired and PAIRED  # elsewhere this is never run
+    paired = paired and PAIRED  # other CPUs never run this
     before, loop, done = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("done")
     builder.branch(loop)
     builder.position_at_end(loop)
@@ -86,7 +86,7 @@ def _times(builder, paired, x, y, sums):  # noqa: ANN001, ANN202
     if paired:
         form = ir.FunctionType(_SINGLES, [_SINGLES, _WORDS, _WORDS])
         return builder.asm(form, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, x, y], False)
-    if not host().fma:  # asked for all the same, a function would be called for each number
+    if not host().fma:  # without the instruction LLVM would call a function for each number
         return builder.fadd(builder.fmul(x, y), sums)
     fma = ir.FunctionType(_SINGLES, [_SINGLES] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{LANES}f32"), [x, y, sums])
@@ -94,7 +94,7 @@ def _times(builder, paired, x, y, sums):  # noqa: ANN001, ANN202
 
 @intrinsic(prefer_literal=True)
 def _tile(context, vectors, paired, a, a_row, b, b_row, c, c_row, steps, add):  # noqa: ANN001, ANN202, PLR0913
-    """C = A B, or C += A B with ``add``, of `ROWS` rows; rows of C lie ``c_row`` bytes apart, see `sums_of`."""
+    """C = A B, or C += A B with ``add``, of `ROWS` rows; ``c_row`` bytes from row to row of C, see `sums_of`."""
     signature = types.void(vectors, paired, *[types.int64] * 7, types.boolean)
     many, which = min(vectors.literal_value, _VECTORS), bool(paired.literal_value)
 
@@ -120,12 +120,12 @@ def product(a, a_row, b, b_row, c, c_row, steps, columns, paired, add):  # noqa:
     """`ROWS` rows of ``C = A B`` (or ``C += A B``), of any number of columns that `LANES` divides.
 
     Args:
-        a, b, c: addresses; rows of B and C lie `LANES` words apart or a multiple of it, A's anyhow.
+        a, b, c: addresses; strides of rows of B and C are multiples of `LANES` words; those of A are arbitrary.
         a_row, b_row, c_row: words from one row to the next.
         steps: words of a row of A.
         columns: of C.
         paired: whether A and B hold pairs of bf16; only where `PAIRED`.
-        add: to what C holds.
+        add: whether to add to C.
     """
     a_row, b_row, c_row, left = a_row * 4, b_row * 4, c_row * 4, columns // LANES
     while left > 0:

@@ -1,8 +1,8 @@
-"""Arithmetic on chunks of memory in vectors, for loops that numba would not make vector instructions of.
+"""Vector arithmetic on runs of memory, for loops that numba does not vectorise.
 
-A chunk holds fp32, or bf16 as the upper halves of fp32's bits; arithmetic is fp32, rounded to the nearest even when bf16 is
-stored (numbers below 2^-126 may become 0: the CPU's own instruction makes them that). In loops compiled with ``exact`` nothing is
-reordered, nor fused but where it is asked for.
+A run holds fp32, or bf16 as the upper halves of fp32's bits; arithmetic is fp32, rounded to the nearest even when bf16 is
+stored (the CPU's own instruction may flush numbers below 2^-126 to 0). In functions compiled with ``exact`` nothing is reordered,
+and only explicit fused operations are fused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmc.kernels.cpu.host import host
 
 LANES, _CONVERTS = host().lanes, host().pairs
 if _CONVERTS:
-    binding.initialize_native_asmparser()  # instructions on bf16 are named as the CPU names them
+    binding.initialize_native_asmparser()  # bf16 instructions have the CPU's own names
 
 _SINGLE, _HALF, _WORD, _ADDRESS = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _LOG2 = 0.693359375, -2.12194440e-4  # log 2 in two parts
@@ -24,16 +24,16 @@ _SERIES = 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0
 
 
 def over(builder, size, body: Callable, carried: list = (), join: Callable | None = None) -> list:  # noqa: ANN001
-    """Goes over numbers 0 to ``size``, `LANES` at a time and then one at a time.
+    """Loops over numbers 0 to ``size``, `LANES` at a time and then one at a time.
 
     Args:
         size: int64.
-        body: ``body(vectors, i, carried) → carried``: what is done with those from i on.
-        carried: fp32 numbers, what is found in each lane starts with; the neutral one of ``join``.
-        join: a method of `Vectors` that makes one number of what the lanes found; `Vectors.total` by itself.
+        body: ``body(vectors, i, carried) → carried``: processes the numbers from i on.
+        carried: fp32 numbers, the initial value in each lane: the neutral element of ``join``.
+        join: a method of `Vectors` that reduces the lanes to one number; default `Vectors.total`.
 
     Returns:
-        What was found.
+        The reduced numbers.
     """
     join = join or Vectors.total
     start, sums = _ADDRESS(0), list(carried)
@@ -65,14 +65,14 @@ class Vectors:
         self.singles, self.halves, self.words = (ir.VectorType(kind, lanes) for kind in (_SINGLE, _HALF, _WORD))
 
     def load(self, address, i, half: bool):  # noqa: ANN001, ANN201
-        """From number ``i`` of the chunk at an address."""
+        """Loads from number ``i`` of the run at an address."""
         kind = self.halves if half else self.singles
         value = self.builder.load(self._at(address, i, kind))
         value.align = 2 if half else 4
         return self._widened(value) if half else value
 
     def store(self, value, address, i, half: bool) -> None:  # noqa: ANN001
-        """The other way."""
+        """The inverse of `load`."""
         value = self._halved(value) if half else value
         self.builder.store(value, self._at(address, i, value.type)).align = 2 if half else 4
 
@@ -96,7 +96,7 @@ class Vectors:
         return self._joined(value, self.larger)
 
     def larger(self, x, y):  # noqa: ANN001, ANN201
-        """x where it is larger than y, else y: also where x is NaN."""
+        """The larger of x and y; y where x is NaN."""
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
 
     def _joined(self, value, join):  # noqa: ANN001, ANN202
@@ -108,7 +108,7 @@ class Vectors:
         return self.builder.extract_element(value, _WORD(0))
 
     def fused(self, x, y, z):  # noqa: ANN001, ANN201
-        """``x y + z``, rounded once where the CPU can."""
+        """``x y + z``, rounded once if the CPU can."""
         if not host().fma:
             return self.builder.fadd(self.builder.fmul(x, y), z)
         return self._call("fma", x, y, z)

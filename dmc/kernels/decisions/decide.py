@@ -1,7 +1,7 @@
-"""The relaxed decisions of a layer, from their logits: noise, alpha, log(1 - alpha), omega and what they keep, in one pass.
+"""The relaxed decisions of a layer, from their logits: noise, alpha, log(1 - alpha), omega and the kept share, in one pass.
 
-Each is a few numbers a token, and PyTorch takes some eighty operations a layer for them. `soft_reference` is the naive twin,
-`dmc.kernels.decisions.gpu` the kernels; `soft_decisions` chooses.
+Each is a few numbers per token, and PyTorch takes about eighty operations per layer for them. `soft_reference` is the
+reference implementation, `dmc.kernels.decisions.gpu` has the kernels, and `soft_decisions` chooses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dmc.kernels.decisions import noise
 
 @dataclass(frozen=True)
 class Drawn:
-    """Where noise is drawn: see `dmc.kernels.decisions.noise.logistic`.
+    """Coordinates of the noise, see `dmc.kernels.decisions.noise.logistic`.
 
     Attributes:
         seed, step, layer: of the run, counted from 0.
@@ -37,11 +37,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What tokens do, ``[B, H, T]`` fp32 each.
+    """Decisions about tokens, ``[B, H, T]`` fp32 each.
 
     Attributes:
-        alpha: of eq. 8; 0 where a token is kept whatever its logit says.
-        log_keep: ``log(1 - alpha)`` as the logits alone have it, exact where 1 - alpha would be rounded away.
+        alpha: of eq. 8; 0 where a token is kept for any logit.
+        log_keep: ``log(1 - alpha)`` computed from the logits, accurate where 1 - alpha would round to 0.
         omega: importance; None without logits of it.
         soft_kept, hard_kept: ``[H]``, sums of ``1 - alpha`` and of tokens that hard decisions keep; without gradients.
     """
@@ -62,10 +62,10 @@ def soft_decisions(
     Args:
         logits: of alpha, fp32 ``[B, H, T]``.
         weights: logits of omega, as logits; None: no omega.
-        kept: bool ``[B, 1, T]``, tokens that are not decided about.
+        kept: bool ``[B, 1, T]``, tokens without a decision.
         drawn: the noise.
         offset, temperature: see `dmc.functional.sample_alpha`.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+        backend: see `dmc.kernels.backend`; every other name runs the reference implementation.
     """
     if choose(logits.new_empty(0, 2), backend) == "triton":
         from dmc.kernels.decisions.gpu import Soft
@@ -78,7 +78,7 @@ def soft_decisions(
 def soft_reference(
     logits: Tensor, weights: Tensor | None, kept: Tensor, drawn: Drawn, *, offset: float, temperature: float,
 ) -> Decisions:
-    """The naive twin of `soft_decisions`."""
+    """The reference implementation of `soft_decisions`."""
     heads = torch.arange(logits.shape[1], device=logits.device) + drawn.first_head
     sample = noise.logistic(drawn.seed, drawn.step, drawn.layer, samples=drawn.samples, heads=heads, tokens=drawn.tokens)
     options = dict(offset=offset, temperature=temperature, noise=sample)

@@ -1,6 +1,6 @@
-"""Triton kernels of `dmc.kernels.decisions.decide`: a program some tokens of one head, forward and backward.
+"""Triton kernels of `dmc.kernels.decisions.decide`: one program per block of tokens of one head, forward and backward.
 
-The noise is a hash of where it is drawn, so the backward pass draws it again instead of reading it.
+The noise is a hash of its coordinates, so the backward pass computes it again instead of reading it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Soft(torch.autograd.Function):
         ctx.grid = batch * heads, triton.cdiv(tokens, block)
         kept = kept.contiguous().view(torch.uint8)
         state = noise.layer_seed(drawn.seed, drawn.step, drawn.layer)
-        # Halves, since a number that does not always fit 32 bits signed would have kernels of two types.
+        # Two halves: a number that does not always fit signed 32 bits would compile kernels of two types.
         ctx.constants = dict(
             samples=drawn.samples, tokens=drawn.tokens, H=heads, T=tokens, first_head=drawn.first_head, low=state & 0xFFFF,
             high=state >> 16, offset=float(offset), temperature=float(temperature), kb=kept.stride(0), OMEGA=weights is not None,
@@ -36,7 +36,7 @@ class Soft(torch.autograd.Function):
         alpha, log_keep = (torch.empty(logits.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
         omega = None if weights is None else torch.empty_like(alpha)
         sums = torch.empty(2, heads, batch, ctx.grid[1], dtype=torch.float32, device=logits.device)
-        weights = logits if weights is None else weights  # where there is no omega nothing of it is read or written
+        weights = logits if weights is None else weights  # without omega nothing of it is read or written
         _soft[ctx.grid](
             logits, weights, kept, alpha, log_keep, alpha if omega is None else omega, sums, *logits.stride(), *weights.stride(),
             **ctx.constants,

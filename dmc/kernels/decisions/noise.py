@@ -1,7 +1,7 @@
-"""Gumbel noise as a pure function of where it is used.
+"""Gumbel noise as a pure function of its coordinates.
 
 The noise of a decision depends on (seed, step, layer, sample, head, token) alone: a resumed run, and a run
-under another parallel layout or with recomputed activations, draws the same. A counter-based generator (a
+under another parallel layout or with recomputed activations, draws the same numbers. A counter-based generator (a
 32-bit integer hash of those six numbers) gives that without any state.
 """
 
@@ -54,7 +54,7 @@ def _uniform(state: Tensor, heads: Tensor, tokens: Tensor) -> Tensor:
 
 
 def layer_seed(seed: int, step: int, layer: int) -> int:
-    """What the numbers of a layer and step begin with, 32 bits."""
+    """The initial state of the hash for a layer and step, 32 bits."""
     state = _mix(seed & _MASK)
     for number in (seed >> 32, step, layer):
         state = _mix((state ^ (number & _MASK)) + 0x9E3779B9)

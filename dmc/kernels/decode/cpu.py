@@ -1,9 +1,9 @@
-"""Decode attention over pages on a CPU, where they are: numba compiles it to vector instructions.
+"""Decode attention over pages in place on a CPU: numba compiles it to vector instructions.
 
-PyTorch has no attention over pages, so there each row's pages are copied together first, and codes are unpacked by a dozen
-passes over memory. Here a page is read once, unpacked into a buffer that stays in the core's cache, and met by all queries of its
-head. A row costs what it holds and comes out the same whatever is beside it. Threads share the rows by what they hold, as many as
-PyTorch has.
+PyTorch has no attention over pages: it needs copies of each row's pages and a dozen passes over memory to unpack codes. Here a
+page is read once, unpacked into a buffer that stays in the core's cache, and used by all queries of its head. The cost of a row
+depends on its own entries, and its result does not depend on other rows. Rows are divided among as many threads as PyTorch has,
+by their number of entries.
 
 `decode` takes the same cache as the Triton kernels (`dmc.kernels.pages.paged.Paged`), of formats that have a
 `dmc.kernels.pages.format.CpuReader`.
@@ -20,7 +20,7 @@ from dmc.kernels.decode import loop as loops
 from dmc.kernels.pages.format import CpuReader
 from dmc.kernels.pages.paged import Paged
 
-_LEAST = 1 << 17  # products of a query and a feature for which another thread is worth waking
+_LEAST = 1 << 17  # products of a query and a feature from which another thread pays off
 
 
 def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float) -> Tensor:
@@ -31,7 +31,7 @@ def decode(query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, pag
 def with_statistics(
     query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, scale: float, statistics: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """`decode`, and what entries weigh.
+    """`decode`, and attention statistics.
 
     Args:
         paged: also of a policy that evicts, whose encoded pages have "position" and maybe "score".
@@ -39,7 +39,8 @@ def with_statistics(
             replaces it ("last"); None: neither.
 
     Returns:
-        ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; anything without ``statistics``.
+        ``(out [R, G, D], own [R])``: own is the own state's weight, summed over G; undefined without
+            ``statistics``.
     """
     rows, groups, size = query.shape
     if statistics is not None and not ("score" in paged.encoded and "score" in paged.full_precision):
@@ -65,7 +66,7 @@ def with_statistics(
 
 
 def _bias(query: Tensor, index: Tensor, paged: Paged) -> tuple[Tensor, Tensor]:
-    """Of the keys: coefficients ``[R, G, D]`` of scaled queries, and features ``[positions, D]``; empty where there is none."""
+    """Bias of keys: coefficients ``[R, G, D]`` of scaled queries, and features ``[positions, D]``; empty without a bias."""
     if paged.key_bias is None:
         return query.new_empty(0, 0, 0), query.new_empty(0, 0)
     return paged.key_bias.coefficients(query, paged.heads[index]).contiguous(), paged.key_bias.features()
@@ -75,14 +76,14 @@ def _tables(paged: Paged) -> tuple[np.ndarray, ...]:
     return tuple(x.numpy() for x in (paged.encoded_table, paged.full_table, paged.encoded_count, paged.full_count))
 
 
-# ------------------------------------------------------------------------------------------- where pages are
+# ------------------------------------------------------------------------------------------- addresses of pages
 
 
 def _pages(paged: Paged) -> tuple:
-    """The pages as `dmc.kernels.decode.loop` takes them; kept with ``paged``."""
+    """The arguments of `dmc.kernels.decode.loop` that describe the pages; cached in ``paged``."""
     if "_cpu" not in paged.__dict__:
         reader, arguments = _made(paged)
-        paged.__dict__["_cpu"] = arguments, reader  # whose functions are called by address and must live as long
+        paged.__dict__["_cpu"] = arguments, reader  # the reader's functions are called by address and must live as long
     return paged.__dict__["_cpu"][0]
 
 

@@ -1,7 +1,7 @@
-"""Decode attention over pages: one query of each head over what its row of the block tables holds.
+"""Decode attention over pages: one query per head over its row of the block tables.
 
-`decode_reference` is the reference implementation, `dmc.kernels.decode.gpu` has the kernels for GPUs and
-`dmc.kernels.decode.cpu` those for CPUs; `decode_attention` chooses. How a page is read is its format's business.
+`decode_reference` is the reference implementation, `dmc.kernels.decode.gpu` has the Triton kernels, and
+`dmc.kernels.decode.cpu` the CPU kernels; `decode_attention` chooses. The page's format defines how it is read.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ def decode_attention(
     query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One query of each head over its row's encoded pages, exact entries and its own state.
+    """Attention of one query per head over its row's encoded pages, full-precision entries and its own state.
 
-    With Triton nothing waits for the device: shapes alone say what is launched, so it can be captured in a CUDA graph
-    while the tables keep their width.
+    With Triton nothing waits for the device and the launch depends on shapes alone, so it can be captured in a CUDA graph
+    as long as the tables keep their width.
 
     Args:
         query: ``[R, G, D]``, rotated; on a GPU products are in its dtype, sums always in fp32.
-        own_key, own_value: ``[R, D]``, the open entry, rotated.
+        own_key, own_value: ``[R, D]``, the accumulating entry, rotated.
         index: ``[R]``, rows of ``paged``'s tables.
         paged: the cache.
         scale: of the scores, ``1 / sqrt(D)`` if None.
-        backend: see `dmc.kernels.backend`. The CPU kernels take fp32; what they do not read, and what is neither "triton" nor
-            "cpu", is the reference implementation's.
+        backend: see `dmc.kernels.backend`. The CPU kernels support fp32. Pages that they do not read, and names
+            other than "triton" and "cpu", use the reference implementation.
 
     Returns:
         ``[R, G, D]`` in the dtype of ``query``.
@@ -51,7 +51,7 @@ def decode_attention(
 def decode_with_statistics(
     query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, statistics: str,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_attention` by the loops for CPUs, which also add each entry's softmax weight, summed over G, to its score.
+    """`decode_attention` by the CPU kernels, which also write each entry's softmax weight, summed over G, to its score.
 
     Args:
         query, own_key, own_value, index: fp32, see `decode_attention`.

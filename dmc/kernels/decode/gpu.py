@@ -1,13 +1,12 @@
 """Triton kernels of `dmc.kernels.decode.decode`.
 
-Rows differ in length, by head as much as by sequence. Their entries are cut into equal pieces, and a program is launched
-for each piece that the block tables have room for: one whose row ends before it returns at once, which costs next to
-nothing, the device deals out the others as they come, and no length is ever known to the host. A piece leaves its
-maximum, its sum and its weighted values; a second kernel puts the pieces of each row together and adds the query's own
-state.
+Rows differ in length, by sequence and by head. Their entries are cut into equal segments, and one program is launched for
+each segment that the block tables have room for. A program whose row ends before its segment returns at once, which costs
+almost nothing, and the host needs no lengths. A program writes the maximum, the sum and the weighted values of its segment;
+a second kernel combines the segments of each row and adds the query's own state.
 
-A row's first pieces are its encoded pages, the last ones its exact entries. A tile gathers its entries page by page
-through the block table, so any page size will do.
+The first segments of a row are its encoded pages, the last ones its full-precision entries. A tile gathers its entries page
+by page through the block table, so any page size works.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from dmc.kernels.pages.paged import Paged
 from dmc.kernels.pages.segments import page_words
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SEGMENT, TILE, WARPS = 256, 64, 4  # entries of a piece, of a tile; warps of a program: measured, docs/results/kernels.md
-LEAST_GROUPS = 16  # queries that are computed at least: a single one goes through the matrix units too
+SEGMENT, TILE, WARPS = 256, 64, 4  # entries of a segment, of a tile; warps per program: measured, docs/results/kernels.md
+LEAST_GROUPS = 16  # smallest number of queries: a single one uses the matrix units too
 
 
 def decode(
@@ -35,7 +34,7 @@ def decode(
     query, own_key, own_value, index = (x.contiguous() for x in (query, own_key, own_value, index))
     tile, segment = (16, 32) if interpreted() else (TILE, SEGMENT)
     page, per_full_page = paged.page, paged.per_full_page
-    segment = triton.cdiv(max(segment, page), tile) * tile  # a tile is not cut where a piece ends
+    segment = triton.cdiv(max(segment, page), tile) * tile  # a segment is whole tiles
     encoded_segments = triton.cdiv(paged.encoded_table.shape[1] * page, segment)
     segments = encoded_segments + triton.cdiv(paged.full_table.shape[1] * per_full_page, segment)
 
@@ -60,7 +59,7 @@ def decode(
         arguments["shifts"] = added = shifts(query, index, paged)
         arguments["shifts_per_query"] = added.shape[-1]
     paged.format.triton_read((rows, segments), arguments, paged, constants)
-    # Pages with a rotation are summed in their own rotated space; rotating back once is all that remains.
+    # Pages with a rotation are summed in their rotated space, so one rotation back remains.
     rotation = paged.format.rotation
     turned = None if rotation is None else torch.empty(rows, groups, size, dtype=torch.float32, device=query.device)
     _together[(rows, groups)](
@@ -75,7 +74,7 @@ def _together(
     query, own_key, own_value, index, encoded_count, full_count, first_full, sums, parts, out, turned, scale, segments,
     PAGE: tl.constexpr, SEGMENT: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
-    """The pieces of one row and one query of its group, and the query's own state; what is rotated goes apart."""
+    """Combines the segments of one row and one query of its group, and the query's own state; rotated sums are separate."""
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     q = tl.load(query + (row * G + g) * D + d, d < D, 0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What the bias of keys adds to scores of encoded entries (`dmc.kernels.pages.key_bias`), for the Triton kernels."""
+"""The part of encoded entries' scores that the bias of keys adds (`dmc.kernels.pages.key_bias`), for the Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmc.kernels.pages.paged import Paged
 
 
 def shifts(query: Tensor, index: Tensor, paged: Paged) -> Tensor:
-    """Of each query and each place of its row's table of encoded pages.
+    """The added scores of each query and each slot of the pages in its row's table.
 
     Args:
         query: ``[R, G, D]``, rotated, not scaled.
@@ -19,7 +19,7 @@ def shifts(query: Tensor, index: Tensor, paged: Paged) -> Tensor:
         paged: with a `KeyBias`.
 
     Returns:
-        fp32 ``[R, G, columns * P]``; of columns where a row has no page anything.
+        fp32 ``[R, G, columns * P]``; undefined in columns where a row has no page.
     """
     rows, groups, size = query.shape
     columns, page, positions = paged.encoded_table.shape[1], paged.page, paged.encoded["position"]
@@ -38,7 +38,7 @@ def _shifts(
     coefficients, features, index, encoded_count, table, positions, out, et, pp, columns, PAGE: tl.constexpr, P: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One page of one row."""
+    """Added scores of one page of one row."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if column >= tl.load(encoded_count + table_row):

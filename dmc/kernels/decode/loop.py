@@ -1,12 +1,12 @@
-"""The loop of `dmc.kernels.decode.cpu`, compiled by numba when first called and kept on disk.
+"""The CPU kernel of `dmc.kernels.decode.cpu`, compiled by numba when first called and kept on disk.
 
-Each row's pages are walked once, a page's keys and then its values, with the softmax of FlashAttention: the largest score so far
-is known, and what was summed is scaled down when it rises. So a row is what it is whatever rows are beside it.
+Each row's pages are read once, a page's keys and then its values, with the softmax of FlashAttention: sums are scaled down when
+the largest score so far rises. So the result of a row does not depend on other rows.
 
 Encoded pages are read by the functions of their format, which are called by address (`dmc.kernels.cpu.callback`). All pages
-are in one storage, which comes as one flat array of each width, so that the compiler knows it contiguous; ``where`` says at
-which element a field begins and how far pages are apart. What takes many arrays is written out in `attend`: handed to a
-function or bound to another name, each would cost a counted reference for every page.
+are in one storage, which is passed as one flat array per width, so that the compiler knows that it is contiguous. ``where``
+holds the first element of a field and the distance between pages. Code with many arrays is inlined in `attend`: passed to a
+function or bound to another name, each array would cost a reference count for every page.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dmc.kernels.cpu.products import add, score
 FIELDS = ("k", "v", "full_score", "position", "score")  # the last two of encoded pages
 _FULL_SCORE, _POSITION, _SCORE = range(2, 5)
 _PAGE, _PER_FULL, _FULL_BF16, _POSITIONED, _FIRST, _STRIDE, _ROOM = range(7)
-NONE, REPLACE, ADD = range(3)  # what becomes of the scores of entries
+NONE, REPLACE, ADD = range(3)  # how statistics change the scores of entries
 
 
 @compiled()
 def _soften(scores, flat, top, total, out, coded):  # noqa: ANN001, ANN202
-    """Scores ``[G, N]`` become weights under the largest score so far; ``flat`` is the same memory in one dimension."""
+    """Turns scores ``[G, N]`` into weights relative to the largest score so far; ``flat`` is the same memory in one dimension."""
     for g in range(len(scores)):
         mine = scores[g]
         best = mine[0]
@@ -59,7 +59,7 @@ def _mask_evicted(positions, scores):  # noqa: ANN001, ANN202
 
 @compiled()
 def _add_bias(positions, coefficients, features, scores):  # noqa: ANN001, ANN202
-    """What the bias of keys adds to scores ``[G, N]``; an evicted entry's score is as good as any."""
+    """Adds the bias of keys to scores ``[G, N]``; the score of an evicted slot is undefined."""
     for n in range(len(positions)):
         mine = features[max(bits_of(positions[n]), 0)]
         for g in range(len(scores)):
@@ -68,7 +68,7 @@ def _add_bias(positions, coefficients, features, scores):  # noqa: ANN001, ANN20
 
 @compiled()
 def _masses(kept, own, top, total):  # noqa: ANN001, ANN202
-    """Scores ``[G, N]`` become softmax weights, summed over G into the first line; the own state's are returned."""
+    """Turns scores ``[G, N]`` into softmax weights, summed over G into the first row; returns the own state's weight."""
     mass = np.float32(0)
     for g in range(len(kept)):
         mine, by = kept[g], np.float32(1) / total[g]
@@ -99,14 +99,14 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
     Args:
         begin, end: rows.
         query: ``[R, G, D]``, scaled.
-        rotation, back: ``[D, D]``, the rotation that encoded entries are in and its transpose; ``[0, 0]`` where there is none.
+        rotation, back: ``[D, D]``, the rotation of encoded entries and its transpose; ``[0, 0]`` without one.
         coefficients, features: ``[R, G, D]`` and ``[positions, D]``, of the bias of keys (`dmc.kernels.pages.key_bias`);
-            ``[0, 0, 0]`` and ``[0, 0]`` where there is none.
+            ``[0, 0, 0]`` and ``[0, 0]`` without one.
         own_key, own_value: ``[R, D]``.
         out: ``[R, G, D]``, to be filled.
-        coded: ``[R, G, D]``, to be overwritten: the part of encoded entries before it is turned back.
+        coded: ``[R, G, D]``, to be overwritten: the part of encoded entries before it is rotated back.
         own_mass: ``[R]``, to be filled unless ``statistics`` is `NONE`: the own state's softmax weight, summed over G.
-        statistics: what becomes of entries' scores: such weights replace them, or are added.
+        statistics: `NONE`, or how weights change the entries' scores: `REPLACE` or `ADD`.
         index, encoded_table, full_table, encoded_count, full_count: as in `dmc.kernels.pages.paged.Paged`.
         singles, halves, codes: the storage as fp32, uint16 and uint8.
         where: int64 ``[fields, 2]``.
@@ -132,7 +132,7 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
 
     for r in range(begin, end):
         row, mine, mine_turned, mine_out, mine_coded = index[r], query[r], query[r], out[r], coded[r]
-        if len(rotation):  # here and not by a product of all rows: a library's sums depend on how many there are
+        if len(rotation):  # not one matmul of all rows: a library's sums depend on the number of rows
             mine_turned = turned
             turned[:] = np.float32(0)
             add(mine, rotation, turned)
@@ -198,4 +198,4 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
             for g in range(groups):
                 for d in range(size):
                     mine_out[g, d] += mine_coded[g, d]
-    scratch[0] = 0.0  # so that it lives until here: functions that are called by address hold no reference
+    scratch[0] = 0.0  # keeps it alive until here: functions that are called by address hold no reference

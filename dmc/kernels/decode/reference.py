@@ -11,7 +11,7 @@ from dmc.kernels.pages.paged import Paged
 def decode_reference(
     query: Tensor, own_key: Tensor, own_value: Tensor, index: Tensor, paged: Paged, *, scale: float,
 ) -> Tensor:
-    """The naive twin: gathers every page of every row, padded to the widest, in fp32 (fp64 for fp64 queries)."""
+    """Gathers every page of every row, padded to the longest row, in fp32 (fp64 for fp64 queries)."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     sides = []
     for part, own in (("k", own_key), ("v", own_value)):

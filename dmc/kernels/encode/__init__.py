@@ -1,1 +1,1 @@
-"""Full pages are encoded."""
+"""Encoding of full pages."""

@@ -1,7 +1,7 @@
-"""A full row's oldest page is encoded, without the host knowing which rows are full.
+"""Encodes a full row's oldest page; the host does not know which rows are full.
 
-`encode_reference` is the reference implementation, which calls the codec itself; `dmc.kernels.encode.gpu` holds the kernels, and
-`encode_pages` chooses. It follows each `dmc.kernels.append.append.append_tokens`, whose views of the cache it shares.
+`encode_reference` is the reference implementation, which calls the codec itself; `dmc.kernels.encode.gpu` has the kernels, and
+`encode_pages` chooses. It is called after each `dmc.kernels.append.append.append_tokens`, with the same views of the cache.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dmc.kernels.pages.paged import NO_COLUMN, Growing, take
 def encode_pages(state: Growing, index: Tensor, *, backend: str | None = None) -> None:
     """Encodes the oldest page after the sinks of every row that is full, into a page of the pool.
 
-    The entries behind move down, and open pages that this empties are free again; they are given back after the new pages
-    are taken, so a step takes at most one page for each row that opens one and one for each row that is full. Where there
-    is no page, or no column in the table of encoded pages, `Growing.failed` tells and the row stays full: with room made,
-    another call encodes it.
+    The entries behind that page move down, and full-precision pages that become empty are free again. They are given back after
+    the new pages are taken, so a step takes at most one page for each row that needs a full-precision page and one for each full
+    row. Without a free page, or a column in the table of encoded pages, `Growing.failed` is set and the row stays full; once
+    there is room, another call encodes it.
 
     With Triton nothing waits for the device and the launches depend on shapes alone, so they can be captured in a CUDA
     graph.
@@ -27,7 +27,7 @@ def encode_pages(state: Growing, index: Tensor, *, backend: str | None = None) -
     Args:
         state: changed in place.
         index: int64 ``[R]``, distinct rows; -1: none.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the reference implementation.
+        backend: see `dmc.kernels.backend`; every other name runs the reference implementation.
     """
     if choose(state.full_precision["k"], backend) == "triton":
         from dmc.kernels.encode.gpu import encode

@@ -1,14 +1,14 @@
 """Triton kernels of `dmc.kernels.encode.encode`: three launches, each over all rows, of which most are not full.
 
-The first finds the full rows, takes a page for each and names it in the table of encoded pages, one column behind those
-that count. The second encodes into these pages, keys and values in programs of their own. The third moves the entries
-behind them down, gives the emptied pages back and counts the new page. So pages are taken in one launch and given back
-in another, and no entry is overwritten that a program may still read.
+The first finds the full rows, takes a page for each and writes it to the table of encoded pages, one column behind the counted
+ones. The second encodes into these pages, keys and values in separate programs. The third moves the entries behind them
+down, gives the emptied pages back and counts the new page. So pages are taken in one launch and given back in another, and
+no entry is overwritten that a program may still read.
 
-A program of the last two looks after several rows and goes from one full row to the next, since few are full at a time.
+A program of the last two processes several rows, since few are full at a time.
 
-Int8 and fp8 codes equal those of the codecs bit for bit: divisions are exact, roundings go to even, and numbers of fp8 are
-made by integer arithmetic, which devices without fp8 have as well. Trellis pages are those of
+Int8 and fp8 codes equal those of the codecs bit for bit: divisions are correctly rounded, ties go to even, and fp8 numbers
+are computed by integer arithmetic, which devices without fp8 have too. Trellis pages are those of
 `dmc.kernels.formats.trellis.encode`.
 """
 
@@ -57,7 +57,7 @@ def encode(state: Growing, index: Tensor) -> None:
 def _take(
     index, full_count, encoded_count, encoded_table, R, most, columns, et, stack, free, owners, failed, ROWS: tl.constexpr,
 ):
-    """A page for each full row, as far as there are columns and pages."""
+    """Takes a page for each full row, as far as there are columns and pages."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.load(index + r, r < R, -1).to(tl.int64)
     filled = row >= 0
@@ -85,14 +85,14 @@ def _settle(
     owners, sinks, window, kept, SPARE: tl.constexpr, FULL: tl.constexpr, PER_FULL: tl.constexpr, PAGE: tl.constexpr,
     STEP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """What is left of the rows that were encoded: their newest entries move to the place behind the sinks."""
+    """Finishes the rows that were encoded: moves their newest entries to the slots behind the sinks, and frees pages."""
     row, count, page = new_pages(index, full_count, encoded_count, encoded_table, R, most, columns, et, ROWS)
     left = page > 0
     while tl.max(left.to(tl.int32), 0) > 0:
         here = first_of(left, ROWS)
         table = full_table + tl.sum(tl.where(here, row, 0), 0) * ft
         d = tl.arange(0, BLOCK)
-        for first in range(0, window, STEP):  # no more than a page at once, or it would overtake what it reads
+        for first in range(0, window, STEP):  # at most one page at once, or unread entries would be overwritten
             i = tl.arange(0, TILE)
             n = first + i
             one = (i < STEP) & (n < window)

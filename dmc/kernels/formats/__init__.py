@@ -1,1 +1,1 @@
-"""Page formats: how a page of each format is read and written, on GPU and CPU."""
+"""Page formats, with kernels that read and write their pages, on GPU and CPU."""

@@ -1,7 +1,7 @@
 """Loads and stores of bf16, fp16 and fp32 in Triton kernels.
 
 bf16 is rounded here bit by bit: to the nearest, ties to even, on every device and in the interpreter, whose own
-conversion cuts off.
+conversion truncates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a codec hands out of its encoded pages: a page format, with the operations that read and write such pages.
+"""`PageFormat`: a codec's description of its encoded pages, with the operations that read and write them.
 
-A folder of `dmc.kernels.formats` has a subclass of `PageFormat` beside its kernels. Everything that dispatches asks the format
-and nobody asks for its name, so a format may also come from outside of this package.
+A folder of `dmc.kernels.formats` has a subclass of `PageFormat` next to its kernels. Dispatchers use the methods of the format
+and never its name, so a format can also be defined outside of this package.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 Field = tuple[torch.dtype, tuple[int, ...]]
-"""dtype and shape of one page's part."""
+"""dtype and shape of a field of one page."""
 
 
 @dataclass(frozen=True)
 class CpuReader:
-    """How the CPU kernels read the pages of a format: two functions that `dmc.kernels.cpu.callback.callback` compiled.
+    """Two functions, compiled by `dmc.kernels.cpu.callback.callback`, with which the CPU kernels read the pages of a format.
 
     Both get addresses: of the page, ``facts``, ``constants``, their input, and scratch memory of one thread. The keys' function
     writes scores ``[G, P]`` of queries ``[G, D]``; the values' function adds to sums ``[G, D]``, by weights ``[G, P]`` that
@@ -28,8 +28,8 @@ class CpuReader:
 
     Attributes:
         keys, values: the functions.
-        facts: int64, what they need to know: sizes, and where in a page fields begin.
-        constants: fp32, for example what codes stand for.
+        facts: int64, their parameters: sizes, and offsets of fields in a page.
+        constants: fp32, for example the levels of codes.
         room: bytes of scratch memory.
     """
 
@@ -42,17 +42,17 @@ class CpuReader:
 
 @dataclass(frozen=True, eq=False)
 class PageFormat:
-    """How the encoded pages of one codec, page size and head size are stored, and what reads and writes them.
+    """Storage of the encoded pages of one codec, page size and head size, with the kernels that read and write them.
 
     This class has no kernels: its pages are gathered, and the codec reads them. A subclass that sets `cpu_reads`, `triton_reads`
-    or `triton_writes` implements what is named there. Every one of these is tested against `reference`.
+    or `triton_writes` implements the methods named there. Each of them is tested against `reference`.
 
     Attributes:
         name: of the format, for messages.
         page: entries of a page, P.
         head_size: D.
         fields: name → (dtype, shape of one page's part). Names begin with the side: "k" for keys, "v" for values.
-        encode: full-precision keys and values ``[n, P, D]`` → fields of n pages: what the kernels that write must equal.
+        encode: full-precision keys and values ``[n, P, D]`` → fields of n pages; writing kernels must give the same.
     """
 
     name: str
@@ -62,12 +62,12 @@ class PageFormat:
     encode: Callable[[Tensor, Tensor], dict[str, Tensor]]
 
     def side(self, fields: Mapping[str, Any], part: str) -> dict[str, Any]:
-        """Of some fields those of keys ("k") or values ("v"), named without the side."""
+        """The fields of keys ("k") or values ("v"), named without the side."""
         return {name[2:]: field for name, field in fields.items() if name[:2] == f"{part}_"}
 
     @property
     def rotation(self) -> Tensor | None:
-        """R, fp32 ``[D, D]``, if kernels read entries as ``x R``: queries are rotated before, sums of values back after."""
+        """R, fp32 ``[D, D]``, if kernels read entries as ``x R``: queries are rotated first, sums of values rotated back."""
         return None
 
     def reference(self, fields: dict[str, Tensor], part: str, work: torch.dtype) -> Tensor:
@@ -76,7 +76,7 @@ class PageFormat:
 
     @property
     def cpu_reads(self) -> bool:
-        """Whether `cpu_reader` works."""
+        """True if the format has a `cpu_reader`."""
         return False
 
     def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
@@ -89,7 +89,7 @@ class PageFormat:
 
     @property
     def triton_reads(self) -> bool:
-        """Whether `triton_read` works."""
+        """True if the format has `triton_read`."""
         return False
 
     def triton_read(self, grid: tuple[int, int], arguments: dict, paged: Any, constants: dict) -> None:
@@ -104,13 +104,13 @@ class PageFormat:
 
     @property
     def triton_adds(self) -> bool:
-        """Whether `triton_read` adds ``shifts`` of its arguments, fp32 ``[R, G, shifts_per_query]``, to the products of queries
-        and encoded keys before these are scaled; both are there only with a bias of keys (`dmc.kernels.decode.key_bias_gpu`)."""
+        """True if `triton_read` adds ``shifts`` of its arguments, fp32 ``[R, G, shifts_per_query]``, to the products of queries
+        and encoded keys before these are scaled; both exist only with a bias of keys (`dmc.kernels.decode.key_bias_gpu`)."""
         return False
 
     @property
     def triton_writes(self) -> bool:
-        """Whether `triton_write` works."""
+        """True if the format has `triton_write`."""
         return False
 
     def triton_write(self, table: dict, full_precision: dict, state: Any) -> None:

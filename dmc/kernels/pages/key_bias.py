@@ -1,10 +1,10 @@
-"""The bias of a model's key projection, kept out of encoded pages.
+"""The bias of a model's key projection, which encoded pages do not contain.
 
-Some models (Qwen2) add a bias b to keys before RoPE that is many times longer than what the token contributes. A codec's steps
-would be as wide as b is long. A mean of keys ``W x + b`` is the mean m of ``W x``, plus b, so an entry at position p, merged or
-not, is ``R(p) m + R(p) b``: pages keep the first part, and the second is added when they are read.
+Some models (Qwen2) add a bias b to keys before RoPE that is many times longer than the token's own part. The quantisation
+steps of a codec would grow with b. A mean of keys ``W x + b`` is the mean m of ``W x``, plus b, so an entry at position p, merged
+or not, is ``R(p) m + R(p) b``: pages store the first part, and the second is added when they are read.
 
-In scores no key needs to be formed: ``q · R(p) b`` is the product of two vectors of D numbers, one of the query
+Scores need no reconstructed keys: ``q · R(p) b`` is the product of two vectors of D numbers, one of the query
 (`KeyBias.coefficients`) and one of the position (`KeyBias.features`):
 
     sum over i < D/2 of  (q_i b_i + q_j b_j) cos(p f_i) + (q_j b_i - q_i b_j) sin(p f_i),    j = i + D/2
@@ -20,7 +20,7 @@ from dmc.rope import Rope
 
 
 class KeyBias:
-    """Biases of all key/value heads of all layers, and the rotation that they are under.
+    """Biases of all key/value heads of all layers, and their RoPE.
 
     Args:
         bias: ``[L, H, D]``, before RoPE.
@@ -35,11 +35,11 @@ class KeyBias:
         self._features = torch.empty(0, bias.shape[-1], device=bias.device)
 
     def keys(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """What the bias adds to entries.
+        """The part of keys that the bias adds.
 
         Args:
             heads: int64 ``[...]``, counted over all layers.
-            positions: int ``[..., N]``; below 0 is an entry that nothing reads.
+            positions: int ``[..., N]``; below 0 for entries that are not read.
 
         Returns:
             fp32 ``[..., N, D]``.
@@ -48,12 +48,12 @@ class KeyBias:
         return rotate(bias, self._rope(positions.long().clamp(min=0)))
 
     def scores(self, query: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
-        """What the bias adds to scores.
+        """The part of scores that the bias adds.
 
         Args:
             query: ``[..., G, D]``, rotated.
             heads: int64 ``[...]``, counted over all layers.
-            positions: int ``[..., N]``; below 0 is an entry that nothing reads.
+            positions: int ``[..., N]``; below 0 for entries that are not read.
 
         Returns:
             ``[..., G, N]`` in the query's dtype.
@@ -68,7 +68,7 @@ class KeyBias:
         return torch.cat([first * b_first + second * b_second, second * b_first - first * b_second], dim=-1)
 
     def features(self, positions: Tensor | None = None) -> Tensor:
-        """The positions' part of a score: fp32 ``[positions, D]``, those of ``positions`` and of all calls before among them."""
+        """The positions' part of a score: fp32 ``[positions, D]``, including ``positions`` and those of earlier calls."""
         highest = -1 if positions is None or not positions.numel() else int(positions.max())
         if highest >= len(self._features):
             length = max(highest + 1, 2 * len(self._features))

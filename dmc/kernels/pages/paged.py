@@ -1,4 +1,4 @@
-"""Rows of a cache as kernels see them: block tables, and views of the page pool. Nothing is copied."""
+"""Rows of a cache as arguments of kernels: block tables, and views of the page pool, without copies."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NO_PAGE, NO_COLUMN, NOT_ENCODED = 1, 2, 4
 """Bits of `Growing.failed`: no page was free; the table of encoded pages is full; a full row was appended to."""
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-"""Of the full-precision entries that the CPU kernels read."""
+"""Dtypes of full-precision entries that the CPU kernels read."""
 
 
 @dataclass(frozen=True)
 class Paged:
-    """What decode attention reads. Entries of a row: whole encoded pages, then full-precision entries on pages of their own.
+    """The cache as decode attention reads it. A row has encoded pages, then full-precision entries on separate pages.
 
     Attributes:
         format: of the encoded pages.
@@ -31,7 +31,7 @@ class Paged:
         encoded_table, full_table: int32 ``[rows, columns]``, pages of each row in order; 0, the null page, where there is none.
         encoded_count: int32 ``[rows]``, encoded pages of each row.
         full_count: int32 ``[rows]``, full-precision entries of each row.
-        key_bias: of keys of encoded pages, which are stored without it; None: they have none.
+        key_bias: bias of keys, which encoded pages are stored without; None: no bias.
         heads: with ``key_bias``, int64 ``[rows]``, key/value head of each row, counted over all layers.
     """
 
@@ -62,7 +62,7 @@ class Paged:
 
     @functools.cached_property
     def cpu_reads(self) -> bool:
-        """Whether the CPU kernels read these pages: their format, full precision in `CPU_DTYPES`, one storage as a pool's."""
+        """True if the CPU kernels read these pages: their format, full precision in `CPU_DTYPES`, all fields in one storage."""
         fields = [x for part in (self.encoded, self.full_precision) for x in part.values()]
         one = len({x.untyped_storage().data_ptr() for x in fields}) == 1
         strides = {x.stride(0) * x.element_size() for x in self.encoded.values()}
@@ -78,10 +78,10 @@ class Paged:
 
 @dataclass(frozen=True)
 class Growing(Paged):
-    """Rows that grow: what `dmc.kernels.append` and `dmc.kernels.encode` write to as well. All of it is written to.
+    """The cache as `dmc.kernels.append` and `dmc.kernels.encode` change it. They write to all its tensors.
 
     A row's full-precision entries are its first ``sinks``, then those that wait to be encoded. With ``most`` of them it is full:
-    the oldest page after the sinks must be encoded before it closes another.
+    the oldest page after the sinks must be encoded before another entry becomes final.
 
     Attributes:
         sinks, window: entries at the start and at the end of a row that stay in full precision.
@@ -90,10 +90,10 @@ class Growing(Paged):
         z: as numerators ``[rows]``, the sum of these weights; 0 where a row has no accumulating entry, its numerators too.
         memory: uint8 ``[pages, bytes]``, the pool.
         stack: int64 ``[pages - 1]``, the free pages first; the last of them is taken next.
-        free: int32 ``[1]``, how many they are.
-        owners: int32 ``[pages]``, of each page; 0: free.
-        failed: int32 ``[1]``; a failure sets its bit (`NO_PAGE`, `NO_COLUMN`, `NOT_ENCODED`) and nothing clears it here.
-            The rows concerned stay as they were.
+        free: int32 ``[1]``, their number.
+        owners: int32 ``[pages]``, owner count of each page; 0: free.
+        failed: int32 ``[1]``; a failure sets its bit (`NO_PAGE`, `NO_COLUMN`, `NOT_ENCODED`), which kernels never clear.
+            The affected rows are unchanged.
     """
 
     sinks: int
@@ -129,7 +129,7 @@ class Growing(Paged):
 
 
 def take(state: Growing, wanting: Tensor) -> tuple[Tensor, Tensor]:
-    """Free pages for those that want one, bool ``[n]``, as far as there are → (pages int64 ``[given]``, given bool ``[n]``)."""
+    """Takes a free page for each true element of ``[n]``, while there are any → (pages int64 ``[given]``, given bool ``[n]``)."""
     free = int(state.free)
     order = wanting.cumsum(0)
     given = wanting & (order <= free)

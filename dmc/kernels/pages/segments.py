@@ -1,4 +1,4 @@
-"""What the Triton kernels of decode attention share: full-precision entries, and the results of a segment of a row."""
+"""Shared device functions of the Triton kernels of decode attention: full-precision entries, and results of segments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def page_words(field: Tensor) -> int:
-    """Bytes from page to page of a field, in eights: pages of the pool begin at multiples of 8, which lets loads be wide.
+    """Distance of a field from page to page in units of 8 bytes: pages begin at multiples of 8, which allows wide loads.
 
     Raises:
         ValueError: if they do not.
@@ -21,7 +21,7 @@ def page_words(field: Tensor) -> int:
 
 @triton.jit
 def first_of_page(base, page, words):
-    """Where page number ``page`` of a field begins; ``words`` as `page_words` gives it."""
+    """Pointer to a field of page number ``page``; ``words``: from `page_words`."""
     return base + page * words * (64 // base.dtype.element_ty.primitive_bitwidth)
 
 
@@ -29,7 +29,7 @@ def first_of_page(base, page, words):
 def store_segment(
     sums, parts, top, total, acc, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
-    """What a piece leaves."""
+    """Stores the results of a segment."""
     item = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     g, d = tl.arange(0, GROUPS), tl.arange(0, BLOCK)
     tl.store(sums + item * 2 * G + g, top, g < G)
@@ -39,7 +39,7 @@ def store_segment(
 
 @triton.jit
 def shifted(s, shifts, shifts_per_query, g, entry, there, G: tl.constexpr):
-    """Products ``[GROUPS, N]`` of this program's row and the entries ``[N]``, counted from the row's first, plus their shifts.
+    """Scores ``[GROUPS, N]`` plus the shifts of entries ``[N]``, which are counted from the row's first.
 
     ``shifts``: ``[R, G, shifts_per_query]``, or None.
     """
@@ -56,7 +56,7 @@ def full_segment(
     PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):
-    """A program whose piece lies among a row's exact entries: their ``table``, and where their number is."""
+    """A program whose segment is among a row's full-precision entries: their ``table``, and a pointer to their number."""
     start, length = (tl.program_id(1) - first_full) * SEGMENT, tl.load(full_count)
     if start < length:
         top, total, acc = attend_segment(
@@ -72,7 +72,7 @@ def attend_segment(
     PAGE: tl.constexpr, SCALED: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
-    """One piece of a row, in base-2 logarithms: its maximum and sum ``[GROUPS]``, its weighted values."""
+    """One segment of a row, in base-2 logarithms: its maximum and sum ``[GROUPS]``, its weighted values."""
     d, g = tl.arange(0, BLOCK), tl.arange(0, GROUPS)
     q = tl.load(query + (tl.program_id(0) * G + g)[:, None] * D + d[None, :], (g < G)[:, None] & (d < D)[None, :], 0.0)
     top = tl.full((GROUPS,), float("-inf"), tl.float32)

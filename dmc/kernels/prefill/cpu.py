@@ -1,6 +1,6 @@
-"""Prefill attention on a CPU: a loop that numba compiles, over entries laid out so that it multiplies at the CPU's full rate.
+"""Prefill attention on a CPU: a numba kernel, over entries in a layout with which matmuls reach the CPU's full rate.
 
-PyTorch's attention for CPUs reaches half of that, and with a mask, which merged entries need, a quarter.
+PyTorch's attention for CPUs reaches half of that rate, and a quarter with a mask, which merged entries need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dmc.kernels.cpu.threads import share
 from dmc.kernels.cpu.tiles import LANES, PAIRED, WIDTH
 from dmc.kernels.prefill import loop as loops
 
-_LEAST = 1 << 19  # products for which another thread is worth waking
+_LEAST = 1 << 19  # products from which another thread pays off
 
 
 def prefill(
@@ -23,8 +23,8 @@ def prefill(
 ) -> Tensor:
     """`dmc.kernels.prefill.prefill.prefill_attention` for fp32 and bf16 on a CPU.
 
-    Products of bf16 are those of the CPU where it has them, and else of the same numbers in fp32. Scores, the softmax and all
-    sums are fp32; weights are rounded to bf16 before they meet the values, as in FlashAttention.
+    Products of bf16 use the CPU's instructions if it has them, and else fp32. Scores, the softmax and all sums are fp32; weights
+    are rounded to bf16 before they are multiplied by the values, as in FlashAttention.
     """
     query, keys, values, own_keys, own_values = (x.detach() for x in (query, keys, values, own_keys, own_values))
     heads, groups, tokens, size = query.shape
@@ -48,12 +48,12 @@ def prefill(
 
 
 def _array(x: Tensor) -> np.ndarray:
-    """For the loops, which know bf16 as uint16."""
+    """NumPy array for the CPU kernels, which read bf16 as uint16."""
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _entries(keys: Tensor, values: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    """Keys ``[R, N, D]`` and values as `dmc.kernels.prefill.loop.attend` takes them."""
+    """Keys ``[R, N, D]`` and values in the layout of `dmc.kernels.prefill.loop.attend`."""
     heads, count, size = keys.shape
     more, pair = -count % loops.KEYS, 2 if paired else 1
     keys = F.pad(keys, (0, -size % pair, 0, more)).unflatten(1, (-1, WIDTH)).unflatten(-1, (-1, pair))
@@ -62,5 +62,5 @@ def _entries(keys: Tensor, values: Tensor, paired: bool) -> tuple[Tensor, Tensor
 
 
 def _words(x: Tensor, paired: bool) -> Tensor:
-    """Words of 32 bits: numbers in fp32, or of pairs of bf16 as they lie side by side."""
+    """Words of 32 bits: numbers in fp32, or pairs of adjacent bf16."""
     return (x if paired else x.float()).contiguous().view(torch.int32)

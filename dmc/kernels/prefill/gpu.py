@@ -1,8 +1,8 @@
 """Triton kernel of `dmc.kernels.prefill.prefill`: flash attention that starts from the query's own state.
 
-A block of queries visits the entries up to the last one that closed before its last query, without a mask those that closed
-before its first; how many those are comes from one search over the places, on the device. Heads of different length take
-as many steps as they have entries.
+A block of queries visits the entries up to the last one that was final before its last query; those that were final before its
+first query need no mask. One search over the positions, on the device, gives their numbers. The steps of a head depend on its
+own number of entries.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _prefill_blocks(
     acc, total, top, q, keys, values, entry_positions, at, first, stop, scale, ENTRIES, kn, vn,
     MASKED: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Entries ``first`` to ``stop`` for one block of queries; MASKED where some of them closed after a query."""
+    """Entries ``first`` to ``stop`` for one block of queries; MASKED if some of them became final after a query."""
     d = tl.arange(0, BLOCK)
     for start in range(first, stop, N):
         n = start + tl.arange(0, N)
@@ -79,7 +79,7 @@ def _prefill(
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     blocks = tl.num_programs(0)
-    block = blocks - 1 - tl.program_id(0)  # the longest first
+    block = blocks - 1 - tl.program_id(0)  # the longest blocks first
     both = tl.program_id(1).to(tl.int64)
     row, g = both // G, both % G
     m = block * M + tl.arange(0, M)

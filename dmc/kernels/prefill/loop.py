@@ -1,8 +1,8 @@
-"""The loop of `dmc.kernels.prefill.cpu`, compiled by numba when first called and kept on disk.
+"""The CPU kernel of `dmc.kernels.prefill.cpu`, compiled by numba when first called and kept on disk.
 
-FlashAttention: some queries at a time meet some entries at a time, and what was summed is scaled down when the largest score so
-far rises. A query meets the entries in stretches that begin at multiples of `KEYS` whatever chunk of a prompt it is in, so that
-it comes out the same, bit for bit.
+FlashAttention: some queries at a time, over some entries at a time; sums are scaled down when the largest score so far rises.
+The entries are cut into segments that begin at multiples of `KEYS` for any division of a prompt into chunks, so results are the
+same bit for bit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dmc.kernels.cpu.compiled import compiled, narrow, wide
 from dmc.kernels.cpu.tiles import ROWS, WIDTH, product
 from dmc.kernels.cpu.vectors import Vectors, over
 
-BLOCK = 8 * ROWS  # queries that meet a stretch of entries while it is in the core's cache
-KEYS = 128  # entries of a stretch, a multiple of WIDTH
+BLOCK = 8 * ROWS  # queries that use a segment of entries while it is in the core's cache
+KEYS = 128  # entries of a segment, a multiple of WIDTH
 
 
 @intrinsic
@@ -38,7 +38,7 @@ def _peak_of(context, scores, count, scale):  # noqa: ANN001, ANN202
 
 @compiled(exact=True)
 def _peak(scores, count, scale):  # noqa: ANN001, ANN202
-    """The largest of scores times ``scale``, by their address; a NaN does not count."""
+    """The largest of the scores at an address, times ``scale``; NaN is ignored."""
     return _peak_of(scores, count, scale)
 
 
@@ -61,7 +61,7 @@ def _weigh_of(context, half, scores, count, scale, top, out):  # noqa: ANN001, A
 
 @compiled(exact=True)
 def _weigh(paired, scores, count, scale, top, out):  # noqa: ANN001, ANN202, PLR0913
-    """``exp(score scale - top)`` of scores by their address to ``out``, in bf16 if ``paired``; their sum."""
+    """Writes ``exp(score scale - top)`` of the scores at an address to ``out``, in bf16 if ``paired``; returns their sum."""
     if paired:
         return _weigh_of(1, scores, count, scale, top, out)
     return _weigh_of(0, scores, count, scale, top, out)
@@ -103,7 +103,7 @@ def _finish(source, by, out):  # noqa: ANN001, ANN202
 def attend(begin, end, query, keys, values, seen, own_keys, own_values, out, scale, paired):  # noqa: ANN001, ANN201, PLR0913
     """Attention of blocks of queries ``begin`` to ``end``, each `BLOCK` queries of one row, the rows' blocks one after another.
 
-    The queries of a row are those of its G heads of a token side by side, token after token.
+    The queries of a row are ordered token by token, and within a token by its G heads.
 
     Args:
         begin, end: blocks.

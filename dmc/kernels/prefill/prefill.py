@@ -1,8 +1,8 @@
-"""Prefill attention: queries of a prompt over the entries that closed before each, and each its own state.
+"""Prefill attention: queries of a prompt over the entries that were final before each, and each query's own state.
 
-A prompt needs the closed entries alone, about T / CR of them, and not all intermediate states: every query that sees a
-final entry sees it unchanged. `prefill_reference` is the naive twin, `dmc.kernels.prefill.gpu` the kernel for GPUs and
-`dmc.kernels.prefill.cpu` the loops for CPUs.
+A prompt needs only final entries, about T / CR of them, and not all intermediate states: every query that sees a final entry
+sees it unchanged. `prefill_reference` is the reference implementation, `dmc.kernels.prefill.gpu` has the Triton kernel, and
+`dmc.kernels.prefill.cpu` the CPU kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def prefill_attention(
         own_keys, own_values: ``[R, T, D]``, the state after each query's own token, key rotated.
         positions: int32 ``[T]``, rising, of the queries.
         scale: of the scores, ``1 / sqrt(D)`` if None.
-        backend: see `dmc.kernels.backend`; what is neither "triton" nor "cpu" is the reference implementation.
+        backend: see `dmc.kernels.backend`; names other than "triton" and "cpu" run the reference implementation.
 
     Returns:
         ``[R, G, T, D]`` in the dtype of ``query``.
@@ -52,7 +52,7 @@ def prefill_reference(
     query: Tensor, keys: Tensor, values: Tensor, entry_positions: Tensor, own_keys: Tensor, own_values: Tensor,
     positions: Tensor, *, scale: float,
 ) -> Tensor:
-    """The naive twin: all scores in memory; products in the dtype of ``query``, softmax in fp32 at least."""
+    """The reference implementation: all scores in memory; matmuls in the dtype of ``query``, softmax in fp32 or more."""
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     scores = (query @ keys[:, None].transpose(-1, -2)).to(work) * scale
     later = entry_positions[:, None, None, :] >= positions[:, None]

@@ -1,1 +1,1 @@
-"""The merge of eq. 9."""
+"""The merge of eq. 9, over whole sequences."""

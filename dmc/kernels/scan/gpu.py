@@ -4,18 +4,17 @@ A state is the mean of its entry's tokens, and with z the sum of their weights a
 
     y_t = kept_t y_{t-1} + new_t x_t,    kept_t = alpha_t z_{t-1} / z_t,    new_t = omega_t / z_t,
 
-two shares that add up to 1 and are exactly 0 and 1 where a token opens an entry. The same line backwards in time is the
+two shares that add up to 1 and are exactly 0 and 1 where a token starts an entry. The same recurrence backwards in time is the
 gradient: ``A_t = g_t + kept_{t+1} A_{t+1}`` reaches the state, ``new_t A_t`` the token, and ``<A_t, x_t - y_{t-1}>`` its share,
-from which alpha and omega follow by one more recurrence, of single numbers. Nothing cancels where nothing merges.
+from which alpha and omega follow by one more recurrence, of single numbers. There is no cancellation where nothing merges.
 
 The sequence is cut into segments. A program walks one segment of one head's keys or values token by token and carries
-the state in registers; tokens are loaded a chunk of C at a time, so that many bytes are on their way. What it starts from
-comes from a first, small kernel that sums up each segment from the side that matters and stops where the product of the
-shares has become 0, which after a few closed entries it is: so of most of a segment little is read twice, and a head that
-merges everything is read twice and stays exact. Going backward the states of a chunk are walked again from the one before
-it, which the forward pass kept.
+the state in registers; tokens are loaded a chunk of C at a time, so that many loads are in flight. A first, small kernel computes
+the state that it starts from: it sums up each segment from the end next to the result, and stops where the product of the shares
+is 0, which is so after a few final entries. So most of a segment is read once; a head that merges everything is read twice and
+the result is still exact. The backward pass recomputes the states of a chunk from the stored state before it.
 
-Letters beside those of `dmc.functional`: C tokens of a chunk, S segments, R = B * H rows.
+Letters in addition to those of `dmc.functional`: C tokens of a chunk, S segments, R = B * H rows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from dmc.kernels.scan.halves import (
 )
 
 CHUNK = 8
-_SEGMENT = 64  # tokens that one program walks; fewer where that would leave the device idle
+_SEGMENT = 64  # tokens per program; fewer if the device would be idle otherwise
 _SIZES = ("H", "T", "S", "CHUNKS")  # one kernel for all of them
 _BUSY = 2112  # programs that keep the largest device busy: sixteen on each of 132 multiprocessors
 
@@ -97,7 +96,7 @@ class Merge(torch.autograd.Function):
 
 
 class _Launch:
-    """How a problem is cut: grid, block sizes and scratch tensors."""
+    """Division of a problem: grid, block sizes and scratch tensors."""
 
     def __init__(self, key: Tensor) -> None:
         batch, heads, tokens, size = key.shape
@@ -130,7 +129,7 @@ class _Launch:
 
 @triton.jit
 def _side(key, value, row, H, kb, kh, kt, vb, vh, vt):
-    """A row's keys or values, as ``program_id(2)`` says: (where they begin, stride of a token)."""
+    """A row's keys or values, chosen by ``program_id(2)``: (pointer, stride of a token)."""
     base, stride = key + row // H * kb + row % H * kh, kt
     if tl.program_id(2) == 1:
         base, stride = value + row // H * vb + row % H * vh, vt
@@ -190,7 +189,7 @@ def _through_own(z, new, d_share, t, R, T):
 
 @triton.jit
 def _both_parts(d_share, t, R, T):
-    """Of keys and values together."""
+    """Sum over keys and values."""
     return tl.load(d_share + t, t < T, 0.0) + tl.load(d_share + tl.full((), 1, tl.int64) * R * T + t, t < T, 0.0)
 
 
@@ -202,12 +201,12 @@ def _segment_ends(
     key, value, kept, new, end_states, end_decays, H, T, S, CHUNKS, kb, kh, kt, vb, vh, vt,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
 ):
-    """What each segment alone leaves at its end, and how much of what came before."""
+    """The state at the end of each segment from its own tokens alone, and the factor of the state before it."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x, stride = _side(key, value, row, H, kb, kh, kt, vb, vh, vt)
     kept, new = kept + row * T, new + row * T
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    left = 1.0  # product of what is kept after the token
+    left = 1.0  # product of the kept shares after the token
     chunk = CHUNKS - 1
     while (chunk >= 0) & (left > 0):
         first = (segment * CHUNKS + chunk) * C
@@ -268,12 +267,12 @@ def _segment_starts(
     kept, cos, sin, grad_key, grad_value, end_states, end_decays, H, T, S, CHUNKS, gkb, gkh, gkt, gvb, gvh, gvt,
     D: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr,
 ):
-    """What each segment but the first alone sends back through its first token, and how much of what comes after it."""
+    """The gradient at the first token of each segment after the first, from its tokens alone, and the factor of later ones."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1) + 1
     grad, stride = _side(grad_key, grad_value, row, H, gkb, gkh, gkt, gvb, gvh, gvt)
     kept += row * T
     one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
-    left = 1.0  # product of what is kept up to the token
+    left = 1.0  # product of the kept shares up to the token
     chunk = segment * CHUNKS
     stop = tl.minimum((segment + 1) * CHUNKS, tl.cdiv(T, C))
     while (chunk < stop) & (left > 0):
@@ -304,7 +303,7 @@ def _backward(
     kept, new = kept + row * T, new + row * T
     d_share += (part * tl.num_programs(0) + row) * T
     chunks = tl.cdiv(T, C)
-    one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)  # what later tokens send back
+    one, two = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)  # gradient from later tokens
     left = 1.0
     after = segment + 1
     while (after < S) & (left > 0):

@@ -1,4 +1,4 @@
-"""Pieces of the scan's Triton kernels: loads and stores of the two halves of a token's features, all in fp32."""
+"""Device functions of the scan's Triton kernels: loads and stores of the two halves of a token's features, all in fp32."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store_token(base, stride, t, T, one, two, D: tl.constexpr, HALF: tl.constexp
 
 @triton.jit
 def load_rope(cos, sin, t, T, turns, D: tl.constexpr, HALF: tl.constexpr):
-    """(cos, sin) of token t for the first half of the features; 1 and 0 where ``turns`` is false."""
+    """(cos, sin) of token t for the first half of the features; 1 and 0 if ``turns`` is false."""
     d = tl.arange(0, HALF)
     mask = (d < D // 2) & (t < T) & turns
     return tl.load(cos + t * D + d, mask, 1.0), tl.load(sin + t * D + d, mask, 0.0)
@@ -44,7 +44,7 @@ def load_rope(cos, sin, t, T, turns, D: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def rotated_back(g1, g2, cos, sin, t, T, turns, D: tl.constexpr, HALF: tl.constexpr):
-    """The gradient before rotation to t of what it is after, where ``turns``."""
+    """The gradient before the rotation to t, from the gradient after it; unchanged unless ``turns``."""
     c, s = load_rope(cos, sin, t, T, turns, D, HALF)
     return g1 * c + g2 * s, g2 * c - g1 * s
 

@@ -1,6 +1,6 @@
 """The merge of DMC over a whole sequence (eq. 9), keys and values in one pass, keys rotated on the way out.
 
-`merge_reference` is the naive twin. The Triton kernels are in `dmc.kernels.scan.gpu`; `merge` chooses.
+`merge_reference` is the reference implementation, `dmc.kernels.scan.gpu` has the Triton kernels, and `merge` chooses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def merge(
         alpha, omega: ``[B, H, T]``; alpha in [0, 1], that of a document's first token is taken as 0; omega > 0.
         rope: (cos, sin), each ``[T, D]``, half-split: the second half of each row repeats the first.
         starts: ``[B, T]`` bool, first tokens of documents.
-        backend: see `dmc.kernels.backend`; what is not "triton" is the twin.
+        backend: see `dmc.kernels.backend`; every other name runs the reference implementation.
 
     Returns:
         ``(keys, values)``, each ``[B, H, T, D]`` in the dtype of ``key``.
@@ -42,7 +42,7 @@ def merge_reference(
     key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, rope: tuple[Tensor, Tensor],
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The naive twin of `merge`, by `dmc.functional`."""
+    """The reference implementation of `merge`, by `dmc.functional`."""
     size = key.shape[-1]
     merged, _ = fn.accumulate(torch.cat([key, value], dim=-1), alpha, omega, starts=starts)
     return fn.rotate(merged[..., :size], rope).to(key.dtype), merged[..., size:].to(value.dtype)

@@ -1,1 +1,1 @@
-"""Pages of min/max groups: the published GEAR and KIVI."""
+"""Pages of min/max groups: the published GEAR, and KIVI."""

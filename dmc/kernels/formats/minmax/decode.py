@@ -1,8 +1,8 @@
-"""Decode over GEAR pages: backbone, outliers and low-rank part met in one pass, none of them written out.
+"""Decode attention over GEAR pages: backbone, outliers and low-rank part in one pass, without writing them to memory.
 
-A tile is one page. The backbone is unpacked in registers, the outliers of each vector are added to it there by place,
-and the low-rank part enters as ``(q B) Aᵀ`` in the scores and as ``(w A) Bᵀ`` in the sum. Exact entries and the open
-one are those of `dmc.kernels.decode.gpu`.
+A tile is one page. The backbone is unpacked in registers, the outliers of each vector are added there by index, and the
+low-rank part enters as ``(q B) Aᵀ`` in the scores and as ``(w A) Bᵀ`` in the sum. Full-precision entries and the accumulating
+one are handled as in `dmc.kernels.decode.gpu`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
             f"the kernel takes GEAR pages of one pool with bf16 scales and a power of two of at least 16 entries, not "
             f"{pages.page} entries, strides {sorted(bytes_of)} and scales {scales}; choose kernels=torch"
         )
-    empty = fields["k_scale"]  # stands for fields that are not there
+    empty = fields["k_scale"]  # replaces missing fields
     stride = bytes_of.pop()
     sides = {}
     for part, upper in (("k", "K"), ("v", "V")):
@@ -45,7 +45,7 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
 
 @triton.jit
 def plane(codes, index, TOTAL: tl.constexpr, WIDTH: tl.constexpr, mask):
-    """Plane of WIDTH bits: element ``index`` lies in byte ``index % chunk``, at place ``index // chunk``; int32."""
+    """Plane of WIDTH bits: element ``index`` is in byte ``index % chunk``, as its code number ``index // chunk``; int32."""
     chunk: tl.constexpr = (TOTAL * WIDTH + 7) // 8
     byte = tl.load(codes + index % chunk, mask, 0).to(tl.int32)
     return (byte >> (index // chunk * WIDTH)) & ((1 << WIDTH) - 1)
@@ -53,7 +53,7 @@ def plane(codes, index, TOTAL: tl.constexpr, WIDTH: tl.constexpr, mask):
 
 @triton.jit
 def packed(codes, index, TOTAL: tl.constexpr, BITS: tl.constexpr, mask):
-    """Codes of BITS bits, cut into planes as `dmc.kernels.decode.decode.PLANES` says; int32."""
+    """Codes of BITS bits, cut into planes as in `dmc.kernels.pages.layout.PLANES`; int32."""
     if BITS == 3:
         return plane(codes, index, TOTAL, 2, mask) + plane(codes + (TOTAL * 2 + 7) // 8, index, TOTAL, 1, mask) * 4
     elif BITS > 4 and BITS < 8:

@@ -1,4 +1,4 @@
-"""Pages of the published GEAR and of KIVI: codes of min/max groups, and with them maybe outliers and a low rank.
+"""Pages of the published GEAR and of KIVI: codes of min/max groups, with optional outliers and low-rank part.
 
 ``x = code * scale + zero``, plus the outliers of each vector, plus ``A Bᵀ`` (docs/kernels.md).
 """
@@ -28,7 +28,7 @@ class MinMaxFormat(PageFormat):
     Attributes:
         bits: 2, 3, 4 or 8, of a code.
         key_channel, value_channel: whether a vector that shares scales is a channel over the entries, or an entry.
-        group: values at most that share a scale; None: the whole vector.
+        group: largest number of values that share a scale; None: the whole vector.
     """
 
     bits: int
@@ -37,7 +37,7 @@ class MinMaxFormat(PageFormat):
     group: int | None
 
     def channel(self, part: str) -> bool:
-        """Whether the vectors of "k" or "v" are channels."""
+        """True if the vectors of "k" or "v" are channels."""
         return self.key_channel if part == "k" else self.value_channel
 
     def groups(self, part: str) -> tuple[int, int]:
@@ -47,7 +47,7 @@ class MinMaxFormat(PageFormat):
         return count, -(-length // count)
 
     def count(self, name: str) -> int:
-        """Outliers of a vector ("k_outliers", "v_outliers") or the rank ("k_left"): the last size of a field; 0 without it."""
+        """Outliers per vector ("k_outliers", "v_outliers") or the rank ("k_left"): the last size of a field, or 0."""
         return self.fields[name][1][-1] if name in self.fields else 0
 
     def reference(self, fields: dict[str, Tensor], part: str, work: torch.dtype) -> Tensor:
@@ -71,7 +71,7 @@ class MinMaxFormat(PageFormat):
 
     @property
     def cpu_reads(self) -> bool:
-        """Whether the CPU kernels read these pages: positions of outliers in bytes."""
+        """True if the CPU kernels read these pages: the indices of outliers must be bytes."""
         return all(self.fields[name][0] == torch.uint8 for name in ("k_indices", "v_indices") if name in self.fields)
 
     def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
@@ -96,7 +96,7 @@ class MinMaxFormat(PageFormat):
 
     @property
     def triton_reads(self) -> bool:
-        """Whether the kernel reads these pages: a power of two of at least 16 entries."""
+        """True if the kernel reads these pages: the number of entries must be a power of two of at least 16."""
         return self.page >= 16 and not self.page & (self.page - 1)
 
     def triton_read(self, grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:

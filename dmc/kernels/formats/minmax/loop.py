@@ -1,7 +1,8 @@
-"""CPU kernels that read min/max pages, with outliers and low rank in the same pass: a `dmc.kernels.pages.format.CpuReader`'s.
+"""CPU kernels that read min/max pages, with outliers and low rank in the same pass, for a
+`dmc.kernels.pages.format.CpuReader`.
 
 A side of a page is decoded into a buffer that stays in the core's cache: codes by whole planes, then a scale and a zero for each
-group, then the outliers where they are. The low rank is not added there: it enters as ``(q B) Aᵀ`` and ``(w A) Bᵀ``.
+group, then the outliers at their indices. The low-rank part is not added there: it enters as ``(q B) Aᵀ`` and ``(w A) Bᵀ``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, ma
 from dmc.kernels.cpu.compiled import compiled, widen
 from dmc.kernels.cpu.products import add, score
 
-FIELDS = ("codes", "scale", "zero", "outliers", "indices", "left", "right")  # of a side: where these begin in a page
+FIELDS = ("codes", "scale", "zero", "outliers", "indices", "left", "right")  # of a side: their offsets in a page
 SIDE = ("channel", "groups", "size", "outliers")  # of a side before its fields: see `dmc.kernels.formats.minmax.format`
 _CODES, _SCALE, _ZERO, _OUTLIERS, _INDICES, _LEFT, _RIGHT = range(4, 11)
 _CHANNEL, _GROUPS, _SIZE, _COUNT = range(4)
@@ -22,11 +23,11 @@ FACTS = HEAD + 2 * _PER_SIDE
 
 
 def room(page: int, size: int, scales: int, outliers: int, rank: int) -> int:
-    """Bytes of scratch memory: decoded values, and behind them scales and zeros, or outliers, or a row; over them the factors.
+    """Bytes of scratch memory: decoded values, then scales and zeros, outliers or a row. The factors reuse the same memory.
 
     Args:
         page, size: P, D.
-        scales, outliers: of a side at most.
+        scales, outliers: largest number per side.
         rank: r.
     """
     return 4 * max(page * size + 2 * scales + max(outliers, size), rank * (page + size + 1))
@@ -46,7 +47,7 @@ def _more(source, shift, mask, unit, out):  # noqa: ANN001, ANN202
 
 @compiled()
 def _plane(source, total, width, unit, out):  # noqa: ANN001, ANN202
-    """A plane of codes: element i is in byte ``i % share``, as often ``width`` bits up as ``i // share`` says."""
+    """A plane of codes: element i is in byte ``i % share``, shifted by ``width * (i // share)`` bits."""
     share, mask = (total * width + 7) // 8, np.uint8((1 << width) - 1)
     for part in range(8 // width):
         begin, end = min(part * share, total), min(part * share + share, total)
@@ -124,7 +125,7 @@ def keys(page, facts, constants, queries, groups, scores, room):  # noqa: ANN001
     else:
         score(query, base, out)
     if rank:
-        left = _factor(page + side[_LEFT], entries, rank, room)  # over the decoded values, which have been met
+        left = _factor(page + side[_LEFT], entries, rank, room)  # overwrites the decoded values, which are no longer needed
         right = _factor(page + side[_RIGHT], size, rank, room + 4 * rank * entries)
         product = matrix_at(room + 4 * rank * (entries + size), 1, rank)
         for g in range(groups):

@@ -31,7 +31,7 @@ def _segments(
     GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, shifts=None,
     shifts_per_query=0,
 ):
-    """Maximum, sum and weighted values of one piece of one row."""
+    """Maximum, sum and weighted values of one segment of one row."""
     row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if segment < first_full:

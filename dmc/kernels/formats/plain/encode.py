@@ -15,7 +15,7 @@ _DENSE, _INT8 = tl.constexpr(0), tl.constexpr(1)
 
 
 def launch(table: dict, full_precision: dict, state: Growing) -> None:
-    """Encodes into the pages that were taken; ``table`` and ``full_precision`` as `dmc.kernels.encode.gpu.encode` has them."""
+    """Encodes into the pages that were taken; ``table`` and ``full_precision`` as in `dmc.kernels.encode.gpu.encode`."""
     each = rows_of_a_program()
     _plain[(triton.cdiv(table["R"], each), 2)](
         **table, **full_precision, **_fields(state), sinks=state.sinks, KIND=_STORED[state.format.name], TILE=16, PAGE=state.page,
@@ -57,7 +57,7 @@ def _plain_page(
     table, source, stride, to, scales, sinks, KIND: tl.constexpr, PER_FULL: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Keys or values of one page."""
+    """Encodes keys or values of one page."""
     d = tl.arange(0, BLOCK)
     for first in range(0, PAGE, TILE):
         n = first + tl.arange(0, TILE)
@@ -70,7 +70,7 @@ def _plain_page(
         else:
             LARGEST: tl.constexpr = 127.0 if KIND == _INT8 else 448.0
             scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full((TILE,), LARGEST, tl.float32))
-            bits = (scale.to(tl.int32, bitcast=True) + 65535) >> 16  # bf16, never below
+            bits = (scale.to(tl.int32, bitcast=True) + 65535) >> 16  # bf16, rounded up
             step = (bits << 16).to(tl.float32, bitcast=True)
             step = tl.where(step > 0, step, 1.0)
             x = tl.div_rn(x, tl.broadcast_to(step[:, None], (TILE, BLOCK)))

@@ -1,4 +1,4 @@
-"""Dense, int8 and fp8 pages: one number for each value, and a scale for each entry of the last two."""
+"""Dense, int8 and fp8 pages: one number per value, and in int8 and fp8 a scale per entry."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlainFormat(PageFormat):
 
     @property
     def scaled(self) -> bool:
-        """Whether entries have a scale."""
+        """True if entries have a scale."""
         return self.name != "dense"
 
     def main(self, part: str) -> str:
@@ -44,7 +44,7 @@ class PlainFormat(PageFormat):
 
     @property
     def cpu_reads(self) -> bool:
-        """Whether the CPU kernels read these pages: dense ones in fp32 and bf16."""
+        """True if the CPU kernels read these pages: int8, fp8, and dense ones in fp32 and bf16."""
         return self.scaled or self.fields["k"][0] in (torch.float32, torch.bfloat16)
 
     def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
@@ -60,7 +60,7 @@ class PlainFormat(PageFormat):
 
     @property
     def triton_reads(self) -> bool:
-        """True: of any number of entries."""
+        """True for any number of entries."""
         return True
 
     def triton_read(self, grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict) -> None:
@@ -76,7 +76,7 @@ class PlainFormat(PageFormat):
 
     @property
     def triton_writes(self) -> bool:
-        """True: of any number of entries."""
+        """True for any number of entries."""
         return True
 
     def triton_write(self, table: dict, full_precision: dict, state: Growing) -> None:

@@ -1,4 +1,4 @@
-"""CPU kernels that read dense, int8 and fp8 pages: a `dmc.kernels.pages.format.CpuReader`'s functions."""
+"""CPU kernels that read dense, int8 and fp8 pages, for a `dmc.kernels.pages.format.CpuReader`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dmc.kernels.cpu.compiled import compiled, widen
 from dmc.kernels.cpu.products import add, score, times
 
 FULL, HALF, INT8, FP8 = range(4)  # dense fp32 and bf16, and the two with a scale per entry
-FACTS = ("stored", "page", "head_size", "k", "k_scale", "v", "v_scale")  # the last four: where these fields begin in a page
+FACTS = ("stored", "page", "head_size", "k", "k_scale", "v", "v_scale")  # the last four: offsets of these fields in a page
 
 
 @compiled()
 def whole(source, out):  # noqa: ANN001, ANN201
-    """Signed bytes, held as unsigned ones, to fp32."""
+    """Converts signed bytes, stored as unsigned ones, to fp32."""
     for i in range(len(source)):
         out[i] = np.float32(np.int8(source[i]))
 
 
 @compiled()
 def e4m3(source, bits, out):  # noqa: ANN001, ANN201
-    """FP8 to fp32, which are ``bits`` and ``out`` of the same memory; 448 at most, so none is a NaN."""
+    """Converts fp8 to fp32; ``bits`` and ``out`` are the same memory. Numbers are at most 448, so there is no NaN."""
     for i in range(len(source)):
         code = np.uint32(source[i])
         bits[i] = ((code & np.uint32(128)) << np.uint32(24)) | ((code & np.uint32(127)) << np.uint32(20))
@@ -31,7 +31,7 @@ def e4m3(source, bits, out):  # noqa: ANN001, ANN201
 
 @compiled()
 def _entries(stored, at, entries, size, room):  # noqa: ANN001, ANN202
-    """Entries ``[P, D]`` without their scales: where they lie, or unpacked."""
+    """Entries ``[P, D]`` without their scales: in place, or unpacked."""
     if stored == FULL:
         return matrix_at(at, entries, size)
     count = entries * size

@@ -1,4 +1,4 @@
-"""Loops that read the codes of encoded pages (`dmc.kernels.decode.loop`)."""
+"""CPU kernels that read the codes of encoded pages (`dmc.kernels.decode.loop`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _unpack(source, move, mask, shift, code):  # noqa: ANN001, ANN202
 
 @compiled()
 def _paths(code, entries, count, path):  # noqa: ANN001, ANN202
-    """The lowest bits of codes ``[entries, count]`` into a path ``[entries, 2 + count]``, whose first two columns are there."""
+    """Writes the lowest bits of codes ``[entries, count]`` to ``path [entries, 2 + count]``; its first two columns are given."""
     for n in range(entries):
         at, to = n * count, n * (count + np.uint64(2)) + np.uint64(2)
         for d in range(count):
@@ -26,7 +26,7 @@ def _paths(code, entries, count, path):  # noqa: ANN001, ANN202
 
 @compiled()
 def _indices(code, path, entries, count):  # noqa: ANN001, ANN202
-    """Codes ``[entries, count]`` become places among the levels, in place: the subset is named by three bits of the path."""
+    """Replaces codes ``[entries, count]`` by indices of levels, in place; three bits of the path name the subset."""
     for n in range(entries):
         at, by = n * count, n * (count + np.uint64(2))
         for d in range(count):
@@ -35,7 +35,7 @@ def _indices(code, path, entries, count):  # noqa: ANN001, ANN202
 
 @compiled()
 def _levels(index, entries, count, table, first, size, level):  # noqa: ANN001, ANN202
-    """Levels of a chunk into columns ``first`` and on of ``[entries, size]``."""
+    """Writes the levels of a chunk to columns from ``first`` on of ``[entries, size]``."""
     for n in range(entries):
         at, to = n * count, n * size + first
         for d in range(count):
@@ -44,9 +44,9 @@ def _levels(index, entries, count, table, first, size, level):  # noqa: ANN001, 
 
 @compiled()
 def _carry(path, entries, before, count):  # noqa: ANN001, ANN202
-    """Where a chunk begins the path goes on from the end of the chunk before, of ``before`` codes; 0: from 0.
+    """At the start of a chunk the path continues from the end of the chunk before, of ``before`` codes; 0: it starts with 0.
 
-    Paths of a chunk replace those of the one before, so this goes from the end that is not yet written over.
+    Paths of a chunk overwrite those of the chunk before, so the loop starts at the end that is not overwritten yet.
     """
     old, new = before + np.uint64(2), count + np.uint64(2)
     for step in range(entries):
@@ -81,7 +81,7 @@ def _trellis_by_values(codes, page, size, table, lines, code, path, level):  # n
 
 @compiled()
 def _wide(page, lines):  # noqa: ANN001, ANN202
-    """Whether vector registers can hold the levels, and rows of codes lie in whole groups of 16."""
+    """True if vector registers can hold the levels, and rows of codes are whole groups of 16."""
     takes, bits = WIDE and page % 8 == 0, 0
     for line in range(len(lines)):
         bits = lines[line, 2] + (bits if lines[line, 3] else 0)
@@ -91,14 +91,14 @@ def _wide(page, lines):  # noqa: ANN001, ANN202
 
 @compiled()
 def trellis(codes, page, size, table, lines, code, path, last_bits, level):  # noqa: ANN001, ANN201
-    """Levels of a page ``[page * size]`` into ``level``.
+    """Writes the levels of a page ``[page * size]`` to ``level``.
 
     Args:
-        codes: the page's bytes and what lies behind.
+        codes: the page's bytes and the bytes behind them.
         page, size: N, D.
         table, lines: as in `dmc.kernels.decode.cpu`.
-        code, path: uint16 ``[N D]`` and ``[N (D + 2)]``, to be written over.
-        last_bits: int32 ``[N, 16]``, to be written over.
+        code, path: uint16 ``[N D]`` and ``[N (D + 2)]``, to be overwritten.
+        last_bits: int32 ``[N, 16]``, to be overwritten.
         level: fp32.
     """
     if _wide(page, lines):

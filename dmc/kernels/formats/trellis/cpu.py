@@ -1,6 +1,6 @@
-"""Pages of rotated, trellis-coded entries (`dmc.cache.codecs.rotated`) made on a CPU, by loops that numba compiles.
+"""Encoding of rotated, trellis-coded pages (`dmc.cache.codecs.rotated`) by CPU kernels.
 
-PyTorch takes some fifty passes over memory in fp64 for it; here a page stays in a core's cache from its entries to its bytes.
+PyTorch takes about fifty passes over memory in fp64; here a page stays in a core's cache from its entries to its bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmc.kernels.formats.trellis import loop as loops
 from dmc.kernels.formats.trellis.viterbi_cpu import tables
 from dmc.kernels.pages.layout import NO_SCALE, PLANES, SCALE_STEPS
 
-_LEAST = 1 << 14  # values for which another thread is worth waking
+_LEAST = 1 << 14  # values from which another thread pays off
 
 
 def encode(
@@ -28,7 +28,7 @@ def encode(
         x: fp32 ``[..., N, D]``.
         rotation: fp64 ``[D, D]``.
         chunks, levels: see `dmc.kernels.formats.trellis.viterbi_cpu.choose`.
-        mean: whether the channels' mean is kept apart.
+        mean: whether the channels' mean is stored separately.
         hadamard: whether the rotation is random signs, then Hadamard of D's power of 2 and a mix of the blocks.
 
     Returns:
@@ -55,7 +55,7 @@ def encode(
 
 
 def _factors(rotation: np.ndarray, hadamard: bool) -> tuple[np.ndarray, int, np.ndarray]:
-    """Signs, power of 2 and mix that `dmc.kernels.formats.trellis.loop` turns by; the first column's signs are those of all."""
+    """Signs, power of 2 and mix of the rotation in `dmc.kernels.formats.trellis.loop`; the first column has all signs."""
     size = len(rotation)
     if not hadamard:
         return (np.ones(size), 1, np.ascontiguousarray(rotation)) if size > 1 else (rotation[0].copy(), 1, np.ones((1, 1)))

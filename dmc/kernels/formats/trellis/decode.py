@@ -1,8 +1,8 @@
-"""Decode over the pages of TCQ: trellis-coded, read in registers, never rotated back by entry.
+"""Decode attention over trellis-coded pages (TCQ), read in registers and not rotated back entry by entry.
 
 The level of a code depends on its own bits and on the lowest bits of the two codes before it (docs/kernels.md). Queries are
-rotated beforehand (``q·k = qR·kR``), sums of values come out rotated, and `dmc.kernels.decode.gpu.decode` rotates them back at
-the end.
+rotated first (``q·k = qR·kR``), sums of values are rotated, and `dmc.kernels.decode.gpu.decode` rotates them back at the
+end.
 
 `launch` chooses among three kernels: `dmc.kernels.formats.trellis.single` and `dmc.kernels.formats.trellis.grouped` need half of
 the instructions and read most pages; `dmc.kernels.formats.trellis.general` reads the rest (6 to 8 bits, long pages, small heads
@@ -47,7 +47,7 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
 
 
 def _check(fields: dict[str, torch.Tensor], pages) -> int:  # noqa: ANN001
-    """Bytes from page to page.
+    """Bytes from page to page of the fields.
 
     Raises:
         ValueError: if the kernel cannot read such pages.

@@ -1,11 +1,11 @@
-"""The trellis codec's encoder on the device: a page of keys or values a program (`dmc.cache.codecs.rotated`, `.trellis`).
+"""The trellis codec's encoder in Triton: one program per page of keys or values (`dmc.cache.codecs.rotated`, `.trellis`).
 
 Entries are rotated and lose their channels' mean, then each is divided by its own root mean square and coded by Viterbi's
-algorithm: the entries of the page side by side, a lane each, the channels one after the other. All steps are the codec's,
-but what it does in fp64 is done in fp32 here: a value that lies between two codes to the last digits, or two paths that cost
-the same, may be decided otherwise, so codes differ here and there, and the error does not.
+algorithm: the entries of the page in parallel, one per lane, the channels one after the other. All steps are the codec's, but
+in fp32 instead of fp64: a value in the middle between two codes, or two paths of equal cost, may be decided differently, so
+some codes differ, and the error does not.
 
-Between its steps a program keeps what it knows in scratch of its own, channel after channel, the entries side by side:
+Between its steps a program keeps its data in its own scratch memory, channel after channel, with contiguous entries:
 values, the nearest level of each subset, the survivors, and the codes in the order of packing.
 """
 
@@ -24,12 +24,12 @@ from dmc.kernels.pages.paged import Growing
 
 _NONE, _STEPS = tl.constexpr(NO_SCALE), tl.constexpr(float(SCALE_STEPS))
 _LARGEST = tl.constexpr(torch.finfo(torch.bfloat16).max)
-_TILE = 16  # entries that are rotated at a time
+_TILE = 16  # entries rotated at a time
 CHANNELS = tl.constexpr(16)  # at a time, of up to `SIDE` entries
 
 
 def launch(table: dict, full_precision: dict, state: Growing) -> None:
-    """Encodes into the pages that were taken; ``table`` and ``full_precision`` as `dmc.kernels.encode.gpu.encode` has them."""
+    """Encodes into the pages that were taken; ``table`` and ``full_precision`` as in `dmc.kernels.encode.gpu.encode`."""
     layout, page, size, rows, device = state.format, state.page, state.head_size, table["R"], table["full_count"].device
     each = triton.next_power_of_2(triton.cdiv(rows, _programs(device)))
     programs = triton.cdiv(rows, each)
@@ -51,17 +51,17 @@ def launch(table: dict, full_precision: dict, state: Growing) -> None:
 
 
 def _programs(device: torch.device) -> int:
-    """Programs at most for keys, and as many for values: one each a multiprocessor, which bounds the scratch."""
+    """Largest number of programs for keys, and the same for values: one each per multiprocessor, which bounds the scratch."""
     if interpreted():
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _fields(fields: dict[str, Tensor]) -> dict[str, Tensor | int]:
-    """Pointers to a page's fields, those of bf16 as bits, and a page's stride in elements of one and of two bytes."""
+    """Pointers to a page's fields, bf16 as bits, and a page's stride in elements of one and of two bytes."""
     stride = {x.stride(0) * x.element_size() for x in fields.values()}
     if len(stride) > 1:
-        raise ValueError(f"trellis pages must lie in one pool, not {sorted(stride)} bytes apart")
+        raise ValueError(f"trellis pages must be in one pool, not {sorted(stride)} bytes apart")
     out = {"page8": stride.pop()}
     for part in "kv":
         for name in ("codes", "scale", "top", "mean", "unit"):
@@ -122,8 +122,8 @@ def _page(
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Keys or values of one page."""
-    tl.debug_barrier()  # the scratch is that of the page before
+    """Encodes keys or values of one page."""
+    tl.debug_barrier()  # the page before used the same scratch
     size = _size(table, source, stride, sinks, PER_FULL, PAGE, D, BLOCK, TILE)
     total = _rotate(table, source, stride, rotation, sinks, size, y, PER_FULL, PAGE, D, BLOCK, LANES, TILE)
     if MEAN:
@@ -152,7 +152,7 @@ def _page(
 
 @triton.constexpr_function
 def _bytes(count, bits):
-    """Bytes that ``count`` codes take: every plane is rounded up."""
+    """Bytes of ``count`` codes; every plane is rounded up."""
     return sum((count * width + 7) // 8 for width in PLANES[bits])
 
 
@@ -161,7 +161,7 @@ def _size(
     table, source, stride, sinks, PER_FULL: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The largest value of the page, in whose units all that follows is, so that nothing overflows; 1 if all are 0."""
+    """The largest value of the page, the unit of all later steps, so that nothing overflows; 1 if all are 0."""
     d = tl.arange(0, BLOCK)
     largest = tl.zeros((TILE,), tl.float32)
     for first in range(0, PAGE, TILE):
@@ -210,7 +210,7 @@ def _store_mean(mean, unit, value, size, D: tl.constexpr, BLOCK: tl.constexpr):
 def _center(
     y, gain, mean, unit, size, MEAN: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, SIDE: tl.constexpr,
 ):
-    """Takes the stored mean off; leaves each entry's root mean square in ``gain``."""
+    """Subtracts the stored mean; writes each entry's root mean square to ``gain``."""
     for first in range(0, LANES, SIDE):
         n = first + tl.arange(0, SIDE)
         square = tl.zeros((SIDE,), tl.float32)
@@ -227,15 +227,15 @@ def _center(
 
 @triton.jit
 def _unit(unit, size):
-    """What a step of the stored mean is, in units of ``size``."""
+    """A step of the stored mean, in units of ``size``."""
     return (tl.load(unit).to(tl.int32) << 16).to(tl.float32, bitcast=True) / size
 
 
 @triton.jit
 def _encoded_scales(gain, size, PAGE: tl.constexpr, LANES: tl.constexpr):
-    """Scales on a logarithmic grid below the largest: that as bf16 bits and as a number, and the codes ``[LANES]``.
+    """Scales on a logarithmic grid below the largest: the largest as bf16 bits and as a number, and the codes ``[LANES]``.
 
-    ``gain`` is in units of ``size``, the first of the results is not; see `dmc.kernels.pages.layout`.
+    ``gain`` is in units of ``size``, the first result is not; see `dmc.kernels.pages.layout`.
     """
     n = tl.arange(0, LANES)
     value = tl.load(gain + n, n < PAGE, 0.0)
@@ -249,7 +249,7 @@ def _encoded_scales(gain, size, PAGE: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _level(levels, below, c, which, FIRST: tl.constexpr, REST: tl.constexpr, mask):
-    """Levels by their number: those of the first chunk of channels, or of the others."""
+    """Levels by their index: those of the first chunk of channels, or of the second."""
     if REST > 0:
         return tl.load(tl.where(c < FIRST, levels, below) + which, mask, 0.0)
     else:
@@ -292,7 +292,7 @@ def _viterbi(
     y, near, path, levels, below, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr, D: tl.constexpr,
     LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """The cheapest path of each lane: leaves ``4 u_{t-2} + 2 u_{t-1} + u_t`` of every value t behind the survivors.
+    """The cheapest path of each lane: writes ``4 u_{t-2} + 2 u_{t-1} + u_t`` of every value t behind the survivors.
 
     States are (u_{t-1}, u_t); the subset of a step is ``2 (u_t xor u_{t-2}) + u_{t-1}``.
     """
@@ -362,13 +362,13 @@ def _read_path(
                 at = tl.where(c < FIRST, n * FIRST + c, PAGE * FIRST + n * (D - FIRST) + c - FIRST)
             tl.store(order + at, (2 * cell + (step & 1)).to(tl.uint8), mask)
         size = tl.load(gain + lane) * tl.maximum(along / tl.where(energy > 0, energy, 1.0), 0.0)
-        tl.debug_barrier()  # all have read their gain
+        tl.debug_barrier()  # all threads have read their gain
         tl.store(gain + lane, size)
 
 
 @triton.jit
 def _pack(to, order, TOTAL: tl.constexpr, BITS: tl.constexpr):
-    """Packs codes that lie in a row, plane after plane, as `dmc.cache.codecs.bits` lays them out."""
+    """Packs contiguous codes, plane after plane, in the layout of `dmc.cache.codecs.bits`."""
     LOW: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else (2 if BITS >= 2 else 1))
     _plane(to, order, TOTAL, LOW, 0)
     if BITS > LOW:

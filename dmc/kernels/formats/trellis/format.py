@@ -24,8 +24,8 @@ class TrellisFormat(PageFormat):
     unit bf16 ``[1]``.
 
     Attributes:
-        key, value: ``(values, bits)`` of each segment of a vector, one or two that add up to D.
-        levels: by bits, fp32 ``[2 ** (bits + 1)]``, what codes of so many bits stand for.
+        key, value: ``(values, bits)`` of each chunk of a vector, one or two that add up to D.
+        levels: by bits, fp32 ``[2 ** (bits + 1)]``, the levels of codes of so many bits.
         turn: R, fp32 ``[D, D]``.
     """
 
@@ -35,7 +35,7 @@ class TrellisFormat(PageFormat):
     turn: Tensor
 
     def chunks(self, part: str) -> Chunks:
-        """Those of "k" or "v"."""
+        """Chunks of "k" or "v"."""
         return self.key if part == "k" else self.value
 
     @property
@@ -44,7 +44,7 @@ class TrellisFormat(PageFormat):
         return self.turn
 
     def reference(self, fields: dict[str, Tensor], part: str, work: torch.dtype) -> Tensor:
-        """See `PageFormat.reference`: levels, found by the path that each code's lowest bit is part of, scaled, rotated back."""
+        """See `PageFormat.reference`: levels, found by the path of the codes' lowest bits, are scaled and rotated back."""
         fields, codes, start = self.side(fields, part), [], 0
         for count, bits in self.chunks(part):
             some, start = unpacked(fields["codes"], start, self.page * count, bits)
@@ -62,7 +62,7 @@ class TrellisFormat(PageFormat):
 
     @property
     def cpu_reads(self) -> bool:
-        """True: of any number of entries."""
+        """True for any number of entries."""
         return True
 
     def cpu_reader(self, offsets: Mapping[str, int]) -> CpuReader:
@@ -76,11 +76,11 @@ class TrellisFormat(PageFormat):
         return CpuReader(read_loop.keys, read_loop.values, facts.astype(np.int64), table, room)
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What codes stand for.
+        """Levels and layout of the codes.
 
         Returns:
-            table: fp32, of each code of a scale, and behind it the levels.
-            lines: int64 ``[l, 6]``, for each plane of each segment its first value, values, bits, position in a code, first byte,
+            table: fp32, the scale of each code of a scale, then the levels.
+            lines: int64 ``[l, 6]``, for each plane of each chunk its first value, values, bits, shift in a code, first byte,
                 first level.
             line_starts: int64 ``[3]``, of keys' lines, of values' and the end.
         """
@@ -97,12 +97,12 @@ class TrellisFormat(PageFormat):
                 tables.append(self.levels[bits].numpy())
                 first += count
             line_starts.append(len(lines))
-        tables.append(np.zeros(16, np.float32))  # a whole vector of the last levels may be read
+        tables.append(np.zeros(16, np.float32))  # the last levels may be read as a whole vector
         return np.concatenate(tables).astype(np.float32), np.array(lines, np.int64), np.array(line_starts, np.int64)
 
     @property
     def triton_reads(self) -> bool:
-        """Whether the kernels read these pages: a power of two of at least 16 entries, and codes in whole words."""
+        """True if the kernels read these pages: a power of two of at least 16 entries, and codes in whole words."""
         words = not any(count % 4 for part in "kv" for count, _ in self.chunks(part))
         return self.page >= 16 and not self.page & (self.page - 1) and words
 
@@ -119,7 +119,7 @@ class TrellisFormat(PageFormat):
 
     @property
     def triton_writes(self) -> bool:
-        """True: of any number of entries."""
+        """True for any number of entries."""
         return True
 
     def triton_write(self, table: dict, full_precision: dict, state: Growing) -> None:

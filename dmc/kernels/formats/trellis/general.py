@@ -1,11 +1,11 @@
-"""Decode over the trellis pages that neither `dmc.kernels.formats.trellis.single` nor `.grouped` reads.
+"""Decode attention over the trellis pages that neither `dmc.kernels.formats.trellis.single` nor `.grouped` reads.
 
 These are pages of 6 to 8 bits, long pages, and small heads in groups. Codes are read as words of four, whose indices in the
 table of levels are computed together in a few instructions; the table, of at most 2 KiB, stays in the cache nearest to the
 cores.
 
-A vector of D codes is one segment or two of different widths. Features are held by their index in a word, in four tiles whose
-columns are words; the words of two segments alternate.
+A vector of D codes is one chunk or two of different widths. Features are held by their index in a word, in four tiles whose
+columns are words; the words of two chunks alternate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dmc.kernels.pages.segments import full_segment, shifted
 def launch(
     grid: tuple[int, int], shared: dict, constants: dict, key: tuple[tuple[int, int], ...], value: tuple[tuple[int, int], ...],
 ) -> None:
-    """Fills the pieces: ``shared`` is what all kernels take, ``constants`` those of `dmc.kernels.decode.gpu.decode`.
+    """Fills the segments: ``shared`` are the arguments of all kernels, ``constants`` those of `dmc.kernels.decode.gpu.decode`.
 
     Args:
         grid: programs.
@@ -30,7 +30,7 @@ def launch(
     """
     pairs = len(key), len(value)
     most = max(count for count, _ in key + value)
-    words = max(16 // min(pairs), triton.next_power_of_2(most // 4))  # 16 columns at least make a product
+    words = max(16 // min(pairs), triton.next_power_of_2(most // 4))  # a matmul needs 16 columns or more
     _trellis_segments[grid](
         **shared, WORDS=words, K_COLUMNS=words * pairs[0], V_COLUMNS=words * pairs[1], **constants | {"num_stages": 1},
     )
@@ -43,8 +43,8 @@ def _widths(bits):
 
 @triton.jit
 def _plane(codes, n, w, mask, COUNT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
-    """Bits of one plane, four codes a word, each in a byte of its own: int32, of the shape of ``n`` and ``w`` together."""
-    ROWS: tl.constexpr = PAGE * WIDTH // 8  # entries that share a bit's place
+    """Bits of one plane, four codes per word, one per byte: int32, in the broadcast shape of ``n`` and ``w``."""
+    ROWS: tl.constexpr = PAGE * WIDTH // 8  # entries at the same bits of their bytes
     MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1) if WIDTH < 8 else -1
     word = tl.load(codes + (n % ROWS) * (COUNT // 4) + w, mask, 0)
     return (word >> (n // ROWS * WIDTH)) & MASK
@@ -60,7 +60,7 @@ def _lowest(codes, n, w, mask, COUNT: tl.constexpr, BITS: tl.constexpr, PAGE: tl
 def _indices(
     codes, n, w, before, COUNT: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """Places in the table of levels, four a word ``[PAGE, WORDS]``: (all bits, or all but the lowest at 8 bits; that one).
+    """Indices in the table of levels, four per word ``[PAGE, WORDS]``: (all bits, or at 8 bits all except the lowest; that one).
 
     ``before [PAGE]``: the path's word before the chunk.
     """
@@ -102,7 +102,7 @@ def _page(
     codes, table, more_table, n, w, dtype: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, REST: tl.constexpr,
     PAGE: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr,
 ):
-    """A page's levels by their place in a word, four ``[PAGE, WORDS]``, or ``[PAGE, 2 WORDS]`` where two chunks take turns."""
+    """A page's levels by their index in a word, four ``[PAGE, WORDS]``, or ``[PAGE, 2 WORDS]`` where two chunks alternate."""
     a, a_once = _indices(codes, n, w, tl.zeros((PAGE,), tl.int32), FIRST, BITS, PAGE)
     found = ()
     if REST > 0:
@@ -119,7 +119,7 @@ def _page(
 
 @triton.jit
 def _features(x, FIRST: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
-    """Which feature the first codes of words are, in the order of `_page`'s columns ``x``, and whether it is one."""
+    """The feature of the first code of each word, in the order of `_page`'s columns ``x``, and True where it exists."""
     if REST > 0:
         w, second = x // 2, x % 2
         return second * FIRST + 4 * w, 4 * w < tl.where(second > 0, D - FIRST, FIRST)
@@ -138,7 +138,7 @@ def _trellis_segments(
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, shifts=None, shifts_per_query=0,
 ):
-    """As `dmc.kernels.formats.plain.decode._segments`, for trellis pages; their pieces leave rotated values."""
+    """As `dmc.kernels.formats.plain.decode._segments`, for trellis pages; the weighted values are rotated."""
     row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if segment >= first_full:

@@ -1,7 +1,7 @@
 """Trellis pages for models whose query heads share key/value heads, in half of the general kernel's instructions.
 
 Levels are found as `dmc.kernels.formats.trellis.words` does it, and go to the matrix units in tiles of some blocks on top of each
-other, 16 entries at least, one for each place in a word.
+other, 16 entries or more, one for each index in a word.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dmc.kernels.formats.trellis.words import (
 )
 from dmc.kernels.pages.segments import full_segment, shifted
 
-TILE = 16  # exact entries at a time: one warp holds them
-_GROUPS = 16  # queries a head at most
+TILE = 16  # full-precision entries at a time: one warp holds them
+_GROUPS = 16  # largest number of queries per head
 _LEAST = 16  # columns, entries and queries of a product
-_PAGE = 64  # entries at most: more take two warps, which would do the same twice
-_WASTE = 1.5  # columns at most, over those that hold words: beyond it the other kernel is no slower
+_PAGE = 64  # largest number of entries: more take two warps, which would do the same work twice
+_WASTE = 1.5  # largest ratio of columns to columns with words: above it the general kernel is as fast
 
 
 def takes(groups: int, page: int, *sides: tuple[tuple[int, int], ...]) -> bool:
-    """Whether this kernel reads pages of so many entries, keys and values in such chunks, for so many queries a head."""
+    """True if this kernel reads pages of so many entries, keys and values in such chunks, for so many queries per head."""
     def fits(side: tuple[tuple[int, int], ...]) -> bool:
         held = sum(count for count, _ in side)
         return 4 * sum(_columns(count) for count, _ in side) <= _WASTE * held and all(bits in BITS for _, bits in side)
@@ -41,7 +41,7 @@ def takes(groups: int, page: int, *sides: tuple[tuple[int, int], ...]) -> bool:
 
 
 def launch(grid: tuple[int, int], shared: dict, constants: dict) -> None:
-    """Fills the pieces: ``shared`` is what all kernels take, ``constants`` those of `dmc.kernels.decode.gpu.decode`."""
+    """Fills the segments: ``shared`` are the arguments of all kernels, ``constants`` those of `dmc.kernels.decode.gpu.decode`."""
     words, rows = {}, shared["PAGE"] // 8
     for part in "KV":
         first = shared[f"{part}_FIRST"]
@@ -58,13 +58,13 @@ def _columns(count: int) -> int:
 
 @triton.jit
 def _pair(a, b):
-    """One on top of the other."""
+    """Stacks one tile on the other."""
     return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
 
 
 @triton.jit
 def _stack(tiles, j: tl.constexpr, COUNT: tl.constexpr):
-    """The j-th of each of 2, 4 or 8 tuples of tiles, on top of each other."""
+    """Stacks the j-th tiles of 2, 4 or 8 tuples."""
     if COUNT == 2:
         return _pair(tiles[0][j], tiles[1][j])
     elif COUNT == 4:
@@ -78,7 +78,7 @@ def _stack(tiles, j: tl.constexpr, COUNT: tl.constexpr):
 def _tiles(
     rows, table, second, part: tl.constexpr, BITS: tl.constexpr, JOIN: tl.constexpr, SHUFFLE: tl.constexpr, dtype: tl.constexpr,
 ):
-    """Levels of the part-th JOIN blocks: a tuple of four ``[N, W]``, one a place in a word, of each."""
+    """Levels of the part-th JOIN blocks: a tuple of four ``[N, W]``, one per index in a word, for each."""
     WIDTH: tl.constexpr = width(BITS)
     tiles = ()
     for m in tl.static_range(JOIN):
@@ -127,7 +127,7 @@ def _combine(
     BEFORE_COUNT: tl.constexpr, BEFORE_BITS: tl.constexpr, N: tl.constexpr, JOIN: tl.constexpr, PRECISION: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
-    """Adds the entries' levels, each times its weights, to four ``[GROUPS, W]``, one a place in a word."""
+    """Adds the entries' levels, each times its weights, to four ``[GROUPS, W]``, one per index in a word."""
     second = second_plane(codes, i, w, COUNT, BITS, N)
     rows = _rows(codes, i, w, COUNT, BITS, BEFORE, BEFORE_COUNT, BEFORE_BITS, N)
     acc0, acc1, acc2, acc3 = acc
@@ -151,7 +151,7 @@ def _shift(mean, q, w, found, COUNT: tl.constexpr, JOINED: tl.constexpr, PRECISI
 
 @triton.jit
 def _queries(rotated, g, w, COUNT: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """The features of a chunk by their place in a word, four ``[GROUPS, W]``."""
+    """The features of a chunk by their index in a word, four ``[GROUPS, W]``."""
     at, there = rotated + g[:, None] * D + 4 * w[None, :], (4 * w < COUNT)[None, :] & (g < G)[:, None]
     found = ()
     for j in tl.static_range(4):

@@ -1,6 +1,6 @@
 """Trellis codes to levels by vector registers, on CPUs that look 32 numbers up in two of them (AVX-512).
 
-Loops of numba look one value up at a time. Here 16 values are unpacked, their subsets found and their levels taken at once.
+Loops compiled by numba look up one value at a time. Here 16 values are unpacked, and their subsets and levels found at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dmc.kernels.cpu.compiled import compiled
 from dmc.kernels.cpu.lookup import ADDRESS, BYTES, SINGLES, WIDE, WORD, WORDS, look_up
 from dmc.kernels.pages.layout import PLANES
 
-MOST = 5  # bits of a code that it takes: 64 levels
+MOST = 5  # largest number of bits of a code: 64 levels
 
 
 def _row(bits: int) -> Callable:
@@ -24,10 +24,10 @@ def _row(bits: int) -> Callable:
 
     Args (of what is returned, all int64 but one):
         low, high: addresses of the bytes that hold the first code's planes; high of 3 and 5 bits alone.
-        low_shift, high_shift: where in these bytes the row's codes lie.
+        low_shift, high_shift: shift of the row's codes in these bytes.
         groups: of 16 codes; at least 1.
-        begins: whether the path begins with 0 and not with the last codes at ``path``.
-        path: address of 16 words, the last 16 codes' lowest bits; is written.
+        begins: whether the path begins with 0 instead of the last codes at ``path``.
+        path: address of 16 words, the last 16 codes' lowest bits; updated.
         table: address of the levels.
         out: address of the first fp32.
     """
@@ -97,13 +97,13 @@ _one, _two, _three, _four, _five = (_row(bits) for bits in range(1, MOST + 1)) i
 
 
 def _chunk(codes, page, size, low, high, bits, first, count, begins, path, table, level):  # noqa: ANN001, ANN202, PLR0913
-    """Levels of a chunk of a page's values into columns ``first`` and on of ``level [page, size]``.
+    """Writes the levels of a chunk of a page's values to columns from ``first`` on of ``level [page, size]``.
 
     Args:
         codes: the page's bytes.
         low, high: where its planes begin; high of 3 and 5 bits alone.
         bits: of a code, up to `MOST`.
-        count: values of an entry that the chunk has; 16 divides it, and 8 divides ``page``.
+        count: values of an entry in the chunk, a multiple of 16; ``page`` is a multiple of 8.
         begins: whether it is the first one.
         path: int32 ``[page, 16]``, kept from one chunk to the next.
         table: fp32, the levels; 16 numbers are read of 1 and 2 bits too.
@@ -111,7 +111,7 @@ def _chunk(codes, page, size, low, high, bits, first, count, begins, path, table
     low_bits = bits - 1 if bits in (3, 5) else bits
     low_at, high_at, groups = np.int64(codes[low:].ctypes.data), np.int64(codes[high:].ctypes.data), count // 16
     path_at, table_at, out = np.int64(path.ctypes.data), np.int64(table.ctypes.data), np.int64(level.ctypes.data) + 4 * first
-    low_rows, high_rows = page * low_bits // 8, page // 8  # whose codes lie side by side; the next are higher in the bytes
+    low_rows, high_rows = page * low_bits // 8, page // 8  # with contiguous codes; the next rows are in higher bits of the bytes
     a, move, b, high_move = low_at, 0, high_at, 0
     for n in range(page):
         if a == low_at + low_rows * count:
@@ -133,7 +133,7 @@ def _chunk(codes, page, size, low, high, bits, first, count, begins, path, table
 
 
 def _none(codes, page, size, low, high, bits, first, count, begins, path, table, level):  # noqa: ANN001, ANN202, PLR0913
-    """Where the CPU cannot; is not called."""
+    """Placeholder on CPUs without the instructions; never called."""
 
 
 chunk = compiled()(_chunk if WIDE else _none)

@@ -1,8 +1,7 @@
-"""The loop of `dmc.kernels.formats.trellis.cpu`: a page of rotated codes from its entries, all in the core's cache.
+"""The CPU kernel of `dmc.kernels.formats.trellis.cpu`: encodes a page in the core's cache.
 
-The steps are those of `dmc.cache.codecs.rotated.Rotated.encode`, in fp64 where it is;
-`dmc.kernels.formats.trellis.viterbi_loop` chooses codes.
-Entries stand side by side, the channels one after the other.
+The steps and their precision are those of `dmc.cache.codecs.rotated.Rotated.encode`;
+`dmc.kernels.formats.trellis.viterbi_loop` chooses codes. Entries are contiguous, channels follow one another.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ _LARGEST = np.float32(3.3895313892515355e38)  # of bf16
 
 @compiled(ordered=True)
 def _bf16(x):  # noqa: ANN001, ANN202
-    """To the nearest bf16, as fp32; bf16's largest number at most."""
+    """Rounds to the nearest bf16, as fp32, up to bf16's largest number."""
     bits = np.uint32(bits_of(min(np.float32(x), _LARGEST)))
     return float_of(np.int32((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)))
 
 
 @compiled(ordered=True)
 def _largest(x):  # noqa: ANN001, ANN202
-    """Of the magnitudes; 0 where there is no number."""
+    """The largest magnitude; 0 without numbers."""
     most = x.dtype.type(0)
     for i in range(len(x)):
         most = max(most, abs(x[i]))
@@ -53,7 +52,7 @@ def _pair(x, y):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def _turn(y, signs, power, mix, room):  # noqa: ANN001, ANN202
-    """Entries side by side ``[D, W]`` times the rotation: signs, Hadamard's matrix of a power of 2, and what mixes its blocks."""
+    """Rotates contiguous entries ``[D, W]``: signs, Hadamard's matrix of a power of 2, and the matrix that mixes its blocks."""
     for d in range(len(y)):
         _times(y[d], signs[d])
     half = 1
@@ -88,7 +87,7 @@ def _sum(x):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def _take_mean(y, size, mean, room):  # noqa: ANN001, ANN202
-    """Takes off the mean of each channel of ``[D, N]`` as it will be kept: int8 in units of a bf16, which is returned."""
+    """Subtracts the stored mean of each channel of ``[D, N]``: int8 in units of a bf16, which is returned."""
     most = 0.0
     for d in range(len(y)):
         room[d] = _sum(y[d]) / y.shape[1]
@@ -132,7 +131,7 @@ def _scales(scale, unit, codes):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def _levels(codes, before, first, table, out):  # noqa: ANN001, ANN202
-    """The levels of one channel's codes, given the two channels' before."""
+    """The levels of one channel's codes, given those of the two channels before."""
     for w in range(len(codes)):
         code = np.int32(codes[w])
         subset = ((code ^ np.int32(first[w])) & np.int32(1)) * np.int32(2) + (np.int32(before[w]) & np.int32(1))
@@ -148,7 +147,7 @@ def _compare(x, level, both, own):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def _gains(y, codes, levels, counts, room, level):  # noqa: ANN001, ANN202, PLR0913
-    """The factors by which entries' levels come nearest to them, in ``room[0]``."""
+    """Writes the least-squares scale of each entry's levels to ``room[0]``."""
     room[:] = 0.0
     none, t = np.zeros(codes.shape[1], np.uint8), 0
     for chunk in range(len(counts)):
@@ -169,7 +168,7 @@ def _plane(codes, shift, mask, up, out):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def _pack(codes, counts, planes, flat, out):  # noqa: ANN001, ANN202
-    """Codes ``[D, N]`` into bytes, as `dmc.cache.codecs.bits` lays them out entry after entry, chunk after chunk."""
+    """Packs codes ``[D, N]`` in the layout of `dmc.cache.codecs.bits`, entry after entry, chunk after chunk."""
     out[:] = np.uint8(0)
     start, first = 0, 0
     for chunk in range(len(counts)):
@@ -181,7 +180,7 @@ def _pack(codes, counts, planes, flat, out):  # noqa: ANN001, ANN202
         for width in planes[chunk]:
             if width == 0:
                 break
-            share = (total * width + 7) // 8  # bytes; codes that have the same place in them
+            share = (total * width + 7) // 8  # bytes; codes with the same shift
             for part in range(8 // width):
                 some = flat[min(part * share, total) : min(part * share + share, total)]
                 _plane(some, np.uint8(shift), np.uint8((1 << width) - 1), np.uint8(part * width), out[start : start + share])
@@ -191,13 +190,13 @@ def _pack(codes, counts, planes, flat, out):  # noqa: ANN001, ANN202
 
 @compiled(ordered=True)
 def encode(begin, end, x, signs, power, mix, counts, sizes, levels, falls, planes, out, mean, unit, scale, top):  # noqa: ANN001, ANN201, PLR0913
-    """Groups of pages ``begin`` to ``end``, each of as many pages as stand side by side in `LANES`, one at least.
+    """Encodes groups of pages ``begin`` to ``end``, each of as many pages as fit into `LANES`, at least one.
 
     Args:
         x: fp32 ``[B, N, D]``.
         signs, power, mix: of the rotation, see `_turn`: fp64 ``[D]``, a number, fp64 ``[D / power, D / power]``.
         counts, sizes, levels: of the chunks, see `dmc.kernels.formats.trellis.viterbi_loop.choose`.
-        falls: fp32 ``[256]``, what a scale's code stands for in units of the largest.
+        falls: fp32 ``[256]``, the scale of each code in units of the largest.
         planes: int64 ``[S, 3]``, widths of the planes of a chunk's codes, then 0.
         out: uint8 ``[B, bytes]``, packed codes, to be filled, as are the next.
         mean: int8 ``[B, D]``, or ``[B, 0]`` without.

@@ -1,4 +1,4 @@
-"""CPU kernels that read trellis pages: a `dmc.kernels.pages.format.CpuReader`'s functions. Scores and sums are rotated."""
+"""CPU kernels that read trellis pages, for a `dmc.kernels.pages.format.CpuReader`. Scores and sums are in the rotated space."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dmc.kernels.cpu.compiled import compiled, dot, half
 from dmc.kernels.cpu.products import add, score, times
 from dmc.kernels.formats.trellis.codes_loop import trellis
 
-FIELDS = ("codes", "scale", "top", "mean", "unit")  # of a side: where these begin in a page; -1: there is none
+FIELDS = ("codes", "scale", "top", "mean", "unit")  # of a side: their offsets in a page; -1: missing
 _CODES, _SCALE, _TOP, _MEAN, _UNIT = range(5)
-_SIDE, _STARTS, _LINES = 4, 14, 17  # where in the facts keys' fields, the starts of lines and the lines are
+_SIDE, _STARTS, _LINES = 4, 14, 17  # index in the facts of the keys' fields, of the starts of lines and of the lines
 
 
 def room(page: int, size: int) -> int:
-    """Bytes of scratch memory: levels, codes, paths, last bits, and scales or the mean with a number more."""
+    """Bytes of scratch memory: levels, codes, paths, last bits, and scales, or the mean and one more number."""
     parts = 4 * page * size, 2 * page * size, 2 * page * (size + 2), 64 * page, 4 * max(page, size) + 4
     return sum(-(-nbytes // 64) * 64 for nbytes in parts)
 
@@ -27,7 +27,7 @@ def _wide(nbytes):  # noqa: ANN001, ANN202
 
 @compiled()
 def _entries(page, facts, constants, part, room):  # noqa: ANN001, ANN202
-    """Levels of a page ``[P, D]``, and where the scratch memory behind what this used begins."""
+    """Levels of a page ``[P, D]``, and the address of the unused scratch memory."""
     entries, size = facts[0], facts[1]
     begin, end = facts[_STARTS + part], facts[_STARTS + part + 1]
     lines = facts[_LINES + 6 * begin : _LINES + 6 * end].reshape(end - begin, 6)

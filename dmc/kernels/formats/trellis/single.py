@@ -1,7 +1,7 @@
 """Trellis pages for models with one query head to each key/value head, in less than half of the general kernel's instructions.
 
-Without a group there is nothing for the matrix units to do: a level is multiplied by its query, or by its entry's weight,
-where it was found (`dmc.kernels.formats.trellis.words`), in fp32, and never leaves its thread.
+Without a group the matrix units have no use: the thread that finds a level (`dmc.kernels.formats.trellis.words`) multiplies
+it by its query, or by its entry's weight, in fp32.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from dmc.kernels.formats.trellis.words import (
 )
 from dmc.kernels.pages.segments import full_segment, shifted
 
-TILE = 16  # exact entries at a time: one warp holds them
+TILE = 16  # full-precision entries at a time: one warp holds them
 
 
 def takes(groups: int, chunks: tuple[tuple[int, int], ...]) -> bool:
-    """Whether these kernels read pages of such chunks, of keys and values together, for so many queries a head."""
+    """True if these kernels read pages of such chunks, of keys and values together, for so many queries per head."""
     return groups == 1 and all(bits in BITS for _, bits in chunks)
 
 
 def launch(grid: tuple[int, int], shared: dict, constants: dict) -> None:
-    """Fills the pieces: ``shared`` is what both kernels take, ``constants`` those of `dmc.kernels.decode.gpu.decode`."""
+    """Fills the segments: ``shared`` are arguments of both kernels, ``constants`` those of `dmc.kernels.decode.gpu.decode`."""
     words, rows = {}, shared["PAGE"] // 8
     for part in "KV":
         first = shared[f"{part}_FIRST"]
@@ -70,7 +70,7 @@ def _combine(
     codes, table, weights, acc, i, w, COUNT: tl.constexpr, BITS: tl.constexpr, BEFORE: tl.constexpr,
     BEFORE_COUNT: tl.constexpr, BEFORE_BITS: tl.constexpr, N: tl.constexpr, SHUFFLE: tl.constexpr,
 ):
-    """Adds the entries' levels, each times its weight, of eight ``[N]``, to four ``[N, W]``, one a place in a word."""
+    """Adds the entries' levels, each times its weight, of eight ``[N]``, to four ``[N, W]``, one per index in a word."""
     WIDTH: tl.constexpr = width(BITS)
     second = second_plane(codes, i, w, COUNT, BITS, N)
     acc0, acc1, acc2, acc3 = acc
@@ -88,7 +88,7 @@ def _combine(
 
 @triton.jit
 def _queries(rotated, w, COUNT: tl.constexpr):
-    """The features of a chunk by their place in a word, four fp32 ``[1, W]``."""
+    """The features of a chunk by their index in a word, four fp32 ``[1, W]``."""
     at, there = rotated + 4 * w[None, :], (4 * w < COUNT)[None, :]
     found = ()
     for j in tl.static_range(4):

@@ -1,6 +1,6 @@
-"""Codes of a trellis (`dmc.cache.codecs.trellis`) sought on a CPU, by loops that numba compiles.
+"""The search for codes of a trellis (`dmc.cache.codecs.trellis`) by CPU kernels.
 
-PyTorch needs a dozen small operations for each value of a vector; here a value costs a few instructions, and what is kept of many
+PyTorch needs a dozen small operations for each value of a vector; here a value costs a few instructions, and the state of many
 vectors stays in a core's cache. The codes are the same, bit for bit.
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from dmc.kernels.cpu.threads import share
 from dmc.kernels.formats.trellis import viterbi_loop as loops
 
-_LEAST = 1 << 15  # values for which another thread is worth waking
+_LEAST = 1 << 15  # values from which another thread pays off
 
 
 def choose(x: Tensor, chunks: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> Tensor:
-    """The codes whose levels are nearest to x in the squares' sum.
+    """The codes whose levels are nearest to x in least squares.
 
     Args:
-        x: fp32 ``[..., T]`` on the CPU, each vector coded for itself.
+        x: fp32 ``[..., T]`` on the CPU, each vector is coded independently.
         chunks: ``(values, bits)`` of each part of a vector; their values add up to T.
         levels: by bits, fp32 ``[2 ** (bits + 1)]``, rising.
 
@@ -42,7 +42,7 @@ def choose(x: Tensor, chunks: Sequence[tuple[int, int]], levels: dict[int, Tenso
 
 
 def tables(chunks: Sequence[tuple[int, int]], levels: dict[int, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chunks as `dmc.kernels.formats.trellis.viterbi_loop.choose` takes them: counts, sizes and levels."""
+    """Chunks as arguments of `dmc.kernels.formats.trellis.viterbi_loop.choose`: counts, sizes and levels."""
     counts = np.array([count for count, _ in chunks], np.int64)
     sizes = np.array([2 ** (bits - 1) for _, bits in chunks], np.int64)
     table = np.zeros((len(counts), 4 * sizes.max(initial=1)), np.float32)

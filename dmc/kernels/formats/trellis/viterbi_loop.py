@@ -1,7 +1,7 @@
-"""The loops of `dmc.kernels.formats.trellis.viterbi_cpu`: Viterbi's algorithm for many vectors side by side.
+"""The CPU kernels of `dmc.kernels.formats.trellis.viterbi_cpu`: Viterbi's algorithm for many vectors in parallel.
 
-`LANES` vectors go through the trellis together, so that each inner loop runs over numbers that lie in a row. Nothing is reordered
-or fused: the costs round as PyTorch's do, and so the same path is the cheapest.
+`LANES` vectors go through the trellis together, so that each inner loop runs over contiguous numbers. Nothing is reordered or
+fused: the costs round as in PyTorch, so the same path is the cheapest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ADDRESS = ir.IntType(64)
 
 @compiled(exact=True)
 def _nearest(x, levels, middles, level, cell):  # noqa: ANN001, ANN202
-    """The nearest of some rising levels and its number: of two as near the lower."""
+    """The nearest of some rising levels and its index; of two equally near ones the lower."""
     for w in range(len(x)):
         level[w] = levels[0]
         cell[w] = np.uint8(0)
@@ -42,7 +42,7 @@ def _square(x, level, cost):  # noqa: ANN001, ANN202
 
 @intrinsic
 def _near_address(context, x, count, middles, levels, cost, cell):  # noqa: ANN001, ANN202, PLR0913
-    """`_nearest` and `_square` of vectors of 16, of up to 16 levels: halves what is left four times, in registers."""
+    """`_nearest` and `_square` for vectors of 16 and up to 16 levels, by four steps of bisection in registers."""
     def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
         if WIDE:
             _write_near(builder, *arguments)
@@ -88,7 +88,7 @@ def _near(x, middles, levels, cost, cell):  # noqa: ANN001, ANN202
 
 @compiled(exact=True)
 def _step(zero, zero_cost, one, one_cost, total, came, bit):  # noqa: ANN001, ANN202
-    """The cheaper of two ways into a state: by u_{t-2} = 0 or 1, 0 if they cost the same; a bit of ``came`` says which."""
+    """The cheaper of two ways into a state: by u_{t-2} = 0 or 1, 0 at equal cost; a bit of ``came`` stores the choice."""
     for w in range(len(total)):
         first, second = zero[w] + zero_cost[w], one[w] + one_cost[w]
         total[w] = second if second < first else first
@@ -109,7 +109,7 @@ def _last(total, state):  # noqa: ANN001, ANN202
 
 @compiled(exact=True)
 def _back(came, first, second, third, fourth, state, out):  # noqa: ANN001, ANN202
-    """One value's codes along the path, whose state becomes that of the value before."""
+    """One value's codes along the path; the state becomes that of the value before."""
     for w in range(len(state)):
         old, u = (came[w] >> state[w]) & np.uint8(1), state[w] & np.uint8(1)
         middle = state[w] >> np.uint8(1)
@@ -121,7 +121,7 @@ def _back(came, first, second, third, fourth, state, out):  # noqa: ANN001, ANN2
 
 @compiled(exact=True)
 def room(length, most):  # noqa: ANN001, ANN201
-    """What `paths` works in, for vectors of ``length`` and ``most`` levels a subset."""
+    """Scratch memory of `paths`, for vectors of ``length`` and ``most`` levels per subset."""
     return (
         np.zeros((2, _SUBSETS, max(most, 16)), np.float32), np.empty((length, _SUBSETS, LANES), np.uint8),
         np.empty((length, LANES), np.uint8),
@@ -131,7 +131,7 @@ def room(length, most):  # noqa: ANN001, ANN201
 
 @compiled(exact=True)
 def paths(column, counts, sizes, levels, room, codes):  # noqa: ANN001, ANN201, PLR0913
-    """`choose` of `LANES` vectors that stand side by side: fp32 ``[T, LANES]`` → uint8 ``codes [T, LANES]``."""
+    """`choose` for `LANES` interleaved vectors: fp32 ``[T, LANES]`` → uint8 ``codes [T, LANES]``."""
     tables, cells, came, costs, totals, state = room
     of_subset, middles, level, cost = tables[0], tables[1], costs[_SUBSETS], costs[:_SUBSETS]
     totals[0] = np.float32(np.inf)
@@ -167,13 +167,13 @@ def paths(column, counts, sizes, levels, room, codes):  # noqa: ANN001, ANN201, 
 
 @compiled(exact=True)
 def choose(begin, end, x, counts, sizes, levels, out):  # noqa: ANN001, ANN201
-    """The codes of vectors ``begin`` to ``end`` whose levels are nearest in the squares' sum.
+    """Writes the codes of vectors ``begin`` to ``end`` whose levels are nearest in least squares.
 
     Args:
-        begin, end: vectors, in multiples of `LANES` but for the last.
+        begin, end: vectors, multiples of `LANES` except at the end.
         x: fp32 ``[R, T]``.
         counts: int64 ``[S]``, values of each chunk, that add up to T.
-        sizes: int64 ``[S]``, levels a subset of each.
+        sizes: int64 ``[S]``, levels per subset of each.
         levels: fp32 ``[S, most levels]``, rising, of which every fourth belongs to one subset.
         out: uint8 ``[R, T]``, to be filled.
     """

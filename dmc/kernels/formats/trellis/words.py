@@ -1,13 +1,12 @@
-"""How `dmc.kernels.formats.trellis.single` and `dmc.kernels.formats.trellis.grouped` find the levels of a page's codes.
+"""Levels of a page's codes, for `dmc.kernels.formats.trellis.single` and `dmc.kernels.formats.trellis.grouped`.
 
 A page's entries are eight blocks of N: entry ``b N + i`` is row i of block b. In a plane of width W (`dmc.kernels.pages.layout`)
-block b lies in the bits ``W (b // W)`` and up of the words of row ``(b % W) N + i``, four codes a word, one to a byte. So words
-are loaded once, and what is common to the blocks of a word, most of finding the place of a level in its table, is computed once.
+block b is in the bits from ``W (b // W)`` on of the words of row ``(b % W) N + i``, four codes per word, one per byte. So words
+are loaded once, and the common part of a word's blocks, most of the computation of a level's index, is computed once.
 
-Tables of levels of 32 numbers or less are held by the lanes of a warp, a number each, and read by a shuffle, which needs no
-address; that of 5 bits, of 64, is folded in the middle, where it only changes its sign. All lanes must be there when they
-shuffle: whatever branches here branches on numbers that a whole program shares. The interpreter, which has no lanes, reads tables
-from memory.
+The lanes of a warp hold a table of up to 32 levels, one number each, and read it by a shuffle, which needs no address. The table
+of 5 bits, with 64 levels, is folded in the middle, since its halves differ only in sign. All lanes must take part in a shuffle,
+so branches here depend only on numbers that a whole program shares. The interpreter has no lanes and reads tables from memory.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ BITS = (1, 2, 3, 4, 5)  # whose tables fit
 
 
 def columns(count: int) -> int:
-    """Words that so many codes are held in."""
+    """Number of words of so many codes."""
     return triton.next_power_of_2(count // 4)
 
 
 @triton.constexpr_function
 def width(bits):
-    """Of the first plane, which holds the path."""
+    """Width of the first plane, which holds the path."""
     return PLANES[bits][0]
 
 
 @triton.constexpr_function
 def _in_bytes(value, width):
-    """An int32 whose every field of so many bits has this value."""
+    """An int32 with this value in every field of so many bits."""
     word = sum(value << at for at in range(0, 32, width))
     return word - (1 << 32) if word >> 31 else word
 
 
 @triton.jit
 def table_of(levels, BITS: tl.constexpr, SHUFFLE: tl.constexpr):
-    """A table of levels, at 5 bits its upper half, for `_level`: where it lies, or a number a lane, to Triton ``[1, 1]``."""
+    """A table of levels, at 5 bits its upper half, for `_level`: a pointer, or one number per lane, in Triton ``[1, 1]``."""
     if BITS == 5:
         levels += 32
     if SHUFFLE:
@@ -56,7 +55,7 @@ def table_of(levels, BITS: tl.constexpr, SHUFFLE: tl.constexpr):
 
 @triton.jit
 def level(table, indices, sign, j: tl.constexpr, BITS: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Levels of the j-th codes of words; a shuffle looks at the five lowest bits alone."""
+    """Levels of the j-th codes of words; a shuffle uses only the five lowest bits."""
     indices = indices >> (8 * j)
     if SHUFFLE:
         level = tl.inline_asm_elementwise(
@@ -72,7 +71,7 @@ def level(table, indices, sign, j: tl.constexpr, BITS: tl.constexpr, SHUFFLE: tl
 
 @triton.jit
 def _row(codes, i, w, k: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr):
-    """Where words of the k-th rows of a plane are: ``[N, W]``."""
+    """Offsets of the words of the k-th rows of a plane: ``[N, W]``."""
     return codes + (k * N + i[:, None]) * (COUNT // 4) + w[None, :]
 
 
@@ -81,7 +80,7 @@ def shared_by_blocks(
     codes, i, w, k: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BEFORE: tl.constexpr, BEFORE_COUNT: tl.constexpr,
     BEFORE_BITS: tl.constexpr, N: tl.constexpr,
 ):
-    """What the blocks in the k-th rows of words share: (own bits with the path xor twice below, once), int32 ``[N, W]``.
+    """Shared part of the blocks in the k-th rows of words: (own bits with the path xor twice below, once), int32 ``[N, W]``.
 
     The codes before a chunk's first ones are the last of the chunk before it, whose words begin BEFORE words earlier.
     """
@@ -103,7 +102,7 @@ def shared_by_blocks(
 
 @triton.jit
 def indices_of(high, once, second, b: tl.constexpr, BITS: tl.constexpr):
-    """Of block b: (places in the table of levels, four a word; at 5 bits 1 in the bytes whose level is the negative one)."""
+    """Of block b: (indices in the table of levels, four per word; at 5 bits 1 in the bytes of negative levels)."""
     WIDTH: tl.constexpr = width(BITS)
     ONE: tl.constexpr = 0x01010101
     OWN: tl.constexpr = (2 << WIDTH) * ONE - 2 * ONE
@@ -134,7 +133,7 @@ def second_plane(codes, i, w, COUNT: tl.constexpr, BITS: tl.constexpr, N: tl.con
 
 @triton.constexpr_function
 def plane_words(count, bits):
-    """Words that ``count`` codes take: every plane is rounded up to a byte."""
+    """Words of ``count`` codes; every plane is rounded up to a byte."""
     return sum((count * width + 7) // 8 for width in PLANES[bits]) // 4
 
 
