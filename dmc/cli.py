@@ -8,6 +8,7 @@
     dmc inspect DIR --prompt-file text.txt --codec tcq
     dmc calibrate DIR --text text.txt --out eigen.safetensors
     dmc frontier --out runs/frontier
+    dmc plot runs/frontier --out frontier.pdf --width paper
 
 Wrong usage gives one sentence on stderr and exit code 2; a dead rank gives exit code 1. A command is a line in `COMMANDS`: its
 help, a function that adds its flags to a parser, and one that runs it. A command of `PROGRAMS` parses its arguments itself.
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from dmc import hub
-from dmc.commands import calibrate, frontier, inspect
+from dmc.commands import calibrate, frontier, inspect, plot
 from dmc.commands import eval as evaluate
 from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
 from dmc.extras import needed_for
@@ -175,10 +176,11 @@ PROGRAMS = {
 COMMANDS = {
     "generate": ("continue a text from a compressed cache", _add_generate, _generate),
     "serve": ("answer OpenAI's HTTP interface from a compressed cache", _add_serve, _serve),
-    "eval": ("perplexity, needle retrieval and tasks through a compressed cache", evaluate.add, evaluate.run),
+    "eval": ("perplexity, retrieval and tasks through a compressed cache", evaluate.add, evaluate.run),
     "calibrate": ("compute the bases of the eigen codec, or fitted decisions, on a text", calibrate.add, calibrate.run),
     "inspect": ("show what a compressed cache holds for a text, per layer and head", inspect.add, inspect.run),
     "frontier": ("measure policies x codecs x budgets on one text: table, plot and report", frontier.add, frontier.run),
+    "plot": ("draw what frontier measured: loss against bytes, a line for each method", plot.add, plot.run),
 }
 
 

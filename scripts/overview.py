@@ -13,33 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-STYLES = {  # method: colour, marker
-    "every token, codes alone": ("#7f7f7f", "o"),
-    "H2O": ("#1f77b4", "^"),
-    "TOVA": ("#17becf", "D"),
-    "StreamingLLM": ("#8c564b", "s"),
-    "DMS": ("#2ca02c", "P"),
-    "DMC, merging at once": ("#ff7f0e", "v"),
-    "fitted decisions, nothing trained": ("#9467bd", "X"),
-    "late eviction": ("#e377c2", "p"),
-    "DMC, late merging": ("#d62728", "*"),
-}
-POLICIES = {
-    "full": "every token, codes alone", "h2o": "H2O", "tova": "TOVA", "streaming": "StreamingLLM", "dms": "DMS",
-    "gate": "fitted decisions, nothing trained",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dmc.evaluation.styles import STYLES, method  # noqa: E402
+
 BUDGETS = (1 / 4, 1 / 8, 1 / 16)
 TITLES = {"base": "small base model (3.05 M parameters)", "smollm2-135m": "SmolLM2-135M-Instruct (4-bit GGUF, dequantised)"}
-
-
-def method(row: dict) -> str | None:
-    """The name in `STYLES` of a row, or None for one that is not shown (other models without compression)."""
-    policy = row["policy"].split(":")[0]
-    if policy == "dms" and row["model"].startswith("dmslate"):
-        return "late eviction"
-    if policy == "dmc":
-        return "DMC, late merging" if row["model"].startswith("late") else "DMC, merging at once"
-    return None if policy == "full" and row["result"]["model"] != row["result"]["base"] else POLICIES.get(policy)
 
 
 def fronts(rows: list[dict]) -> dict[str, list[tuple[float, float, float]]]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dmc.evaluation.styles import POLICIES
 from scripts import overview
 from tests.training.helpers import ROOT
 
@@ -33,7 +34,7 @@ def test_a_front_holds_what_no_other_row_of_the_method_beats():
 
 def test_every_policy_of_the_rows_has_a_style():
     policies = {json.loads(line)["policy"].split(":")[0] for path in FILES for line in path.read_text().splitlines()}
-    assert policies - {"dmc"} <= overview.POLICIES.keys()
+    assert policies - {"dmc"} <= POLICIES.keys()
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -1,0 +1,94 @@
+"""Figures of frontiers: which rows make a line, that a method always looks alike, and what the command says."""
+
+import json
+
+import pytest
+
+from dmc.cache import POLICIES
+from dmc.cli import main
+from dmc.evaluation import styles
+from dmc.evaluation.figure import Look, best, lines, read_rows
+from tests.training.helpers import ROOT
+
+pytest.importorskip("matplotlib")
+ROWS = ROOT / "docs" / "results" / "policies" / "base.jsonl"
+
+
+def row(policy, share, kl, codec="dense", model="base"):
+    result = {
+        "model": model, "base": "base", "share": share, "kl": kl, "kl_stderr": 0.01, "perplexity": 7.0 + kl, "agreement": 0.9,
+        "text": "t", "windows": 2, "prompt_tokens": 10, "scored_tokens": 5, "dense_bytes_end": 3000.0,
+    }
+    return {"model": model, "policy": policy, "codec": codec, "result": result}
+
+
+MADE = [row("h2o:share=0.5", 0.5, 0.1), row("h2o:share=0.25", 0.3, 0.3), row("h2o:share=0.25", 0.2, 0.2, "tcq-2bit"),
+        row("mine:Own:recent=3", 0.4, 0.05), row("full", 0.9, 0.0, "int8")]
+
+
+def test_a_line_holds_what_no_other_row_of_its_method_beats():
+    drawn = lines(MADE, Look())
+    assert list(drawn) == ["every token, codes alone", "H2O", "mine"]
+    assert [(point.share, point.loss) for point in drawn["H2O"]] == [(0.5, 0.1), (0.2, 0.2)]
+    assert drawn["every token, codes alone"][0].loss == 1e-5  # a log axis has no 0
+
+
+def test_a_curve_is_a_policy_and_a_codec_over_all_budgets():
+    drawn = lines(MADE, Look(curves=True))
+    assert [(point.share, point.loss) for point in drawn["H2O, dense"]] == [(0.5, 0.1), (0.3, 0.3)]
+    assert drawn["H2O, tcq-2bit"][0].label == "share=0.25 tcq-2bit" and list(drawn) == ["H2O, dense", "H2O, tcq-2bit"]
+
+
+def test_the_lines_with_the_lowest_loss_stay():
+    assert list(lines(MADE, Look(most=2))) == ["every token, codes alone", "mine"]
+    assert lines(MADE, Look("disagreement"))["H2O"][0].loss == pytest.approx(0.1)
+
+
+def test_a_method_looks_alike_everywhere_and_unlike_the_others():
+    assert len(set(styles.STYLES.values())) == len(styles.STYLES) == len({colour for colour, _ in styles.STYLES.values()})
+    assert set(POLICIES) - {"dmc"} == set(styles.POLICIES)
+    assert styles.style("mine") == styles.style("mine") != styles.style("yours")
+    assert styles.style("H2O") == styles.STYLES["H2O"]
+
+
+def test_best_of_equal_shares_is_the_lower_one():
+    drawn = lines([row("tova:a", 0.5, 0.3), row("tova:b", 0.5, 0.2)], Look())["TOVA"]
+    assert [point.loss for point in drawn] == [0.2] and best([]) == []
+
+
+@pytest.mark.parametrize(("suffix", "flags"), [
+    ("pdf", ("--width", "column")), ("svg", ("--curves", "--measure", "perplexity")), ("png", ("--labels", "--most", "3")),
+])
+def test_the_command_draws(suffix, flags, tmp_path, capsys):
+    out = tmp_path / f"figure.{suffix}"
+    assert main(["plot", str(ROWS), str(ROWS), "--out", str(out), *flags]) == 0
+    assert out.stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert ("were left out" in said) == ("--most" in flags or "--curves" in flags)
+    if suffix == "svg":
+        text = out.read_text()
+        assert "SnapKV, dense" in text and "KV bytes per token" in text and "perplexity" in text
+
+
+@pytest.mark.parametrize(("rows", "flags", "said"), [
+    ("none.jsonl", (), "none.jsonl cannot be read"), ("bad.jsonl", (), "does not hold rows of dmc frontier"),
+    ("empty.jsonl", (), "has no row with a result"),
+    ("good.jsonl", ("--measure", "loss"), "known are kl, perplexity, disagreement"),
+    ("good.jsonl", ("--width", "huge"), "give inches from 1 to 50, or one of column"),
+    ("full.jsonl", ("--curves",), "no row has a policy with a share"), ("good.jsonl", ("--most", "0"), "at least 1"),
+    ("good.jsonl", ("--out", "x.gif"), "figures are .pdf, .svg, .png"),
+    ("good.jsonl", ("--out", "no/x.pdf"), "there is no folder"),
+])
+def test_bad_requests_are_one_sentence(rows, flags, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"policy": 3}\n{"result": {"kl": 1}}\n')
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"error": "failed"}) + "\n")
+    (tmp_path / "full.jsonl").write_text(json.dumps(MADE[-1]) + "\n")
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(one) + "\n" for one in MADE))
+    out = () if "--out" in flags else ("--out", "x.pdf")
+    assert main(["plot", rows, *out, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_rows_of_the_repository_can_be_read():
+    assert len(read_rows(ROWS)) == 56
