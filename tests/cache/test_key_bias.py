@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dmc import LLM
 from dmc.cache import KVCache, Shape, codec, policy
+from dmc.cache.codecs.without_bias import WithoutKeyBias
 from dmc.functional import rotate
 from dmc.kernels.backend import interpreted, using
 from dmc.kernels.pages.key_bias import KeyBias
@@ -91,6 +92,24 @@ def test_no_codec_loses_more_than_without_a_bias(name):
     assert loss(name, "dmc", bias) < 1.15 * plain + 1e-4
     worse = loss(name, "dmc", bias, apart=False) / plain
     assert worse > {"int8": 3, "tcq-4bit": 3, "tcq-3bit": 3, "tcq-2bit": 3, "rotated": 3, "fp8": 1.2, "svd": 1.2}.get(name, 0.9)
+
+
+@pytest.mark.parametrize("name", ["kivi", "gear-2bit", "tcq-3bit", "int8"])
+def test_an_evicted_slot_does_not_spoil_its_page(name):
+    """Compaction fills a page up with copies of its last entry, whose position is then -1: scales of a page pass over them."""
+    g = torch.Generator().manual_seed(2)
+    plain, values, heads = torch.randn(1, 8, SIZE, generator=g), torch.randn(1, 8, SIZE, generator=g), torch.tensor([1])
+    positions = torch.tensor([[40, 41, 43, 47, 60, 61, 61, 61]])
+    evicted = torch.tensor([[40, 41, 43, 47, 60, 61, -1, -1]])
+    plain[:, 6:] = plain[:, 5:6]
+    lost = {}
+    for length in (0.0, 400.0):
+        bias = KeyBias(bias_of(length), ROPE)
+        keys = rotate(plain, ROPE(positions)) + bias.keys(heads, positions)
+        made = WithoutKeyBias(codec(name, **CODECS[name]), bias)
+        decoded = made.decode(made.encode_at(keys, values, heads, evicted))[0] - bias.keys(heads, positions)
+        lost[length] = float((decoded - rotate(plain, ROPE(positions)))[:, :6].norm())
+    assert lost[400.0] < 1.5 * lost[0.0] + 1e-3
 
 
 @pytest.mark.parametrize(("name", "policy_name"), [("int8", "dmc"), ("gear-4bit", "dmc"), *(("tcq-3bit", p) for p in POLICIES)])

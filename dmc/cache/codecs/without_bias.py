@@ -47,7 +47,12 @@ class WithoutKeyBias(Codec):
 
     def encode_at(self, keys: Tensor, values: Tensor, heads: Tensor, positions: Tensor) -> Blocks:
         """See `Codec.encode_at`; the difference is computed in fp32 and rounded to the dtype of ``keys``."""
-        plain = (keys.float() - self.key_bias.keys(heads, positions)).to(keys.dtype)
+        plain = keys.float() - self.key_bias.keys(heads, positions)
+        empty = (positions < 0)[..., None]  # nothing reads them, but a codec's scales may cover a page: they become its mean
+        if empty.any():
+            mean = plain.masked_fill(empty, 0.0).sum(-2, keepdim=True) / (~empty).sum(-2, keepdim=True).clamp(min=1)
+            plain = torch.where(empty, mean, plain)
+        plain = plain.to(keys.dtype)
         own = {POSITION: positions.int(), _HEAD: heads[..., None].int()}
         self.key_bias.features(positions)  # before any kernel reads these positions
         return Blocks(self.inner.encode(plain, values).tensors | own, *keys.shape[-2:])
