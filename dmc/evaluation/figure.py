@@ -20,6 +20,8 @@ MEASURES = {
     "disagreement": ("tokens whose most likely successor differs", None),
 }
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 3)))  # of curves, by codec
+_NEEDED = {"share", "kl", "perplexity", "agreement", "base", "model", "settings", "text", "windows", "prompt_tokens",
+           "scored_tokens"}
 _LEAST = 1e-5  # a loss below this is rounding; drawn here
 
 
@@ -64,7 +66,7 @@ def read_rows(path: str | Path) -> list[dict]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         done = measured(rows)
         for row in done:
-            if not {"share", "kl", "base"} <= set(row["result"]) or not {"model", "policy", "codec"} <= set(row):
+            if not _NEEDED <= set(row["result"]) or not {"model", "policy", "codec"} <= set(row):
                 raise KeyError("share")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -14,10 +14,11 @@ pytest.importorskip("matplotlib")
 ROWS = ROOT / "docs" / "results" / "policies" / "base.jsonl"
 
 
-def row(policy, share, kl, codec="dense", model="base"):
+def row(policy, share, kl, codec="dense", model="base", **made):
     result = {
         "model": model, "base": "base", "share": share, "kl": kl, "kl_stderr": 0.01, "perplexity": 7.0 + kl, "agreement": 0.9,
         "text": "t", "windows": 2, "prompt_tokens": 10, "scored_tokens": 5, "dense_bytes_end": 3000.0,
+        "settings": {"policy": made},
     }
     return {"model": model, "policy": policy, "codec": codec, "result": result}
 
@@ -51,6 +52,12 @@ def test_a_method_looks_alike_everywhere_and_unlike_the_others():
     assert styles.style("H2O") == styles.STYLES["H2O"]
 
 
+def test_late_methods_are_told_by_their_settings_whatever_the_model_is_called():
+    made = [row("dmc", 0.2, 0.1, model="cr4-hf", window=64, max_entries=None), row("dmc", 0.2, 0.1, model="late-hf"),
+            row("dms", 0.2, 0.1, model="mine", window=64, sinks=1), row("dms", 0.2, 0.1, model="dmslate", window=64, sinks=0)]
+    assert [styles.method(one) for one in made] == ["DMC, late merging", "DMC, merging at once", "late eviction", "DMS"]
+
+
 def test_best_of_equal_shares_is_the_lower_one():
     drawn = lines([row("tova:a", 0.5, 0.3), row("tova:b", 0.5, 0.2)], Look())["TOVA"]
     assert [point.loss for point in drawn] == [0.2] and best([]) == []
@@ -73,6 +80,7 @@ def test_the_command_draws(suffix, flags, tmp_path, capsys):
 @pytest.mark.parametrize(("rows", "flags", "said"), [
     ("none.jsonl", (), "none.jsonl cannot be read"), ("bad.jsonl", (), "does not hold rows of dmc frontier"),
     ("empty.jsonl", (), "has no row with a result"),
+    ("less.jsonl", ("--measure", "disagreement"), "does not hold rows of dmc frontier"),
     ("good.jsonl", ("--measure", "loss"), "known are kl, perplexity, disagreement"),
     ("good.jsonl", ("--width", "huge"), "give inches from 1 to 50, or one of column"),
     ("full.jsonl", ("--curves",), "no row has a policy with a share"), ("good.jsonl", ("--most", "0"), "at least 1"),
@@ -83,6 +91,9 @@ def test_bad_requests_are_one_sentence(rows, flags, said, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"policy": 3}\n{"result": {"kl": 1}}\n')
     (tmp_path / "empty.jsonl").write_text(json.dumps({"error": "failed"}) + "\n")
+    less = row("full", 0.9, 0.0)
+    del less["result"]["agreement"]
+    (tmp_path / "less.jsonl").write_text(json.dumps(less) + "\n")
     (tmp_path / "full.jsonl").write_text(json.dumps(MADE[-1]) + "\n")
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(one) + "\n" for one in MADE))
     out = () if "--out" in flags else ("--out", "x.pdf")
