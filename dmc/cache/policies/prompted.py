@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.base import Policy
+from dmc.cache.policies.budgeted import BudgetPolicy
 from dmc.cache.policies.entries import PromptEntries
 
 
-class PromptPolicy(Policy):
+class PromptPolicy(BudgetPolicy):
     """Keeps the entries of a prompt with the highest scores after prefilling; all generated tokens stay.
 
     Args:
@@ -23,22 +22,13 @@ class PromptPolicy(Policy):
         ValueError: if a setting is out of range.
     """
 
-    merges = False
     evicts = True
     prompt_only = True
     by_head = True
 
-    def __init__(self, *, budget: int = 256, share: float | None = None) -> None:
-        self.budget = budgets.check_count(self.name, "budget", budget, 2)
-        self.share = budgets.check_share(self.name, share)
-
-    def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is merged; see `Policy.decide`."""
-        return torch.zeros_like(alpha), torch.ones_like(omega)
-
     def size(self, prompt: PromptEntries) -> int:
         """Tokens of the prompt that each head of this layer keeps, the newest included."""
-        return self.budget if self.share is None else budgets.of_tokens(self.share, int(prompt.next[0]))
+        return self.whole(int(prompt.next[0]))
 
     @abstractmethod
     def scores(self, prompt: PromptEntries) -> Tensor:

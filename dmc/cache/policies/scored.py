@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.base import Policy
+from dmc.cache.policies.budgeted import BudgetPolicy
 from dmc.cache.policies.entries import Entries
 
 
-class ArrivalPolicy(Policy):
+class ArrivalPolicy(BudgetPolicy):
     """A generated token's query sees ``budget`` tokens: itself, the one before it, and the older ones with the highest scores.
 
     A prompt's queries see the whole prompt; it is cut after prefilling.
@@ -23,26 +23,17 @@ class ArrivalPolicy(Policy):
         ValueError: if a setting is out of range.
     """
 
-    merges = False
     evicts = True
     by_head = True
 
-    def __init__(self, *, budget: int = 256, share: float | None = None) -> None:
-        self.budget = budgets.check_count(self.name, "budget", budget, 2)
-        self.share = budgets.check_share(self.name, share)
-
-    def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is merged; see `Policy.decide`."""
-        return torch.zeros_like(alpha), torch.ones_like(omega)
-
     def keep(self, entries: Entries) -> Tensor:
         """The entries that the next query will see; see `Policy.keep`."""
-        whole = self.budget if self.share is None else budgets.of_tokens(self.share, entries.next[:, None] + 1)
+        whole = self.whole(entries.next[:, None] + 1)
         return budgets.top(entries.scores, entries.positions >= 0, whole - 2)  # the newest token and the next one are the others
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""
-        return min(tokens, self.budget if self.share is None else budgets.of_tokens(self.share, tokens))
+        return min(tokens, self.whole(tokens))
 
 
 class KNormPolicy(ArrivalPolicy):

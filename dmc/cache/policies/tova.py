@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
-from dmc.cache.policies.base import Policy
+from dmc.cache.policies.budgeted import BudgetPolicy
 from dmc.cache.policies.entries import Entries
 
 
-class TovaPolicy(Policy):
+class TovaPolicy(BudgetPolicy):
     """A generated token's query sees ``budget`` tokens, itself and the one before it among them.
 
     The score of a token is the softmax attention that it got from the newest query, averaged over all query heads of
@@ -26,26 +25,17 @@ class TovaPolicy(Policy):
     """
 
     name = "tova"
-    merges = False
     evicts = True
     statistics = "last"
-
-    def __init__(self, *, budget: int = 256, share: float | None = None) -> None:
-        self.budget = budgets.check_count(self.name, "budget", budget, 2)
-        self.share = budgets.check_share(self.name, share)
-
-    def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is merged; see `Policy.decide`."""
-        return torch.zeros_like(alpha), torch.ones_like(omega)
 
     def keep(self, entries: Entries) -> Tensor:
         """The entries that the next query will see; see `Policy.keep`."""
         # Nothing merges and all heads of a layer keep the same tokens, so a column is the same token in each head.
         mean = entries.scores.unflatten(0, (-1, entries.heads)).mean(1, keepdim=True)
         scores = mean.expand(-1, entries.heads, -1).flatten(0, 1)
-        whole = self.budget if self.share is None else budgets.of_tokens(self.share, entries.next[:, None] + 1)
+        whole = self.whole(entries.next[:, None] + 1)
         return budgets.top(scores, entries.positions >= 0, whole - 2)  # and the accumulating entry, the next query
 
     def most_entries(self, tokens: int) -> int:
         """See `Policy.most_entries`."""
-        return min(tokens, self.budget if self.share is None else budgets.of_tokens(self.share, tokens))
+        return min(tokens, self.whole(tokens))
