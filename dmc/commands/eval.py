@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 from dmc.commands.common import add_model, load
 from dmc.extras import required
 
+_LONG = "long"  # the suite of `dmc.evaluation.long`
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from dmc.engine import LLM
+    from dmc.evaluation.long import LongSettings, Written
     from dmc.evaluation.needle import NeedleSettings
     from dmc.evaluation.reference import Reference
     from dmc.evaluation.suite import SuiteSettings
@@ -43,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """
     asked = [(name, measure) for name, wanted, measure in (
         ("text", options.text, _text), ("needle", options.needle, _needle), ("retrieval", _own_suite(options), _retrieval),
-        ("tasks", options.tasks or (options.suite and not _own_suite(options)), _tasks),
+        ("long", options.suite == _LONG, _long), ("tasks", options.tasks or _harness_suite(options), _tasks),
     ) if wanted]
     if not asked:
         raise ValueError("nothing to measure: give --text FILE, --needle, --tasks NAME,NAME or --suite NAME")
@@ -60,11 +63,10 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         required("--plot", "matplotlib")
     _check(options)
-    texts = _references(options)  # before the model takes what memory there is for its cache
+    ready = {"text": _references, "long": _written}  # before the model takes what memory there is for its cache
+    ready = {name: (ready[name](options),) for name, _ in asked if name in ready}
     llm = load(options)
-    figures = {}
-    for name, measure in asked:
-        figures[name] = measure(options, llm, texts) if name == "text" else measure(options, llm)
+    figures = {name: measure(options, llm, *ready.get(name, ())) for name, measure in asked}
     if options.json:
         _write(options.json, json.dumps(_origin(options, llm) | figures, indent=1) + "\n")
 
@@ -81,7 +83,16 @@ def _check(options: argparse.Namespace) -> None:
 
         _suite_settings(options)
         read_haystack(options.haystack)
-    if options.tasks or (options.suite and not _own_suite(options)):
+    if options.suite == _LONG:
+        from dmc.evaluation.haystack import read_haystack
+        from dmc.model import read_config
+
+        read_haystack(options.haystack)
+        _long_settings(options).count(read_config(options.directory).positions)
+        _base(options, needed=True)
+    elif options.new_tokens is not None:
+        raise ValueError(f"--new-tokens is for long generation: add --suite {_LONG}")
+    if options.tasks or _harness_suite(options):
         from dmc.evaluation.tasks import check_tasks, task_names
 
         check_tasks(task_names(options.tasks, _harness_suite(options)), options.task_dir)
@@ -116,9 +127,8 @@ def _references(options: argparse.Namespace) -> list[tuple[str, Windows, Referen
     from dmc.evaluation.windows import read_windows
     from dmc.model import read_config
 
-    config = read_config(options.directory)
-    device, dtype = resolve(options.device, options.dtype, config.dtype)
-    base, found = options.base or (None if config.decision else options.directory), []
+    device, dtype = resolve(options.device, options.dtype, read_config(options.directory).dtype)
+    base, found = _base(options), []
     for file in options.text:
         windows = read_windows(
             file, options.directory, prompt=options.prompt_tokens, scored=options.scored_tokens, count=options.windows
@@ -129,6 +139,24 @@ def _references(options: argparse.Namespace) -> list[tuple[str, Windows, Referen
             wanted = replace(wanted, head=found[0][2].head)  # one output matrix in memory, however many texts
         found.append((file, windows, wanted))
     return found
+
+
+def _base(options: argparse.Namespace, *, needed: bool = False) -> str | None:
+    """The uncompressed model: that of --base, or DIR if it is plain; None if DIR is a retrofit.
+
+    Raises:
+        ValueError: if it is ``needed`` and there is none.
+    """
+    from dmc.model import read_config
+
+    if options.base or not read_config(options.directory).decision:
+        return options.base or options.directory
+    if needed:
+        raise ValueError(
+            f"--suite {_LONG} compares with texts of the uncompressed model, and {options.directory} is a retrofit: give --base, "
+            "the model that it was retrofitted from"
+        )
+    return None
 
 
 def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows, Reference | None]]) -> list[dict]:
@@ -163,6 +191,8 @@ def _add_needle(parser: argparse.ArgumentParser) -> None:
     hay.add_argument("--depths", type=_list(float), default=(0, 25, 50, 75, 100), help="needle depths in %% (0,25,50,75,100)")
     hay.add_argument("--trials", type=int, help="prompts of each kind, length and depth (4; with --suite: its own)")
     hay.add_argument("--choices", type=int, default=10, help="number of answers compared, including the right one (10)")
+    hay.add_argument("--new-tokens", type=int, metavar="N", help="with --suite long: generated tokens of each text (1000, or as "
+                     "many as the model's positions leave)")
     hay.add_argument("--plot", metavar="PNG", help="file for a heat map")
 
 
@@ -187,7 +217,7 @@ def _own_suite(options: argparse.Namespace) -> bool:
 
 
 def _harness_suite(options: argparse.Namespace) -> str | None:
-    return None if _own_suite(options) else options.suite
+    return None if _own_suite(options) or options.suite == _LONG else options.suite
 
 
 def _suite_settings(options: argparse.Namespace) -> SuiteSettings:
@@ -207,6 +237,45 @@ def _retrieval(options: argparse.Namespace, llm: LLM) -> dict:
         answered = suite.run(llm, haystack, settings, bar.update)
     figures = suite.report(answered, haystack, settings)
     print(suite.as_text(figures))
+    return figures
+
+
+def _long_settings(options: argparse.Namespace) -> LongSettings:
+    from dmc.evaluation.long import LongSettings
+
+    given = _given(options)
+    if given.pop("kinds", None):
+        raise ValueError(f"--kinds are those of needles and retrieval: --suite {_LONG} has none, so leave it out")
+    return LongSettings(new_tokens=options.new_tokens, **given)
+
+
+def _written(options: argparse.Namespace) -> list[Written]:
+    """What the uncompressed model writes, on the first rank alone: the others serve it."""
+    if int(os.environ.get("RANK", "0")):
+        return []
+    from dmc.engine.tokenizer import Tokenizer
+    from dmc.evaluation.haystack import read_haystack
+    from dmc.evaluation.long import write_full
+    from dmc.evaluation.reference import default_store
+    from dmc.model import read_config
+
+    settings, tokenizer = _long_settings(options), Tokenizer(options.directory, read_config(options.directory).vocab_size)
+    with _bar(options, "texts of the full cache", len(settings.lengths) * settings.trials, " texts") as bar:
+        return write_full(
+            _base(options), tokenizer, read_haystack(options.haystack), settings, store=options.references or default_store(),
+            device=options.device, dtype=options.dtype, max_batch=options.max_batch, progress=bar.update,
+        )
+
+
+def _long(options: argparse.Namespace, llm: LLM, written: list[Written]) -> dict:
+    from dmc.evaluation import long
+    from dmc.evaluation.haystack import read_haystack
+
+    total = 2 * sum(one.texts.numel() for one in written)
+    with _bar(options, f"suite {options.suite}", total, " tokens") as bar:
+        continued = long.run(llm, written, bar.update)
+    figures = long.report(continued, written, read_haystack(options.haystack), _long_settings(options))
+    print(long.as_text(figures))
     return figures
 
 
@@ -231,7 +300,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install -e '.[eval]')")
     tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="names of the harness, or of --task-dir")
     tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (the usual ones); without the "
-                       "harness: quick or retrieval (needles, key-value pairs, several turns, written out)")
+                       "harness: quick or retrieval (needles, key-value pairs, several turns, written out), long (text "
+                       "against what the full cache writes)")
     tasks.add_argument("--task-dir", metavar="DIR", help="your own task files (YAML; data paths relative to DIR)")
     tasks.add_argument("--limit", type=int, metavar="N", help="use only the first N examples of each task")
     tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (the task's default)")

@@ -113,15 +113,27 @@ def measure(
         ValueError: if the windows do not fit the model, the reference is for others or of another vocabulary, the cache is
             in use, or kv_memory cannot hold one window.
     """
-    batch = _check(llm, windows, reference, prompts)
     started = time.perf_counter()
-    runs = []
+    runs = forced(llm, windows, reference=reference, prompts=prompts, progress=progress)
+    return _result(llm, windows, reference, runs, time.perf_counter() - started)
+
+
+def forced(
+    llm: LLM, windows: Windows, *, reference: Reference | None = None, prompts: list[Prompt] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Run]:
+    """What `measure` averages: every scored step of every window. Arguments and errors are those of `measure`.
+
+    Returns:
+        Runs of windows that ran together, in the order of the windows.
+    """
+    batch, runs = _check(llm, windows, reference, prompts), []
     for start in range(0, len(windows.tokens), batch):
         rows = slice(start, min(start + batch, len(windows.tokens)))
         own = _Own(reference, rows, prompts and prompts[rows], progress)
         runs.append(llm.everywhere(_forced, windows.tokens[rows].tolist(), windows.prompt, own=own))
     llm.check_integrity()
-    return _result(llm, windows, reference, runs, time.perf_counter() - started)
+    return runs
 
 
 def prefill(llm: LLM, windows: Windows) -> list[Prompt]:
@@ -131,8 +143,18 @@ def prefill(llm: LLM, windows: Windows) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Windows that ran together: fp64 ``[W, S]`` each, ``kl`` and what follows None without a reference."""
+class Run:
+    """Windows that ran together, fp64 ``[W, S]`` each.
+
+    Attributes:
+        logprobs: of the scored tokens.
+        held, dense: bytes of the cache, and of a dense bf16 cache of the same tokens, after each step.
+        kl: to the uncompressed model, nats; None without a reference, as the next two.
+        same: 1 where both models find the same token most likely, else 0.
+        base: log-probabilities of the uncompressed model.
+        held_end: bytes by kind after the last step, for each window.
+        entries: int64 ``[L, H]`` after the last step, sum over the windows.
+    """
 
     logprobs: Tensor
     held: Tensor
@@ -141,7 +163,7 @@ class _Run:
     same: Tensor | None
     base: Tensor | None
     held_end: list[dict[str, int]]
-    entries: Tensor  # int64 [L, H], of all windows
+    entries: Tensor
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,7 @@ class _Own:
     progress: Callable[[int], None] | None
 
 
-def _forced(engine: Engine, windows: list[list[int]], prompt: int, own: _Own | None) -> _Run:
+def _forced(engine: Engine, windows: list[list[int]], prompt: int, own: _Own | None) -> Run:
     """Windows that run together, on all ranks; what follows from logits is rank 0's."""
     ready = own and own.prompts or [scoring.prefill(engine.runner, row[:prompt], engine.prefill_tokens) for row in windows]
     slots = []
@@ -167,7 +189,7 @@ def _forced(engine: Engine, windows: list[list[int]], prompt: int, own: _Own | N
             engine.cache.close(slot)
 
 
-def _feed(engine: Engine, slots: list[int], windows: Tensor, first: int, own: _Own | None) -> _Run:
+def _feed(engine: Engine, slots: list[int], windows: Tensor, first: int, own: _Own | None) -> Run:
     cache, scored = engine.cache, windows.shape[1] - 1 - first
     shape = len(slots), scored
     kept = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logprobs", "held", "dense", "kl", "same", "base")}
@@ -196,7 +218,7 @@ def _feed(engine: Engine, slots: list[int], windows: Tensor, first: int, own: _O
 
     scoring.feed(engine.runner, fed, take, after)
     compared = {name: kept[name] if reference else None for name in ("kl", "same", "base")}
-    return _Run(
+    return Run(
         kept["logprobs"], kept["held"], kept["dense"], **compared, held_end=[cache.held(slot) for slot in slots],
         entries=torch.stack([cache.entries(slot).cpu() for slot in slots]).sum(0),
     )
@@ -227,7 +249,7 @@ def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: lis
     return batch
 
 
-def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[_Run], seconds: float) -> Measurement:
+def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[Run], seconds: float) -> Measurement:
     count, tokens = len(windows.tokens), windows.tokens.shape[1] - 1
     logprobs, held, dense = (torch.cat([getattr(run, name) for run in runs]) for name in ("logprobs", "held", "dense"))
     kl = error = each = same = base = None

@@ -84,11 +84,11 @@ def reference(
     if store is not None:
         kind = f"{str(dtype)[6:]}-{torch.device(device).type}"
         path = Path(store) / f"{digest}-{windows.hash}-{kind}-{_FORMAT}.safetensors"
-    hidden = path and _read(path, (len(windows.tokens), windows.scored, config.hidden_size), dtype)
+    hidden = path and read_kept(path, "hidden", (len(windows.tokens), windows.scored, config.hidden_size), dtype)
     if hidden is None:
         hidden = _predict(model, windows)
         if path:
-            _write(path, hidden)
+            keep(path, "hidden", hidden)
     token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return Reference(hidden, model.head, Path(directory).resolve().name, digest, windows.hash, token_bytes)
 
@@ -119,26 +119,26 @@ def _predict(model: Llama, windows: Windows) -> Tensor:
     return torch.stack(kept)
 
 
-def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """None if the file is not there, or not whole: it is made anew then."""
+def read_kept(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor that `keep` has written; None if the file is not there or is incomplete: it is computed again then."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            hidden = file.get_tensor("hidden")
+            kept = file.get_tensor(name)
     except (SafetensorError, OSError):
         return None
-    return hidden if tuple(hidden.shape) == shape and hidden.dtype == dtype else None
+    return kept if tuple(kept.shape) == shape and kept.dtype == dtype else None
 
 
-def _write(path: Path, hidden: Tensor) -> None:
-    """Whole or not at all, whoever else writes the same."""
+def keep(path: Path, name: str, tensor: Tensor) -> None:
+    """Writes a tensor atomically, whoever else writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    number, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(number)
     try:
-        save_file({"hidden": hidden.contiguous()}, name)
-        os.replace(name, path)
+        save_file({name: tensor.contiguous()}, part)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
         raise
