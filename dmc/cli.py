@@ -8,6 +8,7 @@
     dmc inspect DIR --prompt-file text.txt --codec tcq
     dmc calibrate DIR --text text.txt --out eigen.safetensors
     dmc frontier --out runs/frontier
+    dmc compare full.json h2o.json
     dmc plot runs/frontier --out frontier.pdf --width paper
 
 Wrong usage gives one sentence on stderr and exit code 2; a dead rank gives exit code 1. A command is a line in `COMMANDS`: its
@@ -24,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from dmc import hub
-from dmc.commands import calibrate, frontier, inspect, plot
+from dmc.commands import calibrate, compare, frontier, inspect, plot
 from dmc.commands import eval as evaluate
 from dmc.commands.common import add_model, add_prompts, load, memory, read_prompts
 from dmc.extras import needed_for
@@ -180,6 +181,7 @@ COMMANDS = {
     "calibrate": ("compute the bases of the eigen codec, or fitted decisions, on a text", calibrate.add, calibrate.run),
     "inspect": ("show what a compressed cache holds for a text, per layer and head", inspect.add, inspect.run),
     "frontier": ("measure policies x codecs x budgets on one text: table, plot and report", frontier.add, frontier.run),
+    "compare": ("paired differences between caches that were measured on the same samples", compare.add, compare.run),
     "plot": ("draw what frontier measured: loss against bytes, a line for each method", plot.add, plot.run),
 }
 

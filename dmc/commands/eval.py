@@ -34,6 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_tasks(parser)
     out = parser.add_argument_group("all")
     out.add_argument("--seed", type=int, default=0, help="seed of needles, few-shot examples and sampling (0)")
+    out.add_argument("--seeds", type=int, metavar="N", help="with --suite quick, retrieval or long: N seeds, from --seed on: "
+                     "more samples, and other draws of a policy with a seed, such as random (1)")
     out.add_argument("--json", metavar="OUT", help="file for all figures, with hashes, commit, versions and settings")
     out.add_argument("--no-progress", action="store_true", help="no progress bars (off anyway if stderr is not a terminal)")
 
@@ -79,9 +81,11 @@ def _check(options: argparse.Namespace) -> None:
         _needle_settings(options)
         read_haystack(options.haystack)
     if _own_suite(options):
+        from dmc.evaluation import suite
         from dmc.evaluation.haystack import read_haystack
+        from dmc.model import read_config
 
-        _suite_settings(options)
+        suite.check_room(_suite_settings(options), read_config(options.directory).positions)
         read_haystack(options.haystack)
     if options.suite == _LONG:
         from dmc.evaluation.haystack import read_haystack
@@ -92,6 +96,8 @@ def _check(options: argparse.Namespace) -> None:
         _base(options, needed=True)
     elif options.new_tokens is not None:
         raise ValueError(f"--new-tokens is for long generation: add --suite {_LONG}")
+    if options.seeds is not None and not (_own_suite(options) or options.suite == _LONG):
+        raise ValueError("--seeds is for --suite quick, retrieval or long: add one of them, or leave it out")
     if options.tasks or _harness_suite(options):
         from dmc.evaluation.tasks import check_tasks, task_names
 
@@ -170,7 +176,8 @@ def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows,
             done = measure(llm, windows, reference=wanted, progress=bar.update)
         figures.append(asdict(done))
         compared = " (no --base: no KL)" if done.kl is None else (
-            f" (uncompressed {done.base_perplexity:.4f}), KL {done.kl:.5f} nats a token, "
+            f" (uncompressed {done.base_perplexity:.4f}), KL {done.kl:.5f}"
+            f"{'' if done.kl_stderr is None else f' ± {done.kl_stderr:.5f}'} nats a token, "
             f"same likeliest token {done.agreement:.1%}"
         )
         print(
@@ -203,9 +210,9 @@ def _needle_settings(options: argparse.Namespace) -> NeedleSettings:
     return NeedleSettings(depths=tuple(depth / 100 for depth in options.depths), choices=options.choices, **given)
 
 
-def _given(options: argparse.Namespace) -> dict:
-    """What needles and suites share, where it was said."""
-    parts = {name: getattr(options, name) for name in ("lengths", "kinds", "trials", "seed")}
+def _given(options: argparse.Namespace, *more: str) -> dict:
+    """What needles and suites share, and more settings, where they were given."""
+    parts = {name: getattr(options, name) for name in ("lengths", "kinds", "trials", "seed", *more)}
     return {name: value for name, value in parts.items() if value is not None}
 
 
@@ -225,7 +232,7 @@ def _suite_settings(options: argparse.Namespace) -> SuiteSettings:
 
     from dmc.evaluation.suite import SUITES
 
-    return replace(SUITES[options.suite], **_given(options))
+    return replace(SUITES[options.suite], **_given(options, "seeds"))
 
 
 def _retrieval(options: argparse.Namespace, llm: LLM) -> dict:
@@ -243,7 +250,7 @@ def _retrieval(options: argparse.Namespace, llm: LLM) -> dict:
 def _long_settings(options: argparse.Namespace) -> LongSettings:
     from dmc.evaluation.long import LongSettings
 
-    given = _given(options)
+    given = _given(options, "seeds")
     if given.pop("kinds", None):
         raise ValueError(f"--kinds are those of needles and retrieval: --suite {_LONG} has none, so leave it out")
     return LongSettings(new_tokens=options.new_tokens, **given)
@@ -260,7 +267,7 @@ def _written(options: argparse.Namespace) -> list[Written]:
     from dmc.model import read_config
 
     settings, tokenizer = _long_settings(options), Tokenizer(options.directory, read_config(options.directory).vocab_size)
-    with _bar(options, "texts of the full cache", len(settings.lengths) * settings.trials, " texts") as bar:
+    with _bar(options, "texts of the full cache", settings.seeds * len(settings.lengths) * settings.trials, " texts") as bar:
         return write_full(
             _base(options), tokenizer, read_haystack(options.haystack), settings, store=options.references or default_store(),
             device=options.device, dtype=options.dtype, max_batch=options.max_batch, progress=bar.update,

@@ -12,13 +12,13 @@ little; KL along the full cache's text does not have that fault. Nothing ends at
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ from dmc.engine.tokenizer import Tokenizer
 from dmc.evaluation.continuations import Request, Scored, follow
 from dmc.evaluation.haystack import Haystack
 from dmc.evaluation.measure import forced
+from dmc.evaluation.paired import mean, segment_mean
 from dmc.evaluation.provenance import model_hash
 from dmc.evaluation.reference import Reference, keep, read_kept, reference
+from dmc.evaluation.seeds import policy_seed
 from dmc.evaluation.windows import Windows
 
 NEW_TOKENS = 1000
@@ -47,6 +49,7 @@ class LongSettings:
         new_tokens: n, generated tokens of each text. None: 1,000, or as many as the model's positions leave behind the longest
             prompt.
         seed: of the prompts; equal seeds give equal prompts, whatever the cache.
+        seeds: number of seeds, from ``seed`` on. Each gives its own prompts; the k-th adds k to the seed of a policy that draws.
 
     Raises:
         ValueError: if a value is out of range.
@@ -56,12 +59,13 @@ class LongSettings:
     trials: int = 8
     new_tokens: int | None = None
     seed: int = 0
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         for name, fine, allowed in (
             ("lengths", self.lengths and min(self.lengths) >= 2, "at least one number of tokens, each at least 2"),
-            ("trials", self.trials >= 1, "at least 1"),
+            ("trials", self.trials >= 1, "at least 1"), ("seeds", self.seeds >= 1, "at least 1"),
             ("new_tokens", self.new_tokens is None or self.new_tokens >= 1, "at least 1"),
         ):
             if not fine:
@@ -93,11 +97,13 @@ class Written:
         length: P, tokens of a prompt.
         windows: tokens ``[N, P + n]``; the last token of the prompt is the first that is fed.
         reference: predictions of all written tokens.
+        seed: of the prompts.
     """
 
     length: int
     windows: Windows
     reference: Reference
+    seed: int = 0
 
     @property
     def texts(self) -> Tensor:
@@ -110,7 +116,7 @@ class Continued:
     """One text over the compressed cache against that of the full cache.
 
     Attributes:
-        length, number: tokens of the prompt, and which prompt of this length.
+        length, number, seed: tokens of the prompt, and which prompt of this length and seed.
         same_tokens: tokens before the first different one; n if none differs.
         equal: share of the n tokens that are equal, position by position.
         agreement: share of positions of the full cache's text at which both find the same token most likely.
@@ -131,6 +137,7 @@ class Continued:
     dense_bytes: int
     full: str
     generated: str
+    seed: int
 
 
 def write_full(
@@ -153,13 +160,14 @@ def write_full(
     """
     llm = LLM(base, policy="full", device=device, dtype=dtype, max_batch=max_batch)
     count, written, head = settings.count(llm.model.config.positions), [], None
-    for length in settings.lengths:
-        prompts = [_prompt(tokenizer, haystack, length, settings.seed, number) for number in range(settings.trials)]
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    for seed, length in product(seeds, settings.lengths):
+        prompts = [_prompt(tokenizer, haystack, length, seed, number) for number in range(settings.trials)]
         tokens = _texts(llm, prompts, count, store)
         windows = Windows(tokens, length - 1, f"long {length}", haystack.hash)
         wanted = reference(base, windows, store=store, dtype=llm.model.dtype, device=llm.model.device)
         head = wanted.head if head is None else head  # one output matrix in memory, however many lengths
-        written.append(Written(length, windows, Reference(**vars(wanted) | {"head": head})))
+        written.append(Written(length, windows, Reference(**vars(wanted) | {"head": head}), seed))
         if progress:
             progress(len(prompts))
     return written
@@ -178,14 +186,15 @@ def run(llm: LLM, written: Sequence[Written], progress: Callable[[int], None] | 
     """
     continued = []
     for one in written:
-        texts, prompts = one.texts, one.windows.tokens[:, : one.length].tolist()
-        count = texts.shape[1]
+        prompts = one.windows.tokens[:, : one.length].tolist()
+        count = one.texts.shape[1]
         own = progress and partial(_each, progress, count)
-        done = follow(llm, [Request(prompt, count) for prompt in prompts], own)
-        runs = forced(llm, one.windows, reference=one.reference, progress=progress)
+        with policy_seed(llm, one.seed - written[0].seed):
+            done = follow(llm, [Request(prompt, count) for prompt in prompts], own)
+            runs = forced(llm, one.windows, reference=one.reference, progress=progress)
         kl, same = torch.cat([run.kl for run in runs]), torch.cat([run.same for run in runs])
         for number, scored in enumerate(done):
-            continued.append(_continued(llm, one.length, number, texts[number], scored, kl[number], same[number]))
+            continued.append(_continued(llm, one, number, scored, kl[number], same[number]))
     return continued
 
 
@@ -199,23 +208,17 @@ def summary(continued: Sequence[Continued], count: int) -> dict:
     """Means and standard errors over texts; ``cr`` is tokens / entries, ``byte_ratio`` dense bf16 bytes / held bytes."""
     figures = {"n": len(continued), "unchanged": sum(one.same_tokens == count for one in continued)}
     for name in ("same_tokens", "equal", "agreement"):
-        figures[name], figures[f"{name}_stderr"] = _mean([getattr(one, name) for one in continued])
+        figures[name], figures[f"{name}_stderr"] = mean([getattr(one, name) for one in continued])
     figures["same_tokens_median"] = median(one.same_tokens for one in continued)
     parts = segments(count)
-    figures["kl"], figures["kl_stderr"] = _mean([kl_of(asdict(one), parts) for one in continued])
-    by_part = [_mean([one.kl[part] for one in continued]) for part in range(len(parts))]
+    figures["kl"], figures["kl_stderr"] = mean([segment_mean(one.kl, parts) for one in continued])
+    by_part = [mean([one.kl[part] for one in continued]) for part in range(len(parts))]
     figures["kl_segments"], figures["kl_segments_stderr"] = ([pair[i] for pair in by_part] for i in (0, 1))
     return figures | {
         "cr": sum(one.tokens for one in continued) / sum(one.entries for one in continued),
         "held_bytes": fmean(one.held_bytes for one in continued),
         "byte_ratio": sum(one.dense_bytes for one in continued) / sum(one.held_bytes for one in continued),
     }
-
-
-def kl_of(sample: dict, parts: Sequence[Sequence[int]]) -> float:
-    """Mean KL of a whole text, from that of its segments."""
-    sizes = [end - first for first, end in parts]
-    return sum(size * kl for size, kl in zip(sizes, sample["kl"], strict=True)) / sum(sizes)
 
 
 def report(continued: Sequence[Continued], written: Sequence[Written], haystack: Haystack, settings: LongSettings) -> dict:
@@ -284,24 +287,19 @@ def _texts(llm: LLM, prompts: list[list[int]], count: int, store: str | Path | N
     return tokens
 
 
-def _continued(llm: LLM, length: int, number: int, full: Tensor, scored: Scored, kl: Tensor, same: Tensor) -> Continued:
-    own, stats = torch.tensor(scored.tokens), scored.stats
+def _continued(llm: LLM, one: Written, number: int, scored: Scored, kl: Tensor, same: Tensor) -> Continued:
+    full, own, stats = one.texts[number], torch.tensor(scored.tokens), scored.stats
     different = (own != full).nonzero()
     return Continued(
-        length, number, int(different[0]) if len(different) else len(full), (own == full).double().mean().item(),
+        one.length, number, int(different[0]) if len(different) else len(full), (own == full).double().mean().item(),
         same.mean().item(), [kl[first:end].mean().item() for first, end in segments(len(full))], stats.cached_tokens,
         int(stats.entries.sum()) / stats.entries.numel(), stats.held_bytes, stats.dense_bytes,
-        llm.tokenizer.decode(full.tolist()), llm.tokenizer.decode(scored.tokens),
+        llm.tokenizer.decode(full.tolist()), llm.tokenizer.decode(scored.tokens), one.seed,
     )
 
 
 def _each(progress: Callable[[int], None], count: int, texts: int) -> None:
     progress(texts * count)
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error; None for one value."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _with_error(row: dict, name: str, form: str) -> str:

@@ -150,7 +150,9 @@ def as_text(figures: dict) -> str:
     """A `report` as a table: a line a kind and length, exact / choice / margin at each depth."""
     depths = figures["settings"]["depths"]
     title = "  ".join(f"{f'{depth:.0%}':>18}" for depth in depths)
-    lines = ["exact / choice / margin in nats, by depth of the needle", f"{'kind':<9} {'length':>6}  {title}"]
+    trials = figures["settings"]["trials"]
+    lines = [f"exact / choice / margin in nats, by depth of the needle (n {trials} in each cell)",
+             f"{'kind':<9} {'length':>6}  {title}"]
     rows: dict[tuple[str, int], list[dict]] = {}
     for cell in figures["cells"]:
         rows.setdefault((cell["kind"], cell["length"]), []).append(cell)
@@ -160,8 +162,8 @@ def as_text(figures: dict) -> str:
     for kind, mean in figures["kinds"].items():
         lines.append(
             f"{kind}: exact {mean['exact']:.3f}, choice {mean['choice']:.3f} (chance "
-            f"{1 / figures['settings']['choices']:.2f}), margin {mean['margin']:+.2f} nats; CR {mean['cr']:.2f}, held "
-            f"{mean['held_bytes']:,.0f} bytes a prompt, dense bf16 / held {mean['byte_ratio']:.2f}"
+            f"{1 / figures['settings']['choices']:.2f}), margin {mean['margin']:+.2f} nats (n {mean['trials']}); "
+            f"CR {mean['cr']:.2f}, held {mean['held_bytes']:,.0f} bytes a prompt, dense bf16 / held {mean['byte_ratio']:.2f}"
         )
     return "\n".join(lines)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
+from dmc.evaluation.paired import difference, settled
 from dmc.evaluation.pareto import between, front, leader
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -125,14 +124,15 @@ def words(rows: Sequence[dict]) -> str:
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table, a line a row."""
     lines = [
-        "| model | policy | codec | held / dense | dense / held | CR | KL | ± | perplexity | same token |", "|---" * 10 + "|",
+        "| model | policy | codec | held / dense | dense / held | CR | KL | ± | n | perplexity | same token |", "|---" * 11 + "|",
     ]
     for row in rows:
         r = row["result"]
         error = "" if r["kl_stderr"] is None else _figure(r["kl_stderr"])
         lines.append(
             f"| {row['model']} | `{row['policy']}` | `{row['codec']}` | {r['share']:.4f} | {1 / r['share']:.2f} | "
-            f"{r['cr']:.2f} | {_figure(r['kl'])} | {error} | {r['perplexity']:.4f} | {100 * r['agreement']:.1f} % |"
+            f"{r['cr']:.2f} | {_figure(r['kl'])} | {error} | {r['windows']} | {r['perplexity']:.4f} | "
+            f"{100 * r['agreement']:.1f} % |"
         )
     return "\n".join(lines)
 
@@ -146,10 +146,10 @@ def _setup(rows: Sequence[dict]) -> str:
         f"{r['windows']} windows of the text (hash `{r['text_hash']}`), each a prompt of {r['prompt_tokens']} tokens and "
         f"{r['scored_tokens']} tokens fed one by one through the compressed cache. KL: of the uncompressed {r['base']} (hash "
         f"`{r['base_hash']}`, perplexity {r['base_perplexity']:.4f} on the same tokens) to the row, nats a token, mean over all "
-        f"{r['windows'] * r['scored_tokens']} scored tokens; ±: its standard error over windows. Held: all bytes of the cache "
-        "(encoded pages, whole pages of exact entries, tails, tables), mean over all scored tokens, over those of a dense bf16 "
-        f"cache of the base model. CR: tokens / entries at the end. {' and '.join(machines)}; {r['dtype']} on {r['device']}; "
-        f"commit {', '.join(commits)}; {' and '.join(versions)}; {sum(row['seconds'] for row in rows):.0f} s."
+        f"{r['windows'] * r['scored_tokens']} scored tokens; ±: its standard error over the n windows. Held: all bytes of the "
+        "cache (encoded pages, whole pages of exact entries, tails, tables), mean over all scored tokens, over those of a dense "
+        f"bf16 cache of the base model. CR: tokens / entries at the end. {' and '.join(machines)}; {r['dtype']} on "
+        f"{r['device']}; commit {', '.join(commits)}; {' and '.join(versions)}; {sum(row['seconds'] for row in rows):.0f} s."
     )
 
 
@@ -160,16 +160,14 @@ def _best(rows: Sequence[dict], share: float, base: str, name: str | None = None
 
 def _compared(lead: dict, other: dict) -> str:
     """The lead over another row, with its error over the windows, which both have in common."""
-    pairs = list(zip(other["result"]["kl_windows"], lead["result"]["kl_windows"], strict=True))
-    apart = [theirs - own for theirs, own in pairs]
+    by, error = difference(other["result"]["kl_windows"], lead["result"]["kl_windows"])
     text = f"the best other is {_name(other)} with {_figure(other['result']['kl'])}"
     if lead["result"]["kl"] > 0:
         times = other["result"]["kl"] / lead["result"]["kl"]
         text += f", {times:.{0 if times >= 10 else 1}f} times as much"
-    if len(apart) > 1:
-        error = statistics.stdev(apart) / math.sqrt(len(apart))
-        text += f" (difference {_figure(statistics.fmean(apart))} ± {_figure(error)} over the windows"
-        text += ")" if statistics.fmean(apart) > 2 * error else ", so not settled)"
+    if error is not None:
+        text += f" (difference {_figure(by)} ± {_figure(error)} over the {lead['result']['windows']} windows"
+        text += ")" if settled(by, error) else ", so not settled)"
     return text
 
 

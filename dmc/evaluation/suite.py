@@ -7,16 +7,19 @@ and the last turn's answer counts: what a policy dropped because the first quest
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
 from dmc.engine import LLM
 from dmc.evaluation.continuations import Request, follow
 from dmc.evaluation.haystack import Haystack
+from dmc.evaluation.paired import mean
 from dmc.evaluation.retrieval import KINDS, Sample, draw_sample
+from dmc.evaluation.seeds import policy_seed
 
 _MORE_TOKENS = 8  # generated beyond the reply's
 
@@ -30,6 +33,7 @@ class SuiteSettings:
         kinds: of `dmc.evaluation.retrieval.KINDS`.
         trials: samples of each kind and length.
         seed: of all draws; equal seeds give equal samples, whatever the cache.
+        seeds: number of seeds, from ``seed`` on. Each gives its own samples; the k-th adds k to the seed of a policy that draws.
 
     Raises:
         ValueError: if a value is out of range.
@@ -39,6 +43,7 @@ class SuiteSettings:
     kinds: tuple[str, ...] = tuple(KINDS)
     trials: int = 5
     seed: int = 0
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -48,6 +53,7 @@ class SuiteSettings:
         for name, fine, allowed in (
             ("lengths", self.lengths and min(self.lengths) >= 1, "at least one number of tokens"),
             ("kinds", self.kinds, f"some of {', '.join(KINDS)}"), ("trials", self.trials >= 1, "at least 1"),
+            ("seeds", self.seeds >= 1, "at least 1"),
         ):
             if not fine:
                 raise ValueError(f"retrieval {name} must be {allowed}, got {getattr(self, name)!r}")
@@ -60,7 +66,8 @@ SUITES = {"quick": SuiteSettings(), "retrieval": SuiteSettings(lengths=(512, 102
 class Answered:
     """One sample: what was to be found and what was written.
 
-    ``found`` is the share of the answers that are in the generated text; the cache is that after the answer.
+    ``found`` is the share of the answers that are in the generated text; the cache is that after the answer. ``sample`` is a hash
+    of the tokens that the model got: 16 hex digits.
     """
 
     kind: str
@@ -72,6 +79,8 @@ class Answered:
     entries: float
     held_bytes: int
     dense_bytes: int
+    seed: int
+    sample: str
 
 
 def run(llm: LLM, haystack: Haystack, settings: SuiteSettings, progress: Callable[[int], None] | None = None) -> list[Answered]:
@@ -86,33 +95,45 @@ def run(llm: LLM, haystack: Haystack, settings: SuiteSettings, progress: Callabl
     Raises:
         ValueError: if a length is too short for a kind or too long for the model, or the haystack is too short.
     """
-    samples = []
-    for kind in settings.kinds:
-        for length in settings.lengths:
-            for number in range(settings.trials):
-                draw = random.Random(f"{settings.seed} {kind} {length} {number}")
-                samples.append((length, draw_sample(kind, llm.tokenizer, haystack, length, draw)))
-    done = follow(llm, [_request(sample) for _, sample in samples], progress)
+    check_room(settings, llm.model.config.positions)
     answered = []
-    for (length, sample), scored in zip(samples, done, strict=True):
-        said, answers, stats = llm.tokenizer.decode(scored.tokens), sample.turns[-1].answers, scored.stats
-        answered.append(Answered(
-            sample.kind, length, answers, said, fmean(answer in said for answer in answers), stats.cached_tokens,
-            int(stats.entries.sum()) / stats.entries.numel(), stats.held_bytes, stats.dense_bytes,
-        ))
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        samples = [
+            (length, draw_sample(kind, llm.tokenizer, haystack, length, random.Random(f"{seed} {kind} {length} {number}")))
+            for kind in settings.kinds for length in settings.lengths for number in range(settings.trials)
+        ]
+        requests = [_request(sample) for _, sample in samples]
+        with policy_seed(llm, seed - settings.seed):
+            done = follow(llm, requests, progress)
+        for (length, sample), request, scored in zip(samples, requests, done, strict=True):
+            said, answers, stats = llm.tokenizer.decode(scored.tokens), sample.turns[-1].answers, scored.stats
+            answered.append(Answered(
+                sample.kind, length, answers, said, fmean(answer in said for answer in answers), stats.cached_tokens,
+                int(stats.entries.sum()) / stats.entries.numel(), stats.held_bytes, stats.dense_bytes, seed, _hash(request),
+            ))
     return answered
+
+
+def check_room(settings: SuiteSettings, positions: int) -> None:
+    """Raises ValueError if the longest text leaves no room for an answer in a model with so many positions."""
+    longest = max(settings.lengths)
+    if longest >= positions:
+        raise ValueError(
+            f"retrieval: a text of {longest} tokens and its answer need more than {longest} positions, and the model has "
+            f"{positions}: ask for shorter --lengths"
+        )
 
 
 def count(settings: SuiteSettings) -> int:
     """Samples in all."""
-    return len(settings.kinds) * len(settings.lengths) * settings.trials
+    return settings.seeds * len(settings.kinds) * len(settings.lengths) * settings.trials
 
 
 def summary(answered: Sequence[Answered]) -> dict:
     """Mean and standard error of what was found; ``cr`` is tokens / entries, ``byte_ratio`` dense bf16 bytes / held bytes."""
-    found = [one.found for one in answered]
+    found, error = mean([one.found for one in answered])
     return {
-        "found": fmean(found), "stderr": stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None, "n": len(found),
+        "found": found, "stderr": error, "n": len(answered),
         "cr": sum(one.tokens for one in answered) / sum(one.entries for one in answered),
         "held_bytes": fmean(one.held_bytes for one in answered),
         "byte_ratio": sum(one.dense_bytes for one in answered) / sum(one.held_bytes for one in answered),
@@ -125,9 +146,13 @@ def report(answered: Sequence[Answered], haystack: Haystack, settings: SuiteSett
     for one in answered:
         groups.setdefault((one.kind, one.length), []).append(one)
     cells = [{"kind": kind, "length": length} | summary(group) for (kind, length), group in groups.items()]
+    seeds = {one.seed: [] for one in answered}
+    for one in answered:
+        seeds[one.seed].append(one)
     return {
         "schema": 1, "haystack": haystack.name, "haystack_hash": haystack.hash, "settings": asdict(settings), "cells": cells,
-        "all": summary(answered), "samples": [asdict(one) for one in answered],
+        "all": summary(answered), "seeds": [{"seed": seed} | summary(some) for seed, some in seeds.items()],
+        "samples": [asdict(one) for one in answered],
     }
 
 
@@ -139,6 +164,8 @@ def as_text(figures: dict) -> str:
     whole = figures["all"]
     lines.append(f"all: {_found(whole)}; CR {whole['cr']:.2f}, held {whole['held_bytes']:,.0f} bytes per text, dense bf16 / held "
                  f"{whole['byte_ratio']:.2f}")
+    if len(figures["seeds"]) > 1:
+        lines.append("by seed: " + "; ".join(f"{one['seed']}: {_found(one)}" for one in figures["seeds"]))
     return "\n".join(lines)
 
 
@@ -151,3 +178,7 @@ def _request(sample: Sample) -> Request:
     first, *later = sample.turns
     fed = [token for before, turn in zip(sample.turns, later, strict=False) for token in (*before.reply, *turn.question)]
     return Request([*sample.document, *first.question], len(sample.turns[-1].reply) + _MORE_TOKENS, fed)
+
+
+def _hash(request: Request) -> str:
+    return hashlib.sha256(json.dumps([list(request.context), list(request.fed)]).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from dmc.cli import main
 from dmc.evaluation import former, frontier, grid
 from dmc.evaluation.grid import Cell, cells, choose
 from dmc.evaluation.plot import plot_frontier
-from dmc.evaluation.report import leaders, report, sizes, words
+from dmc.evaluation.report import leaders, report, sizes, table, words
 from dmc.evaluation.windows import Windows
 from tests.model import tiny
 
@@ -255,6 +255,12 @@ def test_words_follow_from_the_rows():
     assert "tcq-2bit is not on the frontier: it holds 0.2000 of dense at a KL of 0.5000, and base, full x rotated" in said
     assert "gear-2bit is not on the frontier: it holds 0.3500 of dense at a KL of 0.0900, and base, full x tcq-4bit" in said
     assert "no row is that small" in words(ROWS[:4])
+
+
+def test_the_table_says_how_many_windows():
+    title, _, *lines = table(ROWS).splitlines()
+    column = title.split(" | ").index("n")
+    assert len(lines) == len(ROWS) and all(line.split(" | ")[column] == "2" for line in lines)
 
 
 def test_table_of_leaders_marks_one_a_line():
