@@ -32,14 +32,14 @@ _MARKERS = "ov^<>sPXDd"
 
 
 def method(row: dict) -> str | None:
-    """The method of a row of `dmc frontier`: a name of `STYLES`, else that of its policy. None: a model that was changed in
-    another way and keeps every token."""
+    """The method of a row of `dmc frontier`: a name of `STYLES`, else that of its policy. None: a policy that needs no retrofit,
+    on a model that was changed in another way."""
     policy, made = row["policy"].split(":")[0], row["result"]["settings"]["policy"]
     if policy == "dms" and made.get("sinks"):  # a model that decides late keeps its first token
         return "late eviction"
     if policy == "dmc":
         return "DMC, merging at once" if made.get("window") is None else "DMC, late merging"
-    if policy == "full" and row["result"]["model"] != row["result"]["base"]:
+    if policy not in ("dmc", "dms") and row["result"]["model"] != row["result"]["base"]:
         return None
     return POLICIES.get(policy, policy)
 

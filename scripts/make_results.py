@@ -1,0 +1,67 @@
+"""Fills the tables of docs/results from the data files that lie there.
+
+    python scripts/make_results.py            write the tables
+    python scripts/make_results.py --check    say which pages are not current, and exit 1
+
+A table stands in a page between `<!-- table: NAME WORDS -->` and `<!-- end -->`; NAME is one of scripts/results_tables.py. What
+is between is written by this script: edit the data, then run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.results_tables import RESULTS, TABLES  # noqa: E402
+
+_BLOCK = re.compile(r"^<!-- table: (?P<words>[^\n]*?) -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+
+
+def filled(page: str, text: str) -> str:
+    """The page's text with its tables as the data have them.
+
+    Raises:
+        ValueError: if a table is unknown or its data cannot be read; one sentence that names the page.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        name, *words = found["words"].split()
+        if name not in TABLES:
+            raise ValueError(f"{page}: unknown table {name!r}; known: {', '.join(TABLES)}")
+        try:
+            body = TABLES[name](*words)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{page}: table {found['words']!r}: {type(error).__name__}: {error}") from error
+        return f"<!-- table: {found['words']} -->\n\n{body}\n\n<!-- end -->"
+
+    opened = len(re.findall(r"^<!-- table:", text, re.MULTILINE))
+    text, closed = _BLOCK.subn(table, text)
+    if opened != closed:
+        raise ValueError(f"{page}: {opened} tables begin with '<!-- table: ... -->' and {closed} of them end with '<!-- end -->'")
+    return text
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check, stale = parser.parse_args().check, []
+    try:
+        for path in sorted(RESULTS.glob("*.md")):
+            text = path.read_text()
+            if (made := filled(path.name, text)) != text:
+                stale.append(path.name)
+                if not check:
+                    path.write_text(made)
+    except ValueError as error:
+        sys.exit(f"make_results: {error}")
+    print(f"{'not current' if check else 'written'}: {', '.join(stale)}" if stale else "all tables are current")
+    sys.exit(bool(check and stale))
+
+
+if __name__ == "__main__":
+    main()

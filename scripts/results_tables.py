@@ -1,0 +1,199 @@
+"""Tables of docs/results from their data files; scripts/make_results.py puts them into the pages.
+
+Each function of `TABLES` takes words from the page and returns Markdown. Files are named below docs/results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dmc.evaluation.pareto import front  # noqa: E402
+from dmc.evaluation.styles import POLICIES, STYLES, method  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+HOW = {
+    "evict": "fitted decisions, evicting", "merge": "fitted decisions, merging", "h2o": "H2O", "streaming": "StreamingLLM",
+    "random": "random",
+}
+NAMES = {"base": "small base model", "smollm2-135m": "SmolLM2-135M-Instruct (4-bit GGUF, dequantised)"}
+
+
+def read(*names: str) -> list[dict]:
+    """Rows of JSONL files below docs/results that have a result."""
+    lines = [line for name in names for line in (RESULTS / name).read_text().splitlines()]
+    return [row for row in map(json.loads, lines) if "result" in row or "row" in row]
+
+
+def competitor(row: dict) -> str:
+    """The method of a frontier row; a model that was changed in another way competes under its own name."""
+    return method(row) or row["model"]
+
+
+def shown(row: dict) -> str:
+    """What the row is, in few words: the model where it is not the base, the policy's setting, the codec."""
+    name = row["model"] if row["result"]["model_hash"] != row["result"]["base_hash"] else ""
+    policy = "" if row["policy"] in ("full", "dmc", "dms") else f"`{_policy(row['policy'])}`"
+    return " ".join(part for part in (name and f"`{name}`", policy, f"`{row['codec']}`") if part)
+
+
+def _policy(spec: str) -> str:
+    name, _, settings = spec.partition(":")
+    kept = [one for one in settings.split(",") if one and not one.startswith("decisions=")]
+    return f"{name}:{','.join(kept)}" if kept else name
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def ratio(share: float) -> str:
+    """A share of the bytes as 1/x."""
+    return f"1/{1 / share:.1f}"
+
+
+def loss(value: float, error: float | None = None) -> str:
+    """A KL, with its standard error if there is one."""
+    digits = 4 if value < 0.1 else 3
+    shorter = f"{value:.{digits}f}" if value >= 5e-4 else f"{value:.1e}"
+    return shorter if error is None else f"{shorter} ± {error:.{digits}f}" if value >= 5e-4 else f"{shorter} ± {error:.0e}"
+
+
+def frontier(*files: str) -> str:
+    """Rows that no other beats in bytes and KL at once, by rising KL."""
+    rows = read(*files)
+    best = [rows[i] for i in front([_point(row) for row in rows])][::-1]
+    return markdown(("held", "method", "row", "CR", "KL, nats/token", "perplexity", "same token"), (
+        (ratio(row["result"]["share"]), competitor(row), shown(row), f"{row['result']['cr']:.2f}",
+         loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['perplexity']:.3f}",
+         f"{row['result']['agreement']:.1%}") for row in best
+    ))
+
+
+def budgets(*files: str) -> str:
+    """The lowest KL of each method within each of `BUDGETS`: the lowest of all in bold, the second one in italics."""
+    best = _best(read(*files))
+    names = [*(name for name in STYLES if name in best), *(name for name in best if name not in STYLES)]
+    columns = []
+    for budget in BUDGETS:
+        column = {name: row["result"]["kl"] for name in names if (row := _within(best[name], budget))}
+        order = sorted(column, key=column.__getitem__)
+        marks = {name: mark for name, mark in zip(order, ("**", "*"), strict=False)}
+        columns.append({name: f"{marks.get(name, '')}{loss(value)}{marks.get(name, '')}" for name, value in column.items()})
+    head = ("method", *(f"at most 1/{1 / budget:g}" for budget in BUDGETS))
+    return markdown(head, ((name, *(column.get(name, "–") for column in columns)) for name in names))
+
+
+def leaders(*files: str) -> str:
+    """The best two methods of each base model within each of `BUDGETS`, and their difference, paired over the windows."""
+    rows, lines = read(*files), []
+    for base in dict.fromkeys(row["result"]["base"] for row in rows):
+        best = _best([row for row in rows if row["result"]["base"] == base])
+        for budget in BUDGETS:
+            order = sorted((row for of in best.values() if (row := _within(of, budget))), key=lambda row: row["result"]["kl"])
+            if order:
+                cells = [f"{competitor(row)}: {shown(row)}, **{loss(row['result']['kl'])}**" for row in order[:2]]
+                difference = _paired(*order[:2]) if len(order) > 1 else "–"
+                lines.append((NAMES.get(base, base), f"1/{1 / budget:g}", *cells, *["–"] * (2 - len(cells)), difference))
+    return markdown(("model", "bytes, at most", "lowest KL", "second method", "difference"), lines)
+
+
+def kept(*files: str) -> str:
+    """KL of evicting policies over shares of the tokens, dense bf16; in bold the lowest of each share."""
+    cells: dict[str, dict[str, dict]] = {}
+    for row in read(*files):
+        policy, _, settings = row["policy"].partition(":")
+        if settings.startswith("share=") and row["codec"] == "dense:dtype=bf16" and method(row):
+            cells.setdefault(POLICIES.get(policy, policy), {})[settings.removeprefix("share=")] = row["result"]
+    shares = sorted({share for of in cells.values() for share in of}, key=float, reverse=True)
+    least = {share: min(of[share]["kl"] for of in cells.values() if share in of) for share in shares}
+    bold = lambda share, one: f"**{one['kl']:.3f}**" if one["kl"] == least[share] else f"{one['kl']:.3f}"  # noqa: E731
+    order = sorted(cells, key=lambda name: statistics.fmean(math.log(one["kl"]) for one in cells[name].values()))
+    head = ("policy", *(f"1/{1 / float(share):g}" for share in shares))
+    return markdown(head, (
+        (name, *(bold(share, cells[name][share]) if share in cells[name] else "–" for share in shares)) for name in order
+    ))
+
+
+def suite(file: str, *kinds: str) -> str:
+    """What each cache wrote out, by kind: share of the answers found, with its standard error over the samples."""
+    lines = []
+    for row in read(file):
+        cells = {cell["kind"]: cell for cell in row["retrieval"]["cells"]}
+        of = [cells[kind] for kind in kinds]
+        number = sum(cell["n"] for cell in of)
+        held = sum(cell["held_bytes"] * cell["n"] for cell in of) / number
+        dense = sum(cell["byte_ratio"] * cell["held_bytes"] * cell["n"] for cell in of) / number
+        cr = number / sum(cell["n"] / cell["cr"] for cell in of)
+        lines.append((row["row"], f"{cr:.2f}", f"{held / 1e6:.1f}", ratio(held / dense), *(_found(cell) for cell in of)))
+    return markdown(("row", "CR", "MB", "of dense bf16", *kinds), lines)
+
+
+def _found(cell: dict) -> str:
+    error = "" if cell["stderr"] is None else f" ± {cell['stderr']:.2f}"
+    return f"{cell['found']:.2f}{error} ({cell['n']})"
+
+
+def runs(file: str) -> str:
+    """Training runs by the perplexity that they end at, from evaluations at hard decisions."""
+    rows = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+    lines = []
+    for row in rows:
+        last = row["evaluations"][-1]
+        what = {
+            "dmc": "merge late" if row.get("window") else "merge at once",
+            "dms": "evict late" if row.get("decide") == "late" else "DMS",
+        }
+        lines.append((
+            f"`{row['run']}`", what[row.get("method", "dmc")], str(row.get("window") or "–"), row["start"],
+            f"{last['step'] * row['tokens_per_step'] / 1e6:.2f} M", str(row["seed"]), f"{last['cr']:.2f}",
+            f"{last['perplexity']:.3f}", f"{last['perplexity'] / row['evaluations'][0]['perplexity']:.3f}",
+        ))
+    return markdown(("run", "method", "window", "start", "tokens", "seed", "CR", "perplexity", "/ base"), lines)
+
+
+def fitted(file: str, *methods: str) -> str:
+    """Fitted decisions and other policies by dense masks (scripts/fitted_eval.py): what a CR costs."""
+    rows = [row for line in (RESULTS / file).read_text().splitlines() if (row := json.loads(line))["how"] in methods]
+    return markdown(("method", "window", "target CR", "CR", "perplexity", "/ full", "KL", "KL, last quarter"), (
+        (HOW[row["how"]], str(row.get("window") or "–"), f"{row['target_cr']:g}", f"{row['cr']:.2f}", f"{row['perplexity']:.3f}",
+         f"{row['perplexity'] / row['base_perplexity']:.3f}", loss(row["kl"]), loss(row["kl_last_quarter"])) for row in rows
+    ))
+
+
+def _point(row: dict) -> tuple[float, float]:
+    return row["result"]["share"], row["result"]["kl"]
+
+
+def _best(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    by_method: dict[str, list[dict]] = {}
+    for row in rows:
+        by_method.setdefault(competitor(row), []).append(row)
+    return by_method
+
+
+def _within(rows: Sequence[dict], budget: float) -> dict | None:
+    return min((row for row in rows if row["result"]["share"] <= budget), key=lambda row: row["result"]["kl"], default=None)
+
+
+def _paired(best: dict, other: dict) -> str:
+    if best["result"]["windows_hash"] != other["result"]["windows_hash"]:
+        return "other windows"
+    pairs = zip(other["result"]["kl_windows"], best["result"]["kl_windows"], strict=True)
+    differences = [a - b for a, b in pairs]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = statistics.fmean(differences)
+    return f"{loss(mean, error)} (n {len(differences)})" + ("" if mean >= 2 * error else ", not settled")
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "frontier": frontier, "budgets": budgets, "leaders": leaders, "kept": kept, "suite": suite, "runs": runs, "fitted": fitted,
+}

@@ -1,0 +1,98 @@
+"""Tables of docs/results are what their data files say."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from dmc.evaluation.styles import method
+from scripts import make_results, results_tables
+from scripts.results_tables import RESULTS
+
+PAGES = [path for path in sorted(RESULTS.glob("*.md")) if "<!-- table:" in path.read_text()]
+
+
+def frontier_row(policy, share, windows, *, model="base", codec="int8"):
+    result = {
+        "base": "base", "model": model, "model_hash": model, "base_hash": "base", "windows_hash": "w", "share": share, "cr": 2.0,
+        "kl": statistics.fmean(windows), "kl_stderr": 0.01, "kl_windows": windows, "perplexity": 7.0, "agreement": 0.9,
+        "settings": {"policy": {}},
+    }
+    return {"model": model, "policy": policy, "codec": codec, "result": result}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
+
+    def write(*rows):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return write
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_is_current(page):
+    said = "not current: run `python scripts/make_results.py` and commit docs/results"
+    assert make_results.filled(page.name, page.read_text()) == page.read_text(), said
+
+
+def test_many_pages_have_tables():
+    assert len(PAGES) >= 4
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("<!-- table: none x -->\n<!-- end -->\n", "unknown table 'none'; known: frontier"),
+    ("<!-- table: frontier no.jsonl -->\n<!-- end -->\n", "page.md: table 'frontier no.jsonl': FileNotFoundError"),
+    ("<!-- table: runs late/runs.jsonl -->\n", "1 tables begin with '<!-- table: ... -->' and 0 of them end"),
+])
+def test_a_block_that_cannot_be_filled_is_named(text, says):
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        make_results.filled("page.md", text)
+
+
+def test_what_is_outside_of_a_table_stays_and_filling_twice_changes_nothing():
+    text = "before\n\n<!-- table: kept policies/base.jsonl -->\nold\n<!-- end -->\n\nafter\n"
+    once = make_results.filled("page.md", text)
+    assert once.startswith("before\n\n<!-- table") and once.endswith("<!-- end -->\n\nafter\n") and "old" not in once
+    assert make_results.filled("page.md", once) == once
+
+
+def test_leaders_are_compared_over_the_same_windows(data):
+    ours, theirs = [0.1, 0.2, 0.3], [0.3, 0.3, 0.6]
+    data(frontier_row("h2o", 0.2, theirs), frontier_row("tova", 0.24, ours), frontier_row("full", 0.4, [0.0, 0.0, 0.1]))
+    lines = results_tables.leaders("rows.jsonl").splitlines()[2:]
+    differences = [b - a for a, b in zip(ours, theirs, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(3)
+    assert len(lines) == 2 and "every token" in lines[0]
+    assert "TOVA: `tova` `int8`, **0.200**" in lines[1] and "H2O: `h2o` `int8`, **0.400**" in lines[1]
+    assert f"{statistics.fmean(differences):.3f} ± {error:.3f} (n 3)" in lines[1]
+
+
+def test_a_difference_within_two_errors_is_not_settled(data):
+    data(frontier_row("h2o", 0.2, [0.1, 0.9]), frontier_row("tova", 0.2, [0.9, 0.0]))
+    assert "not settled" in results_tables.leaders("rows.jsonl")
+
+
+def test_the_best_within_a_budget(data):
+    data(frontier_row("h2o", 0.5, [0.1]), frontier_row("h2o", 0.25, [0.2]), frontier_row("tova", 0.26, [0.15]))
+    cells = {line.split(" | ")[0].strip("| "): line for line in results_tables.budgets("rows.jsonl").splitlines()[2:]}
+    assert cells["H2O"] == "| H2O | **0.100** | **0.200** | – | – |" and cells["TOVA"] == "| TOVA | *0.150* | – | – | – |"
+
+
+def test_a_row_that_another_one_beats_is_not_on_the_frontier(data):
+    data(frontier_row("h2o", 0.5, [0.1]), frontier_row("tova", 0.5, [0.2]), frontier_row("streaming", 0.1, [0.9]))
+    assert [line.split(" | ")[1] for line in results_tables.frontier("rows.jsonl").splitlines()[2:]] == ["H2O", "StreamingLLM"]
+
+
+def test_a_policy_on_a_changed_model_is_no_row_of_the_policy():
+    assert method(frontier_row("h2o:share=0.5", 0.2, [0.1])) == "H2O"
+    assert method(frontier_row("h2o:share=0.5", 0.2, [0.1], model="gqa1-hf")) is None
+    assert results_tables.competitor(frontier_row("h2o:share=0.5", 0.2, [0.1], model="gqa1-hf")) == "gqa1-hf"
+
+
+def test_the_fields_of_a_report_of_the_suite():
+    rows = results_tables.suite("policies/smollm2-suite.jsonl", "single").splitlines()
+    assert rows[0] == "| row | CR | MB | of dense bf16 | single |"
+    assert rows[2] == "| full | 1.00 | 24.4 | 1/0.5 | 1.00 ± 0.00 (5) |"
