@@ -21,6 +21,7 @@ _PACKAGES = {
     "uvicorn": ("uvicorn", "serve"),
     "prometheus_client": ("prometheus_client", "serve"),
     "jinja2": ("jinja2", "serve"),
+    "lm_eval": ("lm-eval", "eval"),
 }
 _CHECKOUT = ("data", "checkpoints")  # packages that a wheel does not carry
 

@@ -18,13 +18,17 @@ from collections.abc import Sequence
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from dmc.engine import LLM, SamplingParams
 from dmc.evaluation.chat import choose_template
 from dmc.evaluation.continuations import Request, follow
+from dmc.evaluation.harness_args import llm_of
+from dmc.evaluation.measure import cache_settings
+from dmc.evaluation.provenance import model_hash
 from dmc.evaluation.usage import Usage
 
 _DEFAULT_MAX_TOKENS = 256  # the harness's own, for tasks that do not say
@@ -32,8 +36,9 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _IGNORED = {"num_beams": 1, "use_cache": True, "num_return_sequences": 1}  # as generation is anyway
 
 
+@register_model("dmc")
 class CompressedLM(TemplateLM):
-    """A model for `lm_eval.simple_evaluate`.
+    """A model for `lm_eval.simple_evaluate`, and for lm-eval's command as ``--model dmc`` (`dmc.evaluation.harness`).
 
     Args:
         llm: with an empty cache and a tokenizer. Requests run in batches of its ``max_batch``.
@@ -56,6 +61,24 @@ class CompressedLM(TemplateLM):
         self._end = next((token for token in ends if token is not None), None)
         if self._end is None:
             raise ValueError(f"{llm.path} names no end token, which lm-eval needs: add eos_token to its tokenizer_config.json")
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> CompressedLM:
+        """The model that ``--model_args`` describe; see `dmc.evaluation.harness_args.llm_of`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> CompressedLM:
+        """The same from a table of arguments; ``additional_config`` is what the harness's own flags say."""
+        return cls(llm_of(arg_dict, additional_config or {}))
+
+    def get_model_info(self) -> dict:
+        """What the harness writes into its results: the model, its cache, and what the cache held so far."""
+        cache = self.llm.cache
+        return {
+            "dmc_model_hash": model_hash(self.llm.path), "dmc_policy": cache.policy.name, "dmc_codec": cache.codec_name,
+            "dmc_settings": cache_settings(self.llm), "dmc_cache": self.usage.as_dict(),
+        }
 
     @property
     def eot_token_id(self) -> int:

@@ -172,3 +172,66 @@ def test_no_data_and_no_network_is_one_sentence(small, monkeypatch):
     with pytest.raises(ValueError, match="task local_hub cannot be loaded: .*someone/data-that-is-nowhere") as caught:
         run_tasks(LLM(small, device="cpu"), ["local_hub"], task_dir=TASKS)
     assert "\n" not in str(caught.value) and "is there a network?" in str(caught.value)
+
+
+ARGS = f"pretrained={BASE},policy=h2o,heavy=4,recent=4,codec=int8,page_size=8,dtype=float32"
+
+
+def test_the_harness_finds_the_model_by_its_name(tmp_path, monkeypatch):
+    """What ``--model dmc --model_args`` gives are the numbers of `run_tasks` on the same cache."""
+    import datasets
+    import lm_eval
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    settings = {"policy": "h2o", "policy_settings": {"heavy": 4, "recent": 4}, "codec": "int8", "page_size": 8}
+    ours = run_tasks(LLM(BASE, device="cpu", **settings), ["local_choice"], task_dir=TASKS, progress=False)
+    monkeypatch.chdir(TASKS)
+    theirs = lm_eval.simple_evaluate(
+        model="dmc", model_args=ARGS, tasks=["local_choice"], task_manager=manager(TASKS, defaults=False), device="cpu",
+        batch_size=4, bootstrap_iters=0,
+    )
+    metrics = ours["tasks"]["local_choice"]["metrics"]
+    assert {name: theirs["results"]["local_choice"][f"{name},none"] for name in metrics} == metrics
+    config = theirs["config"]
+    assert config["dmc_policy"] == "h2o" and config["dmc_codec"] == "int8" and config["dmc_cache"]["cr"] > 1
+    assert config["dmc_settings"]["policy"]["heavy"] == 4 and config["dmc_settings"]["cache"]["page_size"] == 8
+
+
+def test_the_entry_point_names_the_model_class():
+    import tomllib
+    from importlib.metadata import EntryPoint
+
+    made = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
+    assert EntryPoint("dmc", made["dmc"], "lm_eval.models").load() is CompressedLM
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("policy=h2o", "the model dmc needs its directory: add pretrained=DIR"),
+    (f"pretrained={BASE},policy=h2o,budget=4", "budget is unknown; known: pretrained, policy, .*of the policy: heavy"),
+    (f"pretrained={BASE},heavy=4", r"--model_args heavy is unknown; .*settings \(no policy\)"),
+    (f"pretrained={BASE},policy=h2o,heavy=x", "heavy=x must be a whole number"),
+])
+def test_wrong_model_args(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        CompressedLM.create_from_arg_string(arguments, {"device": "cpu", "batch_size": "auto:4"})
+
+
+@pytest.mark.slow
+def test_the_command_of_the_harness(tmp_path):
+    """In a process of its own, as a user runs it."""
+    import os
+    import subprocess
+    import sys
+
+    root = Path(__file__).parents[2]
+    asked = ["run", "--model", "dmc", "--model_args", ARGS, "--tasks", "local_choice", "--include_path", str(TASKS), "--device",
+             "cpu", "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "dmc.evaluation.harness", *asked], cwd=TASKS, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(root), "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(file.read_text())
+    assert results["config"]["dmc_policy"] == "h2o" and results["results"]["local_choice"]["acc,none"] > 0
+    assert "local_choice" in done.stdout
