@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 FORMAT = "dmc-decisions-1"
@@ -243,3 +243,25 @@ def _digest(tensors: dict[str, Tensor], notes: dict[str, str]) -> str:
         tensor = tensors[name].cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def read_heads(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Linear heads that score a token by its hidden state alone, for policy kvzap.
+
+    Args:
+        path: safetensors with ``weight [L, H, hidden]`` and ``bias [L, H]``; or of `dmc calibrate --decisions --arrival-only`.
+
+    Returns:
+        weight and bias, fp32.
+
+    Raises:
+        ValueError: if there is no such file, tensors are missing or have other shapes, or the heads look ahead.
+    """
+    try:
+        found = load_file(path)
+        weight, bias = found["weight" if "weight" in found else "arrival"].float(), found["bias"].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} does not hold the tensors weight and bias of linear heads ({error})") from None
+    if weight.dim() != 3 or weight.shape[:2] != bias.shape or ("late" in found and found["late"].any()):
+        raise ValueError(f"{path} needs weight [L, H, hidden], bias [L, H] and no look-ahead (--arrival-only)")
+    return weight, bias

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import TypeVar
 
 T = TypeVar("T")
+_RENAMED = {"watches": "statistics", "placed": "needs_positions"}  # of policies, of codecs
 _CLASS = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
@@ -48,6 +49,14 @@ def find(kind: str, name: str, known: Mapping[str, type[T]], base: type[T]) -> t
     if not (isinstance(made, type) and issubclass(made, base)):
         raise ValueError(f"the {kind} {where} is not a subclass of {base.__module__}.{base.__name__}")
     return made
+
+
+def check_names(*things: object) -> None:
+    """Raises ValueError if a policy or codec sets an attribute under the name of version 0.1, which nothing reads any more."""
+    for thing in things:
+        for old, new in _RENAMED.items():
+            if hasattr(thing, old):
+                raise ValueError(f"{type(thing).__name__} sets {old}, which is called {new} now: rename it")
 
 
 def _plural(kind: str) -> str:

@@ -26,6 +26,7 @@ from dmc.cache.storage.packing import Storage
 from dmc.cache.storage.pages import PoolExhausted
 from dmc.cache.storage.rows import Rows, Shape
 from dmc.kernels.pages.key_bias import KeyBias
+from dmc.plugins import check_names
 
 _SINK_TOKENS = 4
 _EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +71,7 @@ class KVCache:
         key_bias: KeyBias | None = None, device: torch.device | str = "cpu",
     ) -> None:
         codecs = without_key_bias(_per_layer(codec, shape), key_bias)
+        check_names(policy, *codecs)
         lossy = any(one.lossy for one in codecs)
         sink_tokens = _SINK_TOKENS * lossy if sink_tokens is None else sink_tokens
         window = max(one.window for one in codecs) if window is None else window

@@ -82,8 +82,8 @@ def _check(parts: Parts, device: torch.device, ranks: int, timeout: float) -> No
     check_split(read_config(parts.path), ranks)
     if not parts.policy.by_head:
         raise ValueError(
-            f"the {parts.policy.name} policy decides over all heads of a layer together, and tensor parallelism puts these on "
-            f"different ranks; use tensor_parallel 1, or one of: {', '.join(name for name in POLICIES if POLICIES[name].by_head)}"
+            f"the {parts.policy.name} policy {parts.policy.across_heads}, and tensor parallelism puts these on different ranks; "
+            f"use tensor_parallel 1, or one of: {', '.join(name for name in POLICIES if POLICIES[name].by_head)}"
         )
     if any(codec.needs_positions for codec in (parts.codec if isinstance(parts.codec, list) else [parts.codec])):
         raise ValueError(

@@ -250,6 +250,7 @@ def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, 
             "not, so leave it and its decisions out"
         )
     made = _made("policy", chosen, settings)
+    made.check_model(config.num_hidden_layers, config.num_key_value_heads, config.hidden_size)
     if isinstance(made, GatePolicy):
         _check_fitted(made, config, path)
     if made.name == "dms" and config.method != "dms":

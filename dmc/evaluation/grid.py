@@ -140,7 +140,7 @@ def runnable(model: Path) -> list[str]:
     return [name for name in POLICIES if name not in LEARNT] if config.method is None else [config.method]
 
 
-NAMED = ("gate",)
+NAMED = ("gate", "kvzap")
 """Policies that take part when they are asked for: they need a file that was made of the model."""
 
 LEARNT = ("dmc", "dms")

@@ -27,7 +27,9 @@ Attend = Callable[..., Tensor]
 sequences. Query and key are not rotated: the cache merges keys first. Alpha and omega are fp32 (fp64 in an fp64 model).
 
 Of a model with a window alpha is a logit, above 0 to merge or evict the token once it leaves the window; if the model looks
-ahead, ``late`` [N, H] follows: what each token adds to the logit of the one ``window`` before it."""
+ahead, ``late`` [N, H] follows: what each token adds to the logit of the one ``window`` before it.
+
+With an attribute ``reads_hidden`` that is True it also gets ``hidden`` [N, hidden]: the input of the attention projections."""
 
 
 @dataclass
@@ -138,7 +140,8 @@ class Llama:
                 rms_norm(part, weight, config.rms_norm_eps)
                 for part, weight in ((query, layer.query_norm), (key, layer.key_norm))
             )
-        out = attend(index, query, key, value, *self._decide(index, layer, x, query, key))
+        read = {"hidden": x} if getattr(attend, "reads_hidden", False) else {}
+        out = attend(index, query, key, value, *self._decide(index, layer, x, query, key), **read)
         return layer.output(out.flatten(1))
 
     def _decide(self, index: int, layer: Layer, x: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:

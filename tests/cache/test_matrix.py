@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dmc.cache import CODECS, POLICIES
-from tests.cache.decisions import random_decisions
-from tests.cache.test_rows import HEADS, LAYERS, decode, make, prefill, tokens
+from tests.cache.decisions import random_decisions, random_heads
+from tests.cache.test_rows import HEADS, LAYERS, SIZE, decode, make, prefill, tokens
 
 SETTINGS = {
     "streaming": {"sinks": 2, "recent": 12}, "h2o": {"heavy": 6, "recent": 6}, "tova": {"budget": 12}, "dms": {"window": 4},
@@ -19,10 +19,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods" / "matrix.md"
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_pair_runs(policy, codec):
+def test_every_pair_runs(policy, codec, tmp_path):
     """A prompt, generated tokens, a layered window; bytes are those of whole pages; everything is given back."""
     layers = tokens(34, seed=9)
-    cache = make(codec, policy_name=policy, policy_settings=SETTINGS.get(policy), window=3)
+    settings = SETTINGS.get(policy)
+    if policy == "kvzap":
+        settings = {"file": random_heads(tmp_path / "heads", LAYERS, HEADS, HEADS * SIZE), "budget": 12, "window": 4}
+    cache = make(codec, policy_name=policy, policy_settings=settings, window=3)
     slot = cache.load(prefill(cache, layers, 24))
     for place in range(24, 34):
         outs = decode(cache, slot, layers, place)

@@ -51,7 +51,7 @@ def prefill(cache, layers, length, chunk=None, outs=None):
         end = min(start + (chunk or length), length)
         attend = cache.step(NOBODY, NOBODY, [(made, end - start)], ROPE)
         for i, parts in enumerate(layers):
-            out = attend(i, *(part[start:end] for part in parts))
+            out = attend(i, *(part[start:end] for part in parts), **hidden(attend, parts, start, end))
             if outs is not None:
                 outs[i].append(out)
     assert made.done == length
@@ -61,7 +61,15 @@ def prefill(cache, layers, length, chunk=None, outs=None):
 def decode(cache, slot, layers, place):
     """One more token → output of each layer [Hq, D]."""
     attend = cache.step(torch.tensor([slot]), torch.tensor([place]), [], ROPE)
-    return [attend(i, *(part[place : place + 1] for part in parts))[0] for i, parts in enumerate(layers)]
+    return [
+        attend(i, *(part[place : place + 1] for part in parts), **hidden(attend, parts, place, place + 1))[0]
+        for i, parts in enumerate(layers)
+    ]
+
+
+def hidden(attend, parts, start, end):
+    """Hidden states ``[T, HEADS * SIZE]`` if the policy reads them: the keys, heads next to each other."""
+    return {"hidden": parts[1][start:end].flatten(1)} if attend.reads_hidden else {}
 
 
 def feed(cache, layers, prompt, chunk=None):

@@ -16,11 +16,12 @@ import io
 import re
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from tests.cache.decisions import random_decisions
+from tests.cache.decisions import random_decisions, random_heads
 from tests.docs.blocks import ROOT, Block, Command, commands
 from tests.docs.files import Files
 from tests.docs.programs import PROGRAMS
@@ -313,12 +314,15 @@ def _file_of(settings: dict, files: Files) -> Iterator[str]:
 
 
 def _policy(name: str, settings: dict, files: Files) -> Iterator[str]:
-    """A file of decisions is checked for where it comes from; any decisions with the usual window stand for its content."""
+    """A file of decisions or heads is checked for where it comes from; random ones stand for its content."""
     if "decisions" in settings:
         if files.missing(str(settings["decisions"])):
             yield f"nothing says where {settings['decisions']} comes from"
         settings = settings | {"decisions": random_decisions(window=64, sinks=4)}
-    yield from _made("policy", name, settings)
+    yield from _file_of(settings, files)
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"file": random_heads(f"{folder}/heads", 1, 1, 1)} if "file" in settings else {}
+        yield from _made("policy", name, settings | own)
 
 
 def _made(kind: str, name: str, settings: dict) -> Iterator[str]:

@@ -6,7 +6,7 @@ from dmc import LLM, SamplingParams
 from dmc.cache import CODECS, POLICIES
 from dmc.engine.predict import Predictor
 from dmc.model.fingerprint import model_hash
-from tests.cache.decisions import random_decisions
+from tests.cache.decisions import random_decisions, random_heads
 from tests.cache.stored import needed
 from tests.model import tiny
 
@@ -15,7 +15,7 @@ PARTS = ("kivi", "rotated", "svd", "gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3b
 PAIRS = [  # scores are gathered from exact and from encoded pages alike: two codecs show it, the others are slow
     pytest.param(policy, codec, marks=[pytest.mark.slow] * (
         (policy not in ("full", "dmc", "streaming") and codec not in ("dense", "tcq")) or (codec in PARTS and policy != "dmc")
-        or (policy in ("pyramidkv", "adakv", "random") and codec != "dense")
+        or (policy in ("pyramidkv", "adakv", "random", "kvzap") and codec != "dense")
     ))
     for policy in POLICIES for codec in CODECS
 ]
@@ -85,7 +85,7 @@ def assert_same(outputs, expected):
 
 
 @pytest.mark.parametrize("policy, codec", PAIRS)
-def test_alone_is_batched_is_chunked_is_preempted(directory, plain, marking, late, policy, codec, monkeypatch):
+def test_alone_is_batched_is_chunked_is_preempted(directory, plain, marking, late, policy, codec, monkeypatch, tmp_path):
     directory = {"dms": marking, "late": late, "gate": plain, "gate-merge": plain}.get(policy, directory)
     policy, merge = {"late": "dmc", "gate-merge": "gate"}.get(policy, policy), policy == "gate-merge"
     common = {"policy": policy, "policy_settings": SETTINGS.get(policy), "codec": codec, "page_size": 8, "device": "cpu"}
@@ -94,6 +94,9 @@ def test_alone_is_batched_is_chunked_is_preempted(directory, plain, marking, lat
     if policy == "gate":
         common |= {"decisions": random_decisions(window=9, model=model_hash(plain)), "target_cr": 2}
         common["policy_settings"] = {"merge": merge, "length": 60}
+    if policy == "kvzap":
+        file = random_heads(tmp_path / "heads", tiny.LAYERS, 2, tiny.HIDDEN)
+        common["policy_settings"] = {"file": file, "budget": 24, "window": 8}
     if POLICIES[policy].evicts:  # the last bit of a sum that a lossy codec turned can decide which token goes
         common["dtype"] = "fp64"
     alone = LLM(directory, **common)

@@ -11,6 +11,7 @@ from dmc.cache.policies.expected import ExpectedAttentionPolicy
 from dmc.cache.policies.full import FullPolicy
 from dmc.cache.policies.gate import GatePolicy
 from dmc.cache.policies.h2o import H2OPolicy
+from dmc.cache.policies.kvzap import KVzapPolicy
 from dmc.cache.policies.merged import MergedPolicy
 from dmc.cache.policies.prompted import PromptPolicy
 from dmc.cache.policies.pyramidkv import PyramidKVPolicy
@@ -34,6 +35,7 @@ POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
     ExpectedAttentionPolicy,
     KNormPolicy,
     RandomPolicy,
+    KVzapPolicy,
     MergedPolicy,
 )}
 

@@ -18,7 +18,7 @@ class Policy(ABC):
     the cache calls it at the end of a prompt and after every generated token, drops the others and frees their pages.
     A policy that also looks at keys, values or queries of a prompt overrides `keep_prompt`, which is called at its end
     instead of `keep`. With `prompt_only` nothing is evicted after that. A policy declares what needs memory or time
-    (`statistics`, `last_queries`, `query_moments`, `arrival`); nothing else is computed.
+    (`statistics`, `last_queries`, `query_moments`, `arrival`, `arrival_hidden`); nothing else is computed.
 
     Attributes:
         name: under which `dmc.cache.policy` finds it.
@@ -39,6 +39,7 @@ class Policy(ABC):
         likely_cr: tokens / entries to expect of a sequence until it is measured; None: what the checkpoint reports.
         by_head: whether decisions about a head's entries depend on that head alone, so that heads can be on different ranks
             (tensor parallelism).
+        across_heads: why not, if ``by_head`` is False: the predicate of a sentence about the policy.
     """
 
     name: ClassVar[str]
@@ -53,6 +54,7 @@ class Policy(ABC):
     sinks: int = 0
     likely_cr: float | None = None
     by_head: ClassVar[bool] = False
+    across_heads: ClassVar[str] = "decides over all heads of a layer together"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Rejects a policy that sets `evicts` without `keep` when the class is defined, not at the first step."""
@@ -64,8 +66,11 @@ class Policy(ABC):
                 raise TypeError(f"policy {cls.__name__} sets prompt_only and defines visible: its prompts are seen as a whole")
         elif cls.evicts and cls.keep is Policy.keep:
             raise TypeError(f"policy {cls.__name__} sets evicts and does not define keep")
-        if cls.arrival is not Policy.arrival and (cls.merges or cls.statistics is not None):
-            raise TypeError(f"policy {cls.__name__} defines arrival, so it must set merges to False and statistics to None")
+        arrivals = [name for name in ("arrival", "arrival_hidden") if getattr(cls, name) is not getattr(Policy, name)]
+        if arrivals and (cls.merges or cls.statistics is not None):
+            raise TypeError(f"policy {cls.__name__} defines {arrivals[0]}, so it must set merges to False and statistics to None")
+        if len(arrivals) > 1:
+            raise TypeError(f"policy {cls.__name__} defines arrival and arrival_hidden: an entry has one score, so define one")
 
     @classmethod
     def settings(cls) -> list[str]:
@@ -76,7 +81,12 @@ class Policy(ABC):
     @property
     def scored(self) -> bool:
         """True if entries carry a score."""
-        return self.statistics is not None or type(self).arrival is not Policy.arrival
+        return self.statistics is not None or type(self).arrival is not Policy.arrival or self.reads_hidden
+
+    @property
+    def reads_hidden(self) -> bool:
+        """True if the model hands hidden states to the cache for this policy: it defines `arrival_hidden`."""
+        return type(self).arrival_hidden is not Policy.arrival_hidden
 
     @property
     def evicts_later(self) -> bool:
@@ -137,6 +147,23 @@ class Policy(ABC):
             fp32 ``[..., H]``.
         """
         raise NotImplementedError
+
+    def arrival_hidden(self, layer: int, hidden: Tensor) -> Tensor:
+        """Like `arrival`, from hidden states: scores of tokens at arrival, for a policy that overrides this instead.
+
+        Args:
+            layer: its number.
+            hidden: ``[T, hidden]`` of T tokens of any sequences in the model's dtype: the input of the layer's attention
+                projections (after the input norm).
+
+        Returns:
+            fp32 ``[T, H]``.
+        """
+        raise NotImplementedError
+
+    def check_model(self, layers: int, heads: int, hidden: int) -> None:  # noqa: B027 (most policies fit every model)
+        """Raises ValueError if the policy cannot serve a model with so many layers, key/value heads per layer and hidden
+        dimensions; called when the model is loaded. A policy that was made for one model overrides this."""
 
     def keep_prompt(self, prompt: PromptEntries) -> Tensor:
         """The entries of one sequence's prompt that stay, bool ``[H, N]``; only if `evicts`. Called once, at its end."""

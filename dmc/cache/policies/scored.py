@@ -60,6 +60,7 @@ class RandomPolicy(ArrivalPolicy):
 
     name = "random"
     by_head = False  # a rank numbers its heads from 0
+    across_heads = "numbers all heads of a layer for its random draws"
 
     def __init__(self, *, budget: int = 256, share: float | None = None, seed: int = 0) -> None:
         super().__init__(budget=budget, share=share)

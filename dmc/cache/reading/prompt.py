@@ -88,7 +88,7 @@ class Prompt:
             number: of the layer.
             query: ``[T, Hq, D]``; key, value ``[T, H, D]``; not rotated.
             alpha, omega: ``[T, H]``, as the policy decided.
-            late: None, since late decisions are in `dmc.cache.reading.late_prompt`.
+            late: scores ``[T, H]`` of `Policy.arrival_hidden`, or None; late decisions are in `dmc.cache.reading.late_prompt`.
             positions: of `positions`.
             table: (cos, sin) of them.
 
@@ -117,8 +117,10 @@ class Prompt:
         turned = rotated(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy, self.backend)
         self._note(number, query, turned)
-        arrived = self.policy.arrival(key, value, positions[lead:]).T if self.policy.scored and gathered is None else None
-        scores, accumulating_score = self._scores(past, gathered, ends, counts, arrived)
+        arrived = late
+        if late is None and self.policy.scored and gathered is None:
+            arrived = self.policy.arrival(key, value, positions[lead:])
+        scores, accumulating_score = self._scores(past, gathered, ends, counts, None if arrived is None else arrived.T)
         accumulating = states.numerators[:, -1].clone(), states.z[:, -1].clone()
         self.layers[number] = self._forget(Layer(*entries, scores, *accumulating, accumulating_score), first + tokens)
         return out.transpose(0, 1)
@@ -163,7 +165,7 @@ class Prompt:
         arrived: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
         """Scores of final entries, and of the accumulating one. Each token's score is added to the entry that contains it.
-        ``arrived [H, T]``: scores of `Policy.arrival`."""
+        ``arrived [H, T]``: scores at arrival."""
         heads, states = ends.shape
         if not self.policy.scored:
             return None, torch.zeros(heads, device=ends.device)

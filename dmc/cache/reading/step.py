@@ -40,6 +40,7 @@ class Step:
     Attributes:
         merges: bool ``[N, H]`` of each layer so far, True where a token was merged; None without ``trace``. With a window,
             of the token that left it as each came.
+        reads_hidden: whether calls need hidden states (`Policy.arrival_hidden`).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Step:
         self.entering: list[tuple] = []  # with a window: the new tokens of each layer so far
         self.left: list[list[Tensor]] = []  # with a window: decisions about the prompts' tokens that left it, by layer
         self.rows, self.policy, self.readers, self.slots = rows, policy, readers, slots
+        self.reads_hidden = policy.reads_hidden
         self.grows = all(reader.writes for reader in readers)
         self.chunks = []
         for prompt, tokens in chunks:
@@ -78,14 +80,15 @@ class Step:
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega, late ``[N, H]`` → as query.
 
         If the model decides when tokens leave a window, alpha is the logit at arrival, and late is added to the logit of the
-        token that leaves when this one arrives (`dmc.cache.reading.late`).
+        token that leaves when this one arrives (`dmc.cache.reading.late`). Hidden ``[N, hidden]``, if it `reads_hidden`.
         """
-        if self.policy.ring is None:
-            late = None
+        if self.policy.ring is None:  # nothing is decided late, so scores at arrival can go the same way
+            late = self.policy.arrival_hidden(layer, hidden) if self.reads_hidden else None
         parts = [query, key, value, *self.policy.decide(alpha, omega), late]
         if self.merges is not None and self.policy.ring is None:
             self.merges.append(parts[3] != 0)
@@ -188,7 +191,7 @@ class Step:
                 self.plans[number] = plan
 
     def _settled(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, arrived: Tensor | None,
     ) -> Tensor:
         rows, dtype = self.rows, self.rows.z.dtype
         key, value = key.to(dtype), value.to(dtype)
@@ -197,9 +200,8 @@ class Step:
             index = self.index.flatten()
             rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
             rows.z[index] = 1.0
-        arrived = None
-        if rows.storage.scored and self.policy.statistics is None:
-            arrived = self.policy.arrival(key, value, self.following.view(len(self.slots), -1)[:, 0] - 1).flatten()
+        if rows.storage.scored and self.policy.statistics is None and not self.reads_hidden:
+            arrived = self.policy.arrival(key, value, self.following.view(len(self.slots), -1)[:, 0] - 1)
         return self._attend(layer, query, _turn(key, self.now), value, alpha, arrived)
 
     # ------------------------------------------------------------------------------------ merging
@@ -242,14 +244,14 @@ class Step:
     ) -> Tensor:
         """Attention of queries over their rows and their own rotated states ``[S, H, D]``; then scores and eviction.
 
-        ``arrived``: fp32 ``[S * H]``, scores of the new tokens by `Policy.arrival`."""
+        ``arrived``: fp32 ``[S, H]``, scores of the new tokens by `Policy.arrival` or `Policy.arrival_hidden`."""
         rows, index, size = self.rows, self.index[layer], query.shape[-1]
         queries = _turn(query.to(own_key.dtype), self.now).view(len(index), -1, size)  # [S * H, G, D]
         out, weight = self.readers[layer].attend(
             rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), self.plans[layer],
         )
         if rows.storage.scored:
-            self._score(index, alpha.flatten(), weight if arrived is None else arrived)
+            self._score(index, alpha.flatten(), weight if arrived is None else arrived.flatten())
         if self.policy.evicts_later:
             there = entries(rows, index, self.following)
             evict(rows, index, there, self.policy.keep(there))
