@@ -25,13 +25,25 @@ if [ -n "$FRESH" ] || [ "$(cat $OUT/key 2>/dev/null)" != "$KEY" ]; then rm -rf $
 mkdir -p $OUT
 echo "$KEY" > $OUT/key
 
+# The second run of a pair; the core that is free after it compiles the CPU kernels of the evaluation ahead.
+second() {  # name, its arguments ...
+  local running
+  trap 'kill "$running" 2> /dev/null || true' TERM
+  torchrun --standalone train.py --output "$OUT/$1" --resume auto "${@:2}" &
+  running=$!
+  wait "$running" || exit
+  python -c "from dmc import LLM; [LLM('checkpoints/base', codec=codec) for codec in ('tcq-4bit', 'gear-4bit')]" &
+  running=$!
+  wait "$running"
+}
+
 # Two runs at a time, one thread each; the second writes to a file.
 pair() {  # name, its arguments ..., --, name, its arguments ...
   local first=$1 arguments=() status=0 beside
   shift
   while [ "$1" != -- ]; do arguments+=("$1"); shift; done
   shift
-  torchrun --standalone train.py --output "$OUT/$1" --resume auto "${@:2}" > "$OUT/$1.log" 2>&1 &
+  second "$@" > "$OUT/$1.log" 2>&1 &
   beside=$!
   trap 'kill $beside 2> /dev/null || true' EXIT
   torchrun --standalone train.py --output "$OUT/$first" --resume auto "${arguments[@]}" || status=$?
