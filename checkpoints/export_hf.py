@@ -164,7 +164,7 @@ def folding(config: PreTrainedConfig, gain: float) -> Callable[[str, Tensor], Te
     """
     if not 0 < gain < float("inf"):
         raise ValueError(f"gain must be a positive finite number, got {gain}")
-    rows = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias")
+    rows: tuple[str, ...] = (".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias")
     step = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.dmc["decision"] == "head":
         rows, step = (".decision.weight", ".decision.bias"), 1

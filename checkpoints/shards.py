@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import io
-import multiprocessing
+import multiprocessing.process
 import signal
 import time
 from pathlib import Path
@@ -43,9 +43,11 @@ class Shards:
 
     def __init__(self, state: dict, directory: Path) -> None:
         self.directory = directory
+        self._process: multiprocessing.process.BaseProcess | None = None
         together.everywhere(lambda: _wait_for(directory))
         try:
-            sharded, self._common, failure = *save_preprocess(state), None
+            sharded, self._common = save_preprocess(state)
+            failure = None
         except Exception as error:  # noqa: BLE001 - raised by some ranks only: all of them hear of it
             sharded, failure = {}, together.reason(error)
         together.raise_first(together.gather(failure))
@@ -89,7 +91,6 @@ class Shards:
             self._process = None
 
     def _start(self) -> None:
-        self._process = None
         if not self._planner.snapshot():
             return
         context = multiprocessing.get_context("fork")

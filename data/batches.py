@@ -9,6 +9,7 @@ on more ranks, reads the same.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -47,7 +48,7 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Batches of ``size`` sequences."""
-        return [self._each(lambda t, i=i: t[i : i + size]) for i in range(0, len(self.tokens), size)]
+        return [self._each(operator.itemgetter(slice(i, i + size))) for i in range(0, len(self.tokens), size)]
 
     def _each(self, of: Callable[[Tensor], Tensor]) -> Batch:
         tensors = (getattr(self, item.name) for item in fields(self))

@@ -43,7 +43,7 @@ def parse(value: str | list, name: str) -> list[Part]:
         items = [item for item in value.split(",") if item.strip()]
         if not any(_weight_of(item) for item in items):
             return [Part(value.strip(), Fraction(1))]
-        pairs = [_weight_of(item) or (item, None) for item in items]
+        pairs: list[tuple[str, object]] = [_weight_of(item) or (item, None) for item in items]
     else:
         pairs = [_entry(item, name) for item in value]
     weights = [(text.strip(), _number(weight, text, name)) for text, weight in pairs]
@@ -57,7 +57,7 @@ def parse(value: str | list, name: str) -> list[Part]:
 def _weight_of(item: str) -> tuple[str, str] | None:
     """``(corpus, weight)`` of ``weight:corpus``; None if nothing before a colon looks like a number."""
     found = _WEIGHTED.fullmatch(item)
-    return found and (found[2], found[1])
+    return (found[2], found[1]) if found else None
 
 
 def _entry(item: object, name: str) -> tuple[str, object]:

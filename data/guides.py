@@ -50,7 +50,7 @@ def _pieces(node: ast.stmt) -> list[ast.stmt]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return [node]
     if isinstance(node, ast.ClassDef):
-        methods = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        methods: list[ast.stmt] = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         rows = (node.end_lineno or node.lineno) - node.lineno
         return [node] if rows * 36 < PAGE_CHARACTERS else methods
     return []
@@ -71,6 +71,7 @@ def _joined(lines: list[str], page: list[ast.stmt]) -> str:
 
 def _reference(lines: list[str], node: ast.stmt) -> str:
     """Signature and docstring as they stand in the source; of a class also those of its methods."""
+    assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     body = node.body
     documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(
         body[0].value.value, str

@@ -7,8 +7,9 @@ that does not fit. They read only what `data.readers` does not: archives, and lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
+from typing import Any, BinaryIO
 
 import datasets
 from datasets.utils.file_utils import cached_path, xopen
@@ -46,7 +47,7 @@ def open_dataset(name: str, request: Request, column: Column) -> tuple[int | Non
     return known, _rows(rows, column, name)
 
 
-def _plain_files(builder: object, request: Request) -> list[File] | None:
+def _plain_files(builder: Any, request: Request) -> list[File] | None:
     """The files of the split, if `data.readers` reads them all as the dataset's loader would."""
     kinds = _KINDS.get(type(builder).__module__.rpartition(".")[2], set())
     config = builder.config
@@ -62,7 +63,7 @@ def _plain_files(builder: object, request: Request) -> list[File] | None:
     return [File(_base(url), _kind(url), _opener(url, request.streaming)) for url in urls]
 
 
-def _opener(url: str, streaming: bool) -> object:
+def _opener(url: str, streaming: bool) -> Callable[[], BinaryIO]:
     if streaming:
         return lambda: xopen(url, "rb")
     return lambda: open(cached_path(url, download_config=datasets.DownloadConfig()), "rb")
@@ -73,14 +74,14 @@ def _base(url: str) -> str:
 
 
 def _kind(url: str) -> str | None:
-    return readers.kind_of(PurePath(_base(url)))
+    return readers.kind_of(PurePath(_base(url)).name)
 
 
 def _default(field: dataclasses.Field) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _rows(found: object, column: Column, where: str) -> Iterator[str | None]:
+def _rows(found: Any, column: Column, where: str) -> Iterator[str | None]:
     """The column of what a loader of `datasets` gives."""
     try:
         if found.features is not None:

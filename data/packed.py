@@ -8,7 +8,7 @@ import importlib.util
 import io
 import lzma
 from pathlib import PurePath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PACKED = (".xz", ".gz", ".bz2", ".zst")
 _BLOCK = 2**17  # compressed bytes that are read at once
@@ -33,7 +33,7 @@ def check(name: str) -> None:
         )
 
 
-def unpacked(raw: BinaryIO, name: str) -> BinaryIO:
+def unpacked(raw: BinaryIO, name: str) -> Any:
     """The content of an open file, decompressed if its name says that it is compressed.
 
     All members of a file are read (several ``.gz`` or frames one after the other). A file that was cut short raises
@@ -79,13 +79,13 @@ class _Zstandard(io.RawIOBase):
         import zstandard
 
         self._raw, self._frames = raw, zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-        self._frame = None  # in the middle of which we are
+        self._frame: Any = None  # in the middle of which we are
         self._packed, self._ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._ready:
             packed = self._packed or self._raw.read(_BLOCK)
             if not packed:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -214,7 +214,7 @@ class _Run:
             document.ids, characters=document.characters, digest=document.digest, scored=document.scored
         )
 
-    def _encoded(self, request: sources.Request, limit: int | None, what: str) -> Iterator[Document]:
+    def _encoded(self, request: sources.Request, limit: int | None, what: str) -> Generator[Document]:
         progress = sources.Progress()
         column = Messages(request.column, self._template) if self._template else Column(request.column)
         texts = itertools.islice(sources.documents(request, progress, column), limit)

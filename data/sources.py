@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import packed, readers
 from data.column import Column, Unreadable
@@ -150,7 +150,7 @@ def _saved(path: Path, split: str, column: Column, progress: Progress) -> Iterat
     return _rows(found, column, str(path))
 
 
-def _rows(found: object, column: Column, where: str) -> Iterator[str | None]:
+def _rows(found: Any, column: Column, where: str) -> Iterator[str | None]:
     """The column of a Dataset."""
     if len(found):
         column.in_table(found.column_names, where)

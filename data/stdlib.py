@@ -24,6 +24,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from data.guides import guide
 
@@ -132,7 +133,7 @@ def _extension_docstrings() -> Iterator[Document]:
             yield Document(f"api/{name}", text)
 
 
-def _describe(module: object) -> str:
+def _describe(module: ModuleType) -> str:
     """The docstrings of a module, of its functions and classes and of their methods, as indented text."""
     lines = [f"module {module.__name__}", ""]
     if module.__doc__:

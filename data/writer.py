@@ -59,7 +59,7 @@ class PartWriter:
         self._builder.finalize(str(index))
         with open(index, "rb") as file:
             os.fsync(file.fileno())
-        files = {
+        files: dict[str, dict] = {
             f"{self.part}.bin": {"bytes": self._file.size, "sha256": self._file.digest.hexdigest()},
             f"{self.part}.idx": {"bytes": index.stat().st_size, "sha256": sha256_of(index)},
         }

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {"LLM": "dmc.engine", "SamplingParams": "dmc.engine"}  # imported on first use: `import dmc` stays light
 _MODULES = ("cache", "engine", "functional", "model")

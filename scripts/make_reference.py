@@ -1,6 +1,7 @@
 """Writes docs/reference: the configuration of training, the command line and the Python API, from the code.
 
-    python scripts/make_reference.py
+    python scripts/make_reference.py             write them
+    python scripts/make_reference.py --check     write nothing; exit with 1 where one is not current
 
 The pages are in the repository; `tests/docs/test_reference.py` fails where they are not current.
 """
@@ -11,6 +12,7 @@ import argparse
 import importlib
 import inspect
 import re
+import sys
 import typing
 from pathlib import Path
 
@@ -32,11 +34,16 @@ API = (
 
 
 def main() -> None:
-    """Write all pages."""
+    """Write all pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is not current")
+    check = parser.parse_args().check
     for name, text in pages().items():
         path = ROOT / "docs" / "reference" / name
+        if check:
+            if not path.is_file() or path.read_text() != text:
+                sys.exit(f"{path.relative_to(ROOT)} is not current: run python scripts/make_reference.py")
+            continue
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")

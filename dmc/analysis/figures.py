@@ -7,9 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmc.analysis.plots import pyplot
 from dmc.extras import needed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Normalize
 
 _INK = "#010203"  # of text and axes; in an SVG it becomes the colour of the page's text
 _SHOWN_HEADS = 16  # panels of more heads have no numbers in their cells
@@ -146,7 +152,7 @@ def draw(diagrams: Sequence[Curves], name: str, out_png: str | Path) -> str:
     return _inline(text.getvalue(), name).replace("<svg", f"<svg class=columns{columns}", 1)
 
 
-def _draw(axes: object, diagram: Curves, shades: Sequence[object]) -> None:
+def _draw(axes: Axes, diagram: Curves, shades: Sequence[str]) -> None:
     for line, shade in zip(diagram.lines, shades, strict=True):
         values = [float("nan") if value is None or (diagram.log and value <= 0) else value for value in line]
         alone = len(values) == 1
@@ -178,7 +184,7 @@ def _inline(svg: str, name: str) -> str:
     return svg.replace("url(#", f"url(#{name}-").replace(_INK, "currentColor")
 
 
-def _scale(cells: Sequence[Sequence[float | None]], log: bool) -> object:
+def _scale(cells: Sequence[Sequence[float | None]], log: bool) -> Normalize:
     from matplotlib.colors import LogNorm, Normalize
 
     known = [value for row in cells for value in row if value is not None and value == value]
@@ -188,7 +194,7 @@ def _scale(cells: Sequence[Sequence[float | None]], log: bool) -> object:
     return Normalize(least, most if most > least else least + 1)
 
 
-def _plain_ticks(bar: object) -> None:
+def _plain_ticks(bar: Colorbar) -> None:
     ticks = [2**power for power in range(-20, 21) if bar.norm.vmin <= 2**power <= bar.norm.vmax]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()

@@ -45,7 +45,7 @@ def table(summary: str, caption: str, columns: Sequence[str], rows: Sequence[tup
 def table_of(curve: Curves, caption: str) -> dict:
     """The numbers of a figure with one line per layer; of many points some."""
     points = len(curve.x)
-    some = range(points)
+    some: Sequence[int] = range(points)
     if points > _SPECTRUM_POINTS:  # closer together where a spectrum falls
         some = sorted({int(place) for place in torch.logspace(0, torch.tensor(points).log10(), _SPECTRUM_POINTS) - 1})
     columns = [curve.x_label, *(f"layer {layer}" for layer in range(len(curve.lines)))]

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmc.extras import needed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
 
 _RUN, _CONTROL, _TARGET = "#1f77b4", "#ff7f0e", "#444444"
 
@@ -87,7 +92,7 @@ def plot_heads(cr: Sequence[Sequence[float]], out_png: str | Path) -> None:
     plt.close(figure)
 
 
-def _mark_ratios(bar: object, largest: float) -> None:
+def _mark_ratios(bar: Colorbar, largest: float) -> None:
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if tick <= largest]
     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.minorticks_off()
@@ -127,7 +132,7 @@ def _points(lines: list[dict], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
-def _draw_loss(axes: object, lines: list[dict], key: str, path: str | Path, *, label: str, color: str) -> None:
+def _draw_loss(axes: Axes, lines: list[dict], key: str, path: str | Path, *, label: str, color: str) -> None:
     points = _points(lines, key) or _points(lines, "loss")
     if not points:
         raise ValueError(f"{path} has no line with a step and a loss: nothing to draw")
@@ -142,7 +147,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
-def _mark_phases(top: object, bottom: object, lines: list[dict]) -> None:
+def _mark_phases(top: Axes, bottom: Axes, lines: list[dict]) -> None:
     previous = None
     for line in lines:
         phase = line.get("phase", previous)

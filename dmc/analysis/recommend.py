@@ -129,17 +129,17 @@ class _Pages:
     size: int
     head_size: int
 
-    def made(self, own: Mapping[str, object]) -> Codec:
+    def made(self, own: dict[str, object]) -> Codec:
         return make(self.name, self.settings | own)
 
-    def allows(self, own: Mapping[str, object]) -> bool:
+    def allows(self, own: dict[str, object]) -> bool:
         try:
             self.made(own)
         except ValueError:
             return False
         return True
 
-    def entry_bytes(self, own: Mapping[str, object]) -> float:
+    def entry_bytes(self, own: dict[str, object]) -> float:
         """Of one entry's key and value in a page, everything in it counted."""
         one = self.made(own)
         return one.nbytes(one.encode(*torch.zeros(2, self.size, self.head_size))) / self.size

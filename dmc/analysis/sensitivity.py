@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dmc.cache import Codec, KVCache, Prompt
+from dmc.cache import Codec, KVCache, LatePrompt, Prompt
 from dmc.model import Llama
 
 PARTS = {"key": (True, False), "value": (False, True), "both": (True, True)}  # (keys, values) that are replaced
@@ -72,7 +72,7 @@ class Probe:
             part: "key", "value" or "both", of what is taken from it.
         """
         keys, values = PARTS[part]
-        prompts = [copy.copy(prompt) for prompt in self._prompts]
+        prompts: list = [copy.copy(prompt) for prompt in self._prompts]
         for place, prompt in enumerate(prompts):
             prompt.layers = list(prompt.layers)
             for number, pairs in changed.items():
@@ -87,7 +87,7 @@ class Probe:
         ]
         return torch.cat(sums).double().view(len(prompts), -1).mean(-1).clamp(min=0).cpu()
 
-    def _encoded(self, number: int, prompt: Prompt, codec: Codec, page: int) -> Pair:
+    def _encoded(self, number: int, prompt: Prompt | LatePrompt, codec: Codec, page: int) -> Pair:
         """As the cache does it: a lossy codec sees keys without their bias."""
         layer, counts, bias = prompt.layers[number], self._counts(prompt, number), self.cache.key_bias
         if bias is None or not codec.lossy:
@@ -97,24 +97,24 @@ class Probe:
         keys, values = through(codec, (layer.keys - added).to(layer.keys.dtype), layer.values, counts, page, self.sinks)
         return (keys + added).to(keys.dtype), values
 
-    def _prefilled(self, tokens: Sequence[int]) -> Prompt:
+    def _prefilled(self, tokens: Sequence[int]) -> Prompt | LatePrompt:
         prompt = self.cache.prompt()
         for start in range(0, len(tokens), _CHUNK):
             part = torch.tensor(tokens[start : start + _CHUNK], device=self.model.device)
             self.model.hidden(part, self._attend([(prompt, len(part))]))
         return prompt
 
-    def _step(self, prompts: Sequence[Prompt]):  # noqa: ANN202 - what `Llama.hidden` attends through
-        copies = [copy.copy(prompt) for prompt in prompts]
+    def _step(self, prompts: Sequence[Prompt | LatePrompt]):  # noqa: ANN202 - what `Llama.hidden` attends through
+        copies: list = [copy.copy(prompt) for prompt in prompts]
         for prompt in copies:
             prompt.layers = list(prompt.layers)
         return self._attend([(prompt, self.scored) for prompt in copies])
 
-    def _attend(self, chunks: list[tuple[Prompt, int]]):  # noqa: ANN202
+    def _attend(self, chunks: list[tuple[Prompt | LatePrompt, int]]):  # noqa: ANN202
         none = torch.empty(0, dtype=torch.int64, device=self.model.device)
         return self.cache.step(none, none, chunks, self.model.rope)
 
-    def _counts(self, prompt: Prompt, number: int) -> Tensor:
+    def _counts(self, prompt: Prompt | LatePrompt, number: int) -> Tensor:
         return (prompt.layers[number].positions < prompt.done).sum(-1)  # other positions are those of no entry
 
     def _rows(self, x: Tensor) -> Sequence[Tensor]:

@@ -18,6 +18,7 @@ more entries share the keys' mean, but twice as many entries wait for a full pag
 from dmc.cache.codecs import CODECS, Blocks, Codec, codec, codec_class
 from dmc.cache.kv import KVCache
 from dmc.cache.policies import POLICIES, Entries, Policy, PromptEntries, PromptPolicy, policy, policy_class
+from dmc.cache.reading.late_prompt import LatePrompt
 from dmc.cache.reading.prompt import Prompt
 from dmc.cache.reading.step import Step
 from dmc.cache.storage.packing import Packing, Storage
@@ -26,7 +27,7 @@ from dmc.cache.storage.rows import Rows, Shape
 from dmc.cache.storage.swap import Swapped
 
 __all__ = [
-    "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "Packing", "PagePool", "Policy", "PoolExhausted", "Prompt",
-    "PromptEntries", "PromptPolicy",
+    "CODECS", "POLICIES", "Blocks", "Codec", "Entries", "KVCache", "LatePrompt", "Packing", "PagePool", "Policy", "PoolExhausted",
+    "Prompt", "PromptEntries", "PromptPolicy",
     "Rows", "Shape", "Step", "Storage", "Swapped", "codec", "codec_class", "policy", "policy_class",
 ]

@@ -140,7 +140,7 @@ def _references(options: argparse.Namespace) -> list[tuple[str, Windows, Referen
             file, options.directory, prompt=options.prompt_tokens, scored=options.scored_tokens, count=options.windows
         )
         store = options.references or default_store()
-        wanted = base and reference(base, windows, store=store, dtype=dtype, device=device)
+        wanted = reference(base, windows, store=store, dtype=dtype, device=device) if base else None
         if wanted and found:
             wanted = replace(wanted, head=found[0][2].head)  # one output matrix in memory, however many texts
         found.append((file, windows, wanted))

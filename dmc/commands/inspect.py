@@ -53,7 +53,7 @@ def _vary(options: argparse.Namespace) -> dict[str, list[float]] | None:
         raise ValueError("--recommend writes into a report: give --out REPORT")
     if options.vary and not options.recommend:
         raise ValueError("--vary is for --recommend: give both or neither")
-    found = {}
+    found: dict[str, list] = {}
     for text in options.vary:
         setting, _, values = text.partition("=")
         read = [named(f"_:{setting}={value}")[1][setting] for value in values.split(",")] if setting and values else []

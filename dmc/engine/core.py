@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +16,7 @@ from dmc.engine.runner import Chunk, Runner
 from dmc.engine.sampler import choose, logprobs
 from dmc.engine.scheduler import Batch, Scheduler
 from dmc.engine.sequence import Sequence, State
+from dmc.engine.sharded_cache import ShardedCache
 
 _REASONS = (None, "length", "eos", "stop")  # why a token was the last, as they are broadcast
 
@@ -57,7 +59,7 @@ class Engine:
     @property
     def prompt_bytes(self) -> int:
         """Bytes of full-precision entries of prompts that are prefilling, outside of the page pool; any thread may ask."""
-        return self._own_prompt_bytes() if self.ranks is None else self.cache.prompt_bytes
+        return self._own_prompt_bytes() if self.ranks is None else cast(ShardedCache, self.cache).prompt_bytes
 
     def check(self, sequence: Sequence) -> None:
         """Rejects what could never run.
@@ -108,7 +110,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ the ranks
 
-    def everywhere(self, function: Callable, *arguments: object, own: object = None) -> object:
+    def everywhere(self, function: Callable, *arguments: object, own: object = None) -> Any:
         """Runs ``function(engine, *arguments, own)`` on every rank, each with its own engine → what it returns here.
 
         Args:
@@ -135,7 +137,7 @@ class Engine:
     def settle(self) -> None:
         """Ends a command on all ranks: their figures are exchanged, and their schedules compared."""
         if self.ranks is not None:
-            self.cache.refresh(self.scheduler.fingerprint(), self._own_prompt_bytes())
+            cast(ShardedCache, self.cache).refresh(self.scheduler.fingerprint(), self._own_prompt_bytes())
 
     # ------------------------------------------------------------------------------------ a step, on every rank
 

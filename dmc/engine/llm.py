@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,13 +119,13 @@ class LLM:
         Raises:
             ValueError: if a prompt is empty, too long for the model or the pool, or no token of it.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        every: list = [prompts] if isinstance(prompts, str) else list(prompts)
         params = params or SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need one SamplingParams or as many, got {len(each)}")
+        each = [params] * len(every) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(every):
+            raise ValueError(f"{len(every)} prompts need one SamplingParams or as many, got {len(each)}")
         sequences = [
-            sequence for prompt, own in zip(prompts, each, strict=True) for sequence in self.sequences(prompt, own)
+            sequence for prompt, own in zip(every, each, strict=True) for sequence in self.sequences(prompt, own)
         ]
         for sequence in sequences:
             self.engine.add(sequence)
@@ -154,7 +155,7 @@ class LLM:
         self.engine.check(made[0])
         return made
 
-    def everywhere(self, function: Callable, *arguments: object, own: object = None) -> object:
+    def everywhere(self, function: Callable, *arguments: object, own: object = None) -> Any:
         """Runs a function that uses model and cache on every rank of the engine; see `Engine.everywhere`."""
         return self.engine.everywhere(function, *arguments, own=own)
 
@@ -349,7 +350,7 @@ def _stored(
     return made
 
 
-def _made(kind: str, chosen: str | Codec | Policy, settings: dict | None) -> Codec | Policy:
+def _made(kind: str, chosen: str | Codec | Policy, settings: dict | None) -> Any:
     if isinstance(chosen, str):
         return {"codec": codec, "policy": policy}[kind](chosen, **(settings or {}))
     if settings:

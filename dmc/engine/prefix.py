@@ -31,7 +31,8 @@ def donor(prompt: list[int], running: Iterable[Sequence], kept: Iterable[Read]) 
     Only prompts count: entries of generated tokens come from attention over encoded pages, those of a prompt do not.
     """
     best: tuple[int | None, int] = (None, 0)
-    for other, slot in [(holder.prompt, holder.slot) for holder in (*running, *kept)]:
+    holders: list[Sequence | Read] = [*running, *kept]
+    for other, slot in [(holder.prompt, holder.slot) for holder in holders]:
         common = _common(prompt, other)
         if common > best[1]:
             best = (slot, common)

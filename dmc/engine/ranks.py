@@ -82,7 +82,8 @@ class Ranks:
         self, store: dist.Store, rank: int, ranks: int, *, key: bytes, timeout: float,
         children: Sequence[subprocess.Popen] = (),
     ) -> None:
-        self.rank, self.ranks, self.children, self.failure = rank, ranks, children, None
+        self.rank, self.ranks, self.children = rank, ranks, children
+        self.failure: str | None = None
         self._store, self._timeout = store, timeout
         self._ending = _Ending(key, children)
         self._end = weakref.finalize(self, _end, self._ending)
@@ -248,7 +249,7 @@ class Ranks:
         late = "timed out" in str(error).lower()
         return self._say(f"{names} not answered for {self._timeout:g} seconds" if late else f"{names} ended")
 
-    def _beats(self) -> list[tuple[int, int]]:
+    def _beats(self) -> list[tuple[int, ...]]:
         """Of each rank: beats so far, and collective calls."""
         return [tuple(map(int, value.split())) for value in self._store.multi_get([f"beat/{rank}" for rank in range(self.ranks)])]
 

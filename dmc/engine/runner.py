@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmc.cache import KVCache, Prompt
+from dmc.cache import KVCache, LatePrompt, Prompt
 from dmc.model import Llama
 from dmc.model.group import Group
 
@@ -17,7 +17,7 @@ from dmc.model.group import Group
 class Chunk:
     """Tokens of a prompt that come next, at least one."""
 
-    prompt: Prompt
+    prompt: Prompt | LatePrompt
     tokens: Sequence[int]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,6 +162,6 @@ def _nucleus(probabilities: Tensor, top_p: float, count: int) -> tuple[Tensor, T
     return likely.masked_fill(before >= top_p, 0.0), where, before[:, -1] >= top_p
 
 
-def _columns(values: dict[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.tensor(list(values), dtype=torch.int64, device=like.device)
     return tokens, torch.tensor(list(values.values()), dtype=like.dtype, device=like.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmc.cache import Prompt
+from dmc.cache import LatePrompt, Prompt
 from dmc.engine.core import Engine
 from dmc.engine.runner import Chunk, Runner
 from dmc.engine.stats import Stats, measure
@@ -47,14 +47,14 @@ class Fed:
     """
 
     slot: int
-    tokens: Sequence[int]
+    tokens: list[int]
     fed: int
     until: int
 
 
 def prefill(
     runner: Runner, tokens: Sequence[int], chunk: int, take: Callable[[int, Tensor], None] | None = None,
-) -> Prompt:
+) -> Prompt | LatePrompt:
     """Feeds tokens as a prompt, ``chunk`` at a time; its pages are not encoded yet.
 
     Args:

@@ -8,7 +8,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from dmc.cache import Prompt, Swapped
+from dmc.cache import LatePrompt, Prompt, Swapped
 from dmc.engine.detokenizer import Detokenizer
 from dmc.engine.params import SamplingParams
 from dmc.engine.sampler import Sampler, TokenLogprob
@@ -90,7 +90,7 @@ class Sequence:
     index: int = 0
     arrival: int = -1
     state: State = State.WAITING
-    partial: Prompt | None = None
+    partial: Prompt | LatePrompt | None = None
     logits: Tensor | None = None
     slot: int | None = None
     swapped: Swapped | None = None

@@ -137,7 +137,8 @@ class Service:
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.llm, self.max_waiting, self.on_step, self.on_death = llm, max_waiting, on_step, on_death
-        self.accepting, self.death, self.last_step = True, None, time.monotonic()
+        self.accepting, self.last_step = True, time.monotonic()
+        self.death: BaseException | None = None
         self._streams: dict[Sequence, Stream] = {}
         self._inbox: deque[Callable[[], object]] = deque()
         self._arriving, self._stop = 0, False  # sequences in the inbox

@@ -8,6 +8,9 @@ in figures are totals.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +30,7 @@ class ShardedCache(KVCache):
         prompt_bytes: of prompts that are prefilling, on all ranks, when the last command ended.
     """
 
-    def __init__(self, group: Group, shape: Shape, *arguments: object, **settings: object) -> None:
+    def __init__(self, group: Group, shape: Shape, *arguments: Any, **settings: Any) -> None:
         super().__init__(shape, *arguments, **settings)
         self._group, self.prompt_bytes = group, 0
         self.model_shape = Shape(shape.layers, shape.heads * group.ranks, shape.head_size, shape.dtype)
@@ -65,7 +68,8 @@ class ShardedCache(KVCache):
     def codec_error(self) -> tuple[float, float]:
         """See `KVCache.codec_error`; of all ranks together."""
         lost, whole = self._totals[2:4], self._totals[4:]
-        return tuple((part / of) ** 0.5 if of else 0.0 for part, of in zip(lost, whole, strict=True))
+        keys, values = ((part / of) ** 0.5 if of else 0.0 for part, of in zip(lost, whole, strict=True))
+        return keys, values
 
     def likely_pages(self, entries: Tensor) -> int:
         """See `KVCache.likely_pages`; of all heads → of the rank that needs most."""
@@ -91,5 +95,5 @@ class ShardedCache(KVCache):
     def _enough(self, spare: int) -> bool:
         return self._group.least(spare) >= 0
 
-    def _sum(self, values: object) -> list[int]:
+    def _sum(self, values: Iterable[int]) -> list[int]:
         return torch.stack(self._group.all(torch.tensor(list(values)))).sum(0).tolist()

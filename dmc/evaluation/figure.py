@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmc.evaluation.report import measured
 from dmc.evaluation.styles import STYLES, method, style
 from dmc.extras import needed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import Container
 
 FORMATS = (".pdf", ".svg", ".png")
 MEASURES = {
@@ -148,7 +153,7 @@ def _loss(result: dict, measure: str) -> tuple[float, float]:
     return result[measure], (result.get(error) or 0.0) if error else 0.0
 
 
-def _line(axis: object, name: str, points: Sequence[Point], look: Look) -> object:
+def _line(axis: Axes, name: str, points: Sequence[Point], look: Look) -> Container:
     whole = next((known for known in STYLES if name == known or name.startswith(f"{known}, ")), name)
     colour, marker = style(name if name in STYLES else whole)
     share, loss = [point.share for point in points], [point.loss for point in points]
@@ -163,7 +168,7 @@ def _line(axis: object, name: str, points: Sequence[Point], look: Look) -> objec
     return made
 
 
-def _axes(axis: object, rows: Sequence[dict]) -> None:
+def _axes(axis: Axes, rows: Sequence[dict]) -> None:
     first, shares = rows[0]["result"], [row["result"]["share"] for row in rows]
     axis.set(xscale="log", yscale="log")
     axis.set_xlabel("KV bytes / bytes of a dense bf16 cache", fontsize=8)

@@ -29,7 +29,7 @@ def renamed(row: dict, device: str, dtype: str) -> dict:
     if result is None or result["codec"] not in CHANGED + GONE or "backbone" in result["settings"]["codec"]:
         return row
     name, settings = named(row["codec"])
-    own = {setting: value for setting, value in settings.items() if setting not in CACHE_SETTINGS}
+    own: dict = {setting: value for setting, value in settings.items() if setting not in CACHE_SETTINGS}
     rest = {setting: value for setting, value in settings.items() if setting in CACHE_SETTINGS}
     name, own, page = former(name, own)
     if name == "gear" and page is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -77,7 +78,7 @@ def _measured(
     with tqdm(total=len(todo) * steps, unit="token", smoothing=0.05, dynamic_ncols=True) as bar:
         for number, (cell, key) in enumerate(todo):
             bar.set_description(f"{skipped + number + 1}/{skipped + len(todo)} {cell.model.name} {cell.policy} {cell.codec}")
-            row = {"key": key, "model": cell.model.resolve().name, "policy": str(cell.policy), "codec": str(cell.codec)}
+            row: dict = {"key": key, "model": cell.model.resolve().name, "policy": str(cell.policy), "codec": str(cell.codec)}
             started = time.perf_counter()
             try:
                 llm = _load(cell, device, dtype, min(len(windows.tokens), 64))
@@ -140,7 +141,7 @@ def _opened(path: Path) -> Iterator:
         yield file
 
 
-def _rows(file: object, device: str, dtype: str) -> dict[str, dict]:
+def _rows(file: TextIO, device: str, dtype: str) -> dict[str, dict]:
     """By key; of several with one key the last. Codecs have the names of today."""
     file.seek(0)
     rows = {}

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,7 +207,7 @@ def segments(count: int) -> list[tuple[int, int]]:
 
 def summary(continued: Sequence[Continued], count: int) -> dict:
     """Means and standard errors over texts; ``cr`` is tokens / entries, ``byte_ratio`` dense bf16 bytes / held bytes."""
-    figures = {"n": len(continued), "unchanged": sum(one.same_tokens == count for one in continued)}
+    figures: dict[str, Any] = {"n": len(continued), "unchanged": sum(one.same_tokens == count for one in continued)}
     for name in ("same_tokens", "equal", "agreement"):
         figures[name], figures[f"{name}_stderr"] = mean([getattr(one, name) for one in continued])
     figures["same_tokens_median"] = median(one.same_tokens for one in continued)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmc.extras import needed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 _PANELS = (("exact", "exact retrieval"), ("choice", "answer likeliest"), ("margin", "margin, nats"))
 
@@ -53,7 +58,7 @@ def plot_needle(figures: dict, out_png: str | Path, *, title: str = "") -> None:
     pyplot.close(figure)
 
 
-def _write(axes: object, values: list[list[float]], metric: str, image: object) -> None:
+def _write(axes: Axes, values: list[list[float]], metric: str, image: AxesImage) -> None:
     """The numbers, in a colour that can be read on the cell's."""
     for y, row in enumerate(values):
         for x, value in enumerate(row):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmc.evaluation.report import family, frontier, measured, point
 from dmc.extras import needed_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MARKERS = "osD^vPXp*h<>d"
 _LEAST = 1e-5  # KL below this is rounding; drawn here
@@ -55,7 +59,7 @@ def plot_frontier(rows: Sequence[dict], out_png: str | Path) -> None:
     plt.close(figure)
 
 
-def _axes(axes: object, shares: Sequence[float], first: dict) -> None:
+def _axes(axes: Axes, shares: Sequence[float], first: dict) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = [2.0**-power for power in range(12) if 2.0**-power >= min(shares) / 1.5 and 2.0**-power <= max(shares) * 1.5]

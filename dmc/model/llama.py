@@ -71,7 +71,7 @@ class Llama:
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.part = config
-        check_names(config, weights, weights.directory, added=_decision_names(config))
+        check_names(config, list(weights), weights.directory, added=_decision_names(config))
         self.fitted: FittedHeads | None = None
         self.rope = Rope.of(config.rope, dtype=_work(dtype), device=device)
 

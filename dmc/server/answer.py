@@ -42,7 +42,7 @@ class Part:
     @classmethod
     def streamed(cls, progress: Progress) -> Part:
         """What has become new."""
-        ended = progress.output and progress.output.finish_reason
+        ended = progress.output.finish_reason if progress.output else None
         return cls(progress.index, progress.text, progress.logprobs, progress.pieces, ended)
 
     @classmethod

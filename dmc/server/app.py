@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -20,6 +21,8 @@ from dmc.server.guard import Guard
 from dmc.server.metrics import Metrics
 from dmc.server.schema import ChatRequest, CompletionRequest, Sampling
 from dmc.server.settings import Settings
+
+_Made = TypeVar("_Made")
 
 
 class Api:
@@ -43,7 +46,7 @@ class Api:
     async def completion(self, asked: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         self._check_model(asked)
-        prompts = [asked.prompt] if isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int) else asked.prompt
+        prompts: list = [asked.prompt] if isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int) else asked.prompt
         sequences = await self._sequences(prompts, asked, max_tokens=asked.max_tokens, logprobs=asked.logprobs)
         return await self._answer(Completion(asked.model, self.llm.tokenizer), asked, sequences, request)
 
@@ -84,7 +87,7 @@ class Api:
 
         return await self._checked(made)
 
-    async def _checked(self, what: object, *arguments: object) -> object:
+    async def _checked(self, what: Callable[..., _Made], *arguments: object) -> _Made:
         """Runs something that tokenises, in a thread; what it refuses is the client's to mend."""
         try:
             return await asyncio.to_thread(what, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -67,7 +68,7 @@ def response(
     return JSONResponse(error_body(status, message, param=param, code=code), status_code=status, headers=headers)
 
 
-def install(app: FastAPI, retry_after: object) -> None:
+def install(app: FastAPI, retry_after: Callable[[], int]) -> None:
     """Makes every error of the application one of these; ``retry_after()`` says for how many seconds to stay away."""
 
     @app.exception_handler(RequestError)

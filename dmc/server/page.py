@@ -74,7 +74,7 @@ async def _events(service: Service, stream: Stream) -> AsyncIterator[bytes]:
 
 
 def _finish(progress: Progress) -> str | None:
-    return progress.output and progress.output.finish_reason
+    return progress.output.finish_reason if progress.output else None
 
 
 def _bits(merges: torch.Tensor) -> str:

@@ -38,7 +38,7 @@ def explain(errors: Sequence[dict], body: object) -> tuple[str, str | None]:
     if len(closest) > 1 and not best[1]:  # no type fits
         known = next((path[:end] for end in range(len(path), 0, -1) if path[end - 1] in FORMS), None)
         if known is not None:
-            return f"{_name(known)}: must be {FORMS[known[-1]]}", _name(known)
+            return f"{_name(known)}: must be {FORMS[str(known[-1])]}", _name(known)
     if error["type"].startswith("union_tag"):  # a message's role, or a part's type
         name, known = _name((*path, error["ctx"]["discriminator"].strip("'"))), error["ctx"].get("expected_tags")
         return f"{name}: must be one of {known}" if known else f"{name}: Field required", name

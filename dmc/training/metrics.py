@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import torch
@@ -31,7 +32,8 @@ class Meter:
 
     def __init__(self, config: Config, hf: ModelShape, *, steps: int, world: int) -> None:
         self._tokens = config.optim.global_batch * config.data.sequence_length
-        self._steps, self._started, self._first = steps, time.perf_counter(), None
+        self._steps, self._started = steps, time.perf_counter()
+        self._first: int | None = None
         peak = flops.peak_tflops(config)
         # MFU a token per second; None where nothing is known of the machine.
         self._share = None if peak is None else flops.model_flops(config, hf) / (peak * 1e12 * world)
@@ -59,8 +61,10 @@ class Reporter:
 
     def __init__(self, config: LogConfig, output: Path, settings: dict, *, rank: int, steps: int) -> None:
         self._active, self._steps = rank == 0, steps
-        self._path, self._file = output / "metrics.jsonl", None
-        self._tensorboard = self._open_tensorboard = self._wandb = self._resumed_at = None
+        self._path = output / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._resumed_at: int | None = None
+        self._tensorboard = self._open_tensorboard = self._wandb = None
         if not self._active:
             return
         if config.tensorboard:

@@ -216,9 +216,9 @@ def _attention(config: Config, hf: ModelShape, layout: Layout, on_gpu: bool) -> 
     if config.dmc.recent is not None:
         behind = max(0.0, 1 - (config.dmc.recent + 1) / config.data.sequence_length)
         near = depth * queries * (size + 4 + behind * (size + (4 if size == 2 else 0))) + 2 * size * depth * keys
-        far = behind * (2 * size * features * (keys + queries) + 16 * queries)
+        rest = behind * (2 * size * features * (keys + queries) + 16 * queries)
         values = keys * depth * (8 if size == 4 else 2)
-        return int(scan + near + far + values + 32 * keys + 4 * queries + tables), projections + 8 * keys
+        return int(scan + near + rest + values + 32 * keys + 4 * queries + tables), projections + 8 * keys
     scores = size * depth * (keys + queries) + 2 * size * features * (keys + queries)
     values = keys * depth * (8 if size == 4 else 2)
     return scan + scores + values + 32 * keys + 8 * queries + tables, projections + 8 * keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,8 +56,8 @@ class Backbone:
     group: int = GROUP
     scale_dtype: torch.dtype = torch.bfloat16
 
-    def part(self, part: str, head_size: int) -> Quantiser | Rotated:
-        """The quantiser of keys ("k") or of values ("v") of heads of size D."""
+    def part(self, part: str, head_size: int) -> Any:
+        """The `Quantiser` or `Rotated` of keys ("k") or of values ("v") of heads of size D."""
         bits = self.key_bits if part == "k" else self.value_bits
         if self.name == "trellis":
             return Rotated(bits, mean=part == "k")

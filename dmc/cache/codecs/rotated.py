@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -33,9 +32,14 @@ Fields = dict[str, Tensor]
 class Coder(Protocol):
     """Converts values of about variance 1 to codes and back, as the functions of `dmc.cache.codecs.trellis` do."""
 
-    chunks: Callable[[float, int], list[tuple[int, int]]]
-    choose: Callable[[Tensor, float], Tensor]
-    read: Callable[[Tensor, float], Tensor]
+    def chunks(self, rate: float, length: int, /) -> list[tuple[int, int]]:
+        """(values, bits) of each chunk of a vector."""
+
+    def choose(self, x: Tensor, rate: float, /) -> Tensor:
+        """Codes of values."""
+
+    def read(self, codes: Tensor, rate: float, /) -> Tensor:
+        """Values of codes."""
 
 
 class TrellisCoder:

@@ -15,6 +15,7 @@ has as many entries behind the ring as `Policy.max_entries` allows, a token is m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def _by_kernels(
 ) -> None:
     """`_by_torch` with the kernels of `dmc.cache.reading.onpages`, without waiting for the device."""
     window = rows.storage.ring
-    mean = kernels.append(rows, torch.where(entering, index, -1), key, value, alpha, omega, gone.table_index, gone.table)
+    mean: Any = kernels.append(rows, torch.where(entering, index, -1), key, value, alpha, omega, gone.table_index, gone.table)
     slot = torch.full_like(index, window)
     old = rows.read_full(index, slot)[:2]
     mean = [torch.where(entering[:, None], new.to(held.dtype), held) for new, held in zip(mean, old, strict=True)]

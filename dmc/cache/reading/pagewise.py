@@ -36,7 +36,7 @@ class PageByPage(Reader):
 
         packing = self.packing
         pages, owner = rows.encoded_pages(index)
-        parts = []  # (pages, owner, blocks, scores [n, G, P]) of some pages each
+        parts: list = []  # (pages, owner, blocks, scores [n, G, P]) of some pages each
         per_part = max(1, _PAGE_VALUES // (packing.page_size * rows.shape.head_size))
         for some, owners in zip(pages.split(per_part), owner.split(per_part), strict=True):
             blocks, metadata = rows.read_encoded(some, packing)

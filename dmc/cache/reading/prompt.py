@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,8 +206,11 @@ class _States:
     merged: bool
 
 
-def states_of(past: Layer | None, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
-    """Intermediate states of tokens. ``merges``: if the policy can merge; if not, a mean is a token, in the model's dtype."""
+def states_of(past: Any, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, merges: bool) -> _States:
+    """Intermediate states of tokens after ``past``, a layer's state or None.
+
+    ``merges``: if the policy can merge; if not, a mean is a token, in the model's dtype.
+    """
     x = torch.cat([key, value], dim=-1).transpose(0, 1)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, alpha, omega = x.to(work if merges else x.dtype), alpha.to(work), omega.to(work)

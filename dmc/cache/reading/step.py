@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmc.cache.policies import Policy
 from dmc.cache.reading import growing, late
+from dmc.cache.reading.late_prompt import LatePrompt
 from dmc.cache.reading.plan import Plan, plans
 from dmc.cache.reading.prompt import Prompt
 from dmc.cache.reading.reader import Reader
@@ -45,7 +46,7 @@ class Step:
 
     def __init__(
         self, rows: Rows, policy: Policy, readers: Sequence[Reader], slots: Tensor, positions: Tensor,
-        chunks: Sequence[tuple[Prompt, int]], rope: Rope, *, merges: bool = True, trace: bool = False,
+        chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *, merges: bool = True, trace: bool = False,
     ) -> None:
         self.merges: list[Tensor] | None = [] if trace else None
         self.entering: list[tuple] = []  # with a window: the new tokens of each layer so far
@@ -92,7 +93,7 @@ class Step:
         parts = [query, key, value, *self.policy.decide(alpha, omega), late]
         if self.merges is not None and self.policy.ring is None:
             self.merges.append(parts[3] != 0)
-        decode = self._settled if self.settled else self._merging
+        decode: Callable[..., Tensor] = self._settled if self.settled else self._merging
         if self.policy.ring is not None:
             decode = self._late
         elif len(self.slots) and self.grows:

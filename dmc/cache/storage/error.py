@@ -49,9 +49,10 @@ class CodecError:
     @property
     def sums(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Sums of squared errors of keys and values, and of their squares, over all sampled pages."""
-        return tuple(self._lost.values()), tuple(self._all.values())
+        return (self._lost["k"], self._lost["v"]), (self._all["k"], self._all["v"])
 
     @property
     def relative(self) -> tuple[float, float]:
         """Relative error of keys and of values: Frobenius norm of the error / of the entries, over sampled pages; 0 at first."""
-        return tuple((self._lost[part] / self._all[part]) ** 0.5 if self._all[part] else 0.0 for part in "kv")
+        keys, values = ((self._lost[part] / self._all[part]) ** 0.5 if self._all[part] else 0.0 for part in "kv")
+        return keys, values

@@ -80,7 +80,7 @@ class PagePool:
         self._views.clear()
         self.kept.clear()
         self._lent = False
-        self.memory = self._stack = self.owners = None  # freed before the new memory is allocated
+        del self.memory, self._stack, self.owners  # freed before the new memory is allocated
         self._allocate(limit)
 
     def _allocate(self, limit: int | None) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class Rows:
         entry = storage.entry_bytes(size)
         self.per_full_page = page_bytes // entry  # full-precision entries per page
         part = (dtype, (self.per_full_page, size))
-        metadata = {f"e_{name}": (kind, (self.per_full_page,)) for name, kind in storage.metadata.items()}
+        metadata: dict[str, Any] = {f"e_{name}": (kind, (self.per_full_page,)) for name, kind in storage.metadata.items()}
         self.full_layout = Layout({"k": part, "v": part} | metadata)
         self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
         self.error = CodecError()
@@ -180,8 +181,8 @@ class Rows:
             pages += encoded + 2 * evicting + max(full, self.ring_pages)
         return pages
 
-    def full_pages(self, entries: int | Tensor) -> int | Tensor:
-        """Pages of so many full-precision entries."""
+    def full_pages(self, entries: Any) -> Any:
+        """Pages of so many full-precision entries: an int, or a tensor of them."""
         return -(-entries // self.per_full_page)
 
     # ------------------------------------------------------------------------------------ reading
