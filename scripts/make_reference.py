@@ -1,4 +1,4 @@
-"""Writes docs/reference: the configuration of training, the command line and the Python API, from the code.
+"""Writes docs/reference from the code: configuration, command line, HTTP interface, metrics, file formats, Python API.
 
     python scripts/make_reference.py             write them
     python scripts/make_reference.py --check     write nothing; exit with 1 where one is not current
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import re
 import sys
 import typing
 from pathlib import Path
@@ -19,13 +18,21 @@ from pathlib import Path
 from dmc import cli
 from dmc.commands import export, train
 from dmc.training.config import Config, keys
+from dmc.training.signals import EXIT_CODE
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts import reference_files, reference_server  # noqa: E402 - the folder is on the path only now
+from scripts.reference_text import escaped, table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by scripts/make_reference.py: edit the code, then run it again. -->"
 EXIT_CODES = (
-    "Exit codes: 0; 2 with one sentence on stderr for wrong use; 1 if a rank died, a training run broke off or a cell of a "
-    "frontier failed; `dmc train` has 75 when a signal stopped it with a checkpoint to resume from. The flag `--help` of each "
-    "command prints the same arguments."
+    ("0", "the command is done"),
+    ("1", "a rank died, the engine failed, training stopped at bad numbers, or a cell of a frontier failed"),
+    ("2", "wrong use, a file that cannot be read or written, or a missing package; one sentence on stderr"),
+    (str(EXIT_CODE), "`dmc train` only: a signal stopped it after a checkpoint; the same command with `--resume` goes on"),
+    ("130", "Ctrl-C"),
 )
 API = (
     "dmc.LLM", "dmc.SamplingParams", "dmc.engine.Output", "dmc.engine.Stats", "dmc.functional", "dmc.cache.Policy",
@@ -51,7 +58,11 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Text of each page of docs/reference by its file name."""
-    return {"configuration.md": configuration(), "cli.md": command_line(), "api.md": api()}
+    server = {"http.md": ("HTTP interface", reference_server.http()), "metrics.md": ("Metrics", reference_server.metrics())}
+    own = server | {"files.md": ("File formats", reference_files.files())}
+    return {"configuration.md": configuration(), "cli.md": command_line(), "api.md": api()} | {
+        name: "\n\n".join([f"# {title}", NOTE, text]) + "\n" for name, (title, text) in own.items()
+    }
 
 
 def configuration() -> str:
@@ -65,10 +76,10 @@ def configuration() -> str:
     for section, owner in typing.get_type_hints(Config).items():
         parts += [f"## {section}", inspect.getdoc(owner)]
         rows = [
-            (f"`{section}.{name}`", kind.replace(" | ", " or "), f"`{default}`", _text(text))
+            (f"`{section}.{name}`", kind.replace(" | ", " or "), f"`{default}`", escaped(text))
             for name, kind, default, text in keys(owner)
         ]
-        parts.append(_table(("key", "type", "default", "meaning"), rows))
+        parts.append(table(("key", "type", "default", "meaning"), rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,20 +88,23 @@ def command_line() -> str:
     _, parsers = cli._parsers()
     summaries = {name: entry[0] for name, entry in (cli.PROGRAMS | cli.COMMANDS).items()}
     parsers |= {"train": train.make_parser(), "export": export.make_parser()}
-    parts = ["# Command line", NOTE, EXIT_CODES]
-    parts.append(_table(("command", ""), [(f"[`dmc {name}`](#dmc-{name})", text) for name, text in summaries.items()]))
+    parts = [
+        "# Command line", NOTE, "`--help` of each command prints the same arguments.",
+        table(("exit code", "meaning"), list(EXIT_CODES)),
+    ]
+    parts.append(table(("command", ""), [(f"[`dmc {name}`](#dmc-{name})", text) for name, text in summaries.items()]))
     shown: dict[tuple, str] = {}
     for name, summary in summaries.items():
         parts += [f"## dmc {name}", f"{summary[0].upper()}{summary[1:]}."]
         positional, options, *groups = parsers[name]._action_groups
         own = [*_arguments(positional), *_arguments(options)]
         if own:
-            parts.append(_table(("argument", "meaning"), own))
+            parts.append(table(("argument", "meaning"), own))
         for group in groups:
             rows = _arguments(group)
             first = shown.setdefault((group.title, *rows), name)  # several commands have the same flags of the cache
             title = f"**{group.title[0].upper()}{group.title[1:]}**"
-            parts += [title, _table(("argument", "meaning"), rows)] if first == name else [f"{title}: [as above](#dmc-{first})."]
+            parts += [title, table(("argument", "meaning"), rows)] if first == name else [f"{title}: [as above](#dmc-{first})."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,7 +122,7 @@ def api() -> str:
         defined = found.__name__ if inspect.ismodule(found) else f"{found.__module__}.{found.__qualname__}"
         parts.append(f'::: {defined}\n    options: {{heading: "{name}"}}')
     intro = "The site shows the docstrings of these objects below. In the repository, read them in the code."
-    return "\n\n".join(["# Python API", NOTE, intro, _table(("object", ""), rows), *parts]) + "\n"
+    return "\n\n".join(["# Python API", NOTE, intro, table(("object", ""), rows), *parts]) + "\n"
 
 
 def _arguments(group: argparse._ArgumentGroup) -> list[tuple[str, str]]:
@@ -121,20 +135,8 @@ def _arguments(group: argparse._ArgumentGroup) -> list[tuple[str, str]]:
         if action.choices is not None:
             value = f"{{{','.join(map(str, action.choices))}}}"
         many = " ..." if action.nargs in ("*", "+") else ""
-        rows.append((f"`{' '.join([*action.option_strings[-1:], value]).strip()}{many}`", _text(action.help)))
+        rows.append((f"`{' '.join([*action.option_strings[-1:], value]).strip()}{many}`", escaped(action.help)))
     return rows
-
-
-def _text(text: str | None) -> str:
-    """Help or a comment as Markdown: what would be markup is escaped, but code spans stay."""
-    spans = re.split(r"(`[^`]*`)", (text or "").replace("%%", "%"))
-    return "".join(span if span.startswith("`") else re.sub(r"([\\*_<])", r"\\\1", span) for span in spans)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
-    first, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([first, "|" + "---|" * len(head), *rest])
 
 
 if __name__ == "__main__":

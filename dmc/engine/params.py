@@ -15,10 +15,10 @@ class SamplingParams:
 
     Attributes:
         max_tokens: generated at most.
-        temperature: divides the logits; 0 takes the likeliest token always (greedy).
-        top_p: keeps the likeliest tokens until their probability reaches this; 1 keeps all.
-        top_k: keeps so many of the likeliest tokens, before top_p; 0 keeps all.
-        min_p: keeps tokens at least this share as likely as the likeliest; 0 keeps all.
+        temperature: divides the logits; 0 always takes the most likely token (greedy).
+        top_p: keeps the most likely tokens until their probability reaches this; 1 keeps all.
+        top_k: keeps this number of the most likely tokens, before top_p; 0 keeps all.
+        min_p: keeps tokens at least this share as likely as the most likely one; 0 keeps all.
         repetition_penalty: divides positive logits of tokens of the prompt or the output by this, and multiplies
             negative ones; 1 changes nothing (CTRL, arXiv 1909.05858).
         presence_penalty: subtracted from the logits of tokens of the output, -2 to 2.
@@ -27,8 +27,8 @@ class SamplingParams:
         n: completions of the prompt; each draws for itself.
         stop: a text or several: generation ends when one appears, and the output is cut before it.
         stop_token_ids: tokens that end generation as the model's own end tokens do, with `ignore_eos` too.
-        seed: of this request's draws, whatever it is batched with; None draws one.
-        logprobs: None, or how many of the likeliest tokens are reported with each generated one (0: only itself).
+        seed: of this request's draws; the result does not depend on the batch. None: a random one.
+        logprobs: None, or the number of most likely tokens reported with each generated one (0: only itself).
         ignore_eos: go on after the model's end token.
 
     Raises:

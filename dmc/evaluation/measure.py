@@ -30,17 +30,17 @@ class Measurement:
 
     Attributes:
         model, model_hash: name of the directory; `dmc.evaluation.provenance.model_hash`.
-        base, base_hash: of the uncompressed model; None if there was no reference.
-        text, text_hash, windows_hash: see `Windows`.
-        windows, prompt_tokens, scored_tokens: W, P, S.
-        policy, codec: names; ``settings`` holds what each was made with, as far as it is a number or a word, and the
-            cache's own settings.
+        base, base_hash: the same of the uncompressed model, None without a reference.
+        text, text_hash, windows_hash: name of the text; its hash; hash of the windows (`Windows`).
+        windows, prompt_tokens, scored_tokens: number of windows, W; prefilled tokens of each, P; scored tokens of each, S.
+        policy, codec, settings: name of the policy; name of the codec; settings of policy, codec and cache that are a number
+            or a word.
         perplexity: of the scored tokens.
         base_perplexity: of the uncompressed model on the same tokens.
-        kl: mean KL(uncompressed || this), nats a token.
+        kl: mean KL(uncompressed || this), nats/token.
         kl_stderr: standard error of that mean over windows; None for one window.
         kl_windows: mean of each window.
-        agreement: share of steps at which both models find the same token likeliest.
+        agreement: share of steps at which both models find the same token most likely.
         held_bytes: of one window's cache, mean; everything counted, see `KVCache.held`.
         dense_bytes: of a dense bf16 cache of the same tokens, mean.
         ratio: dense_bytes / held_bytes.

@@ -65,9 +65,21 @@ class NeedleSettings:
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt: where its needle lay, what was answered, and the cache when the answer was generated.
+    """One prompt: where its needle is, what was answered, and the cache when the answer was generated.
 
-    ``logprob`` is that of the answer a token, nats.
+    Attributes:
+        kind: of needle.
+        length: tokens of the prompt that was asked for.
+        depth: of the needle, between 0 (start) and 1 (end).
+        needle_at: token at which the needle begins.
+        answer, generated: the right value; the greedily generated text.
+        exact: if the text begins with the value, and no letter or digit follows.
+        choice: if the value is more likely than the wrong ones.
+        margin: its log-probability minus the mean of the wrong ones', nats.
+        logprob: of the value, nats/token.
+        tokens: of the prompt and the generated text.
+        entries: mean over layers and heads.
+        held_bytes, encoded_bytes, dense_bytes: of the cache; of its encoded pages; of a dense bf16 cache of the same tokens.
     """
 
     kind: str

@@ -64,10 +64,17 @@ SUITES = {"quick": SuiteSettings(), "retrieval": SuiteSettings(lengths=(512, 102
 
 @dataclass(frozen=True)
 class Answered:
-    """One sample: what was to be found and what was written.
+    """One sample: what was to be found and what was written. The cache is that after the answer.
 
-    ``found`` is the share of the answers that are in the generated text; the cache is that after the answer. ``sample`` is a hash
-    of the tokens that the model got: 16 hex digits.
+    Attributes:
+        kind: of `dmc.evaluation.retrieval.KINDS`.
+        length: tokens of document and first question that were asked for.
+        answers, generated: what was to be found; the generated text.
+        found: share of the answers that are in the generated text.
+        tokens: in the cache.
+        entries: mean over layers and heads.
+        sample: hash of the tokens that the model got: 16 hex digits.
+        held_bytes, dense_bytes: of the cache; of a dense bf16 cache of the same tokens.
     """
 
     kind: str

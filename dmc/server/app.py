@@ -186,24 +186,29 @@ def _routes(app: FastAPI, api: Api) -> None:
 
     @app.post("/v1/completions", response_model=None, responses=generating)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """Continues prompts."""
         return await api.completion(asked, request)
 
     @app.post("/v1/chat/completions", response_model=None, responses=generating)
     async def chat(asked: ChatRequest, request: Request) -> Response:
+        """Answers a conversation, through the tokenizer's chat template."""
         return await api.chat(asked, request)
 
     @app.get("/v1/models", responses=errors.documented())
     async def models() -> dict:
+        """The model that is served, with the largest number of positions."""
         return {"object": "list", "data": [_model(api)]}
 
     @app.get("/v1/models/{name:path}", responses=errors.documented(404))
     async def model(name: str) -> dict:
+        """The same by its name."""
         if name != api.settings.name:
             raise RequestError(f"the model {name!r} is not served here", status=404, code="model_not_found")
         return _model(api)
 
     @app.get("/health", responses=errors.documented(503))
     async def health() -> JSONResponse:
+        """200 if the engine works; 503 if it has failed, makes no progress or shuts down. Needs no API key."""
         service = api.service
         if service.death is not None:
             return errors.response(503, f"the engine has failed: {service.death}", code="engine_dead")
@@ -215,6 +220,7 @@ def _routes(app: FastAPI, api: Api) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=errors.documented())
     async def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
         return Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

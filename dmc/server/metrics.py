@@ -29,16 +29,16 @@ class Metrics:
             metric = kind(f"dmc:{name}", text, ["model_name", *more], registry=self.registry, **options)
             return metric if more else metric.labels(model)
 
-        self.prompt_tokens = made(Counter, "prompt_tokens", "Tokens of prompts that were read.")
+        self.prompt_tokens = made(Counter, "prompt_tokens", "Prefilled prompt tokens.")
         self.generation_tokens = made(Counter, "generation_tokens", "Generated tokens.")
-        self.preemptions = made(Counter, "num_preemptions", "Sequences sent to host memory.")
+        self.preemptions = made(Counter, "num_preemptions", "Sequences swapped out to host memory.")
         self.success = made(Counter, "request_success", "Sequences that ended.", "finished_reason")
-        self.first = made(Histogram, "time_to_first_token_seconds", "From arrival.", buckets=_SECONDS)
-        self.between = made(Histogram, "inter_token_latency_seconds", "Mean of a sequence.", buckets=_SECONDS)
-        self.whole = made(Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=_SECONDS)
-        self.queue = made(Histogram, "request_queue_time_seconds", "From arrival to admission.", buckets=_SECONDS)
-        self.prompt = made(Histogram, "request_prompt_tokens", "Of a sequence.", buckets=_TOKENS)
-        self.generated = made(Histogram, "request_generation_tokens", "Of a sequence.", buckets=_TOKENS)
+        self.first = made(Histogram, "time_to_first_token_seconds", "Time from arrival to the first token.", buckets=_SECONDS)
+        self.between = made(Histogram, "inter_token_latency_seconds", "Mean time between tokens of a sequence.", buckets=_SECONDS)
+        self.whole = made(Histogram, "e2e_request_latency_seconds", "Time from arrival to the last token.", buckets=_SECONDS)
+        self.queue = made(Histogram, "request_queue_time_seconds", "Time from arrival to admission.", buckets=_SECONDS)
+        self.prompt = made(Histogram, "request_prompt_tokens", "Prompt tokens of a sequence.", buckets=_TOKENS)
+        self.generated = made(Histogram, "request_generation_tokens", "Generated tokens of a sequence.", buckets=_TOKENS)
         self._preempted = 0
         self.registry.register(_Gauges(service, model))
 
@@ -88,27 +88,27 @@ class _Gauges:
         held, dense = used * cache.page_bytes, cache.dense_bytes(tokens)
         keys, values = cache.codec_error
         for name, text, value in (
-            ("num_requests_running", "Sequences that run or are prefilling.", len(running) + len(scheduler.prefilling)),
+            ("num_requests_running", "Sequences that decode or prefill.", len(running) + len(scheduler.prefilling)),
             ("num_requests_waiting", "Sequences that wait to be admitted.", self.service.waiting),
             ("num_requests_swapped", "Sequences in host memory.", len(scheduler.swapped)),
-            ("kv_cache_usage_perc", "Pages in use / pages (of a pool that grows: those it has now).",
+            ("kv_cache_usage_perc", "Pages in use / pages of the pool (now, if the pool grows).",
              used / pages),
             ("kv_held_bytes", "Bytes of pages in use, shared ones counted once.", held),
             ("kv_dense_bytes", "Bytes of an uncompressed bf16 cache of the running sequences.", dense),
             ("kv_byte_ratio", "kv_dense_bytes / kv_held_bytes; 0 while nothing runs.", dense / held if held else 0.0),
-            ("kv_prompt_bytes", "Full-precision entries of prompts that are prefilling, outside the pool.",
+            ("kv_prompt_bytes", "Bytes of full-precision entries of prompts that are prefilling, outside the pool.",
              engine.prompt_bytes),
-            ("compression_ratio", "Tokens / entries as measured lately, over all layers and heads.", engine.predictor.cr),
+            ("compression_ratio", "Tokens / entries of recent sequences, over all layers and heads.", engine.predictor.cr),
             ("codec_error_keys", "Relative error of encoded keys, on a sample of pages.", keys),
             ("codec_error_values", "Relative error of encoded values, on a sample of pages.", values),
-            ("engine_alive", "1, or 0 once the engine has failed.", float(self.service.death is None)),
+            ("engine_alive", "1; 0 after the engine has failed.", float(self.service.death is None)),
         ):
             yield self._gauge(name, text, [], [([], value)])
         heads = [
             ([str(layer), str(head)], ratio)
             for layer, row in enumerate(engine.predictor.cr_per_head) for head, ratio in enumerate(row)
         ]
-        yield self._gauge("head_compression_ratio", "Tokens / entries of a head as measured lately.", ["layer", "head"], heads)
+        yield self._gauge("head_compression_ratio", "Tokens / entries of recent sequences, per head.", ["layer", "head"], heads)
 
     def _gauge(self, name: str, text: str, labels: list[str], values: list[tuple[list[str], float]]) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(f"dmc:{name}", text, labels=["model_name", *labels])

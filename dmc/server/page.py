@@ -39,6 +39,7 @@ def install(app: FastAPI, service: Service, name: str) -> None:
 
     @app.post("/try", response_class=StreamingResponse, responses=documented(422, 429, 503) | {200: stream})
     async def trial(asked: TryRequest) -> Response:
+        """Streams text with its merges, for the playground."""
         params = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed)
         try:
             (sequence,) = service.llm.sequences(asked.prompt, params)

@@ -137,9 +137,32 @@ def _source(arguments: list[str], files: Files) -> Iterator[str]:
         yield f"nothing makes {arguments[0]}"
 
 
+def _docker(arguments: list[str], files: Files) -> Iterator[str]:
+    """Files that are named exist, and what follows an image are arguments of `dmc serve`; Docker's own flags are not checked."""
+    from dmc import cli
+
+    for flag, path in zip(arguments, arguments[1:], strict=False):
+        if flag == "-f" and not (ROOT / path).is_file():
+            yield f"docker: there is no file {path}"
+    image = next((place for place, word in enumerate(arguments) if word.startswith("dmc:")), None)
+    if arguments[0] == "run" and image is not None:
+        _, unknown = cli._parsers()[0].parse_known_args(["serve", "/model", *arguments[image + 1:]])
+        yield from (f"dmc serve has no argument {word}" for word in unknown)
+
+
+def _curl(arguments: list[str], files: Files) -> Iterator[str]:
+    """Routes of the server."""
+    from scripts.reference_server import described
+
+    paths = [found[1] for word in arguments if (found := re.match(r"http://127\.0\.0\.1:8000(/[^?]*)", word))]
+    if not paths:
+        yield f"curl {' '.join(arguments)}: only the server on 127.0.0.1:8000 is known"
+    yield from (f"the server has no route {path}" for path in paths if path not in described()["paths"])
+
+
 PROGRAMS: dict[str, Callable[[list[str], Files], Iterator[str]]] = {
     "bash": _bash, "pip": _pip, "hf": _hf, "pytest": _pytest, "tail": _tail, "tensorboard": _tensorboard, "serve": _serve,
-    "source": _source,
+    "source": _source, "docker": _docker, "curl": _curl,
     "ray": _ignored, "scontrol": _ignored,  # of clusters, with nothing of this project in their arguments
 }
 

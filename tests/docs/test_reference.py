@@ -37,4 +37,4 @@ def test_arguments_of_every_kind():
     assert make_reference._arguments(options) == [
         ("`-k {a,b}`", "90 % of \\<x>, as `a_b` or a\\_b"), ("`--many MANY ...`", ""), ("`--quiet`", "says nothing"),
     ]
-    assert make_reference._table(("a", "b"), [("x|y", "z")]) == "| a | b |\n|---|---|\n| x\\|y | z |"
+    assert make_reference.table(("a", "b"), [("x|y", "z")]) == "| a | b |\n|---|---|\n| x\\|y | z |"
