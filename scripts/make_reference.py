@@ -22,7 +22,7 @@ from dmc.training.signals import EXIT_CODE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts import reference_files, reference_server  # noqa: E402 - the folder is on the path only now
+from scripts import reference_files, reference_server, reference_sizing  # noqa: E402 - the folder is on the path only now
 from scripts.reference_text import escaped, table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is not current")
     check = parser.parse_args().check
-    for name, text in pages().items():
-        path = ROOT / "docs" / "reference" / name
+    texts = {ROOT / "docs" / "reference" / name: text for name, text in pages().items()}
+    sizing = reference_sizing.PAGE
+    for path, text in (texts | {sizing: reference_sizing.filled(sizing.read_text())}).items():
         if check:
             if not path.is_file() or path.read_text() != text:
                 sys.exit(f"{path.relative_to(ROOT)} is not current: run python scripts/make_reference.py")

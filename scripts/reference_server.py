@@ -17,7 +17,7 @@ from scripts.reference_text import attributes, escaped, table
 MEANINGS = {
     "model": "name of the model, as `GET /v1/models` gives it",
     "prompt": "text, a list of texts, a list of token ids, or a list of such lists",
-    "messages": "the conversation: objects with `role` and `content`; see [serving](../serving.md#http-interface)",
+    "messages": "the conversation: objects with `role` and `content`; see [serving](../serving.md#the-server)",
     "max_tokens": "generated at most",
     "max_completion_tokens": "the same; it wins over `max_tokens`",
     "logprobs": "number of most likely tokens to report with each token (chat: true or false, see `top_logprobs`)",
@@ -46,7 +46,7 @@ def http() -> str:
     paths, schemas = described()["paths"], described()["components"]["schemas"]
     parts = [
         "The server's own OpenAPI description, `GET /openapi.json`, in tables. What each status means here is in "
-        "[serving](../serving.md#http-interface). Three rules hold for every object of a request: null means that a field is "
+        "[serving](../serving.md#the-server). Three rules hold for every object of a request: null means that a field is "
         "not given; an unknown field is an error (422); a parameter of OpenAI that is not served is accepted only with the "
         "value that asks for nothing.",
         "Each error has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\"}}`.",
