@@ -10,6 +10,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from scripts.check_site import problems
 from scripts.site_hooks import lists, rewrite
 from tests.docs.blocks import ROOT
 from tests.docs.programs import setup_arguments
@@ -91,7 +92,6 @@ def test_what_builds_the_site_is_pinned():
     assert both == set()
 
 
-@pytest.mark.slow
 def test_it_builds_without_a_warning(tmp_path):
     """With this Python, or with that of a virtual environment that DMC_DOCS_PYTHON names."""
     python = os.environ.get("DMC_DOCS_PYTHON", sys.executable)
@@ -107,6 +107,17 @@ def test_it_builds_without_a_warning(tmp_path):
     text = (tmp_path / "site" / "reference" / "api.html").read_text()
     assert 'id="dmc.cache.policies.base.Policy.keep"' in text
     assert 'class="mermaid"' in (tmp_path / "site" / "explanation" / "merge-or-evict.html").read_text()
-    for page in (tmp_path / "site").rglob("*.html"):  # links and pictures lead to files of the site
-        for target in re.findall(r'(?:href|src)="([^"#?:]+)(?:#[^"]*)?"', page.read_text()):
-            assert page.name == "404.html" or (page.parent / target).exists(), f"{page.name}: {target}"
+    assert problems(tmp_path / "site")[0] == []
+
+
+def test_wrong_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<h1 id="x">A</h1><a href="b.html#y">b</a><a href="#x">x</a><img src="p.png">')
+    (tmp_path / "b.html").write_text('<p id="z"><p id="z"><a href="a.html#x">a</a><a href="https://h.z/c">c</a>')
+    found, links, away = problems(tmp_path)
+    assert found == [
+        "a.html: the picture p.png has no description", "a.html: b.html#y: that page has no such heading",
+        "a.html: p.png leads nowhere", "b.html: the id z is there 2 times",
+    ]
+    assert (links, away) == (4, 1)
+    with pytest.raises(ValueError, match="no pages"):
+        problems(tmp_path / "none")
