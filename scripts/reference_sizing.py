@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from dmc.cache import Codec, KVCache, Policy, Shape, codec, policy
+from dmc.cache import Codec, KVCache, Policy, Shape, policy
+from dmc.cache.codecs import make
 from dmc.families import ModelShape, count, read_shape
 from dmc.training.flops import GPUS
 from scripts.reference_text import table
@@ -59,7 +60,7 @@ def rows() -> list[tuple[str, ...]]:
     free = FREE_SHARE * (GPUS[GPU].memory_gib * GIB - weights)
     found = []
     for name, settings, rule, own, cr in CHOICES:
-        made, decides = codec(name, **settings), policy(rule, **own)
+        made, decides = make(name, settings), policy(rule, **own)
         bytes_ = held(made, decides, shape, TOKENS, cr)
         dense = 4 * shape.layers * shape.heads * shape.head_size * TOKENS
         words = {1: "every token"}.get(cr, f"DMC at CR {cr}" + (f", window {decides.ring}" if decides.ring else ""))

@@ -24,7 +24,7 @@ class Series:
 
     name: str
     origin: dict[str, object]
-    samples: list[tuple[str, object, float]]
+    samples: list[tuple[str, tuple, float]]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def llm_of(arguments: dict, flags: dict) -> LLM:
     if path is None:
         raise ValueError("the model dmc needs its directory: add pretrained=DIR to --model_args")
     known = [name for name in inspect.signature(LLM.__init__).parameters if name not in ("self", "path")]
-    own = {"kv_memory": "auto", "max_batch": _max_batch(flags.get("batch_size")), "device": flags.get("device") or "auto"}
+    own: dict = {"kv_memory": "auto", "max_batch": _max_batch(flags.get("batch_size")), "device": flags.get("device") or "auto"}
     own |= {name: given.pop(name) for name in [*given] if name in known}
     own["dtype"] = _DTYPES.get(own.get("dtype"), own.get("dtype", "auto"))
     classes = {}
@@ -43,9 +43,9 @@ def llm_of(arguments: dict, flags: dict) -> LLM:
         owners = [kind for kind, settings in classes.items() if name in settings]
         if len(owners) != 1:
             what = "a setting of both policy and codec" if owners else "unknown"
-            settings = "; ".join(f"of the {kind}: {', '.join(names) or 'none'}" for kind, names in classes.items())
+            choices = "; ".join(f"of the {kind}: {', '.join(names) or 'none'}" for kind, names in classes.items())
             raise ValueError(
-                f"--model_args {name} is {what}; known: pretrained, {', '.join(known)}; settings {settings or '(no policy)'}"
+                f"--model_args {name} is {what}; known: pretrained, {', '.join(known)}; settings {choices or '(no policy)'}"
             )
         own[f"{owners[0]}_settings"][name] = value
     return LLM(path, **own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dmc.engine import LLM
 from dmc.engine.core import Engine
@@ -29,4 +30,5 @@ def policy_seed(llm: LLM, more: int) -> Iterator[None]:
 
 
 def _set_seed(engine: Engine, seed: int, own: None) -> None:
-    engine.cache.policy.seed = seed
+    policy: Any = engine.cache.policy  # one that has a seed
+    policy.seed = seed
