@@ -118,6 +118,21 @@ class KVCache:
             raise ValueError(f"kv memory of {memory} bytes holds no page of {pool.page_bytes} bytes; give it more")
         pool.bound(limit)
 
+    def place(self, memory: Tensor) -> None:
+        """Puts the pool of an empty cache into memory of the caller, which becomes its final size.
+
+        Args:
+            memory: uint8, contiguous, on the cache's device; its bytes are used in whole pages, the first one as null page.
+
+        Raises:
+            ValueError: if it holds no page beside the null page.
+        """
+        size = self.page_bytes
+        pages = memory.numel() // size - 1
+        if pages < 1:
+            raise ValueError(f"kv memory of {memory.numel()} bytes holds no page of {size} bytes; give it more")
+        self.rows.pool.bound(pages, memory.flatten()[: (pages + 1) * size].view(-1, size))
+
     # ------------------------------------------------------------------------------------ sequences
 
     @property
@@ -159,10 +174,12 @@ class KVCache:
 
     def step(
         self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *,
-        merges: bool = True, trace: bool = False,
+        merges: bool = True, trace: bool = False, closed: Tensor | None = None,
     ) -> Step:
         """A step over new tokens of sequences and chunks of prompts; see `Step`."""
-        return Step(self.rows, self.policy, self.readers, slots, positions, chunks, rope, merges=merges, trace=trace)
+        return Step(
+            self.rows, self.policy, self.readers, slots, positions, chunks, rope, merges=merges, trace=trace, closed=closed,
+        )
 
     def load(self, prompt: Prompt | LatePrompt, *, donor: int | None = None, common: int = 0) -> int:
         """Makes a sequence of a finished prompt and encodes its pages; returns its slot. A slot must be free.
@@ -295,6 +312,20 @@ class KVCache:
     def can_return(self, swapped: swap.Swapped, *, beside: bool) -> bool:
         """True if the free pages suffice for `swap_in`; with ``beside``, if others run, also for one more page per row."""
         return self._fits(len(swapped.pages) + self.shape.layers * self.shape.heads * beside)
+
+    @property
+    def full_precision_pages(self) -> int:
+        """Largest number of full-precision pages of a row between two steps."""
+        return max(self.rows.full_pages(self.rows.most_full(packing) - 1) for packing in self.rows.packings)
+
+    def crowded(self, slots: Tensor, limits: Tensor) -> Tensor | None:
+        """Rows that may not grow (argument ``closed`` of `step`) if sequences ``[S]`` may hold ``limits [S]`` pages each; see
+        `dmc.cache.reading.growing.crowded`."""
+        return growing.crowded(self.rows, self.rows.indices(slots), limits)
+
+    def pages_of(self, counts: Tensor) -> int:
+        """Pages of a sequence with so many final entries, those of ring and sinks included: int64 ``[L, H]``."""
+        return int(self.rows.pages_of(counts, self.rows.page_sizes.to(counts.device)[:, None]).sum())
 
     def append_pages(self, slots: Tensor) -> int:
         """Largest number of pages that one more token of some sequences can take, if every accumulating entry becomes final."""

@@ -78,7 +78,7 @@ def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 def leave(
     rows: Rows, packing: Packing, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor,
-    logits: Tensor, omega: Tensor, late: Tensor | None, kernels: OnPages | None,
+    logits: Tensor, omega: Tensor, late: Tensor | None, kernels: OnPages | None, closed: Tensor | None = None,
 ) -> Tensor:
     """Moves the oldest tokens out of their rings and the newest ones in, after attention, in layers with equal storage.
 
@@ -92,6 +92,7 @@ def leave(
         logits, omega: ``[R]`` of them, in the dtype of `Rows.z`; a logit above 0 merges or drops.
         late: ``[R]``, added to the logits of the tokens that leave; None without look-ahead.
         kernels: reader of the layers, if it writes rows; None: PyTorch writes them.
+        closed: bool ``[R]``, rows in which a token is merged or dropped for any logit; None: none.
 
     Returns:
         bool ``[R]``, True where a token that left was merged or dropped.
@@ -113,6 +114,8 @@ def leave(
     yes = (logits > 0) & (gone.positions >= policy.sinks + policy.merges).repeat_interleave(heads)
     if policy.max_entries is not None:
         yes = yes | (rows.behind_ring(rows.encoded_count[index], rows.full_count[index], packing.page_size) >= policy.max_entries)
+    if closed is not None:
+        yes = yes | closed
     yes = yes & there
     alpha = (yes & policy.merges).to(rows.z.dtype)
     entering = there if policy.merges else there & ~yes

@@ -37,6 +37,8 @@ class Step:
         rope: see `Rope`.
         merges: whether the model can decide to merge.
         trace: whether to keep the decisions.
+        closed: bool ``[L, S * H]``, rows of running sequences that get no further final entry: a token is merged, or dropped by
+            a policy that drops, whatever was decided; None: none.
 
     Attributes:
         merges: bool ``[N, H]`` of each layer so far, True where a token was merged; None without ``trace``. With a window,
@@ -47,7 +49,9 @@ class Step:
     def __init__(
         self, rows: Rows, policy: Policy, readers: Sequence[Reader], slots: Tensor, positions: Tensor,
         chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *, merges: bool = True, trace: bool = False,
+        closed: Tensor | None = None,
     ) -> None:
+        self.closed = closed
         self.merges: list[Tensor] | None = [] if trace else None
         self.entering: list[tuple] = []  # with a window: the new tokens of each layer so far
         self.left: list[list[Tensor]] = []  # with a window: decisions about the prompts' tokens that left it, by layer
@@ -60,12 +64,13 @@ class Step:
             at = prompt.positions(tokens, slots.device)
             self.chunks.append((prompt, tokens, at, rope(at)))
         self.settled = not (merges and policy.merges)
+        assert closed is None or policy.ring is not None or not self.settled, "these rows can neither merge nor drop a token"
         if len(slots) and policy.ring is not None:
             self._prepare_late(slots, positions, rope)
         elif len(slots):
             self.index = rows.indices(slots)  # [L, S * H]
             if self.grows:
-                growing.make_room(rows, self.index)
+                growing.make_room(rows, self.index, closed)
                 self.table_index = torch.arange(1, 2 * len(slots), 2, device=slots.device)  # rows of the table: the odd ones
                 self.table = rope(torch.stack([positions - 1, positions], dim=1).flatten())  # [2 S, D]
                 self.now = _signed(tuple(x[1::2] for x in self.table))
@@ -91,6 +96,9 @@ class Step:
         if self.policy.ring is None:  # nothing is decided late, so scores at arrival can go the same way
             late = self.policy.arrival_hidden(layer, hidden) if self.reads_hidden else None
         parts = [query, key, value, *self.policy.decide(alpha, omega), late]
+        if self.closed is not None and self.policy.ring is None:
+            forced = self.closed[layer].view(len(self.slots), -1)
+            parts[3] = torch.cat([parts[3][: len(forced)].masked_fill(forced, 1.0), parts[3][len(forced) :]])
         if self.merges is not None and self.policy.ring is None:
             self.merges.append(parts[3] != 0)
         decode: Callable[..., Tensor] = self._settled if self.settled else self._merging
@@ -141,7 +149,7 @@ class Step:
         rows = self.rows
         self.index = rows.indices(slots)
         if self.grows:
-            growing.make_room(rows, self.index)
+            growing.make_room(rows, self.index, self.closed)
         self.now = _signed(rope(positions))
         self.gone = late.leaving(self.policy.ring, positions, rope, merges=self.policy.merges)
 
@@ -168,6 +176,7 @@ class Step:
             merged = late.leave(
                 rows, rows.packings[numbers[0]], self.policy, self.index[numbers].flatten(), self.gone.repeat(len(numbers)),
                 *parts, self.readers[numbers[0]] if self.grows else None,
+                None if self.closed is None else self.closed[numbers].flatten(),
             )
             for number, each in zip(numbers, (merged & self.policy.merges).view(shape), strict=True):
                 self.gone_merged[number] = each

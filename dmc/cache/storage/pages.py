@@ -70,8 +70,13 @@ class PagePool:
         self.kept: dict = {}  # readers' views of the memory (`dmc.cache.reading.onpages`), dropped when it grows
         self._allocate(limit)
 
-    def bound(self, limit: int) -> None:
+    def bound(self, limit: int, memory: Tensor | None = None) -> None:
         """Sets the final size of a pool without taken pages: ``limit`` pages.
+
+        Args:
+            limit: number of pages, without the null page.
+            memory: uint8 ``[limit + 1, page_bytes]`` that belongs to the caller, contiguous and on the pool's device; None: the
+                pool allocates its memory.
 
         Raises:
             ValueError: if the memory cannot be allocated.
@@ -81,13 +86,14 @@ class PagePool:
         self.kept.clear()
         self._lent = False
         del self.memory, self._stack, self.owners  # freed before the new memory is allocated
-        self._allocate(limit)
+        self._allocate(limit, memory)
 
-    def _allocate(self, limit: int | None) -> None:
+    def _allocate(self, limit: int | None, memory: Tensor | None = None) -> None:
         self.limit = limit
         capacity = _FIRST_PAGES if limit is None else limit
         try:
-            self.memory = _zeros(capacity + 1, self.page_bytes, self._device)
+            self.memory = _zeros(capacity + 1, self.page_bytes, self._device) if memory is None else memory
+            self.memory[NULL_PAGE] = 0
             self._stack = torch.arange(capacity, 0, -1, device=self._device)  # free pages, the next one last
             self.owners = torch.zeros(capacity + 1, dtype=torch.int32, device=self._device)  # of each page; 0: free
         except (torch.OutOfMemoryError, MemoryError) as error:
