@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.families import check_names
-from dmc.functional import importance, round_alpha
 from dmc.model.config import ModelConfig, read_config
+from dmc.model.decisions import decide
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.linear import Linear
 from dmc.model.ops import rms_norm, swiglu
@@ -151,26 +150,10 @@ class Llama:
         if self.fitted is not None:
             logits, late = self.fitted(index, x)
             return (logits, torch.ones_like(logits)) if late is None else (logits, torch.ones_like(logits), late)
-        heads, offset, work = config.num_key_value_heads, config.offset, _work(self.dtype)
-        late, weight = (), None
-        if config.decision == "head":
-            logits = F.linear(x.to(layer.decision.dtype), layer.decision, layer.decision_bias).split(heads, dim=1)
-            merge, weight = logits[0], logits[1] if config.method == "dmc" else None
-            late = (logits[-1],) if config.looks_ahead else ()
-        elif config.decision == "neuron" and config.method == "dms":
-            read = query.unflatten(1, (heads, -1))[:, :, 0, 0]  # the first query head of each group
-            merge = read.to(work, copy=True)
-            read.zero_()
-        elif config.decision == "neuron":
-            merge = key[..., 0].to(work, copy=True)
-            weight = query[..., 0].to(work).unflatten(1, (heads, -1)).mean(2)
-            query[..., 0] = 0
-            key[..., 0] = 0
-        else:
+        if config.decision is None:
             shape = key.shape[:2]
             return self._plain[0].expand(shape), self._plain[1].expand(shape)
-        omega = torch.ones_like(merge) if weight is None else importance(weight, offset=offset)
-        return (merge - offset if config.window is not None else round_alpha(merge, offset=offset)), omega, *late
+        return decide(config, layer.decision, layer.decision_bias, x, query, key)
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
