@@ -82,10 +82,10 @@ class LLM:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         memory.check(kv_memory)
-        store, config = _stored(codec, codec_settings, codec_layers, self.path), read_config(path)
+        store, config = codec_for(codec, codec_settings, codec_layers, self.path), read_config(path)
         given = {name: value for name, value in (("decisions", decisions), ("target_cr", target_cr)) if value is not None}
         policy_settings = _with_budget(config, policy, _with_decisions(policy, policy_settings, given), max_entries)
-        chosen = _policy(config, path, policy, policy_settings)
+        chosen = policy_for(config, path, policy, policy_settings)
         place, precision = resolve(device, dtype, config.dtype)
         parts = Parts(self.path, precision, chosen, store, max_batch, prefill_tokens, {
             "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens, "window": window, "exact_dtype": exact_dtype,
@@ -240,7 +240,7 @@ def _nothing(engine: Engine, own: None) -> None:
     """A command that only shows whether every rank answers."""
 
 
-def _policy(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:
+def policy_for(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:
     """The policy to serve a model with; refuses one that would take its decisions for what they are not."""
     chosen = (config.method or "full") if chosen is None else chosen
     if chosen == config.method and config.window is not None:
@@ -331,7 +331,7 @@ def resolve(device: str, dtype: str, saved: str | None) -> tuple[torch.device, t
     return place, _dtype(dtype, place, saved)
 
 
-def _stored(
+def codec_for(
     chosen: str | Codec, settings: dict | None, layers: str | Path | None, model: Path,
 ) -> Codec | list[Codec]:
     """The codec, or that of each layer; one that was made for a certain model must have been made for this one."""

@@ -1,0 +1,89 @@
+"""vLLM's Llama with decisions, and attention over merged entries: only the attention module differs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
+
+from dmc.model import ModelConfig
+from dmc.model.decisions import decide
+from dmc_vllm import arena
+from dmc_vllm.settings import Serving, read
+
+
+class DmcAttention(nn.Module):
+    """Projections, decisions and attention of a layer, for any family of `dmc.families`.
+
+    Args:
+        serving: what the model is served with.
+        arena_name: of the layer that has the KV memory.
+        quant_config: vLLM's, of the projections; decisions are computed in fp32.
+        prefix: name of the layer.
+        _: vLLM's other arguments, which are in ``serving`` too.
+    """
+
+    def __init__(self, serving: Serving, arena_name: str, *, quant_config=None, prefix: str = "", **_: object) -> None:  # noqa: ANN001
+        super().__init__()
+        self.config, self.arena_name, self.layer = serving.config, arena_name, extract_layer_index(prefix)
+        config: ModelConfig = self.config
+        size, hidden = config.head_dim, config.hidden_size
+        self.qkv_proj = QKVParallelLinear(
+            hidden, size, config.num_attention_heads, config.num_key_value_heads, bias=config.qkv_bias, quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * size, hidden, bias=config.output_bias, quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(size, eps=config.rms_norm_eps) for _ in range(2))
+        self.decision = None
+        if config.decision == "head":
+            self.decision = Decision(hidden, config.logits_per_head * config.num_key_value_heads, bias=config.looks_ahead)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Hidden states ``[N, hidden]``; their positions come with the batch."""
+        config = self.config
+        heads, size = config.num_key_value_heads, config.head_dim
+        states = self.qkv_proj(hidden_states)[0].unflatten(-1, (-1, size))
+        query, key, value = states.split([config.num_attention_heads, heads, heads], dim=1)
+        if config.qk_norm:
+            query, key = self.q_norm(query.contiguous()), self.k_norm(key.contiguous())
+        weight, bias = (None, None) if self.decision is None else (self.decision.weight, self.decision.bias)
+        alpha, omega, *late = decide(config, weight, bias, hidden_states, query, key)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        torch.ops.dmc_vllm.attend(query, key, value, alpha, omega, late[0] if late else None, out, self.layer, self.arena_name)
+        return self.o_proj(out.flatten(1))[0]
+
+
+class Decision(nn.Module):
+    """Weights of a decision head, in fp32; not a linear layer, since vLLM changes the layout of those on a CPU."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32), requires_grad=False) if bias else None
+
+
+class DmcForCausalLM(LlamaForCausalLM):
+    """A retrofitted model of any family.
+
+    Attributes:
+        arena: its KV memory.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        serving, name = read(vllm_config), maybe_prefix(prefix, "model.layers.0.self_attn.arena")
+        attention = partial(DmcAttention, serving, name)
+        super().__init__(
+            vllm_config=vllm_config, prefix=prefix, layer_type=partial(LlamaDecoderLayer, attn_layer_type=attention),
+        )
+        self.arena = arena.Arena(serving, name)
+

@@ -1,0 +1,98 @@
+"""Parts of the vLLM plugin that need no vLLM."""
+
+import pytest
+import torch
+
+from dmc.cache import KVCache, Shape, codec, policy
+from dmc.cache.reading.prompt import NONE
+from dmc.families import by_type
+from dmc.functional import rotate
+from dmc.rope import Rope
+from dmc_vllm import config, wrong_version
+from dmc_vllm.prompt import fitted
+from dmc_vllm.reservation import Reservation
+
+LAYERS, HEADS, SIZE = 2, 2, 8
+ROPE = Rope([1.0, 0.3, 0.1, 0.03], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("found", "right"), [
+    ("0.32.0", True), ("0.32", True), ("0.32.1+cpu", True), ("0.33.0", False), ("0.3", False),
+])
+def test_version(found, right):
+    assert (wrong_version(found) is None) == right
+
+
+def test_another_version_is_said_by_the_configuration():
+    family = by_type("qwen3", "here")
+    with pytest.raises(ValueError, match=r"made for vLLM 0\.32, and 0\.33\.0 is installed"):
+        config.configuration(family, wrong_version("0.33.0"))()
+    right = config.configuration(family)(dmc={"decision": "head"}, hidden_size=32)
+    assert right.model_type == "dmc_qwen3" and right.dmc == {"decision": "head"} and right.hidden_size == 32
+
+
+def test_an_export_of_a_later_version():
+    with pytest.raises(ValueError, match=r"dmc\.blocks, which this version of dmc does not know"):
+        config.check_fields({"decision": "head", "blocks": 3})
+
+
+def test_reservation():
+    held = Reservation.of(heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=4.2)
+    assert (held.block_bytes, held.tokens_per_block) == (12 * 64, 67)
+    assert [held.blocks(tokens) for tokens in (1, 64, 65, 131, 132)] == [6, 6, 7, 7, 8]
+    assert held.pages(65) == 7 * 12
+    for cap in (0.99, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite number of at least 1"):
+            Reservation.of(heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=cap)
+
+
+def filled(kind, tokens, window=None):
+    """A cache and a prompt of random tokens; a third of them merge (or are dropped)."""
+    shape, generator = Shape(LAYERS, HEADS, SIZE, torch.float32), torch.Generator().manual_seed(tokens)
+    cache = KVCache(shape, policy(kind, **{} if window is None else {"window": window}), codec("dense"), slots=2, page_size=4)
+    prompt = cache.prompt()
+    step = cache.step(torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64), [(prompt, tokens)], ROPE)
+    for layer in range(LAYERS):
+        query, key, value = (torch.randn(tokens, HEADS, SIZE, generator=generator) for _ in range(3))
+        chosen = torch.rand(tokens, HEADS, generator=generator) < 1 / 3
+        alpha = chosen.float() if window is None else torch.where(chosen, 1.0, -1.0)
+        step(layer, query, key, value, alpha, torch.ones(tokens, HEADS))
+    return cache, prompt
+
+
+@pytest.mark.parametrize(("kind", "window"), [("dmc", None), ("dmc", 6), ("dms", 6)])
+def test_a_prompt_is_fitted_into_its_pages(kind, window):
+    cache, prompt = filled(kind, 60, window)
+    before = torch.stack([prompt.final(layer)[1] for layer in range(LAYERS)])
+    same, gone = fitted(prompt, cache, ROPE, cache.pages_of(before))
+    assert gone == 0 and all(same.final(layer)[0] is not None for layer in range(LAYERS))
+    limit = cache.pages_of(before) - 10
+    made, gone = fitted(prompt, cache, ROPE, limit)
+    after = torch.stack([made.final(layer)[1] for layer in range(LAYERS)])
+    assert gone == int((before - after).sum()) > 0
+    assert limit - 2 * LAYERS * HEADS <= cache.pages_of(after) <= limit
+    lead = 0 if window is None else window + 1
+    for layer in range(LAYERS):
+        old, new = prompt.final(layer)[0], made.final(layer)[0]
+        for head in range(HEADS):
+            had, kept = int(before[layer, head]), int(after[layer, head])
+            assert torch.equal(new.keys[head, :lead], old.keys[head, :lead])
+            positions, former = new.positions[head, lead:kept].tolist(), old.positions[head, lead:had].tolist()
+            assert positions == sorted(set(positions) & set(former)) and positions[-1] == former[-1]
+            assert (new.positions[head, kept:] == NONE).all()
+            for number, newest in enumerate(positions):  # each entry is the mean of the old ones that end in its run
+                start = positions[number - 1] if number else -1
+                run = [i for i, position in enumerate(former) if start < position <= newest]
+                if kind == "dms":
+                    run = run[-1:]
+                weight = torch.tensor([float(former[i] - ([-1] + former)[i]) for i in run])
+                table = ROPE(torch.tensor([former[i] for i in run]))
+                plain = rotate(old.keys[head, lead:had][run], (table[0], -table[1]))
+                mean = (plain * weight[:, None]).sum(0) / weight.sum()
+                want = rotate(mean[None], ROPE(torch.tensor([newest])))[0]
+                assert torch.allclose(new.keys[head, lead + number], want, atol=1e-5)
+                value = (old.values[head, lead:had][run] * weight[:, None]).sum(0) / weight.sum()
+                assert torch.allclose(new.values[head, lead + number], value, atol=1e-5)
+    slot = cache.load(made)
+    cache.check_integrity()
+    assert cache.used_pages == cache.pages_of(after) and slot == 0
