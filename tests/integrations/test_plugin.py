@@ -1,11 +1,12 @@
 """Parts of the vLLM plugin that need no vLLM."""
 
+import pickle
+
 import pytest
 import torch
 
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.reading.prompt import NONE
-from dmc.families import by_type
 from dmc.functional import rotate
 from dmc.rope import Rope
 from dmc_vllm import config, wrong_version
@@ -23,12 +24,14 @@ def test_version(found, right):
     assert (wrong_version(found) is None) == right
 
 
-def test_another_version_is_said_by_the_configuration():
-    family = by_type("qwen3", "here")
+def test_configurations(monkeypatch):
+    own = next(one for one in config.CLASSES if one.model_type == "dmc_qwen3")
+    made = own(dmc={"decision": "head"}, hidden_size=32)
+    assert made.dmc == {"decision": "head"} and made.hidden_size == 32
+    assert pickle.loads(pickle.dumps(made)).to_dict() == made.to_dict()
+    monkeypatch.setattr(config, "WRONG", wrong_version("0.33.0"))
     with pytest.raises(ValueError, match=r"made for vLLM 0\.32, and 0\.33\.0 is installed"):
-        config.configuration(family, wrong_version("0.33.0"))()
-    right = config.configuration(family)(dmc={"decision": "head"}, hidden_size=32)
-    assert right.model_type == "dmc_qwen3" and right.dmc == {"decision": "head"} and right.hidden_size == 32
+        own(dmc={"decision": "head"})
 
 
 def test_an_export_of_a_later_version():

@@ -11,17 +11,11 @@ KNOWN = ("method", "decision", "offset", "target_cr", "measured_cr", "window", "
 """Fields of ``dmc`` in config.json."""
 
 
-def register(wrong: str | None) -> None:
-    """Registers a configuration class for each family.
-
-    Args:
-        wrong: sentence that the classes raise instead; None: none.
-    """
-    for family in families().values():
-        AutoConfig.register(family.export_type, configuration(family, wrong), exist_ok=True)
+WRONG: str | None = None
+"""Sentence that the configurations raise instead, in another version of vLLM."""
 
 
-def configuration(family: Family, wrong: str | None = None) -> type[PreTrainedConfig]:
+def configuration(family: Family) -> type[PreTrainedConfig]:
     """The configuration class of a family's exports: transformers' own, and the field ``dmc``."""
     base = getattr(transformers, f"{family.title}Config")
 
@@ -31,14 +25,30 @@ def configuration(family: Family, wrong: str | None = None) -> type[PreTrainedCo
         model_type = family.export_type
 
         def __init__(self, dmc: dict | None = None, **kwargs) -> None:
-            if wrong is not None:
-                raise ValueError(wrong)
+            if WRONG is not None:
+                raise ValueError(WRONG)
             check_fields(dmc or {})
             self.dmc = dmc
             super().__init__(**kwargs)
 
     Configuration.__name__ = Configuration.__qualname__ = f"Dmc{family.title}Config"
     return Configuration
+
+
+CLASSES = [configuration(family) for family in families().values()]
+globals().update({one.__name__: one for one in CLASSES})  # vLLM sends a configuration to its other processes by pickle
+
+
+def register(wrong: str | None) -> None:
+    """Registers the configuration classes.
+
+    Args:
+        wrong: sentence that they raise; None: none.
+    """
+    global WRONG
+    WRONG = wrong
+    for one in CLASSES:
+        AutoConfig.register(one.model_type, one, exist_ok=True)
 
 
 def check_fields(fields: dict) -> None:
