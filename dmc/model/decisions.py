@@ -29,7 +29,8 @@ def decide(
     """
     heads, offset = config.num_key_value_heads, config.offset
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    late, omega = (), None
+    late: tuple[Tensor, ...] = ()
+    omega: Tensor | None = None
     if config.decision == "head":
         logits = F.linear(x.to(weight.dtype), weight, bias).split(heads, dim=1)
         merge, omega = logits[0], logits[1] if config.method == "dmc" else None
