@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _locate(options)
         return COMMANDS[options.command][2](options) or 0
     except (ValueError, OSError) as error:
+        if getattr(error, "__notes__", None):  # raised by the user's policy: its author needs the traceback
+            raise
         print(f"dmc {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -87,6 +87,8 @@ def _measured(
                 result = measure(llm, windows, reference=wanted, prompts=prompts[1], progress=bar.update)
                 row["result"], row["hardware"] = asdict(result), hardware(result.device)
             except (ValueError, RuntimeError) as error:  # rejected, or out of memory; other exceptions are bugs
+                if getattr(error, "__notes__", None):  # raised by the user's policy itself (`dmc.cache.reading.asking`)
+                    raise
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             bar.n = (number + 1) * steps  # a failed cell did not complete its progress
             bar.refresh()

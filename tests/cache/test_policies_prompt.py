@@ -245,6 +245,7 @@ def test_alone_and_in_a_batch_and_in_chunks(name, directory):
     ("snapkv", dict(kernel=4), "kernel=4 must be odd"), ("snapkv", dict(window=0), "window=0 must be a whole number, at least 1"),
     ("pyramidkv", dict(beta=0), "beta=0 must be a whole number, at least 1"),
     ("adakv", dict(least=2), "least=2 must be between 0 and 1"), ("expected", dict(share=0.0), "share=0.0 must be above 0"),
+    ("expected", dict(budget=5, sinks=4), "sinks=4 must be at most 3"), ("expected", dict(share=0.5, sinks=15), "at most 14"),
     ("merged", dict(of="h2o"), "of='h2o' must be one of snapkv, pyramidkv"),
     ("knorm", dict(budget=1), "budget=1 must be a whole number, at least 2"), ("random", dict(seed=-1), "seed=-1"),
 ])

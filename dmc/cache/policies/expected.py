@@ -35,6 +35,11 @@ class ExpectedAttentionPolicy(PromptPolicy):
         super().__init__(budget=budget, share=share)
         self.future = budgets.check_count(self.name, "future", future, 1)
         self.sinks = budgets.check_count(self.name, "sinks", sinks, 0)
+        if sinks > (least := (budget if share is None else budgets.LEAST) - 2):
+            raise ValueError(
+                f"{self.name} policy: sinks={sinks} must be at most {least}: a budget of {least + 2} tokens also holds the "
+                "newest token and one behind the sinks"
+            )
 
     def scores(self, prompt: PromptEntries) -> Tensor:
         """See `PromptPolicy.scores`."""

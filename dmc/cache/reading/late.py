@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
+from dmc.cache.reading import asking
 from dmc.cache.reading.onpages import OnPages
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
@@ -119,7 +120,7 @@ def leave(
     yes = yes & there
     alpha = (yes & policy.merges).to(rows.z.dtype)
     entering = there if policy.merges else there & ~yes
-    omega = policy.weigh(logits, omega) if policy.merges else torch.ones_like(omega)
+    omega = asking.numbers(policy, "weigh", logits, omega, shape=logits.shape) if policy.merges else torch.ones_like(omega)
     if kernels is not None:
         _by_kernels(rows, index, gone, kernels, entering, old_key, old_value, alpha, omega)
     else:

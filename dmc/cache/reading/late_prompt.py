@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
+from dmc.cache.reading import asking
 from dmc.cache.reading.prompt import NONE, Layer, rotated, select, states_of
 from dmc.cache.reading.prompt_attention import compact
 
@@ -117,7 +118,7 @@ class LatePrompt:
         if late is not None:
             gone.logits = gone.logits + late.T.to(work)[:, self.window - ready : self.window - ready + count]
         if self.policy.merges:
-            gone.omega = self.policy.weigh(gone.logits, gone.omega)
+            gone.omega = asking.numbers(self.policy, "weigh", gone.logits, gone.omega, shape=gone.logits.shape)
         start = first - ready  # position of the first token that leaves
         always = max(0, min(count, self.policy.sinks + self.policy.merges - start))  # they leave as entries of their own
         gone.logits[:, :always] = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmc.cache.policies import Policy
 from dmc.cache.policies.entries import Moments, PromptEntries
+from dmc.cache.reading import asking
 from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
 from dmc.functional import accumulate_numerators, rotate
 from dmc.kernels.backend import Backend
@@ -120,7 +121,7 @@ class Prompt:
         self._note(number, query, turned)
         arrived = late
         if late is None and self.policy.scored and gathered is None:
-            arrived = self.policy.arrival(key, value, positions[lead:])
+            arrived = asking.numbers(self.policy, "arrival", key, value, positions[lead:], shape=key.shape[:2])
         scores, accumulating_score = self._scores(past, gathered, ends, counts, None if arrived is None else arrived.T)
         accumulating = states.numerators[:, -1].clone(), states.z[:, -1].clone()
         self.layers[number] = self._forget(Layer(*entries, scores, *accumulating, accumulating_score), first + tokens)
@@ -139,8 +140,8 @@ class Prompt:
             self._newest(layer), None if queries is None else queries.unflatten(0, (len(positions), -1)), self.moments[number],
             self.rope,
         )
-        keep = self.policy.keep_prompt(there) & (positions >= 0)
-        if (written := self.policy.rewrite(there, keep)) is not None:
+        keep = asking.kept(self.policy, "keep_prompt", there)
+        if (written := asking.rewritten(self.policy, there, keep)) is not None:
             layer = dataclasses.replace(layer, keys=written[0].to(layer.keys), values=written[1].to(layer.values))
         return select(layer, keep)
 
@@ -191,7 +192,7 @@ class Prompt:
         if not self.policy.evicts or not layer.positions.numel():
             return layer
         query = torch.full((len(layer.positions), 1), following, device=layer.positions.device)
-        sight = self.policy.visible(layer.positions, query)
+        sight = asking.seen(self.policy, layer.positions, query)
         return layer if sight is None else select(layer, sight[:, 0] & (layer.positions != NONE))[0]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.cache.policies import Policy
+from dmc.cache.reading import asking
 from dmc.kernels.backend import Backend
 from dmc.kernels.prefill.prefill import prefill_attention
 
@@ -87,7 +88,7 @@ def prompt_attention(
         part, at = query[:, :, start : start + step], seen.queries[start : start + step]
         keys, values = seen.own_keys[:, None, start : start + step], seen.own_values[:, None, start : start + step]
         shown = seen.positions[:, None] < at[:, None]  # [H, t, N]
-        if (sight := policy.visible(seen.positions, at.expand(heads, -1))) is not None:
+        if (sight := asking.seen(policy, seen.positions, at.expand(heads, -1))) is not None:
             shown &= sight
         scores = (part @ seen.keys[:, None].transpose(-1, -2)).masked_fill_(~shown[:, None], -torch.inf)
         weights = torch.cat([scores, (part * keys).sum(-1, keepdim=True)], dim=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.policies import Policy
-from dmc.cache.reading import growing, late
+from dmc.cache.reading import asking, growing, late
 from dmc.cache.reading.late_prompt import LatePrompt
 from dmc.cache.reading.plan import Plan, plans
 from dmc.cache.reading.prompt import Prompt
@@ -94,8 +94,9 @@ class Step:
         token that leaves when this one arrives (`dmc.cache.reading.late`). Hidden ``[N, hidden]``, if it `reads_hidden`.
         """
         if self.policy.ring is None:  # nothing is decided late, so scores at arrival can go the same way
-            late = self.policy.arrival_hidden(layer, hidden) if self.reads_hidden else None
-        parts = [query, key, value, *self.policy.decide(alpha, omega), late]
+            shape = key.shape[:2]
+            late = asking.numbers(self.policy, "arrival_hidden", layer, hidden, shape=shape) if self.reads_hidden else None
+        parts = [query, key, value, *asking.decisions(self.policy, alpha, omega), late]
         if self.closed is not None and self.policy.ring is None:
             forced = self.closed[layer].view(len(self.slots), -1)
             parts[3] = torch.cat([parts[3][: len(forced)].masked_fill(forced, 1.0), parts[3][len(forced) :]])
@@ -211,7 +212,8 @@ class Step:
             rows.numerators[index] = torch.stack(self.tokens).view(len(index), -1)
             rows.z[index] = 1.0
         if rows.storage.scored and self.policy.statistics is None and not self.reads_hidden:
-            arrived = self.policy.arrival(key, value, self.following.view(len(self.slots), -1)[:, 0] - 1)
+            at = self.following.view(len(self.slots), -1)[:, 0] - 1
+            arrived = asking.numbers(self.policy, "arrival", key, value, at, shape=key.shape[:2])
         return self._attend(layer, query, _turn(key, self.now), value, alpha, arrived)
 
     # ------------------------------------------------------------------------------------ merging
@@ -264,7 +266,7 @@ class Step:
             self._score(index, alpha.flatten(), weight if arrived is None else arrived.flatten())
         if self.policy.evicts_later:
             there = entries(rows, index, self.following)
-            evict(rows, index, there, self.policy.keep(there))
+            evict(rows, index, there, asking.kept(self.policy, "keep", there))
         return out.view(query.shape).to(query.dtype)
 
     def _score(self, index: Tensor, alpha: Tensor, weight: Tensor | None) -> None:
