@@ -9,13 +9,13 @@ from torch import Tensor
 
 import dmc.training  # noqa: F401 - before anything of megatron
 from checkpoints import store
-from checkpoints.files import HfWeights
 from checkpoints.names import to_hf, to_megatron
 from checkpoints.trained import TrainedWeights
 from dmc.families import ModelShape, shape_of
+from dmc.model.weights import Weights
 from dmc.training.config import recorded
 
-__all__ = ["HfWeights", "load_hf_state", "loader", "to_hf", "to_megatron"]
+__all__ = ["Weights", "load_hf_state", "loader", "to_hf", "to_megatron"]
 
 
 def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:

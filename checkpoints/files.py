@@ -1,4 +1,4 @@
-"""Weights in safetensors files: read by name one tensor at a time, written in shards of a bounded size."""
+"""Weights written to safetensors files in shards of a bounded size; `dmc.model.Weights` reads them."""
 
 from __future__ import annotations
 
@@ -8,76 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 4 * 10**9
-_STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-class HfWeights:
-    """Tensors of a Hugging Face directory by name, each read when it is asked for from its safetensors file.
-
-    The files stay mapped, not read: a tensor costs memory while it is held, the rest of the model does not.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self._directory = Path(directory)
-        index = self._directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = _indexed(index)
-        elif (self._directory / "model.safetensors").is_file():
-            files = ["model.safetensors"]
-        else:
-            raise ValueError(_no_weights(self._directory))
-        self._file_of: dict[str, Path] = {}
-        for name in files:
-            path = self._directory / name
-            if not path.is_file():
-                raise ValueError(f"{directory} lacks {name}, which its index names: copy the missing shard")
-            for key in self._open(path).keys():  # noqa: SIM118 - safe_open is no mapping
-                self._file_of[key] = path
-
-    def __call__(self, name: str) -> Tensor:
-        """The tensor of that name, mapped from its file: what is not looked at is not read.
-
-        Raises:
-            ValueError: if no file holds it, its file is truncated, or the weights are quantised.
-        """
-        self.meta(name)
-        return self._open(self._path(name)).get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        """The names, in the order of the files."""
-        return iter(self._file_of)
-
-    def meta(self, name: str) -> Tensor:
-        """An empty tensor on the meta device with the shape and dtype of that name's tensor; reads the header alone.
-
-        Raises:
-            ValueError: as for a call, and if the weights are quantised.
-        """
-        part = self._open(self._path(name)).get_slice(name)
-        if part.get_dtype() not in _STORED:
-            raise ValueError(
-                f"{name} in {self._directory} is stored as {part.get_dtype()}: only {', '.join(_STORED)} weights are read; "
-                "take the checkpoint that was not quantised"
-            )
-        return torch.empty(part.get_shape(), dtype=_STORED[part.get_dtype()], device="meta")
-
-    def _path(self, name: str) -> Path:
-        if name not in self._file_of:
-            raise ValueError(f"{self._directory} has no tensor {name!r}: the weights do not match its config.json")
-        return self._file_of[name]
-
-    @staticmethod
-    def _open(path: Path):  # noqa: ANN205
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch it again") from None
 
 
 def write_weights(directory: Path, plan: Mapping[str, Tensor], fetch: Callable[[str], Tensor], limit: int) -> None:
@@ -143,22 +79,3 @@ def _shards(plan: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
-
-
-def _indexed(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weights ({type(error).__name__}: {error}): fetch it again") from None
-
-
-def _no_weights(directory: Path) -> str:
-    missing = f"{directory} has no model.safetensors and no model.safetensors.index.json"
-    if any(directory.glob("pytorch_model*.bin*")):
-        return (
-            f"{missing}, only pytorch_model.bin, which is a pickle and not read here: convert it once with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) of transformers"
-        )
-    if any(directory.glob("*.gguf")):
-        return f"{missing}, only a GGUF file: convert it once with scripts/gguf_to_hf.py"
-    return missing

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.export_hf import copy_tokenizer
-from checkpoints.files import HfWeights, write_weights
+from checkpoints.files import write_weights
 from dmc.families import read_shape
+from dmc.model.weights import Weights
 
 _POOLED = tuple(f"self_attn.{letter}_proj.{kind}" for letter in "kv" for kind in ("weight", "bias"))
 
@@ -35,7 +36,7 @@ def convert(source: Path, out: Path, kv_heads: int, *, dtype: torch.dtype | None
     Raises:
         ValueError: if `source` is no readable model, or `kv_heads` does not divide its key/value heads.
     """
-    hf, weights = read_shape(source), HfWeights(source)
+    hf, weights = read_shape(source), Weights(source)
     heads = hf.num_key_value_heads
     if kv_heads < 1 or kv_heads >= heads or heads % kv_heads:
         smaller = ", ".join(str(n) for n in range(1, heads) if heads % n == 0) or "none"

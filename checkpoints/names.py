@@ -30,12 +30,12 @@ def to_megatron(
 ) -> Iterator[tuple[str, Tensor]]:
     """``(megatron name, this rank's tensor)`` for every name the rank's model holds, each made when it is asked for.
 
-    A tensor of `weights` is cut before it is copied: one that is mapped from a file (`HfWeights`) is read no further
+    A tensor of `weights` is cut before it is copied: one that is mapped from a file (`Weights`) is read no further
     than the rank's part.
 
     Args:
         hf: the model.
-        weights: returns a Hugging Face tensor by name, e.g. `HfWeights`.
+        weights: returns a Hugging Face tensor by name, e.g. `Weights`.
         names: parameter names of the rank's GPTModel. Those of a decision head are skipped: it is new.
         first_layer: global index of the rank's first layer.
         rank, size: of tensor parallelism.

@@ -91,7 +91,7 @@ def build(config: Config) -> Trainer:
     teacher, teacher_hf = None, None
     if flops.distils(config):
         directory = hub.located(config.distill.teacher) if config.distill.teacher else model
-        teacher, teacher_hf = convert.HfWeights(directory), read_shape(directory)
+        teacher, teacher_hf = convert.Weights(directory), read_shape(directory)
         check_names(teacher_hf, list(teacher), directory)
         check_length(config, teacher_hf)
     fitted = FittedDecisions.load(config.dmc.init) if config.dmc.init else None
@@ -102,7 +102,7 @@ def build(config: Config) -> Trainer:
     tokenizer = tokens.load_tokenizer(model, hf.vocab_size)
     weights = None
     if config.run.init != "random":
-        weights = convert.HfWeights(model)
+        weights = convert.Weights(model)
         check_names(hf, list(weights), model)
     begin = opening.opening(tokenizer, config.data.bos)
     training, held_out = tokens.corpora(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from checkpoints.convert import HfWeights
+from checkpoints.convert import Weights
 from data.tokens import load_tokenizer
 from dmc.families import read_shape
 from scripts.gguf_to_hf import main
@@ -105,7 +105,7 @@ def test_the_model_is_the_one_that_transformers_reads_from_the_gguf(tmp_path, ki
         assert config.fields[name] == fields[name], name
     theirs = LlamaForCausalLM(LlamaConfig(**config.fields))
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=theirs)["tensors"]
-    read = HfWeights(out)
+    read = Weights(out)
     assert set(read) == set(tensors)
     assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
     theirs.load_state_dict(tensors, strict=tied is False)
@@ -125,7 +125,7 @@ def test_the_tokenizer_is_the_one_the_file_was_made_from(tmp_path, split):
         assert tokenizer(text).input_ids == made.encode(text).ids and tokenizer.decode(made.encode(text).ids) is not None
     assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert HfWeights(tmp_path / "out")("model.norm.weight").dtype == torch.bfloat16
+    assert Weights(tmp_path / "out")("model.norm.weight").dtype == torch.bfloat16
 
 
 def test_a_wheel_is_read_as_well(tmp_path):

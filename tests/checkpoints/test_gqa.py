@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from checkpoints.convert import HfWeights, load_hf_state
+from checkpoints.convert import Weights, load_hf_state
 from dmc import LLM
 from dmc.families import read_shape
 from scripts import export_hf, mha_to_gqa
@@ -66,10 +66,10 @@ def test_two_steps_are_one(tmp_path):
     half = convert(source, tmp_path / "half", 2, "--max-shard-size", "50KB", "--dtype", "bfloat16")
     assert (half / "model.safetensors.index.json").is_file() and read_shape(half).fields["dtype"] == "bfloat16"
     twice, once = convert(half, tmp_path / "twice", 1), convert(source, tmp_path / "once", 1)
-    read = HfWeights(twice)
-    for name in HfWeights(once):
+    read = Weights(twice)
+    for name in Weights(once):
         assert read(name).dtype == torch.bfloat16
-        torch.testing.assert_close(read(name).float(), HfWeights(once)(name), rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(read(name).float(), Weights(once)(name), rtol=1e-2, atol=2e-3)
     for name in ("tokenizer.json", "generation_config.json"):
         assert (twice / name).read_bytes() == (source / name).read_bytes()
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import convert
 from checkpoints.export_hf import export, export_plain
-from checkpoints.files import HfWeights
 from checkpoints.trained import TrainedWeights
 from dmc.families import read_shape
+from dmc.model.weights import Weights
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
@@ -46,7 +46,7 @@ def built(process_group):
     hf = read_shape(SOURCE)
     state = LayerState(Settings("neuron"), mode="plain")
     model = llama.build(hf, ParallelConfig(), state, sequence_length=256, dtype=torch.float32)[0]
-    setup.load_weights(model, convert.loader(hf, HfWeights(SOURCE)))
+    setup.load_weights(model, convert.loader(hf, Weights(SOURCE)))
     return hf, model.eval()
 
 
@@ -75,7 +75,7 @@ def test_round_trip_is_bit_identical(built, tmp_path):
         TrainedWeights(tmp_path / "checkpoint", hf), dict(hf.fields), out=tmp_path / "out", tokenizer_dir=SOURCE, card="",
         dtype=torch.float32, max_shard_bytes=10**8,
     )
-    before, after = HfWeights(SOURCE), HfWeights(out)
+    before, after = Weights(SOURCE), Weights(out)
     assert set(before) == set(after) and len(list(out.glob("*.safetensors"))) > 4
     for name in before:
         assert torch.equal(before(name).float(), after(name)), name
@@ -86,7 +86,7 @@ def test_round_trip_is_bit_identical(built, tmp_path):
 
 def test_an_untrained_head_generates_what_the_model_does(theirs, ids, tmp_path):
     """A zero decision head merges nothing: greedy tokens of the export are the plain model's."""
-    hf, read = read_shape(SOURCE), HfWeights(SOURCE)
+    hf, read = read_shape(SOURCE), Weights(SOURCE)
     state = {name: read(name) for name in read}
     for layer in range(hf.num_hidden_layers):
         head = torch.zeros(2 * hf.num_key_value_heads, hf.hidden_size)
@@ -108,7 +108,7 @@ def test_three_heads_become_one(tmp_path):
     command = [sys.executable, "scripts/mha_to_gqa.py", str(SOURCE), str(tmp_path / "out"), "--kv-heads", "1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    read, before = HfWeights(tmp_path / "out"), HfWeights(SOURCE)
+    read, before = Weights(tmp_path / "out"), Weights(SOURCE)
     name = "model.layers.7.self_attn.k_proj.weight"
     torch.testing.assert_close(read(name), sum(before(name).split(64)) / 3, rtol=1e-6, atol=1e-6)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_key_value_heads == 1

@@ -11,8 +11,9 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from checkpoints.export_hf import export_plain
-from checkpoints.files import HfWeights, parse_size, write_weights
+from checkpoints.files import parse_size, write_weights
 from checkpoints.trained import TrainedWeights
+from dmc.model.weights import Weights
 from tests.checkpoints.tiny import tiny, write
 from tests.training.models import hf_config, megatron
 
@@ -47,7 +48,7 @@ def test_the_exported_files_hold_them_too(process_group, tmp_path, shape):
     )
     sizes = [sum(x.numel() * 4 for x in load_file(file).values()) for file in out.glob("*.safetensors")]
     assert len(sizes) > 4 and max(sizes) <= 20_000
-    assert all(torch.equal(HfWeights(out)(name), tensor) for name, tensor in model.state.items())
+    assert all(torch.equal(Weights(out)(name), tensor) for name, tensor in model.state.items())
     assert {file.stat().st_mode & 0o444 for file in out.iterdir()} == {0o444}
 
 
@@ -145,7 +146,7 @@ def built(tensor=1):
 
 def quarter():
     names = [name for name, _ in model.named_parameters()]
-    for name, part in convert.loader(hf, convert.HfWeights(source))(names, 0, 1, 4):
+    for name, part in convert.loader(hf, convert.Weights(source))(names, 0, 1, 4):
         held[name] = part.clone()
     assert held["decoder.layers.0.self_attention.linear_qkv.weight"].shape == (192, 256)
 
@@ -153,7 +154,7 @@ def quarter():
 held = {}
 setup.init_distributed(config.load(overrides=["run.threads=1"]))
 model = built()
-out = {"import": peak(lambda: setup.load_weights(model, convert.loader(hf, convert.HfWeights(source))))}
+out = {"import": peak(lambda: setup.load_weights(model, convert.loader(hf, convert.Weights(source))))}
 out["a quarter"] = peak(quarter)
 (tmp / "checkpoint").mkdir()
 dist_checkpointing.save(model.sharded_state_dict(), str(tmp / "checkpoint"))

@@ -45,7 +45,7 @@ def random_case(decision, **changes):
 
 def base_case(decision):
     config = LlamaConfig.from_pretrained(ROOT / "checkpoints" / "base")
-    read = convert.HfWeights(ROOT / "checkpoints" / "base")
+    read = convert.Weights(ROOT / "checkpoints" / "base")
     plain = LlamaForCausalLM(config).state_dict()
     return Case(config, {name: read(name).float() for name in plain if name != "lm_head.weight"}, decision)
 

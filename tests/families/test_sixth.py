@@ -72,7 +72,7 @@ def test_the_page(process_group, acme, tmp_path):
     model = llama.build(
         shape, ParallelConfig(), LayerState(Settings("head", 3.0, 0.5), mode="plain"), sequence_length=64, dtype=torch.float32
     )[0].eval()
-    setup.load_weights(model, convert.loader(shape, convert.HfWeights(tmp_path / "in")))
+    setup.load_weights(model, convert.loader(shape, convert.Weights(tmp_path / "in")))
     assert (logits(model, tokens) - expected).abs().max() < 1e-4
 
     out = export(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from checkpoints.convert import HfWeights
+from checkpoints.convert import Weights
 from dmc.training.config import load
 from dmc.training.setup import attach_teacher, build_student
 from tests.checkpoints.tiny import tiny
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 def test_only_the_decision_heads_learn(run):
     tmp, output = run
-    original, trained = HfWeights(tmp / "model"), weights(output)
+    original, trained = Weights(tmp / "model"), weights(output)
     heads = {name for name in trained if name.endswith("decision.weight")}
     assert len(heads) == 2 and all(trained[name].abs().max() > 0 for name in heads)
     for name in trained.keys() - heads:

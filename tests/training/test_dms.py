@@ -98,9 +98,9 @@ def test_recomputation(reference, recompute):
 def test_an_adapter_leaves_the_base_as_it_is(reference):
     tmp, _ = reference
     output = run(tmp, "adapter", "dmc.train=decision", "optim.lr=1e-3")
-    from checkpoints.convert import HfWeights
+    from checkpoints.convert import Weights
 
-    original = HfWeights(tmp / "model")
+    original = Weights(tmp / "model")
     for name, tensor in weights(output).items():
         assert name.endswith("decision.weight") or torch.equal(tensor, original(name)), name
     assert metrics(output)[-1]["measured_cr"] > 1.3

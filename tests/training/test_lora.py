@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints.convert import HfWeights
+from checkpoints.convert import Weights
 from dmc import LLM
 from dmc.commands.export import main as export
 from dmc.families import read_shape
@@ -43,7 +43,7 @@ def same(run, name, *layout, processes=1, tolerance=2e-5):
 
 def test_what_is_low_rank_changes_and_nothing_else(run):
     tmp, output = run
-    before, after = HfWeights(tmp / "model"), weights(output)
+    before, after = Weights(tmp / "model"), weights(output)
     for name in before:
         change = (after[name] - before(name)).float()
         if name.endswith("_proj.weight"):
@@ -89,7 +89,7 @@ def test_the_export_is_merged_and_the_adapter_is_the_change(run, tmp_path):
     settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert settings["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     factors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    before, after = HfWeights(tmp / "model"), HfWeights(tmp_path / "out")
+    before, after = Weights(tmp / "model"), Weights(tmp_path / "out")
     changed = [name for name in before if name.endswith("_proj.weight")]
     assert len(factors) == 2 * len(changed) == 28
     for name in changed:
@@ -135,7 +135,7 @@ def test_families_with_biases_and_norms(process_group, tmp_path):
     for family in ("qwen2", "qwen3"):
         path = directory(tmp_path / family, family)
         config = load(overrides=["data.sequence_length=64", "dmc.train=lora"])
-        student = setup.build_student(config, read_shape(path), convert.loader(read_shape(path), convert.HfWeights(path)))
+        student = setup.build_student(config, read_shape(path), convert.loader(read_shape(path), convert.Weights(path)))
         chunk, student.state.mode = student.chunks[0].eval(), "plain"
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
