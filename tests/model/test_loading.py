@@ -52,7 +52,7 @@ def test_config_that_is_no_json(parts, tmp_path):
 def test_missing_weights(parts, tmp_path):
     tiny.write(tmp_path, *parts)
     (tmp_path / "model.safetensors").unlink()
-    assert "model.safetensors is missing" in refusal(tmp_path)
+    assert "has no model.safetensors" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [4, 200, -10])
