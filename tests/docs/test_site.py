@@ -106,7 +106,7 @@ def test_it_builds_without_a_warning(tmp_path):
     assert {page.replace(".md", ".html") for page in pages(SITE["nav"])} <= built
     text = (tmp_path / "site" / "reference" / "api.html").read_text()
     assert 'id="dmc.cache.policies.base.Policy.keep"' in text
-    assert 'class="mermaid"' in (tmp_path / "site" / "explanation" / "merge-or-evict.html").read_text()
+    assert 'class="mermaid"' in (tmp_path / "site" / "architecture.html").read_text()
     assert problems(tmp_path / "site")[0] == []
 
 
