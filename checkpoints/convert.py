@@ -12,8 +12,8 @@ from checkpoints import store
 from checkpoints.names import to_hf, to_megatron
 from checkpoints.trained import TrainedWeights
 from dmc.families import ModelShape, shape_of
-from dmc.model.weights import Weights
 from dmc.training.config import recorded
+from dmc.weights import Weights
 
 __all__ = ["Weights", "load_hf_state", "loader", "to_hf", "to_megatron"]
 

@@ -1,4 +1,4 @@
-"""Weights written to safetensors files in shards of a bounded size; `dmc.model.Weights` reads them."""
+"""Weights written to safetensors files in shards of a bounded size; `dmc.weights.Weights` reads them."""
 
 from __future__ import annotations
 

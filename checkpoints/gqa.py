@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.export_hf import copy_tokenizer
 from checkpoints.files import write_weights
 from dmc.families import read_shape
-from dmc.model.weights import Weights
+from dmc.weights import Weights
 
 _POOLED = tuple(f"self_attn.{letter}_proj.{kind}" for letter in "kv" for kind in ("weight", "bias"))
 

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 TREES = ("dmc", "checkpoints", "data", "scripts", "integrations", "train.py")
 
 MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope"}  # plain PyTorch, below everything else
-FILES = {"dmc.pretrained", "dmc.extras", "dmc.hub"}  # transformers' loaders; the sentence of a missing package; names on the Hub
+FILES = {  # transformers' loaders; weights by name; the sentence of a missing package; names on the Hub
+    "dmc.pretrained", "dmc.weights", "dmc.extras", "dmc.hub",
+}
 ENGINE = MATHS | FILES | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine"}  # and below
 DMC = ENGINE | {"dmc.server", "dmc.evaluation", "dmc.analysis", "dmc.training"}
 CHECKOUT = {"data", "checkpoints"}
@@ -31,13 +33,14 @@ MAY_IMPORT = {
     "dmc.fitted": set(),
     "dmc.rope": set(),  # frequencies from transformers, imported where a config is read
     "dmc.pretrained": {"dmc.families"},
+    "dmc.weights": set(),
     "dmc.extras": set(),
     "dmc.hub": set(),
     "dmc.plugins": set(),  # classes of other packages by their names
     "dmc.families": MATHS,
     "dmc.kernels": MATHS,
     "dmc.cache": MATHS | {"dmc.kernels", "dmc.plugins"},
-    "dmc.model": MATHS | {"dmc.families", "dmc.kernels"},
+    "dmc.model": MATHS | {"dmc.weights", "dmc.families", "dmc.kernels"},
     "dmc.engine": MATHS | FILES | {"dmc.families", "dmc.model", "dmc.cache"},
     "dmc.server": {"dmc.engine"},
     "dmc.evaluation": ENGINE,
@@ -57,8 +60,8 @@ KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",
 CACHE_FLOORS = (("policies", "codecs"), ("storage",), ("reading",), ("kv",))
 TRAINING_ONLY = ("megatron", "datasets", "matplotlib")
 SERVING = (
-    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.hub", "dmc.plugins",
-    "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
+    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.weights", "dmc.hub",
+    "dmc.plugins", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
 )
 
 

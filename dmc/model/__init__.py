@@ -2,6 +2,6 @@
 
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.llama import Attend, Llama
-from dmc.model.weights import Weights
+from dmc.weights import Weights
 
 __all__ = ["Attend", "Llama", "ModelConfig", "Weights", "read_config"]

@@ -6,8 +6,8 @@ import torch
 
 from dmc.kernels.pages.key_bias import KeyBias
 from dmc.model.config import ModelConfig
-from dmc.model.weights import Weights
 from dmc.rope import Rope
+from dmc.weights import Weights
 
 
 def key_bias(

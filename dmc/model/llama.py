@@ -18,8 +18,8 @@ from dmc.model.decisions import decide
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.linear import Linear
 from dmc.model.ops import rms_norm, swiglu
-from dmc.model.weights import Weights
 from dmc.rope import Rope
+from dmc.weights import Weights
 
 Attend = Callable[..., Tensor]
 """(layer, query [N, Hq, D], key and value [N, H, D], alpha and omega [N, H]) → [N, Hq, D], for N tokens of whichever

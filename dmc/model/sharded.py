@@ -19,7 +19,7 @@ from dmc.model.config import ModelConfig
 from dmc.model.group import Group
 from dmc.model.linear import Linear
 from dmc.model.llama import Llama
-from dmc.model.weights import Weights
+from dmc.weights import Weights
 
 _ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight",
          "q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.bias", "up_proj.bias")

@@ -18,11 +18,11 @@ from checkpoints import convert
 from checkpoints.export_hf import export, export_plain
 from checkpoints.trained import TrainedWeights
 from dmc.families import read_shape
-from dmc.model.weights import Weights
 from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
+from dmc.weights import Weights
 
 SOURCE = Path(os.environ.get("DMC_SMOLLM2", "nowhere"))
 PROMPT = (

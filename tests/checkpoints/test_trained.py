@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from checkpoints.export_hf import export_plain
 from checkpoints.files import parse_size, write_weights
 from checkpoints.trained import TrainedWeights
-from dmc.model.weights import Weights
+from dmc.weights import Weights
 from tests.checkpoints.tiny import tiny, write
 from tests.training.models import hf_config, megatron
 

@@ -83,7 +83,7 @@ def test_missing_shard(parts, tmp_path):
     where = {name: "a.safetensors" if name in names[:5] else "b.safetensors" for name in names}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
-    assert "b.safetensors is missing" in refusal(tmp_path)
+    assert "lacks b.safetensors" in refusal(tmp_path)
     index.write_text("[]")
     assert "not an index" in refusal(tmp_path)
 
