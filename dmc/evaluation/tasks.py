@@ -28,7 +28,7 @@ def task_names(names: Sequence[str], suite: str | None) -> list[str]:
         ValueError: if there is no such suite.
     """
     if suite is not None and suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}; without the harness: quick, retrieval")
+        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}; without the harness: quick, retrieval, long")
     return list(dict.fromkeys([*names, *SUITES.get(suite, ())]))
 
 
