@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dmc.evaluation.paired import difference, settled  # noqa: E402
 from dmc.evaluation.pareto import front  # noqa: E402
 from dmc.evaluation.styles import POLICIES, STYLES, method  # noqa: E402
 
@@ -101,8 +102,8 @@ def leaders(*files: str) -> str:
             order = sorted((row for of in best.values() if (row := _within(of, budget))), key=lambda row: row["result"]["kl"])
             if order:
                 cells = [f"{competitor(row)}: {shown(row)}, **{loss(row['result']['kl'])}**" for row in order[:2]]
-                difference = _paired(*order[:2]) if len(order) > 1 else "–"
-                lines.append((NAMES.get(base, base), f"1/{1 / budget:g}", *cells, *["–"] * (2 - len(cells)), difference))
+                apart = _paired(*order[:2]) if len(order) > 1 else "–"
+                lines.append((NAMES.get(base, base), f"1/{1 / budget:g}", *cells, *["–"] * (2 - len(cells)), apart))
     return markdown(("model", "bytes, at most", "lowest KL", "second method", "difference"), lines)
 
 
@@ -137,6 +138,34 @@ def suite(file: str, *kinds: str) -> str:
     return markdown(("row", "CR", "MB", "of dense bf16", *kinds), lines)
 
 
+def retrieval(*files: str) -> str:
+    """The two policies that write out most answers within each of `BUDGETS`; differences are paired over the samples.
+
+    A cache may be 3 % larger than the budget: budgets are settings in tokens, and pages are filled in parts.
+    """
+    rows, lines = read(*files), []
+    full = next(row for row in rows if row["row"].startswith("full,"))["retrieval"]["all"]
+    for budget in BUDGETS:
+        able = [row for row in rows if 1 / row["retrieval"]["all"]["byte_ratio"] <= 1.03 * budget]
+        able.sort(key=lambda row: (-row["retrieval"]["all"]["found"], row["retrieval"]["all"]["held_bytes"]))
+        order = list({row["policy"].split(":")[0]: row for row in reversed(able)}.values())[::-1]  # the best of each policy
+        order = sorted(order, key=able.index)[:2]
+        if order:
+            of = [(row["row"], row["retrieval"]["all"]) for row in order]
+            cells = [f"{name} ({ratio(1 / one['byte_ratio'])}), **{one['found']:.2f}**" for name, one in of]
+            apart = _samples(*order) if len(order) > 1 else "–"
+            lines.append((f"1/{1 / budget:g}", f"{full['found']:.2f}", *cells, *["–"] * (2 - len(cells)), apart))
+    return markdown(("bytes, about", "full cache", "best", "second", "difference"), lines)
+
+
+def _samples(best: dict, other: dict) -> str:
+    pairs = list(zip(best["retrieval"]["samples"], other["retrieval"]["samples"], strict=True))
+    if any((a["kind"], a["length"], a["answers"]) != (b["kind"], b["length"], b["answers"]) for a, b in pairs):
+        return "other samples"
+    by, error = difference([a["found"] for a, _ in pairs], [b["found"] for _, b in pairs])
+    return f"{by:.2f} ± {error:.2f} (n {len(pairs)})" + ("" if settled(by, error) else ", not settled")
+
+
 def _found(cell: dict) -> str:
     error = "" if cell["stderr"] is None else f" ± {cell['stderr']:.2f}"
     return f"{cell['found']:.2f}{error} ({cell['n']})"
@@ -169,6 +198,16 @@ def fitted(file: str, *methods: str) -> str:
     ))
 
 
+def cross(file: str) -> str:
+    """Fitted decisions on other text than that which they were fitted on; the first row of a test text is the comparison."""
+    rows, lines, matched = read(file), [], {}
+    for row in rows:
+        first = matched.setdefault(row["test"], row)["result"]["kl"]
+        lines.append((row["test"], f"{row['fitted_on']}, {row['fitted_sequences']} sequences", f"{row['result']['cr']:.2f}",
+                      loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['kl'] / first:.2f}"))
+    return markdown(("test text", "fitted on", "CR", "KL", "/ first row"), lines)
+
+
 def _point(row: dict) -> tuple[float, float]:
     return row["result"]["share"], row["result"]["kl"]
 
@@ -187,13 +226,11 @@ def _within(rows: Sequence[dict], budget: float) -> dict | None:
 def _paired(best: dict, other: dict) -> str:
     if best["result"]["windows_hash"] != other["result"]["windows_hash"]:
         return "other windows"
-    pairs = zip(other["result"]["kl_windows"], best["result"]["kl_windows"], strict=True)
-    differences = [a - b for a, b in pairs]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    mean = statistics.fmean(differences)
-    return f"{loss(mean, error)} (n {len(differences)})" + ("" if mean >= 2 * error else ", not settled")
+    by, error = difference(other["result"]["kl_windows"], best["result"]["kl_windows"])
+    return f"{loss(by, error)} (n {len(best['result']['kl_windows'])})" + ("" if settled(by, error) else ", not settled")
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "frontier": frontier, "budgets": budgets, "leaders": leaders, "kept": kept, "suite": suite, "runs": runs, "fitted": fitted,
+    "frontier": frontier, "budgets": budgets, "leaders": leaders, "kept": kept, "suite": suite, "retrieval": retrieval,
+    "runs": runs, "fitted": fitted, "cross": cross,
 }

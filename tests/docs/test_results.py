@@ -95,4 +95,19 @@ def test_a_policy_on_a_changed_model_is_no_row_of_the_policy():
 def test_the_fields_of_a_report_of_the_suite():
     rows = results_tables.suite("policies/smollm2-suite.jsonl", "single").splitlines()
     assert rows[0] == "| row | CR | MB | of dense bf16 | single |"
-    assert rows[2] == "| full | 1.00 | 24.4 | 1/0.5 | 1.00 ± 0.00 (5) |"
+    assert rows[2] == "| full, fp32 | 1.00 | 24.4 | 1/0.5 | 1.00 ± 0.00 (5) |"
+
+
+def test_two_caches_are_compared_over_the_same_samples(data):
+    def report(row, ratio, found, policy="h2o"):
+        samples = [{"kind": "single", "length": 64, "answers": [str(i)], "found": one} for i, one in enumerate(found)]
+        whole = {"found": statistics.fmean(found), "held_bytes": 100, "byte_ratio": ratio}
+        return {"row": row, "policy": policy, "retrieval": {"all": whole, "samples": samples}}
+
+    data(
+        report("full, bf16", 1.0, [1, 1, 1]), report("a", 3.9, [1, 0, 1]), report("d", 4.1, [0, 1, 1]),
+        report("b", 4.2, [0, 0, 1], "tova:share=0.2"), report("c", 8, [0, 0, 0]),
+    )
+    lines = results_tables.retrieval("rows.jsonl").splitlines()[2:]
+    assert lines[1] == "| 1/4 | 1.00 | a (1/3.9), **0.67** | b (1/4.2), **0.33** | 0.33 ± 0.33 (n 3), not settled |"
+    assert lines[2] == "| 1/8 | 1.00 | c (1/8.0), **0.00** | – | – |"
