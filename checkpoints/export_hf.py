@@ -122,7 +122,7 @@ def free(out: str | Path) -> Path:
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write to; flushed and renamed to `out` at the end, removed after an error."""
+    """A directory next to `out` to write to; flushed and renamed to `out` at the end, removed after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

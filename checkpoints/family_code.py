@@ -82,7 +82,7 @@ def classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedMode
 
 
 def _own(family: Family) -> dict[str, str]:
-    """Module name → text of what a family has beside the shared code, in the order of their imports; Llama has nothing."""
+    """Module name → text of what a family adds to the shared code, in the order of their imports; Llama has nothing."""
     if family.model_type == "llama":
         return {}
     kinds = {"qkv_bias": family.qkv_bias, "output_bias": family.output_bias, "mlp_bias": family.mlp_bias}

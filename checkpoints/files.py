@@ -49,7 +49,7 @@ def parse_size(text: str) -> int:
     """``"4GB"``, ``"500 MB"``, ``"200MiB"`` or plain bytes → bytes.
 
     Raises:
-        ValueError: if it is no such size, or not positive.
+        ValueError: if it is not such a size, or not positive.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
     unit = (found and found[2] or "").lower()

@@ -34,7 +34,7 @@ def convert(source: Path, out: Path, kv_heads: int, *, dtype: torch.dtype | None
         limit: bytes a shard of weights holds at most; also about what is held in memory.
 
     Raises:
-        ValueError: if `source` is no readable model, or `kv_heads` does not divide its key/value heads.
+        ValueError: if `source` is not a readable model, or `kv_heads` does not divide its key/value heads.
     """
     hf, weights = read_shape(source), Weights(source)
     heads = hf.num_key_value_heads

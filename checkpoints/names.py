@@ -103,7 +103,7 @@ def _from_hf(
 
 
 def _of_rows(weights: Callable[[str], Tensor], name: str, rows: int, hf: ModelShape) -> Tensor:
-    """The tensor of that name, refused if it is not ``[rows, hidden]`` (a bias: ``[rows]``): fused tensors would hide a wrong
+    """The tensor of that name, rejected if it is not ``[rows, hidden]`` (a bias: ``[rows]``): fused tensors would hide a wrong
     shape."""
     tensor = weights(name)
     wanted = (rows,) if name.endswith(".bias") else (rows, hf.hidden_size)

@@ -25,7 +25,7 @@ def retired(final: Path) -> Path:
 
 
 def remove_outdated(directory: Path, newest: str, keep_last: int) -> None:
-    """Remove all but the last ``keep_last`` resume points (0 keeps all); ``newest`` stays in any case.
+    """Remove all but the last ``keep_last`` checkpoints (0 keeps all); ``newest`` stays in any case.
 
     Only whole ones count, and only whole ones are removed: what is damaged is left for a person to look at.
     """

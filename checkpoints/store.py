@@ -6,7 +6,7 @@ A checkpoint is a directory of megatron-core's sharded format (loadable under an
 - ``COMPLETE``: the names, sizes and SHA-256 of all other files, written last.
 
 It is written under a staging name, marker last, every file and directory flushed to the disk, and renamed. The
-file ``newest`` beside it names it and its predecessor, in this order and before the rename: whenever the run is
+file ``newest`` next to it names it and its predecessor, in this order and before the rename: whenever the run is
 killed, the first of them that is there is the newest complete one. Reading starts from the marker: a file that
 is missing, cut or changed is named.
 """
@@ -41,7 +41,7 @@ class CheckpointStore:
 
     Args:
         directory: of the checkpoints; shared by all nodes.
-        keep_last: how many resume points (``stepN``) stay; 0 keeps all.
+        keep_last: how many checkpoints (``stepN``) stay; 0 keeps all.
     """
 
     def __init__(self, directory: str | Path, *, keep_last: int = 0) -> None:

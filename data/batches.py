@@ -1,4 +1,4 @@
-"""Resumable batches: which tokens a step reads is a function of (seed, step) alone.
+"""Resumable batches: the tokens that a step reads are a function of (seed, step) alone.
 
 The token stream of each corpus is cut into sequences of T tokens (plus the next one as the last label). Each pass
 over them is a new permutation (`data.shuffle`). Sequence ``i`` of the run comes from the corpus that the shares say
@@ -76,7 +76,7 @@ class Sequences:
     def within_documents(self, count: int) -> Batch:
         """``count`` sequences that lie within one document each, spread evenly over each corpus: the evaluation set.
 
-        Without document borders inside, every engine and baseline scores the same predictions. Conversations are shorter than
+        Without document boundaries inside, every engine and baseline scores the same predictions. Conversations are shorter than
         a sequence: their sequences hold several, as those of training do. Of a blend each corpus gives its share. Only the
         indices of the corpora are read, and the sequences themselves.
 
@@ -111,7 +111,7 @@ class Source:
     ) -> None:
         self._training = Sequences(training, length, seed=seed)
         self._global, self._micro, self._evaluated = optim.global_batch, optim.micro_batch, log.eval_sequences
-        # Cut now: a text that is too short is refused before the first step, not after it.
+        # Cut now: a text that is too short is rejected before the first step, not after it.
         self._held_out = Sequences(held_out, length).within_documents(log.eval_sequences)
         if self._held_out.scored is not None and not self._held_out.scored.any():
             raise ValueError(

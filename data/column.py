@@ -35,7 +35,7 @@ class Column:
             where: names the record in an error.
 
         Raises:
-            Unreadable: if it is no object, the value is no text, or there seems to be no such column.
+            Unreadable: if it is not an object, the value is not text, or there seems to be no such column.
         """
         if not isinstance(record, dict):
             raise Unreadable(f'{where} is not an object such as {{"{self.name}": "..."}}: fix or remove it')

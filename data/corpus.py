@@ -1,4 +1,4 @@
-"""Tokenised corpora on disk: megatron-core's ``.bin/.idx`` pairs beside a ``meta.json``, read through memory maps.
+"""Tokenised corpora on disk: megatron-core's ``.bin/.idx`` pairs next to a ``meta.json``, read through memory maps.
 
 A directory holds one pair a part (``train``, ``held_out``; ``tokens`` in the cache) and, written last, ``meta.json``:
 

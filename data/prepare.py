@@ -1,4 +1,4 @@
-"""From documents to a prepared corpus: split, tokenise in parallel, write beside the final place, rename.
+"""From documents to a prepared corpus: split, tokenise in parallel, write next to the final place, rename.
 
 The bytes written depend on the documents, their order, the tokenizer and the split, not on the number of workers.
 """
@@ -111,7 +111,7 @@ def prepare(
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A directory beside ``output`` that takes its name when the block ends, and goes when the block fails.
+    """A directory next to ``output`` that takes its name when the block ends, and goes when the block fails.
 
     What a killed process left there is removed by the next.
 

@@ -31,7 +31,7 @@ STRUCTURED = ("json", "parquet", "arrow")  # kinds whose columns may hold lists 
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 _CHUNK = 2**20  # characters of a .txt that are split at once
 _ROWS = 256  # of a table that are in memory at once
-# Of a column of texts numbers are not converted: int() refuses more than 4,300 digits.
+# Of a column of texts numbers are not converted: int() rejects more than 4,300 digits.
 _DECODER = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0.0)
 _FULL_DECODER = json.JSONDecoder()  # of a structured column, whose values may hold numbers
 

@@ -44,7 +44,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreT
         ValueError: if there is none, it is unreadable, has no end-of-text token or more entries than the model.
     """
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ValueError(f"{directory} has no tokenizer.json: copy the tokenizer beside the weights")
+        raise ValueError(f"{directory} has no tokenizer.json: copy the tokenizer next to the weights")
     tokenizer = pretrained.load_tokenizer(directory)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ValueError(
@@ -260,7 +260,7 @@ def _write(
     docs: list[Document], tokenizer: PreTrainedTokenizerBase, directory: Path, begin: Sequence[int], hashed: str,
     loss_on: str | None,
 ) -> None:
-    """Build beside the final directory and rename: several processes may do so at once."""
+    """Build next to the final directory and rename: several processes may do so at once."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
     dtype = DType.optimal_dtype(len(tokenizer))

@@ -1,6 +1,6 @@
 """Writing a part of a corpus: megatron-core's builder, with a hash of what it writes and bounded memory.
 
-Sixteen bytes a document are kept while documents come in; writing the index at the end takes some 60 bytes a
+Sixteen bytes per document are kept while documents come in; writing the index at the end takes some 60 bytes per
 document for a moment. The tokens themselves go straight to the disk.
 """
 

@@ -42,7 +42,7 @@ def sample_alpha(
             Drawn from torch's default generator if None; pass zeros for no noise.
 
     Returns:
-        alpha, fp32 (fp64 for fp64 logits), shape of ``logits``. 1 merges the token into the open entry.
+        alpha, fp32 (fp64 for fp64 logits), shape of ``logits``. 1 merges the token into the accumulating entry.
     """
     return torch.sigmoid(_relaxed(logits, offset, temperature, noise))
 
@@ -123,7 +123,7 @@ def accumulate(
         starts: ``[B, T]`` bool, first tokens of documents; no merge crosses one.
 
     Returns:
-        ``(merged [B, H, T, D], z [B, H, T])``, fp32 or fp64. ``merged[:, :, t]`` is the open entry after
+        ``(merged [B, H, T, D], z [B, H, T])``, fp32 or fp64. ``merged[:, :, t]`` is the accumulating entry after
         token t.
     """
     numerators, z = accumulate_numerators(x, alpha, omega, starts=starts)

@@ -53,7 +53,7 @@ def shown(name: str | Path) -> str:
 
 
 def check_name(repository: str) -> None:
-    """Refuses what is no name of a repository.
+    """Rejects what is no name of a repository.
 
     Raises:
         ValueError: if it is not ``org/name``.
@@ -75,7 +75,7 @@ def push(directory: str | Path, repository: str, *, private: bool) -> str:
         The address of the commit.
 
     Raises:
-        ValueError: if the Hub refuses or cannot be reached; one sentence, with the command that tries again.
+        ValueError: if the Hub rejects or cannot be reached; one sentence, with the command that tries again.
     """
     from huggingface_hub import HfApi
 

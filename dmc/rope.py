@@ -42,7 +42,7 @@ class RopeSettings:
 
     @property
     def why_limited(self) -> str:
-        """Why a longer sequence is refused, to go behind an error message; empty if `fixed`."""
+        """Why a longer sequence is rejected, to go behind an error message; empty if `fixed`."""
         if self.fixed:
             return ""
         return (

@@ -17,7 +17,7 @@ _STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 class Weights:
     """The tensors of a directory by their Hugging Face names.
 
-    A file is mapped anew for each tensor: what was read costs memory while the tensor is held, and no longer.
+    A file is mapped again for each tensor: what was read costs memory while the tensor is held, and no longer.
 
     Args:
         directory: with model.safetensors, or model.safetensors.index.json and its shards.

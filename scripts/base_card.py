@@ -64,8 +64,8 @@ def _card(args: argparse.Namespace) -> None:
         near = torch.stack([_near(model, row) for row in half]).double().mean().item()
     print(f"| perplexity, {len(ids)} sequences | {math.exp(losses.mean()):.2f} a token ({characters:.2f} characters a token) |")
     far = losses[: len(half), _FAR:].mean()
-    print(f"| loss at positions {_FAR} to {_LENGTH - 1}, all before them seen | {far:.2f} nats a token |")
-    print(f"| the same, only the newest {_NEAR} to {_NEAR + _BLOCK} seen | {near:.2f} nats a token |")
+    print(f"| loss at positions {_FAR} to {_LENGTH - 1}, all before them seen | {far:.2f} nats/token |")
+    print(f"| the same, only the newest {_NEAR} to {_NEAR + _BLOCK} seen | {near:.2f} nats/token |")
     for prompt in _PROMPTS:
         print(f"\n```\n{_sample(model, tokenizer, prompt)}\n```")
 

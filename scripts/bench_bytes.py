@@ -1,11 +1,11 @@
-"""Bytes that the engine holds at a forced compression ratio, everything counted, beside a dense bf16 cache.
+"""Bytes that the engine holds at a forced compression ratio, everything counted, next to a dense bf16 cache.
 
     python scripts/bench_bytes.py --tokens 2000 8000 --codec tcq-4bit --cr 4
 
 A small random model of multi-head attention with head size 128 generates through `dmc.LLM`; whether a token is merged is
-drawn at random, so that each head reaches the ratio. Bytes are those of `Output.stats`: encoded pages, exact entries with
-the unused places of their pages, tails and block tables. They depend on head size, ratio and length, not on how many
-layers and heads there are.
+drawn at random, so that each head reaches the ratio. Bytes are those of `Output.stats`: encoded pages, full-precision
+entries with the unused slots of their pages, accumulating entries and block tables. They depend on head
+size, ratio and length, not on the number of layers and heads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     """Prints one line a length."""
     options = _options()
     torch.set_num_threads(1)
-    print("| tokens | codec | CR | bytes held | of pages, exact, tails, tables | dense bf16 / held |")
+    print("| tokens | codec | CR | bytes held | of pages, exact, accumulating entries, tables | dense bf16 / held |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         _write(Path(directory), options.head_size, max(options.tokens) + options.new)

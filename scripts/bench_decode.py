@@ -4,15 +4,15 @@
     python scripts/bench_decode.py --only kernel         # or grow, or model
     python scripts/bench_decode.py --device cpu --small  # a trial of the script itself: the numbers mean nothing
 
-kernel: bytes of keys, values and tables that must be read, over the time, beside the copy bandwidth of the same run (on CUDA
+kernel: bytes of keys, values and tables that must be read, over the time, next to the copy bandwidth of the same run (on CUDA
 replayed as a graph: launches from Python take longer than the kernels);
 CR 1 dense, then CR 4 with dense, int8, fp8, TCQ and GEAR pages whose rows differ in length as those of a retrofit do. "gear"
 is its published recipe in 4 bits (keys by channel, values by token, 2 % outliers, rank 4), "tcq-4bit" the preset of that name.
 grow: what a step does to one layer's cache before it attends, at CR 4: a token appended to every row (a quarter of them close
-their open entry) and full pages encoded (one row of PAGE closes an entry that fills one); beside the attention of the same
-cache, as tokens/s of both together.
+their accumulating entry) and full pages encoded (one row of PAGE closes an entry that fills one); next to the attention of the
+same cache, as tokens/s of both together.
 model: one decode step (all matmuls and attention of every layer, random weights, on CUDA replayed as a graph; no
-sampling, no scheduler) at the largest batch whose pages fit beside the weights. Entries are random, pages scattered.
+sampling, no scheduler) at the largest batch whose pages fit next to the weights. Entries are random, pages scattered.
 Writes decode.json, decode.md and decode.png to --out.
 """
 
@@ -44,7 +44,7 @@ from dmc.kernels.pages.paged import Paged  # noqa: E402
 COLUMNS = ["section", "what", "batch", "ms", "put back ms", "append ms", "encode ms", "GB/s", "of copy", "tokens/s", "of CR 1"]
 CASES = (("dense", 1), ("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("gear", 4))
 GROWING = (("dense", 4), ("int8", 4), ("fp8", 4), ("tcq-4bit", 4), ("tcq-2bit", 4))
-PER_FULL = 16  # exact entries a page
+PER_FULL = 16  # full-precision entries per page
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Times of the kernels beside their bounds and their rivals, in one run.
+"""Times of the kernels next to their bounds and their baselines, in one run.
 
     python scripts/bench_kernels.py                     # on a GPU, shapes of Llama 2 7B; about 5 minutes
     python scripts/bench_kernels.py --tokens 32768 --only attention
     python scripts/bench_kernels.py --device cpu --small   # a trial of the script itself: the numbers mean nothing
 
-Sections: scan (eq. 9 with rotation, against its twin and the time to copy the same bytes), attention (merging at once and late,
+Sections: scan (eq. 9 with rotation, against its reference and a copy of the same bytes), attention (merging at once and late,
 each with Triton and with sdpa, and PyTorch's plain causal attention, forward and backward) and prefill (closed entries at CR 4
 against flash attention over all keys). Writes kernels.json, kernels.md and kernels.png to --out.
 """

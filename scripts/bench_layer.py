@@ -1,4 +1,4 @@
-"""One Llama layer's training step with DMC beside the same layer without: time and peak memory.
+"""One Llama layer's training step with DMC next to the same layer without: time and peak memory.
 
     python scripts/bench_layer.py                        # on a GPU: a Llama 2 7B layer, 4,096 tokens
     python scripts/bench_layer.py --tokens 32768         # the same at 32K

@@ -1,4 +1,4 @@
-"""CPU time of one decode step: the engine's model and cache beside `transformers`, over caches of a given length.
+"""CPU time of one decode step: the engine's model and cache next to `transformers`, over caches of a given length.
 
     python scripts/bench_step.py DIR --contexts 512 2048 --batches 1 8 --codecs dense tcq
 

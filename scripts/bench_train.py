@@ -2,7 +2,7 @@
 
     python scripts/bench_train.py                                       # modest shapes, in under two minutes of CPU
     python scripts/bench_train.py --length 2048 --layers 4 --json out.json
-    python scripts/bench_train.py --window 64 --heads 4 --layers 6 --length 1024    # late merging beside merging at once
+    python scripts/bench_train.py --window 64 --heads 4 --layers 6 --length 1024    # late merging next to merging at once
     python scripts/bench_train.py --precision bf16 --hidden 4096 --heads 32 --kv-heads 32 --head-size 128 --ffn 11008 \\
         --vocab 32000 --length 4096 --batch 1 --layers 4                # on a GPU
 
@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     for name, default, text in (
         ("hidden", 192, "width of the model"), ("layers", 2, "its layers"), ("heads", 6, "query heads"),
         ("kv-heads", 2, "key/value heads"), ("head-size", 64, "neurons a head"), ("ffn", 512, "width of the feed-forward part"),
-        ("vocab", 2048, "size of the vocabulary"), ("length", 512, "tokens a sequence"), ("batch", 2, "sequences a step"),
+        ("vocab", 2048, "size of the vocabulary"), ("length", 512, "tokens per sequence"), ("batch", 2, "sequences per step"),
         ("repeats", 9, "runs of each, interleaved"), ("threads", 1, "CPU threads"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")

@@ -1,4 +1,4 @@
-"""A hard budget of entries per head: memory over a long generated text, and quality, beside eviction at the same bytes.
+"""A hard budget of entries per head: memory over a long generated text, and quality, next to eviction at the same bytes.
 
     python scripts/budget_stream.py runs/late4-hf --tokens 10000 --output docs/results/late/budget.jsonl
 

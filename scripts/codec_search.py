@@ -100,7 +100,7 @@ def parse(recipe: str) -> Codec:
     """``"gear:bits=4,rank=2"`` → the codec.
 
     Raises:
-        ValueError: if a setting is not name=value, or the codec refuses it.
+        ValueError: if a setting is not name=value, or the codec rejects it.
     """
     name, _, settings = recipe.partition(":")
     pairs = [setting.partition("=") for setting in settings.split(",") if setting]

@@ -75,7 +75,7 @@ def runs(model: str, others: list[Path]) -> dict[str, list[str]]:
     """Name of a row → model and flags of `dmc eval`.
 
     Raises:
-        ValueError: if one of the others is no model.
+        ValueError: if one of the others is not a model.
     """
     rows = {name: [model, *flags] for name, flags in CACHES.items()}
     for path in others:
@@ -143,7 +143,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", type=Path, nargs="+", default=[], help="others beside it, each under its own policy")
+    parser.add_argument("--models", type=Path, nargs="+", default=[], help="others to compare with it, each under its own policy")
     parser.add_argument("--length", type=int, default=512, help="tokens of needle prompts (512)")
     parser.add_argument("--trials", type=int, default=4, help="needles at each of three depths (4)")
     parser.add_argument("--questions", type=int, default=48, help="of the multiple-choice set, or of each of --tasks (48)")

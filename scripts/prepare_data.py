@@ -26,7 +26,7 @@ _BOS = {"auto": "auto", "true": True, "false": False}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, prepare or verify, say what came out; one sentence and 2 for what the user can mend."""
+    """Parse, prepare or verify, say what came out; one sentence and 2 for what the user can fix."""
     args = _parser().parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers says how many cores tokenise
     try:

@@ -122,7 +122,7 @@ def report(runs: Path, context: int, sequences: int, all_budgets: bool) -> None:
 
 
 def _prefilled(path: str | Path, held_out: list[list[int]]) -> dict:
-    """Scored as a prompt: exact entries, held in bf16."""
+    """Scored as a prompt: full-precision entries, held in bf16."""
     engine = LLM(path, codec="dense", codec_settings={"dtype": "bf16"})
     return _scored(engine.score(held_out, prompt_tokens=len(held_out[0])))
 

@@ -24,7 +24,7 @@ class DmcLayerCache:
         keys, values: closed entries, keys rotated, `[B, H, N, D]` in the model's dtype; a head's first
             `lengths` are its entries, the rest is filling. None before the first token.
         lengths: closed entries of each head, `[B, H]` int64.
-        tail: the open entry, `[B, H, F]` fp32: weighted sum of the unrotated keys, of the values, of the weights.
+        tail: the accumulating entry, `[B, H, F]` fp32: weighted sum of the unrotated keys, of the values, of the weights.
     """
 
     is_compileable = is_croppable = is_sliding = is_initialized = supports_early_init = False
@@ -44,7 +44,7 @@ class DmcLayerCache:
         return self.lengths + opened
 
     def append(self, keys: Tensor, values: Tensor, counts: Tensor, tail: Tensor) -> None:
-        """Add each head's first `counts` [B, H] of the entries `[B, H, M, D]`, and replace the open entry."""
+        """Add each head's first `counts` [B, H] of the entries `[B, H, M, D]`, and replace the accumulating entry."""
         self.tail = tail
         if self.keys is None:
             self.keys, self.values, self.lengths = keys, values, counts

@@ -9,7 +9,7 @@ DECISIONS = ("neuron", "head")
 
 
 class DmcFields:
-    """What a configuration says beside its family's own fields: under `dmc`, what decisions need.
+    """What a configuration says in addition to its family's own fields: under `dmc`, what decisions need.
 
     Args:
         dmc: a dict with
@@ -20,14 +20,14 @@ class DmcFields:
             `decide`: "arrival", or "late": decisions also read the hidden state `window` tokens later (default "arrival");
             `decision`: "neuron" reads the decision from neuron 0 of the keys and the importance from neuron 0
                 of the queries, both before RoPE (of "dms": from neuron 0 of the first query head of each group), after the
-                norms of queries and keys where the family has them; "head" reads them from a small linear layer beside k_proj;
+                norms of queries and keys where the family has them; "head" reads them from a small linear layer next to k_proj;
             `offset`: a token is merged or marked where its decision logit exceeds it (default 5.0);
             `target_cr`, `measured_cr`: compression ratios (tokens per cache entry) aimed at and reached when
                 the model was trained; information only.
         kwargs: everything that the family's configuration takes.
 
     Raises:
-        ValueError: if `method` or `decision` is unknown, `offset` is no finite number or `window` none that counts.
+        ValueError: if `method` or `decision` is unknown, `offset` is not a finite number or `window` none that counts.
     """
 
     qk_norm = False  # whether queries and keys are normed before they are rotated

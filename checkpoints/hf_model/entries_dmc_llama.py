@@ -11,7 +11,7 @@ _CHUNK = 32  # tokens that one small matrix product of the running sums covers
 
 
 def states(kv: Tensor, opens: Tensor, omega: Tensor, tail: Tensor | None) -> Tensor:
-    """The open entry before the first token and after every token, as sums: `[B, H, T + 1, F]` fp32.
+    """The accumulating entry before the first token and after every token, as sums: `[B, H, T + 1, F]` fp32.
 
     kv `[B, H, T, 2 D]` unrotated; opens `[B, H, T]` bool; omega `[B, H, T]` fp32, 0 for padding.
     """

@@ -181,7 +181,7 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
         output_hidden_states: bool | None = None, **kwargs,
     ) -> BaseModelOutputWithPast:
-        """As Llama's; `attention_mask` has to be `[B, tokens so far]`, and `output_attentions` is refused.
+        """As Llama's; `attention_mask` has to be `[B, tokens so far]`, and `output_attentions` is rejected.
 
         A position that is not above the one before starts a new document, whose tokens see nothing of those before.
         """

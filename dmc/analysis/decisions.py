@@ -18,7 +18,7 @@ def decisions(model: Llama, tokens: Tensor) -> Tensor:
         tokens: ``[T]`` int64.
 
     Returns:
-        ``[L, H, T]`` fp32, 1 where token t merges into the open entry of its head or, with DMS, is marked.
+        ``[L, H, T]`` fp32, 1 where token t merges into the accumulating entry of its head or, with DMS, is marked.
     """
     config = model.config
     made: list[Tensor] = []

@@ -119,7 +119,7 @@ def heat_maps(panels: Sequence[Panel], out_png: str | Path, *, label: str, log: 
 
 
 def draw(diagrams: Sequence[Curves], name: str, out_png: str | Path) -> str:
-    """Diagrams in rows of two, a line a layer, coloured by depth: writes a PNG → the same as SVG, to stand in a page.
+    """Diagrams in rows of two, one line per layer, coloured by depth: writes a PNG → the same as SVG, to stand in a page.
 
     Args:
         diagrams: at least one.

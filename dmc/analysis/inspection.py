@@ -63,7 +63,7 @@ def numbers(found: Inspection) -> dict:
 
 
 def listed(values: Tensor) -> list:
-    """A tensor as nested lists of numbers with five significant digits; None for what is no finite number."""
+    """A tensor as nested lists of numbers with five significant digits; None for what is not a finite number."""
     if values.dim() > 1:
         return [listed(row) for row in values]
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values.double().tolist()]

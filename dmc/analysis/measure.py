@@ -55,7 +55,7 @@ class Measures:
 
     @property
     def cr(self) -> Tensor:
-        """Learnt compression ratio ``[L, H]``: tokens / entries, the open entry counted."""
+        """Learnt compression ratio ``[L, H]``: tokens / entries, the accumulating entry counted."""
         return self.tokens / self.entries.sum(-1)
 
     @property

@@ -23,10 +23,10 @@ def plot_training(
 
     Args:
         metrics_jsonl: the run's metrics, one JSON object a line. The language-model loss (`lm_loss`) is drawn, or
-            `loss` where no line has it; then `target_cr`, `measured_cr` and the borders between values of `phase`.
+            `loss` where no line has it; then `target_cr`, `measured_cr` and the boundaries between values of `phase`.
             Lines without a `step` and values that a line lacks are skipped.
         out_png: file to write.
-        control_jsonl: the metrics of a control run, whose loss is drawn beside.
+        control_jsonl: the metrics of a control run, whose loss is drawn too.
 
     Raises:
         ValueError: if a line is no JSON object, or a file has no loss at all.

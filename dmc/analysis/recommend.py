@@ -23,7 +23,7 @@ from dmc.model import Llama
 
 SCORED_SHARE = 4  # of a window's tokens one in so many is scored
 _STEP, _AROUND = 0.25, 1.0  # bits between choices, and from the setting for all to the least and most
-_LEAST_KL = 1e-9  # nats a token; below it is rounding
+_LEAST_KL = 1e-9  # nats/token; below it is rounding
 
 
 def recommend(
@@ -44,7 +44,7 @@ def recommend(
         progress: called with 1 after each of `passes`.
 
     Returns:
-        What goes into reports; "layers" is the file that the codecs read. KL in nats a token.
+        What goes into reports; "layers" is the file that the codecs read. KL in nats/token.
 
     Raises:
         ValueError: if the codec loses nothing, has no such setting, or a value is not allowed.

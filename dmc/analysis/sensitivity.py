@@ -2,7 +2,7 @@
 
 A window's first tokens are a prompt, whose keys and values are held exactly; the tokens after it are scored in one pass,
 and their predictions kept. Then entries of some layers are replaced by decode(encode(.)), the same tokens scored again,
-and the two predictions compared. Everything of the prompt is encoded but the sinks and the open entry, the last page too,
+and the two predictions compared. Everything of the prompt is encoded but the sinks and the accumulating entry, the last page too,
 so that heads with few entries count as well. The scored tokens see each other exactly.
 """
 
@@ -19,7 +19,7 @@ from dmc.model import Llama
 
 PARTS = {"key": (True, False), "value": (False, True), "both": (True, True)}  # (keys, values) that are replaced
 _CHUNK = 512  # tokens of a prompt in one pass
-_LOGITS = 1 << 24  # held at once, beside the kept predictions
+_LOGITS = 1 << 24  # held at once, in addition to the kept predictions
 Pair = tuple[Tensor, Tensor]
 
 
@@ -65,7 +65,7 @@ class Probe:
 
     @torch.no_grad()
     def kl(self, changed: Mapping[int, Sequence[Pair]], part: str = "both") -> Tensor:
-        """KL of the exact predictions to those with changed layers, nats a token: ``[windows]``, fp64.
+        """KL of the exact predictions to those with changed layers, nats/token: ``[windows]``, fp64.
 
         Args:
             changed: layer → what `encoded` gave for it.

@@ -125,7 +125,7 @@ class KVCache:
             memory: uint8, contiguous, on the cache's device; its bytes are used in whole pages, the first one as null page.
 
         Raises:
-            ValueError: if it holds no page beside the null page.
+            ValueError: if it holds no page but the null page.
         """
         size = self.page_bytes
         pages = memory.numel() // size - 1

@@ -124,7 +124,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 def _references(options: argparse.Namespace) -> list[tuple[str, Windows, Reference | None]]:
     """Each text's windows, and what the uncompressed model predicts for them; None where there is none to compare with."""
-    if not options.text or int(os.environ.get("RANK", "0")):  # ranks beside the first one have no texts: they serve it
+    if not options.text or int(os.environ.get("RANK", "0")):  # ranks other than the first one have no texts: they serve it
         return []
     from dataclasses import replace
 
@@ -177,8 +177,8 @@ def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows,
         figures.append(asdict(done))
         compared = " (no --base: no KL)" if done.kl is None else (
             f" (uncompressed {done.base_perplexity:.4f}), KL {done.kl:.5f}"
-            f"{'' if done.kl_stderr is None else f' ± {done.kl_stderr:.5f}'} nats a token, "
-            f"same likeliest token {done.agreement:.1%}"
+            f"{'' if done.kl_stderr is None else f' ± {done.kl_stderr:.5f}'} nats/token, "
+            f"same most likely token {done.agreement:.1%}"
         )
         print(
             f"{file}: {done.windows} windows of {done.prompt_tokens} + {done.scored_tokens} tokens, perplexity "

@@ -141,4 +141,4 @@ def _about(options: argparse.Namespace, texts: list[str], tokens: list[list[int]
 def _progress(total: int, unit: str):  # noqa: ANN202 - tqdm is imported only here
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=unit, file=sys.stderr, disable=None)  # none where stderr is no terminal
+    return tqdm(total=total, desc=unit, file=sys.stderr, disable=None)  # none where stderr is not a terminal

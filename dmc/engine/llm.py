@@ -241,7 +241,7 @@ def _nothing(engine: Engine, own: None) -> None:
 
 
 def policy_for(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:
-    """The policy to serve a model with; refuses one that would take its decisions for what they are not."""
+    """The policy to serve a model with; rejects one that would take its decisions for what they are not."""
     chosen = (config.method or "full") if chosen is None else chosen
     if chosen == config.method and config.window is not None:
         settings = {"window": config.window, **config.kept_first} | (settings or {})

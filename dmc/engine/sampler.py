@@ -17,11 +17,11 @@ _LIKELIEST = 512  # sorted before all tokens are
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a generated token under the model (before penalties, temperature and cuts), and of the likeliest.
+    """Log-probability of a generated token under the model (before penalties, temperature and cuts), and of the most likely.
 
     Attributes:
         token_id, logprob: of the token that was generated.
-        top: (token id, log-probability) of the likeliest tokens, likeliest first.
+        top: (token id, log-probability) of the most likely tokens, the most likely first.
     """
 
     token_id: int

@@ -44,7 +44,7 @@ class Tokenizer:
         """Tokens of a prompt, with the special tokens that this tokenizer adds.
 
         Raises:
-            ValueError: if the text has half a surrogate pair, which is no character.
+            ValueError: if the text has half a surrogate pair, which is not a character.
         """
         return self.inner.encode(_checked(text))
 
@@ -71,14 +71,14 @@ class Tokenizer:
             messages: each with "role" and "content", texts.
 
         Raises:
-            ValueError: if there is no template, or it refuses the conversation.
+            ValueError: if there is no template, or it rejects the conversation.
         """
         if not self.inner.chat_template:
             raise ValueError("this model's tokenizer has no chat template: send the text to /v1/completions instead")
         try:
             text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever the template raises
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+            raise ValueError(f"the model's chat template rejects these messages: {error}") from error
         return self.inner.encode(_checked(text), add_special_tokens=False)
 
     def name(self, token: int) -> str:

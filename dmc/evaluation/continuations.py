@@ -4,7 +4,7 @@ Of each context all tokens but the last are prefilled: among themselves they att
 their full pages are encoded. The context's last token and the continuation go through the decode step one by one, each
 into the cache. So every token of a continuation is predicted by a query that reads encoded pages: those of the context,
 and those that the continuation itself has filled. What stays exact for every query is what the cache always keeps so:
-sinks, window, the page that is filling and the open entry. (A context of one token holds nothing that could be encoded;
+sinks, window, the page that is filling and the accumulating entry. (A context of one token holds nothing that could be encoded;
 the token after it is predicted by its prefill.)
 
 Continuations of one context share its prefill and, unless the policy evicts, its pages.
@@ -32,7 +32,7 @@ class Request:
 
     Attributes:
         context: token ids, at least one.
-        continuation: token ids to be scored, at least one; or how many the model is to choose, the likeliest each time.
+        continuation: token ids to be scored, at least one; or how many the model is to choose, the most likely each time.
         fed: token ids between the two, which go through the decode step one by one: a reply, and the question of a later turn.
     """
 
@@ -58,7 +58,7 @@ class Scored:
     Attributes:
         tokens: the continuation: given or chosen.
         logprobs: fp32 ``[n]`` on the CPU, each after the context and the tokens before it.
-        greedy: whether every token was the likeliest in its place; always True for chosen ones.
+        greedy: whether every token was the most likely in its place; always True for chosen ones.
         stats: of the cache after the last token that was fed (the continuation's last is not).
     """
 

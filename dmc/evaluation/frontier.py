@@ -45,7 +45,7 @@ def run(
         `Measurement`), or ``error``, one sentence. A cell that failed is tried again by the next run.
 
     Raises:
-        ValueError: if the base is no plain Llama, the windows do not fit it, or another run writes to ``out``.
+        ValueError: if the base is not a plain Llama, the windows do not fit it, or another run writes to ``out``.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _opened(out / RESULTS) as file:

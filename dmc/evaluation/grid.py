@@ -18,7 +18,7 @@ Value = float | int | str | None
 
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 CACHE_SETTINGS = ("page_size", "sink_tokens", "window", "exact_dtype")
-"""What a choice of codec may carry beside the codec's own settings; see `dmc.cache.KVCache`."""
+"""What a choice of codec may carry in addition to the codec's own settings; see `dmc.cache.KVCache`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def cells(
         max_entries: hard budgets of policies with a window of recent tokens, each next to the cell without a bound.
 
     Raises:
-        ValueError: if a name or setting is unknown or not allowed, a budget is out of range, a directory is no model, no cell
+        ValueError: if a name or setting is unknown or not allowed, a budget is out of range, a directory is not a model, no cell
             is left, or ``max_entries`` bounds none.
     """
     for budget in budgets:

@@ -247,5 +247,5 @@ class CompressedLM(TemplateLM):
         return answers
 
     def _bar(self, what: str, total: int, off: bool) -> tqdm:
-        hidden = True if off or not self.progress else None  # None: if stderr is no terminal
+        hidden = True if off or not self.progress else None  # None: if stderr is not a terminal
         return tqdm(desc=what, total=total, unit=" requests", dynamic_ncols=True, disable=hidden)

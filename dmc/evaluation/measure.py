@@ -231,7 +231,7 @@ def _check(llm: LLM, windows: Windows, reference: Reference | None, prompts: lis
     if llm.engine.busy:
         raise ValueError("measuring needs the cache to itself; wait until the requests that run have ended")
     if reference and reference.windows_hash != windows.hash:
-        raise ValueError("the reference was made for other windows; make it anew for these")
+        raise ValueError("the reference was made for other windows; make it again for these")
     if reference and len(reference.head) != config.vocab_size:
         raise ValueError(
             f"base model {reference.model} has a vocabulary of {len(reference.head)} and {llm.path} one of {config.vocab_size}: "

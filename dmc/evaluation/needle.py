@@ -4,7 +4,7 @@ A prompt is haystack with a needle in it and the question at the end. It is scor
 pages encoded before its last token is fed (`dmc.evaluation.continuations`):
 
 - exact: greedy generation begins with the answer;
-- choice: the answer is likelier than every wrong one (chance 1 / choices);
+- choice: the answer is more likely than every wrong one (chance 1 / choices);
 - margin: log-probability of the answer minus the mean of the wrong ones', nats; 0 on average for a cache that has lost
   the needle, whatever the model, since right and wrong answers are drawn alike. This says something of small models too.
 """
@@ -197,7 +197,7 @@ def _prompt(
     first = llm.tokenizer.encode("")  # what this tokenizer puts before a text
     hay = length - len(first) - len(made.needle) - len(made.question)
     if hay < 1:
-        raise ValueError(f"a prompt of {length} tokens has no room for hay beside the needle and the question: ask for more")
+        raise ValueError(f"a prompt of {length} tokens has no room for hay next to the needle and the question: ask for more")
     tokens = haystack.tokens(llm.tokenizer, hay, draw)
     place = round(depth * hay)
     lines = [i + 1 for i, token in enumerate(tokens) if llm.tokenizer.piece(token).endswith("\n")]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-_PANELS = (("exact", "exact retrieval"), ("choice", "answer likeliest"), ("margin", "margin, nats"))
+_PANELS = (("exact", "exact retrieval"), ("choice", "answer most likely"), ("margin", "margin, nats"))
 
 
 def plot_needle(figures: dict, out_png: str | Path, *, title: str = "") -> None:

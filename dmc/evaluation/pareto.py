@@ -13,7 +13,7 @@ Row = TypeVar("Row")
 def front(points: Sequence[Point]) -> list[int]:
     """Indices of the points that no other point dominates, by rising first coordinate.
 
-    Lower is better in both coordinates. A point dominates another if it is no worse in both and better in one; of equal
+    Lower is better in both coordinates. A point dominates another if it is not worse in both and better in one; of equal
     points the first counts.
 
     Raises:

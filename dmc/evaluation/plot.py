@@ -66,7 +66,7 @@ def _axes(axes: Axes, shares: Sequence[float], first: dict) -> None:
     axes.set_xticks(ticks, [str(Fraction(tick)) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("bytes held / dense bf16 bytes (log)")
-    axes.set_ylabel(f"KL to the uncompressed {first['base']}, nats a token (log)")
+    axes.set_ylabel(f"KL to the uncompressed {first['base']}, nats/token (log)")
     axes.set_title(f"{first['base']} on {first['text']}: {first['windows']} windows of {first['prompt_tokens']} + "
                    f"{first['scored_tokens']} tokens", fontsize=11)
     axes.grid(alpha=0.25)

@@ -17,7 +17,7 @@ __all__ = ["commit", "hardware", "model_hash", "versions"]
 
 @cache
 def commit() -> str:
-    """Commit of this checkout, "-dirty" behind it if files differ from it; "unknown" if this is no checkout."""
+    """Commit of this checkout, "-dirty" behind it if files differ from it; "unknown" if this is not a checkout."""
     here = Path(__file__).resolve()
     top = _git("rev-parse", "--show-toplevel")
     if not top or here != Path(top) / "dmc" / "evaluation" / here.name:

@@ -122,7 +122,7 @@ def words(rows: Sequence[dict]) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A Markdown table, a line a row."""
+    """A Markdown table, one line per row."""
     lines = [
         "| model | policy | codec | held / dense | dense / held | CR | KL | ± | n | perplexity | same token |", "|---" * 11 + "|",
     ]
@@ -145,9 +145,10 @@ def _setup(rows: Sequence[dict]) -> str:
     return (
         f"{r['windows']} windows of the text (hash `{r['text_hash']}`), each a prompt of {r['prompt_tokens']} tokens and "
         f"{r['scored_tokens']} tokens fed one by one through the compressed cache. KL: of the uncompressed {r['base']} (hash "
-        f"`{r['base_hash']}`, perplexity {r['base_perplexity']:.4f} on the same tokens) to the row, nats a token, mean over all "
+        f"`{r['base_hash']}`, perplexity {r['base_perplexity']:.4f} on the same tokens) to the row, nats/token, mean over all "
         f"{r['windows'] * r['scored_tokens']} scored tokens; ±: its standard error over the n windows. Held: all bytes of the "
-        "cache (encoded pages, whole pages of exact entries, tails, tables), mean over all scored tokens, over those of a dense "
+        "cache (encoded pages, whole pages of full-precision entries, accumulating entries, tables), mean "
+        "over all scored tokens, over those of a dense "
         f"bf16 cache of the base model. CR: tokens / entries at the end. {' and '.join(machines)}; {r['dtype']} on "
         f"{r['device']}; commit {', '.join(commits)}; {' and '.join(versions)}; {sum(row['seconds'] for row in rows):.0f} s."
     )

@@ -35,7 +35,7 @@ class Family:
         output_bias: the same of attention's output projection.
         mlp_bias: the same of the MLP; None: as ``mlp_bias`` says.
         qk_norm: whether queries and keys are normed, each head by itself, before they are rotated.
-        sliding: whether a config.json may ask for attention over a window, which is then refused.
+        sliding: whether a config.json may ask for attention over a window, which is then rejected.
         tensors: see `TENSORS`.
     """
 

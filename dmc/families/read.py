@@ -54,7 +54,7 @@ def by_type(model_type: object, where: str | Path, *, exports: bool = False) -> 
 
 
 def read_shape(directory: str | Path) -> ModelShape:
-    """The shape of a Hugging Face model directory that is no exported retrofit.
+    """The shape of a Hugging Face model directory that is not an exported retrofit.
 
     Raises:
         ValueError: one sentence, if there is no readable config.json, or it is of a model that is not supported.

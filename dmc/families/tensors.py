@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dmc.families.base import ModelShape
 
-_BUFFERS = ("rotary_emb.inv_freq",)  # saved by old versions of transformers, computed anew by all
+_BUFFERS = ("rotary_emb.inv_freq",)  # saved by old versions of transformers, computed again by all
 
 
 def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -162,7 +162,7 @@ def _work(dtype: torch.dtype) -> torch.dtype:
 
 
 def _decision_names(config: ModelConfig) -> list[str]:
-    """Tensors that a retrofit with decision heads has beside those of its shape."""
+    """Tensors that a retrofit with decision heads has in addition to those of its shape."""
     kinds = () if config.decision != "head" else ("weight", "bias") if config.looks_ahead else ("weight",)
     return [f"model.layers.{i}.self_attn.decision.{kind}" for i in range(config.num_hidden_layers) for kind in kinds]
 

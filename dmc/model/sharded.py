@@ -24,7 +24,7 @@ from dmc.weights import Weights
 _ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight",
          "q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.bias", "up_proj.bias")
 _COLUMNS = ("o_proj.weight", "down_proj.weight")
-_ONCE = ("o_proj.bias", "down_proj.bias")  # added after the sum over ranks, hence by one of them
+_ONCE = ("o_proj.bias", "down_proj.bias")  # added after the all-reduce, hence by one of them
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
 

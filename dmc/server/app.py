@@ -88,10 +88,10 @@ class Api:
         return await self._checked(made)
 
     async def _checked(self, what: Callable[..., _Made], *arguments: object) -> _Made:
-        """Runs something that tokenises, in a thread; what it refuses is the client's to mend."""
+        """Runs something that tokenises, in a thread; what it rejects is the client's to fix."""
         try:
             return await asyncio.to_thread(what, *arguments)
-        except ValueError as error:  # UnicodeEncodeError too: half a surrogate pair is no text
+        except ValueError as error:  # UnicodeEncodeError too: half a surrogate pair is not text
             raise RequestError(str(error)) from error
 
     async def _answer(self, form: Completion, asked: Sampling, sequences: list[Sequence], request: Request) -> Response:

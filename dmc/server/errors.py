@@ -19,7 +19,7 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_f
 
 
 class RequestError(Exception):
-    """Something that the client can mend.
+    """Something that the client can fix.
 
     Args:
         message: one sentence.

@@ -18,7 +18,7 @@ class Metrics:
     """Counters and histograms, fed after each step, and gauges, read when asked for.
 
     Args:
-        service: that is watched.
+        service: whose engine is measured.
         model: its name, a label of every metric.
     """
 

@@ -26,7 +26,7 @@ from dmc.server.app import create_app
 from dmc.server.settings import Settings
 
 _LAST_ANSWERS = 2.0  # seconds between the engine's failure and the end of the process: its clients hear of it
-_MORE_REQUESTS = 64  # that reach a replica beyond those it takes, to be refused with 429 rather than wait unseen
+_MORE_REQUESTS = 64  # that reach a replica beyond those it takes, to be rejected with 429 rather than wait unseen
 
 
 class Arguments(BaseModel):

@@ -13,7 +13,7 @@ class Settings:
         name: of the model, as requests name it.
         host, port: to listen on.
         api_key: asked for everywhere but at /health; None: nowhere.
-        max_waiting: sequences that may wait; more are refused with 429.
+        max_waiting: sequences that may wait; more are rejected with 429.
         default_max_tokens: of chat requests that do not say.
         max_body: bytes of a request.
         head_timeout: seconds until the head of a request must be there; then 408, or the connection is closed.

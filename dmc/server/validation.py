@@ -34,7 +34,7 @@ def explain(errors: Sequence[dict], body: object) -> tuple[str, str | None]:
             return f"{name} is not served here: leave it out", name
     if error["type"] == "extra_forbidden":
         name = _name(path)
-        return f"unknown parameter {name!r}: it is refused, not ignored", name
+        return f"unknown parameter {name!r}: it is rejected, not ignored", name
     if len(closest) > 1 and not best[1]:  # no type fits
         known = next((path[:end] for end in range(len(path), 0, -1) if path[end - 1] in FORMS), None)
         if known is not None:

@@ -98,7 +98,7 @@ def _check_together(config: Config) -> None:
         raise ValueError("distill.weight and distill.lm_weight are both 0: nothing to learn from; set one of them")
     if d.frozen and not (d.compresses and d.decision == "head"):
         raise ValueError(
-            f"dmc.train={d.train} trains the added decision heads beside a frozen model, and dmc.method={d.method} with "
+            f"dmc.train={d.train} trains the added decision heads of a frozen model, and dmc.method={d.method} with "
             f"dmc.decision={d.decision} has none: set dmc.method=dmc (or dms) and dmc.decision=head, or dmc.train=all"
         )
     if r.init == "random" and d.compresses:

@@ -75,7 +75,7 @@ def describe() -> str:
 
 
 def keys(section: type) -> list[tuple[str, str, str, str]]:
-    """(name, type, default, comment beside it) of each field of a section's dataclass."""
+    """(name, type, default, comment next to it) of each field of a section's dataclass."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), flags=re.MULTILINE))
     return [
         (item.name, str(item.type), _shown(item.default), comments.get(item.name, "")) for item in dataclasses.fields(section)

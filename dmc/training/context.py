@@ -1,4 +1,4 @@
-"""Context parallelism: which positions of a sequence a rank holds, and the whole of it where a layer needs it.
+"""Context parallelism: which positions of a sequence are on a rank, and all of it where a layer needs it.
 
 Positions are dealt in zigzag order, so that causal attention costs every rank the same: the sequence is cut
 into 2 C chunks for C ranks, and rank r holds chunks r and 2 C - 1 - r. Merging is a scan along the sequence,
@@ -41,7 +41,7 @@ def my_part(x: Tensor, dim: int) -> Tensor:
 def gather(x: Tensor, dim: int) -> Tensor:
     """The whole tensor from the ranks' positions, in order along ``dim``; differentiable.
 
-    In backward every rank gets the sum over ranks of the gradients of its own positions.
+    In backward every rank gets the all-reduce of the gradients of its own positions.
     """
     ranks = mpu.get_context_parallel_world_size()
     if ranks == 1:

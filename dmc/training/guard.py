@@ -37,7 +37,7 @@ class Guard:
         self._skipped = 0  # in a row
 
     def step(self, metrics: dict, samples: Tensor) -> bool:
-        """The optimizer's step, unless it is refused; sets ``metrics["grad_norm"]``.
+        """The optimizer's step, unless it is rejected; sets ``metrics["grad_norm"]``.
 
         Args:
             metrics: of this step (``step``, ``loss``, ...), the same on every rank.

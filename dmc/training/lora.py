@@ -87,7 +87,7 @@ def install(chunk: Stage, state: LayerState, *, rank: int, alpha: float, mlp: bo
     Args:
         chunk: of the model, with its weights.
         state: of its layers: the updates are left out while `LayerState.adapted` is False.
-        mlp: whether those of the MLP get updates too, beside attention's.
+        mlp: whether those of the MLP get updates too, in addition to attention's.
         seed: of A, which is the same under every layout.
     """
     for layer in chunk.decoder.layers:

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024; `torch.optim.Muon`) orthogonalises the momentum of each hidden matrix. On the small
 base model it needs less than half of AdamW's tokens for the same loss (docs/results/base.md). It needs whole
-matrices, so it is refused with tensor parallelism; embeddings, norms and decision heads stay with AdamW.
+matrices, so it is rejected with tensor parallelism; embeddings, norms and decision heads stay with AdamW.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _muon(config: OptimConfig, settings: OptimizerConfig, ddp: list[DistributedD
         betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
     )
     pairs = ((muon, _init_muon), (adamw, _init_adamw))
-    if settings.bf16:  # fp32 main weights beside the bf16 ones
+    if settings.bf16:  # fp32 main weights next to the bf16 ones
         parts = [Float16OptimizerWithFloat16Params(inner, settings, None, init) for inner, init in pairs]
     else:
         parts = [FP32Optimizer(inner, settings, init) for inner, init in pairs]

@@ -152,7 +152,7 @@ def parameters(config: Config, hf: ModelShape, layout: Layout, stage: int, *, de
 
 
 def optimizer_bytes(config: Config, own: Parameters, layout: Layout) -> int:
-    """Moments in fp32, and fp32 main weights beside bf16 ones; a share of them with a distributed optimizer."""
+    """Moments in fp32, and fp32 main weights next to bf16 ones; a share of them with a distributed optimizer."""
     main = 4 if config.run.precision == "bf16" else 0
     matrix = main + (4 if config.optim.name == "muon" else 8)
     whole = own.matrices * matrix + (own.total - own.matrices) * (main + 8)

@@ -40,7 +40,7 @@ def world(config: Config, size: int, rank: int) -> Iterator[None]:
     real = torch.distributed.new_group
     with (
         mock.patch.dict(os.environ, {name: str(value) for name, value in names.items()}),
-        # megatron asks for gloo groups beside the others
+        # megatron asks for gloo groups next to the others
         mock.patch("torch.distributed.new_group", lambda *a, **k: real(*a, **(k | {"backend": "fake"}))),
         _Zeroed(),
     ):

@@ -1,6 +1,6 @@
 """The settings of a run: a dataclass with defaults for each section of the configuration.
 
-The comment beside a field is its help text and its line in docs/reference/configuration.md.
+The comment next to a field is its help text and its line in docs/reference/configuration.md.
 """
 
 from __future__ import annotations

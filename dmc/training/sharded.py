@@ -1,4 +1,4 @@
-"""megatron-core's distributed optimizer, with three faults mended that show with torch's AdamW (no apex, no TE).
+"""megatron-core's distributed optimizer, with three faults fixed that show with torch's AdamW (no apex, no TE).
 
 Found on megatron-core 0.16.1 and 0.19.2, where neither transformer-engine nor apex brings a fused Adam:
 

@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM and SIGUSR1 end the run after the current step, with a resume point.
+"""Preemption: SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
 
 SLURM sends SIGTERM when a job is preempted and, where the job asks for it (``--signal=USR1@180`` in scripts/slurm),
 SIGUSR1 some time before its limit. Not every rank need get the signal, and none at the same time: after each step all of
@@ -17,7 +17,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class Stopped(SystemExit):
-    """The run ended early on a signal, its resume point is complete; ends the process with `EXIT_CODE`."""
+    """The run ended early on a signal, its checkpoint is complete; ends the process with `EXIT_CODE`."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(EXIT_CODE)

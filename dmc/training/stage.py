@@ -1,4 +1,4 @@
-"""A chunk of the model on one rank and, while distilling, the teacher's chunk of the same layers beside it.
+"""A chunk of the model on one rank and, while distilling, the teacher's chunk of the same layers next to it.
 
 Through a pipeline the teacher's hidden states travel with the student's: a stage receives and sends both,
 side by side along the batch, so that the last stage has the logits of both. The teacher's half carries no

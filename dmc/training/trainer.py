@@ -96,7 +96,7 @@ class Trainer:
         """From the current step to the end, with reports, evaluations and checkpoints on the way.
 
         Raises:
-            Stopped: after a signal that asks for it, with a complete resume point.
+            Stopped: after a signal that asks for it, with a complete checkpoint.
             FloatingPointError: if the numerics guard stops the run.
             OSError: if a checkpoint cannot be written.
         """

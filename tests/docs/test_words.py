@@ -1,9 +1,14 @@
 """Words that must not come back into the documentation: each has a term of the field in its place.
 
-Code spans, code blocks and targets of links are not read. `EXCEPTIONS` names the sentences that need such a word.
+Code spans, code blocks and targets of links are not read. `EXCEPTIONS` names the sentences that need such a word. In code,
+docstrings, comments and strings are read, for the words of `CODE_WORDS`: the other words have a meaning of their own there
+("in place", the mark of an event, a refusal of OpenAI's interface).
 """
 
+import ast
+import io
 import re
+import tokenize
 
 import pytest
 
@@ -41,6 +46,18 @@ WORDS = {
     r"(?<![\w.])\.\d+": "a leading 0",
 }
 
+CODE_WORDS = {word: instead for word, instead in WORDS.items() if instead in {
+    "reference implementation", "CPU kernels", "all-reduce", "boundaries", "checkpoint", "baseline", "token-matched",
+    "most likely, more likely", "sinks and recent window in bf16", "full-precision entries", "again", "attention statistics",
+    "next to, in addition to", "atomically", "automatically", "playground", "per",
+}}
+CODE_WORDS |= {r"open entr(?:y|ies)": "accumulating entry"}
+_ANY = re.compile(rf"(?<![\w-])(?:{'|'.join(CODE_WORDS)})(?![\w-])")
+CODE = sorted(path for folder in ("dmc", "checkpoints", "data", "scripts") for path in (ROOT / folder).rglob("*.py"))
+CODE_EXCEPTIONS = {
+    "dmc/cache/kv.py": ["with ``beside``"],  # the name of a parameter
+}
+
 EXCEPTIONS = {
     "families.md": ["## What is refused"],  # other pages link to the heading
     "serving.md": ["a `refusal` without content", "`refusal` may be null"],  # the name of a field
@@ -64,6 +81,42 @@ def found(text: str, allowed: tuple[str, ...] | list[str] = ()) -> list[str]:
         for number, line in enumerate(prose(text).splitlines(), 1)
         for word, instead in WORDS.items()
         for hit in re.finditer(rf"(?<![\w-])(?:{word})(?![\w-])", line)
+    ]
+
+
+def in_code(source):
+    """(line, text) of docstrings, strings of several words and comments of a module."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            yield node.lineno, node.value
+
+
+def found_in_code(source, allowed=()):
+    """One line for every word of `CODE_WORDS`, with the line's number and the term to write."""
+    for sentence in allowed:
+        assert sentence in source, f"nothing needs the exception {sentence!r} any more"
+        source = source.replace(sentence, "")
+    return sorted({
+        f"line {line + number}: {hit.group()!r}; write: {instead}"
+        for line, text in in_code(source) if _ANY.search(text)
+        for number, prose in enumerate(re.sub(r"`+[^`\n]*`+", "", text).split("\n"))
+        for word, instead in CODE_WORDS.items() for hit in re.finditer(rf"(?<![\w-])(?:{word})(?![\w-])", prose)
+    })
+
+
+def test_texts_of_the_code_use_them_too():
+    wrong = {str(path.relative_to(ROOT)): found_in_code(path.read_text(), CODE_EXCEPTIONS.get(str(path.relative_to(ROOT)), ()))
+             for path in CODE}
+    assert {name: lines for name, lines in wrong.items() if lines} == {}
+
+
+def test_words_are_found_in_texts_of_code():
+    source = 'x = "made anew"  # a twin\n\n\ndef f():\n    """Of `twin`:\n\n    nats a token."""\n    return "all anew"\n'
+    assert [line.split(";")[0] for line in found_in_code(source)] == [
+        "line 1: 'anew'", "line 1: 'twin'", "line 7: 'nats a token'", "line 8: 'anew'",
     ]
 
 

@@ -113,7 +113,7 @@ def test_stream_ends_with_done(server):
 
 @pytest.mark.parametrize("path, body, status, said", [
     ("completions", {"prompt": "x", "max_tokens": 600}, 400, "1 prompt tokens + max_tokens 600 = 601 are more than the 512"),
-    ("completions", {"prompt": "x", "beam_width": 3}, 422, "unknown parameter 'beam_width': it is refused, not ignored"),
+    ("completions", {"prompt": "x", "beam_width": 3}, 422, "unknown parameter 'beam_width': it is rejected, not ignored"),
     ("completions", {"prompt": "x", "best_of": 2}, 422, "best_of"),
     ("completions", {"prompt": "x", "echo": True}, 422, "echo"),
     ("completions", {"prompt": "x", "temperature": -1}, 422, "temperature"),

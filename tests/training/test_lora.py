@@ -116,7 +116,7 @@ def test_the_plan_counts_the_updates(process_group, precision):
 
 def test_what_it_cannot_go_with_is_one_sentence():
     for more, words in (
-        (["dmc.method=none"], "dmc.train=lora trains the added decision heads beside a frozen model, and dmc.method=none"),
+        (["dmc.method=none"], "dmc.train=lora trains the added decision heads of a frozen model, and dmc.method=none"),
         (["dmc.decision=neuron"], "dmc.decision=neuron has none"), (["dmc.lora_rank=0"], "dmc.lora_rank is 0"),
         (["dmc.lora_alpha=0"], "dmc.lora_alpha is 0"), (["dmc.train=adapter"], "dmc.train is 'adapter'"),
     ):

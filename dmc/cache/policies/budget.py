@@ -1,4 +1,4 @@
-"""Budgets of evicting policies: how many entries a query may see, and which have the highest scores."""
+"""Budgets of evicting policies: the number of entries that a query may see, and which have the highest scores."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ class Rows:
         Args:
             rows: ``[R]``.
             keys, values: ``[R, N, D]``, oldest first.
-            counts: ``[R]`` int64, how many of the N entries a row has.
+            counts: ``[R]`` int64, how many of the N entries are of the row.
             metadata: ``[R, N]`` each.
             donors: ``[R]``, rows whose first pages hold the same entries.
             shared: ``[R]`` int64, how many of these pages are shared instead of encoded again.

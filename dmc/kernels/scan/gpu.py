@@ -1,6 +1,6 @@
 """Triton kernels of `dmc.kernels.scan.merge`: eq. 9 for keys and values together, forward and backward.
 
-A state is the mean of its entry's tokens, and with z the sum of their weights a token moves it by
+A state is the mean of its entry's tokens, and with z the sum of their weights, a token moves it by
 
     y_t = kept_t y_{t-1} + new_t x_t,    kept_t = alpha_t z_{t-1} / z_t,    new_t = omega_t / z_t,
 
