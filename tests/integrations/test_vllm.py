@@ -25,8 +25,9 @@ TOKENS = 24
 PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(n)] for n in (1, 7, 30, 64, 100, 3)]
 MODELS = {
     "neuron": ("neuron", {}), "head": ("head", {}), "arrival": ("head", {"window": 4}),
-    "late": ("head", {"window": 8, "decide": "late"}),
+    "late": ("head", {"window": 8, "decide": "late"}), "dms": ("head", {"method": "dms", "window": 8, "decide": "late"}),
 }
+CODECS = {"int8": {}, "tcq": {"bits": 4}, "gear": {"bits": 4}}
 LOOSE = {"additional_config": {"dmc": {"cap": 1}}}
 
 
@@ -51,10 +52,10 @@ def models(tmp_path_factory):
     return made
 
 
-def own(model, prompts=PROMPTS, tokens=TOKENS):
+def own(model, **settings):
     """This project's engine."""
-    params = dmc.SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    return [output.token_ids for output in dmc.LLM(model, dtype="fp32", device="cpu").generate(prompts, params)]
+    params = dmc.SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+    return [output.token_ids for output in dmc.LLM(model, dtype="fp32", device="cpu", **settings).generate(PROMPTS, params)]
 
 
 CASES = {
@@ -83,6 +84,19 @@ def test_the_same_tokens_as_our_engine(models, served, model):
         assert result["free"] == result["blocks"]
         assert (result["preempted"] > 0) == (case == "preempted"), case
     assert served[model, "together"]["most_running"] == len(PROMPTS) and served[model, "alone"]["most_running"] == 1
+
+
+def test_lossy_codecs(models, tmp_path):
+    names = [(model, codec) for model in ("neuron", "late", "dms") for codec in CODECS]
+    results = drive([
+        {"model": str(models[model]), "prompts": PROMPTS, "tokens": TOKENS, "engine": {
+            "max_num_batched_tokens": 50,
+            "additional_config": {"dmc": {"cap": 1, "codec": codec, "codec_settings": CODECS[codec]}},
+        }} for model, codec in names
+    ], tmp_path)
+    for (model, codec), result in zip(names, results, strict=True):
+        assert result["tokens"] == own(models[model], codec=codec, codec_settings=CODECS[codec]), (model, codec)
+        assert result["free"] == result["blocks"] and result["stats"]["forced"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +131,10 @@ def test_requests_stay_within_their_reservation(models, tmp_path):
     long, blocks = many[4:5] * 3, {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 40}
     results = drive([
         {"model": str(models[name]), "engine": tight | engine, "prompts": prompts, "tokens": tokens, "abort": abort}
-        for name in ("neuron", "late")
+        for name in ("neuron", "late", "dms")
         for engine, prompts, tokens, abort in (({}, long, 90, 0), (blocks, many, 30, 20))
     ], tmp_path)
-    for few, with_aborts in (results[:2], results[2:]):
+    for few, with_aborts in (results[:2], results[2:4], results[4:]):
         assert few["stats"]["forced"] > 0 and few["stats"]["forced_in_prompts"] > 0
         assert [len(tokens) for tokens in few["tokens"]] == [90] * len(long) and len(long[0]) == 149
         assert few["free"] == few["blocks"] and with_aborts["free"] == with_aborts["blocks"]
@@ -140,11 +154,9 @@ def test_a_compressed_cache_admits_more(models, tmp_path):
 
 
 def test_settings_that_are_refused(models, tmp_path):
-    newer, evicting = tmp_path / "newer", tmp_path / "evicting"
+    newer = tmp_path / "newer"
     fields = tiny.config("head", head_dim=16, architectures=["DmcLlamaForCausalLM"])
     tiny.write(newer, fields | {"dmc": fields["dmc"] | {"layers": 3}}, tiny.weights(fields))
-    fields["dmc"] |= {"method": "dms", "window": 8}
-    tiny.write(evicting, fields, tiny.weights(fields))
     draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     expected = [
         ({"enable_prefix_caching": True}, "prefix caching shares blocks"),
@@ -152,10 +164,10 @@ def test_settings_that_are_refused(models, tmp_path):
         ({"speculative_config": draft}, "speculative decoding takes tokens back"),
         ({"additional_config": {"dmc": {"cap": 0.5}}}, "cap=0.5 reserves more than one entry per token"),
         ({"additional_config": {"dmc": {"cap": "4"}}}, "cap='4' must be a number"),
-        ({"additional_config": {"dmc": {"caps": 4}}}, "unknown setting dmc.caps; known: cap"),
+        ({"additional_config": {"dmc": {"caps": 4}}}, "unknown setting dmc.caps; known: cap, codec"),
         ({"block_size": 32}, "leave out --block-size"), ({"tensor_parallel_size": 2}, "on one device"),
         ({"model": str(newer)}, "dmc.layers, which this version of dmc does not know"),
-        ({"model": str(evicting)}, "was retrofitted with dms, and dmc-vllm serves"),
+        ({"additional_config": {"dmc": {"codec": "kivi"}}}, "codec='kivi' is not supported in vLLM; supported: dense, int8"),
     ]
     said = drive([
         {"model": engine.pop("model", str(models["neuron"])), "engine": engine, "fails": True} for engine, _ in expected

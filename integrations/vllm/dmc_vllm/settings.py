@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,17 @@ import torch
 from dmc import hub
 from dmc.cache import Codec, KVCache, Policy, Shape
 from dmc.engine.llm import codec_for, policy_for
-from dmc.model import ModelConfig, read_config
+from dmc.model import ModelConfig, Weights, read_config
+from dmc.model.key_bias import key_bias
 from dmc_vllm.reservation import Reservation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KNOWN = ("cap",)
+KNOWN = ("cap", "codec", "codec_settings")
 """Settings; `read` describes them."""
+CODECS = ("dense", "int8", "tcq", "gear")
+"""Codecs that are tested in vLLM."""
 MARGIN = 0.05  # of the measured CR of a model that merges at once
 
 
@@ -31,7 +34,7 @@ class Serving:
         config: of the whole model.
         shape: of the cache of this rank.
         policy, codec: of the cache.
-        reservation: what vLLM's scheduler reserves.
+        reservation: what vLLM's scheduler reserves; None until it is known.
     """
 
     path: Path
@@ -39,11 +42,14 @@ class Serving:
     shape: Shape
     policy: Policy
     codec: Codec
-    reservation: Reservation
+    reservation: Reservation | None
 
     def cache(self, slots: int, device: torch.device | str = "cpu") -> KVCache:
         """An empty cache for so many sequences."""
-        return KVCache(self.shape, self.policy, self.codec, slots=slots, device=device)
+        bias = None
+        if self.codec.lossy:  # lossy codecs get keys without their bias
+            bias = key_bias(self.config, Weights(self.path), dtype=self.shape.dtype, device=device)
+        return KVCache(self.shape, self.policy, self.codec, slots=slots, key_bias=bias, device=device)
 
 
 def read(vllm_config: VllmConfig) -> Serving:
@@ -53,6 +59,8 @@ def read(vllm_config: VllmConfig) -> Serving:
 
         cap: tokens per reserved entry behind the window, at least 1. Default: the CR that the checkpoint reports, for models
             that merge at once less 5 %. The CR of a model with a window includes the window, so it has a margin already.
+        codec: how full pages are stored, one of `CODECS`. Default: dense.
+        codec_settings: of the codec, such as ``{"bits": 4}``.
 
     Raises:
         ValueError: if the model's directory or a setting cannot be used; one sentence.
@@ -65,18 +73,23 @@ def read(vllm_config: VllmConfig) -> Serving:
         raise ValueError(f"additional_config has an unknown setting dmc.{unknown[0]}; known: {', '.join(KNOWN)}")
     path = hub.located(vllm_config.model_config.model)
     config = read_config(path)
-    if config.method != "dmc":
-        what = "was not retrofitted" if config.method is None else f"was retrofitted with {config.method}"
-        raise ValueError(f"{path} {what}, and dmc-vllm serves models retrofitted with dmc alone: use dmc serve")
-    policy, codec = policy_for(config, path, None, None), codec_for("dense", None, None, path)
+    if config.method is None:
+        raise ValueError(f"{path} was not retrofitted, and dmc-vllm serves retrofitted models alone: use dmc serve")
+    name, settings = given.get("codec", "dense"), given.get("codec_settings")
+    if name not in CODECS:
+        raise ValueError(f"codec={name!r} is not supported in vLLM; supported: {', '.join(CODECS)}")
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"codec_settings={settings!r} must be a JSON object such as {{\"bits\": 4}}")
+    policy, codec = policy_for(config, path, None, None), codec_for(name, settings, None, path)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     shape = Shape(config.num_hidden_layers, config.num_key_value_heads // ranks, config.head_dim, vllm_config.model_config.dtype)
-    cache = KVCache(shape, policy, codec, slots=1)
+    serving = Serving(path, config, shape, policy, codec, None)
+    cache = serving.cache(1)
     reservation = Reservation.of(
         heads=shape.layers * shape.heads, full_precision_pages=cache.full_precision_pages, page_size=cache.page_size,
         page_bytes=cache.page_bytes, window=policy.ring or 0, cap=_cap(given.get("cap"), config, path),
     )
-    return Serving(path, config, shape, policy, codec, reservation)
+    return replace(serving, reservation=reservation)
 
 
 def _cap(given: object, config: ModelConfig, path: Path) -> float:
