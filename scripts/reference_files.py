@@ -14,7 +14,7 @@ from checkpoints import integrity
 from dmc import fitted
 from dmc.cache.codecs import layers
 from dmc.commands.train import STOPPED
-from dmc.evaluation.frontier import RESULTS
+from dmc.evaluation.frontier import RESULTS, SCHEMA
 from dmc.evaluation.long import Continued
 from dmc.evaluation.measure import Measurement
 from dmc.evaluation.needle import Trial
@@ -90,6 +90,7 @@ def _layers() -> str:
 
 def _rows() -> str:
     own = [
+        ("`schema`", f"{SCHEMA}; a higher number is of a later version and is rejected; rows of version 0.1 have none"),
         ("`key`", "hash of everything that the row depends on but the code; a run measures only what has no such row"),
         ("`model`, `policy`, `codec`", "as the command line writes them"),
         ("`result`", "the fields below; missing if the cell failed"),
@@ -97,8 +98,8 @@ def _rows() -> str:
         ("`hardware`, `seconds`", "what it ran on; wall time of the cell"),
     ]
     return (
-        "JSON, one row per line. Rows carry no version number: `result.commit` and `result.versions` say what wrote them, and "
-        "the codec names of version 0.1 are translated when they are read.\n\n" + table(("key", "meaning"), own)
+        "JSON, one row per line. `result.commit` and `result.versions` say what wrote a row; the codec names of version 0.1 are "
+        "translated when they are read.\n\n" + table(("key", "meaning"), own)
         + "\n\nFields of `result`, the same in the report of `dmc eval`:\n\n" + _fields(Measurement)
     )
 

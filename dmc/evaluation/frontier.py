@@ -23,6 +23,8 @@ from dmc.evaluation.reference import Reference, reference
 from dmc.evaluation.windows import Windows
 
 RESULTS = "results.jsonl"
+SCHEMA = 1
+"""Version of a row's fields. It rises when a field changes its meaning or goes; rows of before it was written have none."""
 
 
 def run(
@@ -41,8 +43,8 @@ def run(
         after: called with all rows of the grid that are there, each time one is added.
 
     Returns:
-        One row a cell, in order: ``key``, ``model``, ``policy``, ``codec`` (as written), and ``result`` (the fields of
-        `Measurement`), or ``error``, one sentence. A cell that failed is tried again by the next run.
+        One row a cell, in order: ``schema``, ``key``, ``model``, ``policy``, ``codec`` (as written), and ``result`` (the fields
+        of `Measurement`), or ``error``, one sentence. A cell that failed is tried again by the next run.
 
     Raises:
         ValueError: if the base is not a plain Llama, the windows do not fit it, or another run writes to ``out``.
@@ -78,7 +80,10 @@ def _measured(
     with tqdm(total=len(todo) * steps, unit="token", smoothing=0.05, dynamic_ncols=True) as bar:
         for number, (cell, key) in enumerate(todo):
             bar.set_description(f"{skipped + number + 1}/{skipped + len(todo)} {cell.model.name} {cell.policy} {cell.codec}")
-            row: dict = {"key": key, "model": cell.model.resolve().name, "policy": str(cell.policy), "codec": str(cell.codec)}
+            row: dict = {
+                "schema": SCHEMA, "key": key, "model": cell.model.resolve().name, "policy": str(cell.policy),
+                "codec": str(cell.codec),
+            }
             started = time.perf_counter()
             try:
                 llm = _load(cell, device, dtype, min(len(windows.tokens), 64))
@@ -150,7 +155,9 @@ def _rows(file: TextIO, device: str, dtype: str) -> dict[str, dict]:
     for number, line in enumerate(file, 1):
         try:
             row = former.renamed(json.loads(line), device, dtype)
-            rows[row["key"]] = row
+            rows[row["key"]], schema = row, int(row.get("schema", 1))
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"line {number} of {file.name} is not a result of a frontier: fix or remove it") from None
+        if schema > SCHEMA:
+            raise ValueError(f"line {number} of {file.name} has schema {schema}, of a later version of dmc: give another --out")
     return rows

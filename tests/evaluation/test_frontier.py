@@ -189,6 +189,7 @@ def test_rows_are_what_measure_says(base, retrofit, text, tmp_path):
     assert main(command(base, text, tmp_path, "--models", str(retrofit), "--codecs", "dense:page_size=2", "--policies",
                         "full", "dmc")) == 0
     found = {(row["model"], row["policy"]): row["result"] for row in rows(tmp_path)}
+    assert all(row["schema"] == frontier.SCHEMA for row in rows(tmp_path))
     assert found["base", "full"]["kl"] == pytest.approx(0, abs=1e-6) and found["base", "full"]["cr"] == 1
     assert found["cr2", "dmc"]["kl"] > 1e-3 and found["cr2", "dmc"]["cr"] > 1.2
     assert found["cr2", "dmc"]["share"] < found["base", "full"]["share"]
@@ -213,6 +214,19 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(base, tmp_path, monkeypat
     assert "result" in mended and "error" not in mended and same == fine
     with pytest.raises(ValueError, match="no cell could be measured"):
         report([broken], command="", picture="")
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"schema": 2}, "line 1 of .*results.jsonl has schema 2, of a later version of dmc: give another --out"),
+    ({"schema": "new"}, "line 1 of .*results.jsonl is not a result of a frontier"),
+])
+def test_rows_of_a_later_version_are_rejected_and_stay(tmp_path, row, message):
+    path = tmp_path / frontier.RESULTS
+    path.write_text(json.dumps({"key": "a", "model": "m", "policy": "full", "codec": "int8", "error": "x"} | row) + "\n")
+    before = path.read_text()
+    with pytest.raises(ValueError, match=message), frontier._opened(path) as file:
+        frontier._rows(file, "cpu", "auto")
+    assert path.read_text() == before
 
 
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
