@@ -173,7 +173,7 @@ def test_parts_make_up_the_whole(tmp_path, decision):
     assert bias[0].any() and not any(other.any() for other in bias[1:])
     if decision == "head":
         rows = torch.stack([part.get(f"{name}decision.weight", (2, 32)) for part in parts])  # [rank, merge or weight, hidden]
-        full = whole._files[f"{name}decision.weight"].get_tensor(f"{name}decision.weight")
+        full = whole(f"{name}decision.weight")
         assert torch.equal(rows.transpose(0, 1).flatten(0, 1), full)
 
 
