@@ -13,9 +13,8 @@ from checkpoints.names import to_hf, to_megatron
 from checkpoints.trained import TrainedWeights
 from dmc.families import ModelShape, shape_of
 from dmc.training.config import recorded
-from dmc.weights import Weights
 
-__all__ = ["Weights", "load_hf_state", "loader", "to_hf", "to_megatron"]
+__all__ = ["load_hf_state", "loader", "to_hf", "to_megatron"]
 
 
 def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dmc.evaluation.pareto import front  # noqa: E402
 from dmc.evaluation.styles import STYLES, method  # noqa: E402
 
 BUDGETS = (1 / 4, 1 / 8, 1 / 16)
@@ -28,15 +29,8 @@ def fronts(rows: list[dict]) -> dict[str, list[tuple[float, float, float]]]:
         name, result = method(row), row["result"]
         if name is not None:
             points.setdefault(name, []).append((result["share"], result["kl"], result["kl_stderr"]))
-    return {name: _best(points[name]) for name in STYLES if name in points}
-
-
-def _best(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
-    best: list[tuple[float, float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best[::-1]
+    best = {name: [of[i] for i in front([point[:2] for point in of])][::-1] for name, of in points.items()}
+    return {name: best[name] for name in STYLES if name in best}
 
 
 def table(files: list[Path]) -> str:

@@ -37,6 +37,7 @@ from dmc.training.metrics import Reporter
 from dmc.training.schedule import Schedule
 from dmc.training.signals import Stopped
 from dmc.training.trainer import Trainer
+from dmc.weights import Weights
 
 STOPPED = "stopped"  # file in run.output: a signal ended the run; a job script checks it and requeues
 
@@ -91,7 +92,7 @@ def build(config: Config) -> Trainer:
     teacher, teacher_hf = None, None
     if flops.distils(config):
         directory = hub.located(config.distill.teacher) if config.distill.teacher else model
-        teacher, teacher_hf = convert.Weights(directory), read_shape(directory)
+        teacher, teacher_hf = Weights(directory), read_shape(directory)
         check_names(teacher_hf, list(teacher), directory)
         check_length(config, teacher_hf)
     fitted = FittedDecisions.load(config.dmc.init) if config.dmc.init else None
@@ -102,7 +103,7 @@ def build(config: Config) -> Trainer:
     tokenizer = tokens.load_tokenizer(model, hf.vocab_size)
     weights = None
     if config.run.init != "random":
-        weights = convert.Weights(model)
+        weights = Weights(model)
         check_names(hf, list(weights), model)
     begin = opening.opening(tokenizer, config.data.bos)
     training, held_out = tokens.corpora(

@@ -15,10 +15,11 @@ from dmc.engine.ranks import Ranks
 from dmc.engine.runner import Runner
 from dmc.engine.scheduler import KEPT_PROMPTS
 from dmc.engine.sharded_cache import ShardedCache
-from dmc.model import Llama, ModelConfig, Weights, read_config
+from dmc.model import Llama, ModelConfig, read_config
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.key_bias import key_bias
 from dmc.model.sharded import ShardedLlama
+from dmc.weights import Weights
 
 
 @dataclass(frozen=True)

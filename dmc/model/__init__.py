@@ -2,6 +2,5 @@
 
 from dmc.model.config import ModelConfig, read_config
 from dmc.model.llama import Attend, Llama
-from dmc.weights import Weights
 
-__all__ = ["Attend", "Llama", "ModelConfig", "Weights", "read_config"]
+__all__ = ["Attend", "Llama", "ModelConfig", "read_config"]

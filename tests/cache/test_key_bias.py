@@ -13,9 +13,10 @@ from dmc.cache.codecs.without_bias import WithoutKeyBias
 from dmc.functional import rotate
 from dmc.kernels.backend import interpreted, using
 from dmc.kernels.pages.key_bias import KeyBias
-from dmc.model import Weights, read_config
+from dmc.model import read_config
 from dmc.model.key_bias import key_bias
 from dmc.rope import Rope
+from dmc.weights import Weights
 from tests.cache.stored import frequencies, stored
 from tests.cache.test_onpages_cpu import POLICIES
 from tests.families.models import model

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoints import convert
 from dmc.families import count, read_shape, shape_of
 from dmc.training import llama, setup
+from dmc.weights import Weights
 from tests.checkpoints.tiny import LLAMA3, tiny
 from tests.training.models import hf_config, megatron, weights
 
@@ -113,7 +114,7 @@ def test_weights_of_another_shape_are_named(process_group, name, rows):
 @pytest.mark.parametrize("write", [llama_directory, sharded_directory])
 def test_tensors_are_read_by_name(tmp_path, write):
     directory, model = write(tmp_path / "model")
-    read = convert.Weights(directory)
+    read = Weights(directory)
     assert all(torch.equal(read(name), tensor) for name, tensor in model.state.items())
     with pytest.raises(ValueError, match="has no tensor 'model.norm.bias'"):
         read("model.norm.bias")
@@ -121,7 +122,7 @@ def test_tensors_are_read_by_name(tmp_path, write):
 
 def test_a_directory_without_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no model.safetensors"):
-        convert.Weights(tmp_path)
+        Weights(tmp_path)
 
 
 @pytest.mark.parametrize(("file", "words"), [
@@ -131,14 +132,14 @@ def test_a_directory_without_weights_is_refused(tmp_path):
 def test_other_forms_of_weights_are_refused_with_the_remedy(tmp_path, file, words):
     (tmp_path / file).touch()
     with pytest.raises(ValueError, match=words):
-        convert.Weights(tmp_path)
+        Weights(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
 def test_quantised_weights_are_refused(tmp_path, dtype):
     save_file({"model.norm.weight": torch.ones(4).to(dtype)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="model.norm.weight .* is stored as .* take the checkpoint that was not quantised"):
-        convert.Weights(tmp_path)("model.norm.weight")
+        Weights(tmp_path)("model.norm.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -147,7 +148,7 @@ def test_weights_of_every_float_are_read(tmp_path, process_group, dtype):
     state = {name: tensor.to(dtype) for name, tensor in model.state.items()}
     save_file(state, directory / "model.safetensors")
     built = megatron(model, "plain")
-    setup.load_weights(built, convert.loader(read_shape(directory), convert.Weights(directory)))
+    setup.load_weights(built, convert.loader(read_shape(directory), Weights(directory)))
     for name, tensor in convert.to_hf(hf_config(model), weights(built)).items():
         assert torch.equal(tensor, state[name].float()), name
 
@@ -156,7 +157,7 @@ def test_a_missing_shard_is_named(tmp_path):
     directory, _ = sharded_directory(tmp_path / "model")
     (directory / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks model-1.safetensors"):
-        convert.Weights(directory)
+        Weights(directory)
 
 
 @pytest.mark.parametrize("write", [llama_directory, sharded_directory])
@@ -167,7 +168,7 @@ def test_a_truncated_file_is_named(tmp_path, write, keep):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
     with pytest.raises(ValueError, match="truncated") as caught:
-        convert.Weights(directory)
+        Weights(directory)
     assert str(path) in str(caught.value)
 
 
@@ -176,7 +177,7 @@ def test_a_broken_index_is_named(tmp_path, text):
     directory, _ = sharded_directory(tmp_path / "model")
     (directory / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="index.json is not an index of weights"):
-        convert.Weights(directory)
+        Weights(directory)
 
 
 def test_the_configuration_is_read(tmp_path):

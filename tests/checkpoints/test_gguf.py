@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from checkpoints.convert import Weights
 from data.tokens import load_tokenizer
 from dmc.families import read_shape
+from dmc.weights import Weights
 from scripts.gguf_to_hf import main
 
 gguf = pytest.importorskip("gguf")

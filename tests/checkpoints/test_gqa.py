@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from checkpoints.convert import Weights, load_hf_state
+from checkpoints.convert import load_hf_state
 from dmc import LLM
 from dmc.families import read_shape
+from dmc.weights import Weights
 from scripts import export_hf, mha_to_gqa
 from tests.training.helpers import metrics, small_run, tiny_config, tiny_model
 

@@ -101,6 +101,7 @@ from checkpoints.export_hf import export_plain
 from checkpoints.files import write_weights
 from checkpoints.trained import TrainedWeights
 from dmc.families import shape_of
+from dmc.weights import Weights
 from dmc.training import config, llama, setup
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
@@ -146,7 +147,7 @@ def built(tensor=1):
 
 def quarter():
     names = [name for name, _ in model.named_parameters()]
-    for name, part in convert.loader(hf, convert.Weights(source))(names, 0, 1, 4):
+    for name, part in convert.loader(hf, Weights(source))(names, 0, 1, 4):
         held[name] = part.clone()
     assert held["decoder.layers.0.self_attention.linear_qkv.weight"].shape == (192, 256)
 
@@ -154,7 +155,7 @@ def quarter():
 held = {}
 setup.init_distributed(config.load(overrides=["run.threads=1"]))
 model = built()
-out = {"import": peak(lambda: setup.load_weights(model, convert.loader(hf, convert.Weights(source))))}
+out = {"import": peak(lambda: setup.load_weights(model, convert.loader(hf, Weights(source))))}
 out["a quarter"] = peak(quarter)
 (tmp / "checkpoint").mkdir()
 dist_checkpointing.save(model.sharded_state_dict(), str(tmp / "checkpoint"))

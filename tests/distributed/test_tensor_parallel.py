@@ -21,10 +21,11 @@ from dmc.engine.ranks import RankFailed, Ranks
 from dmc.evaluation.continuations import Request, follow
 from dmc.evaluation.measure import measure
 from dmc.evaluation.windows import Windows
-from dmc.model import Weights, read_config
+from dmc.model import read_config
 from dmc.model.fingerprint import model_hash
 from dmc.model.group import Group
 from dmc.model.sharded import ShardWeights
+from dmc.weights import Weights
 from tests.cache.decisions import random_decisions
 from tests.distributed import everywhere
 from tests.model import tiny

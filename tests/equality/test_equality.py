@@ -22,6 +22,7 @@ from dmc.training import llama, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
+from dmc.weights import Weights
 from tests.functional import reference as ref
 from tests.training.helpers import ROOT, TOKENIZER, tiny_config
 
@@ -45,7 +46,7 @@ def random_case(decision, **changes):
 
 def base_case(decision):
     config = LlamaConfig.from_pretrained(ROOT / "checkpoints" / "base")
-    read = convert.Weights(ROOT / "checkpoints" / "base")
+    read = Weights(ROOT / "checkpoints" / "base")
     plain = LlamaForCausalLM(config).state_dict()
     return Case(config, {name: read(name).float() for name in plain if name != "lm_head.weight"}, decision)
 

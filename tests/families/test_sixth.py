@@ -16,6 +16,7 @@ from dmc.families import read, read_shape
 from dmc.training import llama, setup
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
+from dmc.weights import Weights
 from tests.families.models import SIZES
 from tests.training.helpers import ROOT, TOKENIZER
 from tests.training.models import logits
@@ -72,7 +73,7 @@ def test_the_page(process_group, acme, tmp_path):
     model = llama.build(
         shape, ParallelConfig(), LayerState(Settings("head", 3.0, 0.5), mode="plain"), sequence_length=64, dtype=torch.float32
     )[0].eval()
-    setup.load_weights(model, convert.loader(shape, convert.Weights(tmp_path / "in")))
+    setup.load_weights(model, convert.loader(shape, Weights(tmp_path / "in")))
     assert (logits(model, tokens) - expected).abs().max() < 1e-4
 
     out = export(

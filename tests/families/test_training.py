@@ -12,6 +12,7 @@ from dmc.training import llama, planning, setup
 from dmc.training.config import ParallelConfig, load
 from dmc.training.planning import Layout
 from dmc.training.state import LayerState, Settings
+from dmc.weights import Weights
 from tests.families.models import FAMILIES, directory
 from tests.training.helpers import TOKENIZER, assert_same_run, small_run, tiny_text, weights
 from tests.training.models import logits
@@ -26,7 +27,7 @@ def built(path, mode, settings):
     shape = read_shape(path)
     state = LayerState(settings, mode=mode)
     model = llama.build(shape, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
-    setup.load_weights(model, convert.loader(shape, convert.Weights(path)))
+    setup.load_weights(model, convert.loader(shape, Weights(path)))
     return shape, model
 
 
@@ -38,10 +39,10 @@ def test_plain_logits_and_the_way_back(process_group, family, tmp_path):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(TOKENS).logits
         assert (logits(model, TOKENS) - expected).abs().max() < 1e-4
-    back, read = convert.to_hf(shape, parameters(model)), convert.Weights(path)
+    back, read = convert.to_hf(shape, parameters(model)), Weights(path)
     assert set(read) == set(back)
     export_plain(back, shape.fields, out=tmp_path / "out", tokenizer_dir=TOKENIZER, card="", dtype=torch.float32)
-    again = convert.Weights(tmp_path / "out")
+    again = Weights(tmp_path / "out")
     assert all(torch.equal(back[name], read(name)) and torch.equal(again(name), read(name)) for name in read)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(whole).__name__ == f"{shape.family.title}ForCausalLM"
@@ -99,7 +100,7 @@ def test_repurposing_ends_where_decisions_begin(process_group, family, tmp_path)
     """With the neuron's share at 0 the model is the same before and after what it is made of is set to 0."""
     path = directory(tmp_path, family)
     config = load(overrides=["dmc.decision=neuron", "data.sequence_length=64"])
-    student = setup.build_student(config, read_shape(path), convert.loader(read_shape(path), convert.Weights(path)))
+    student = setup.build_student(config, read_shape(path), convert.loader(read_shape(path), Weights(path)))
     model, state = student.chunks[0], student.state
     state.mode, state.neuron_scale = "repurpose", 0.0
     model.eval()

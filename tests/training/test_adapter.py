@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from checkpoints.convert import Weights
 from dmc.training.config import load
 from dmc.training.setup import attach_teacher, build_student
+from dmc.weights import Weights
 from tests.checkpoints.tiny import tiny
 from tests.training.helpers import assert_same_run, metrics, small_run, weights
 from tests.training.models import hf_config

@@ -98,7 +98,7 @@ def test_recomputation(reference, recompute):
 def test_an_adapter_leaves_the_base_as_it_is(reference):
     tmp, _ = reference
     output = run(tmp, "adapter", "dmc.train=decision", "optim.lr=1e-3")
-    from checkpoints.convert import Weights
+    from dmc.weights import Weights
 
     original = Weights(tmp / "model")
     for name, tensor in weights(output).items():

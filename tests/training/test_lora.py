@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints.convert import Weights
 from dmc import LLM
 from dmc.commands.export import main as export
 from dmc.families import read_shape
 from dmc.training import planning, setup
 from dmc.training.config import load
 from dmc.training.planning import Layout
+from dmc.weights import Weights
 from tests.training.helpers import assert_same_run, metrics, small_run, tiny_model, tiny_shape, tiny_text, weights
 from tests.training.plans import held
 
@@ -135,7 +135,7 @@ def test_families_with_biases_and_norms(process_group, tmp_path):
     for family in ("qwen2", "qwen3"):
         path = directory(tmp_path / family, family)
         config = load(overrides=["data.sequence_length=64", "dmc.train=lora"])
-        student = setup.build_student(config, read_shape(path), convert.loader(read_shape(path), convert.Weights(path)))
+        student = setup.build_student(config, read_shape(path), convert.loader(read_shape(path), Weights(path)))
         chunk, student.state.mode = student.chunks[0].eval(), "plain"
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits

@@ -11,8 +11,9 @@ import torch
 from dmc import hub
 from dmc.cache import Codec, KVCache, Policy, Shape
 from dmc.engine.llm import codec_for, policy_for
-from dmc.model import ModelConfig, Weights, read_config
+from dmc.model import ModelConfig, read_config
 from dmc.model.key_bias import key_bias
+from dmc.weights import Weights
 from dmc_vllm.reservation import Reservation
 
 if TYPE_CHECKING:
