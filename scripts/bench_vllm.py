@@ -4,8 +4,9 @@
 
 Runs with the interpreter of integrations/vllm/make_env.sh. Both are served by vLLM in fp32 with one thread, each in a process of
 its own. ``--counts`` prints vLLM's own count of requests of so many tokens in the KV memory, ``--admit`` sends more requests than
-fit and prints how many generated at a time, and ``--contexts`` measures steps of decode: the engines alternate, the median
-of the steps of a process counts, and of the processes the least CPU time. Prompts are cut out of this project's docs.
+fit and prints how many generated at a time, and ``--contexts`` measures steps of decode: the engines alternate, and the median
+of the steps of a process counts. Prompts are cut out of this project's docs. The output has a row for every process, and is
+written after each.
 """
 
 from __future__ import annotations
@@ -43,26 +44,38 @@ def main() -> None:
     if options.case:
         print(json.dumps(_case(json.loads(options.case))))
         return
+    if options.new < 3 or options.repeats < 1 or min([1, *options.batches]) < 1:
+        parser.error("--new must be at least 3, --repeats and --batches at least 1")
+    if min([options.new + 1, *options.contexts]) <= options.new or min([17, *options.counts, *options.admit]) <= 16:
+        parser.error(f"--contexts must be above --new {options.new}, --counts and --admit above 16")
     models = {"dense": options.base, "dmc": options.export}
-    rows = []
+    cases = []
     for kind, contexts in (("count", options.counts), ("admission", options.admit)):
         for context in contexts:
-            for name, model in models.items():
-                rows.append(_run({"kind": kind, "engine": name, "model": model, "context": context, "memory": options.memory}))
+            cases += [
+                {"kind": kind, "engine": name, "model": model, "context": context, "memory": options.memory}
+                for name, model in models.items()
+            ]
     for context in options.contexts:
         for batch in options.batches:
             case = {"kind": "decode", "context": context, "batch": batch, "new": options.new}
-            runs = [_run(case | {"engine": name, "model": models[name]}) for _ in range(options.repeats) for name in models]
-            rows += [min((run for run in runs if run["engine"] == name), key=lambda run: run["cpu_ms"]) for name in models]
-    if options.output:
-        from dmc.evaluation.provenance import commit, hardware, versions
+            cases += [case | {"engine": name, "model": model} for _ in range(options.repeats) for name, model in models.items()]
+    rows: list[dict] = []
+    for case in cases:
+        rows.append(_run(case))
+        if options.output:
+            _write(options, rows)
 
-        facts = {
-            "command": " ".join(["python", *sys.argv]), "commit": commit(), "hardware": hardware("cpu"), "versions": versions(),
-            "base": Path(options.base).name, "export": Path(options.export).name, "rows": rows,
-        }
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
+
+def _write(options: argparse.Namespace, rows: list[dict]) -> None:
+    from dmc.evaluation.provenance import commit, hardware, versions
+
+    facts = {
+        "command": " ".join(["python", *sys.argv]), "commit": commit(), "hardware": hardware("cpu"), "versions": versions(),
+        "base": Path(options.base).name, "export": Path(options.export).name, "rows": rows,
+    }
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _run(case: dict) -> dict:
@@ -97,7 +110,7 @@ def _case(case: dict) -> dict:
     tokens, length = llm.get_tokenizer().encode(text), context - new
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     for number in range(batch):
-        start = number * 997 % (len(tokens) - length)
+        start = number * 997 % max(1, len(tokens) - length)
         engine.add_request(str(number), {"prompt_token_ids": tokens[start : start + length]}, params)
     steps, most = [], 0
     while engine.has_unfinished_requests():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,9 @@ class Serving:
     Attributes:
         path: the model's directory.
         config: of the whole model.
-        shape: of the cache of this rank.
+        shape: of the cache.
         policy, codec: of the cache.
-        reservation: what vLLM's scheduler reserves; None until it is known.
+        reservation: what vLLM's scheduler reserves.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Serving:
     shape: Shape
     policy: Policy
     codec: Codec
-    reservation: Reservation | None
+    reservation: Reservation
 
     def cache(self, slots: int, device: torch.device | str = "cpu") -> KVCache:
         """An empty cache for so many sequences."""
@@ -82,15 +82,13 @@ def read(vllm_config: VllmConfig) -> Serving:
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"codec_settings={settings!r} must be a JSON object such as {{\"bits\": 4}}")
     policy, codec = policy_for(config, path, None, None), codec_for(name, settings, None, path)
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    shape = Shape(config.num_hidden_layers, config.num_key_value_heads // ranks, config.head_dim, vllm_config.model_config.dtype)
-    serving = Serving(path, config, shape, policy, codec, None)
-    cache = serving.cache(1)
+    shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, vllm_config.model_config.dtype)
+    cache = KVCache(shape, policy, codec, slots=1)  # for the figures of its pages
     reservation = Reservation.of(
         heads=shape.layers * shape.heads, full_precision_pages=cache.full_precision_pages, page_size=cache.page_size,
         page_bytes=cache.page_bytes, window=policy.ring or 0, cap=_cap(given.get("cap"), config, path),
     )
-    return replace(serving, reservation=reservation)
+    return Serving(path, config, shape, policy, codec, reservation)
 
 
 def _cap(given: object, config: ModelConfig, path: Path) -> float:
