@@ -245,23 +245,30 @@ def _digest(tensors: dict[str, Tensor], notes: dict[str, str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_heads(path: str | Path) -> tuple[Tensor, Tensor]:
+def read_heads(path: str | Path) -> tuple[Tensor, Tensor, str | None]:
     """Linear heads that score a token by its hidden state alone, for policy kvzap.
 
     Args:
-        path: safetensors with ``weight [L, H, hidden]`` and ``bias [L, H]``; or of `dmc calibrate --decisions --arrival-only`.
+        path: safetensors with ``weight [L, H, hidden]`` and ``bias [L, H]``; or of `dmc calibrate --decisions --arrival-only`,
+            which is checked as `FittedDecisions.load` does.
 
     Returns:
-        weight and bias, fp32.
+        weight and bias, fp32, and the fingerprint of the model that they were fitted for, None if the file has none.
 
     Raises:
-        ValueError: if there is no such file, tensors are missing or have other shapes, or the heads look ahead.
+        ValueError: if there is no such file, tensors are missing, have other shapes or values that are not finite, the file is
+            damaged, or the heads look ahead.
     """
     try:
-        found = load_file(path)
-        weight, bias = found["weight" if "weight" in found else "arrival"].float(), found["bias"].float()
+        with safe_open(path, framework="pt") as file:
+            ours = str((file.metadata() or {}).get("format")).startswith("dmc-decisions-")
+        found = {} if ours else load_file(path)
+        decisions = FittedDecisions.load(path) if ours else None
+        weight, bias = (decisions.arrival, decisions.bias) if decisions else (found["weight"].float(), found["bias"].float())
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} does not hold the tensors weight and bias of linear heads ({error})") from None
-    if weight.dim() != 3 or weight.shape[:2] != bias.shape or ("late" in found and found["late"].any()):
+    if weight.dim() != 3 or weight.shape[:2] != bias.shape or (decisions and decisions.late.any()):
         raise ValueError(f"{path} needs weight [L, H, hidden], bias [L, H] and no look-ahead (--arrival-only)")
-    return weight, bias
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise ValueError(f"{path} has weights that are not finite")
+    return weight, bias, decisions.model if decisions else None

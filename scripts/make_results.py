@@ -29,12 +29,12 @@ def filled(page: str, text: str) -> str:
     """
 
     def table(found: re.Match[str]) -> str:
-        name, *words = found["words"].split()
+        name, *words = found["words"].split() or [""]
         if name not in TABLES:
             raise ValueError(f"{page}: unknown table {name!r}; known: {', '.join(TABLES)}")
         try:
             body = TABLES[name](*words)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, LookupError, ArithmeticError, TypeError, ValueError, StopIteration) as error:
             raise ValueError(f"{page}: table {found['words']!r}: {type(error).__name__}: {error}") from error
         return f"<!-- table: {found['words']} -->\n\n{body}\n\n<!-- end -->"
 
@@ -49,16 +49,15 @@ def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check, stale = parser.parse_args().check, []
+    check = parser.parse_args().check
     try:
-        for path in sorted(RESULTS.glob("*.md")):
-            text = path.read_text()
-            if (made := filled(path.name, text)) != text:
-                stale.append(path.name)
-                if not check:
-                    path.write_text(made)
+        pages = {path: filled(path.name, path.read_text()) for path in sorted(RESULTS.glob("*.md"))}
     except ValueError as error:
         sys.exit(f"make_results: {error}")
+    stale = [path.name for path, made in pages.items() if made != path.read_text()]
+    for path, made in pages.items():
+        if path.name in stale and not check:
+            path.write_text(made)
     print(f"{'not current' if check else 'written'}: {', '.join(stale)}" if stale else "all tables are current")
     sys.exit(bool(check and stale))
 

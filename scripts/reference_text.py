@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable, Sequence
 
 
 def escaped(text: str | None) -> str:
@@ -12,9 +13,9 @@ def escaped(text: str | None) -> str:
     return "".join(span if span.startswith("`") else re.sub(r"([\\*_<])", r"\\\1", span) for span in spans)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; bars in cells are escaped."""
-    lines = [head, *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    lines = [tuple(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     first, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, "|" + "---|" * len(head), *rest])
 

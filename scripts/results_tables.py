@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dmc.evaluation.paired import difference, settled  # noqa: E402
 from dmc.evaluation.pareto import front  # noqa: E402
 from dmc.evaluation.styles import POLICIES, STYLES, method  # noqa: E402
+from scripts.reference_text import table  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -51,11 +52,6 @@ def _policy(spec: str) -> str:
     return f"{name}:{','.join(kept)}" if kept else name
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def ratio(share: float) -> str:
     """A share of the bytes as 1/x."""
     return f"1/{1 / share:.1f}"
@@ -72,7 +68,7 @@ def frontier(*files: str) -> str:
     """Rows that no other beats in bytes and KL at once, by rising KL."""
     rows = read(*files)
     best = [rows[i] for i in front([_point(row) for row in rows])][::-1]
-    return markdown(("held", "method", "row", "CR", "KL, nats/token", "perplexity", "same token"), (
+    return table(("held", "method", "row", "CR", "KL, nats/token", "perplexity", "same token"), (
         (ratio(row["result"]["share"]), competitor(row), shown(row), f"{row['result']['cr']:.2f}",
          loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['perplexity']:.3f}",
          f"{row['result']['agreement']:.1%}") for row in best
@@ -90,7 +86,7 @@ def budgets(*files: str) -> str:
         marks = {name: mark for name, mark in zip(order, ("**", "*"), strict=False)}
         columns.append({name: f"{marks.get(name, '')}{loss(value)}{marks.get(name, '')}" for name, value in column.items()})
     head = ("method", *(f"at most 1/{1 / budget:g}" for budget in BUDGETS))
-    return markdown(head, ((name, *(column.get(name, "–") for column in columns)) for name in names))
+    return table(head, ((name, *(column.get(name, "–") for column in columns)) for name in names))
 
 
 def leaders(*files: str) -> str:
@@ -104,7 +100,7 @@ def leaders(*files: str) -> str:
                 cells = [f"{competitor(row)}: {shown(row)}, **{loss(row['result']['kl'])}**" for row in order[:2]]
                 apart = _paired(*order[:2]) if len(order) > 1 else "–"
                 lines.append((NAMES.get(base, base), f"1/{1 / budget:g}", *cells, *["–"] * (2 - len(cells)), apart))
-    return markdown(("model", "bytes, at most", "lowest KL", "second method", "difference"), lines)
+    return table(("model", "bytes, at most", "lowest KL", "second method", "difference"), lines)
 
 
 def kept(*files: str) -> str:
@@ -119,23 +115,30 @@ def kept(*files: str) -> str:
     bold = lambda share, one: f"**{one['kl']:.3f}**" if one["kl"] == least[share] else f"{one['kl']:.3f}"  # noqa: E731
     order = sorted(cells, key=lambda name: statistics.fmean(math.log(one["kl"]) for one in cells[name].values()))
     head = ("policy", *(f"1/{1 / float(share):g}" for share in shares))
-    return markdown(head, (
+    return table(head, (
         (name, *(bold(share, cells[name][share]) if share in cells[name] else "–" for share in shares)) for name in order
     ))
 
 
 def suite(file: str, *kinds: str) -> str:
-    """What each cache wrote out, by kind: share of the answers found, with its standard error over the samples."""
+    """What each cache wrote out, by kind: share of the answers found, with its standard error over the samples.
+
+    CR is tokens / entries of these samples, and the bytes are their mean.
+
+    Raises:
+        ValueError: if a row has several lengths.
+    """
     lines = []
     for row in read(file):
+        if len(row["retrieval"]["settings"]["lengths"]) > 1:
+            raise ValueError(f"{row['row']} has several lengths: a table shows one")
         cells = {cell["kind"]: cell for cell in row["retrieval"]["cells"]}
-        of = [cells[kind] for kind in kinds]
-        number = sum(cell["n"] for cell in of)
-        held = sum(cell["held_bytes"] * cell["n"] for cell in of) / number
-        dense = sum(cell["byte_ratio"] * cell["held_bytes"] * cell["n"] for cell in of) / number
-        cr = number / sum(cell["n"] / cell["cr"] for cell in of)
-        lines.append((row["row"], f"{cr:.2f}", f"{held / 1e6:.1f}", ratio(held / dense), *(_found(cell) for cell in of)))
-    return markdown(("row", "CR", "MB", "of dense bf16", *kinds), lines)
+        of = [one for one in row["retrieval"]["samples"] if one["kind"] in kinds]
+        held, dense = (statistics.fmean(one[name] for one in of) for name in ("held_bytes", "dense_bytes"))
+        cr = sum(one["tokens"] for one in of) / sum(one["entries"] for one in of)
+        found = (_found(cells[kind]) for kind in kinds)
+        lines.append((row["row"], f"{cr:.2f}", f"{held / 1e6:.1f}", ratio(held / dense), *found))
+    return table(("row", "CR", "MB", "of dense bf16", *kinds), lines)
 
 
 def retrieval(*files: str) -> str:
@@ -155,7 +158,7 @@ def retrieval(*files: str) -> str:
             cells = [f"{name} ({ratio(1 / one['byte_ratio'])}), **{one['found']:.2f}**" for name, one in of]
             apart = _samples(*order) if len(order) > 1 else "–"
             lines.append((f"1/{1 / budget:g}", f"{full['found']:.2f}", *cells, *["–"] * (2 - len(cells)), apart))
-    return markdown(("bytes, about", "full cache", "best", "second", "difference"), lines)
+    return table(("bytes, about", "full cache", "best", "second", "difference"), lines)
 
 
 def _samples(best: dict, other: dict) -> str:
@@ -186,13 +189,13 @@ def runs(file: str) -> str:
             f"{last['step'] * row['tokens_per_step'] / 1e6:.2f} M", str(row["seed"]), f"{last['cr']:.2f}",
             f"{last['perplexity']:.3f}", f"{last['perplexity'] / row['evaluations'][0]['perplexity']:.3f}",
         ))
-    return markdown(("run", "method", "window", "start", "tokens", "seed", "CR", "perplexity", "/ base"), lines)
+    return table(("run", "method", "window", "start", "tokens", "seed", "CR", "perplexity", "/ base"), lines)
 
 
 def fitted(file: str, *methods: str) -> str:
     """Fitted decisions and other policies by dense masks (scripts/fitted_eval.py): what a CR costs."""
     rows = [row for line in (RESULTS / file).read_text().splitlines() if (row := json.loads(line))["how"] in methods]
-    return markdown(("method", "window", "target CR", "CR", "perplexity", "/ full", "KL", "KL, last quarter"), (
+    return table(("method", "window", "target CR", "CR", "perplexity", "/ full", "KL", "KL, last quarter"), (
         (HOW[row["how"]], str(row.get("window") or "–"), f"{row['target_cr']:g}", f"{row['cr']:.2f}", f"{row['perplexity']:.3f}",
          f"{row['perplexity'] / row['base_perplexity']:.3f}", loss(row["kl"]), loss(row["kl_last_quarter"])) for row in rows
     ))
@@ -205,7 +208,7 @@ def cross(file: str) -> str:
         first = matched.setdefault(row["test"], row)["result"]["kl"]
         lines.append((row["test"], f"{row['fitted_on']}, {row['fitted_sequences']} sequences", f"{row['result']['cr']:.2f}",
                       loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['kl'] / first:.2f}"))
-    return markdown(("test text", "fitted on", "CR", "KL", "/ first row"), lines)
+    return table(("test text", "fitted on", "CR", "KL", "/ first row"), lines)
 
 
 def _point(row: dict) -> tuple[float, float]:
@@ -230,7 +233,31 @@ def _paired(best: dict, other: dict) -> str:
     return f"{loss(by, error)} (n {len(best['result']['kl_windows'])})" + ("" if settled(by, error) else ", not settled")
 
 
+def vllm(file: str) -> str:
+    """CPU time of a step in vLLM: least and most of the processes, by batch (scripts/bench_vllm.py)."""
+    rows = [row for row in json.loads((RESULTS / file).read_text())["rows"] if row["kind"] == "decode"]
+    lines = []
+    for context, batch in dict.fromkeys((row["context"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["context"], row["batch"]) == (context, batch)]
+        times = {name: sorted(row["cpu_ms"] for row in here if row["engine"] == name) for name in ("dense", "dmc")}
+        spans = (f"{of[0]:.1f} to {of[-1]:.1f} ({len(of)})" for of in times.values())
+        ours, dense = (statistics.median(times[name]) for name in ("dmc", "dense"))
+        lines.append((f"{context:,}", str(batch), *spans, f"{ours / dense:.2f}"))
+    return table(("tokens", "batch", "dense, ms", "DMC, ms", "DMC / dense, medians"), lines)
+
+
+def vllm_requests(file: str) -> str:
+    """Requests that vLLM counts in its KV memory (scripts/bench_vllm.py)."""
+    rows = [row for row in json.loads((RESULTS / file).read_text())["rows"] if row["kind"] == "count"]
+    lines = []
+    for context in dict.fromkeys(row["context"] for row in rows):
+        dense, ours = (next(row["concurrency"] for row in rows if (row["context"], row["engine"]) == (context, name))
+                       for name in ("dense", "dmc"))
+        lines.append((f"{context:,}", f"{dense:.2f}", f"{ours:.2f}", f"{ours / dense:.2f}"))
+    return table(("tokens per request", "dense", "DMC", "ratio"), lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "frontier": frontier, "budgets": budgets, "leaders": leaders, "kept": kept, "suite": suite, "retrieval": retrieval,
-    "runs": runs, "fitted": fitted, "cross": cross,
+    "runs": runs, "fitted": fitted, "cross": cross, "vllm": vllm, "vllm-requests": vllm_requests,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,3 +133,24 @@ def memory(text: str) -> int:
 
 def _pool_memory(text: str) -> int | str:
     return text if text == AUTO else memory(text)
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Raises ValueError, one sentence, if a file to be written has no folder or is one itself."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {Path(path).absolute().parent}")
+    if path and Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+
+
+def write_whole(path: str, text: str) -> None:
+    """Writes a file whole or not at all."""
+    number, name = tempfile.mkstemp(dir=Path(path).absolute().parent, suffix=".part")
+    try:
+        with open(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)  # mkstemp's own mode keeps others out
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

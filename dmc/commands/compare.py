@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+
+from dmc.commands.common import check_output, write_whole
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +27,10 @@ def run(options: argparse.Namespace) -> None:
     """
     from dmc.evaluation.compare import as_rows, as_text, compare, read_entries
 
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).absolute().parent}")
+    check_output("--json", options.json)
     entries = read_entries(options.reports)
     differences = compare(entries, options.to, across_models=options.across_models)
     to = options.to or entries[0].label
     print(as_text(differences, to))
     if options.json:
-        Path(options.json).write_text(json.dumps({"schema": 1, "to": to, "differences": as_rows(differences)}, indent=1) + "\n")
+        write_whole(options.json, json.dumps({"schema": 1, "to": to, "differences": as_rows(differences)}, indent=1) + "\n")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmc.commands.common import add_model, load
+from dmc.commands.common import add_model, check_output, load, write_whole
 from dmc.extras import required
 
 _LONG = "long"  # the suite of `dmc.evaluation.long`
@@ -53,11 +52,7 @@ def run(options: argparse.Namespace) -> None:
     if not asked:
         raise ValueError("nothing to measure: give --text FILE, --needle, --tasks NAME,NAME or --suite NAME")
     for flag in ("json", "plot"):
-        path = getattr(options, flag)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{flag} {path}: there is no folder {Path(path).absolute().parent}")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{flag} {path} is a folder: name a file")
+        check_output(f"--{flag}", getattr(options, flag))
     if options.plot and not options.needle:
         raise ValueError("--plot draws needle retrieval: add --needle")
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
@@ -70,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     llm = load(options)
     figures = {name: measure(options, llm, *ready.get(name, ())) for name, measure in asked}
     if options.json:
-        _write(options.json, json.dumps(_origin(options, llm) | figures, indent=1) + "\n")
+        write_whole(options.json, json.dumps(_origin(options, llm) | figures, indent=1) + "\n")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -343,19 +338,6 @@ def _origin(options: argparse.Namespace, llm: LLM) -> dict:
         "policy": llm.cache.policy.name, "codec": llm.cache.codec_name, "settings": cache_settings(llm),
         "device": llm.model.device.type, "dtype": str(llm.model.dtype).removeprefix("torch."), "arguments": arguments,
     }
-
-
-def _write(path: str, text: str) -> None:
-    """Whole or not at all."""
-    number, name = tempfile.mkstemp(dir=Path(path).absolute().parent, suffix=".part")
-    try:
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp's own mode keeps others out
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _bar(options: argparse.Namespace, what: str, total: int, unit: str) -> tqdm:

@@ -252,6 +252,10 @@ def policy_for(config: ModelConfig, path: str | Path, chosen: str | Policy | Non
         )
     made = _made("policy", chosen, settings)
     made.check_model(config.num_hidden_layers, config.num_key_value_heads, config.hidden_size)
+    if made.made_for is not None and made.made_for != (found := model_hash(path)):
+        raise ValueError(
+            f"the {made.name} policy's file was made for the model with hash {made.made_for}, and {path} has {found}"
+        )
     if isinstance(made, GatePolicy):
         _check_fitted(made, config, path)
     if made.name == "dms" and config.method != "dms":

@@ -10,6 +10,7 @@ from pathlib import Path
 from dmc.evaluation.paired import difference, mean, segment_mean, settled
 
 _LONG = ("same_tokens", "equal", "agreement")
+SCHEMA = 1  # of reports of suites
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is there twice: name each file once")
-    entries = [_entry(row, label) for _, row, label in found]
+    entries = [_entry(path, row, label) for path, row, label in found]
     empty = next((path for (path, _, _), entry in zip(found, entries, strict=True) if not entry.series), None)
     if empty is not None:
         raise ValueError(
@@ -175,18 +176,32 @@ def _read(path: Path) -> list[dict]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a report of dmc eval --json, nor results.jsonl of dmc frontier") from error
+    if not rows:
+        raise ValueError(f"{path} holds no row that was measured")
     return rows
 
 
-def _entry(row: dict, label: str) -> Entry:
-    series: list[Series] = []
-    for measured in [row["result"]] if "result" in row else row.get("text", []):
-        if measured["kl_windows"] is not None:
-            series.append(_text(measured))
+def _entry(path: Path, row: dict, label: str) -> Entry:
+    try:
+        found = [one for one in _series(row) if one.samples]
+        series = {one.name: one for one in found}
+        if len(series) < len(found):  # texts of equal names, in different folders
+            raise ValueError(f"{path} has two texts of one name: rename one, and measure again")
+        return Entry(label, row["model"], row.get("result", row)["model_hash"], series)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of other kinds ({error})"
+        raise ValueError(f"{path} {what}: it is of another version or was changed; measure again") from error
+
+
+def _series(row: dict) -> list[Series]:
+    texts = [row["result"]] if "result" in row else row.get("text", [])
+    series = [_text(measured) for measured in texts if measured["kl_windows"] is not None]
     for name, read in (("retrieval", _retrieval), ("needle", _needle), ("long", _long)):
         if name in row:
+            if (schema := row[name].get("schema", SCHEMA)) > SCHEMA:
+                raise TypeError(f"schema {schema} of {name}, this version reads up to {SCHEMA}")
             series += read(row[name])
-    return Entry(label, row["model"], row.get("result", row)["model_hash"], {one.name: one for one in series})
+    return series
 
 
 def _text(measured: dict) -> Series:

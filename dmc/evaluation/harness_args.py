@@ -31,13 +31,15 @@ def llm_of(arguments: dict, flags: dict) -> LLM:
     known = [name for name in inspect.signature(LLM.__init__).parameters if name not in ("self", "path")]
     own: dict = {"kv_memory": "auto", "max_batch": _max_batch(flags.get("batch_size")), "device": flags.get("device") or "auto"}
     own |= {name: given.pop(name) for name in [*given] if name in known}
-    own["dtype"] = _DTYPES.get(own.get("dtype"), own.get("dtype", "auto"))
+    for name in ("policy_settings", "codec_settings"):
+        if not isinstance(own.get(name) or {}, dict):
+            raise ValueError(f"--model_args {name}={own[name]} must be a dict: give each setting by its own name")
+    own["dtype"] = _DTYPES.get(str(own.get("dtype")), own.get("dtype", "auto"))
     classes = {}
     for kind, find in (("policy", policy_class), ("codec", codec_class)):
         if isinstance(own.get(kind), str):
             own[kind], settings = named(own[kind])
-            own[f"{kind}_settings"] = own.get(f"{kind}_settings") or {}
-            own[f"{kind}_settings"] |= settings
+            own[f"{kind}_settings"] = (own.get(f"{kind}_settings") or {}) | settings
             classes[kind] = find(own[kind]).settings()
     for name, value in given.items():
         owners = [kind for kind, settings in classes.items() if name in settings]

@@ -13,6 +13,7 @@ from dmc.cache import KVCache, Policy, policy
 from dmc.cache.codecs.int8 import Int8Codec
 from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.engine import scoring
+from dmc.model import read_config
 from tests.cache.decisions import random_decisions, random_heads
 from tests.cache.test_policies_prompt import BUDGET, COUNT, GROUP, PROMPT, cache_of, held_by, states
 from tests.cache.test_rows import HEADS, LAYERS, SIZE, feed, tokens
@@ -103,14 +104,35 @@ def test_it_reads_fitted_decisions_without_a_look_ahead(tmp_path):
 @pytest.mark.parametrize(("settings", "said"), [
     (dict(file="/no/such"), "/no/such does not hold the tensors weight and bias"),
     (dict(file="WRONG"), "does not hold the tensors weight and bias"), (dict(window=1), "window=1 must be a whole number"),
-    (dict(budget=20), "budget=20 must be at least the window of 32"), (dict(threshold="low"), "threshold=low must be a number"),
+    (dict(budget=20), "budget=20 must be at least the window of 32"),
+    (dict(threshold="low"), "threshold=low must be a finite number"),
+    (dict(threshold=math.nan), "threshold=nan must be a finite number"), (dict(threshold=[1]), "must be a finite number"),
+    (dict(threshold=1, share=0.25), "threshold=1 and share=0.25 are two budgets"), (dict(file=3), "file=3 must be the path"),
+    (dict(file="NAN"), "has weights that are not finite"),
 ])
 def test_bad_settings_are_one_sentence(heads, tmp_path, settings, said):
     save_file({"weights": torch.zeros(2)}, tmp_path / "wrong")
+    if settings.get("file") == "NAN":
+        save_file({"weight": torch.full((2, 2, 16), math.nan), "bias": torch.zeros(2, 2)}, tmp_path / "nan")
+        settings = {"file": str(tmp_path / "nan")}
     if settings.get("file") == "WRONG":
         settings = {"file": str(tmp_path / "wrong")}
     with pytest.raises(ValueError, match=said):
         policy("kvzap", **{"file": heads} | settings)
+
+
+def test_decisions_that_were_fitted_for_another_model_or_damaged(tmp_path):
+    path, config = tmp_path / "decisions", read_config(BASE)
+    heads, hidden = config.num_key_value_heads, config.hidden_size
+    fitted = random_decisions(layers=config.num_hidden_layers, heads=heads, hidden=hidden, ahead=False)
+    fitted.save(path)
+    with pytest.raises(ValueError, match="the kvzap policy's file was made for the model with hash none, and"):
+        LLM(BASE, policy="kvzap", policy_settings={"file": str(path)}, device="cpu")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its content does not match its digest"):
+        policy("kvzap", file=str(path))
 
 
 def test_a_file_of_another_model(heads):

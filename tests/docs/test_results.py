@@ -45,6 +45,8 @@ def test_many_pages_have_tables():
 @pytest.mark.parametrize(("text", "says"), [
     ("<!-- table: none x -->\n<!-- end -->\n", "unknown table 'none'; known: frontier"),
     ("<!-- table: frontier no.jsonl -->\n<!-- end -->\n", "page.md: table 'frontier no.jsonl': FileNotFoundError"),
+    ("<!-- table:  -->\n<!-- end -->\n", "page.md: unknown table ''"),
+    ("<!-- table: retrieval frontier/base.jsonl -->\n<!-- end -->\n", "page.md: table 'retrieval frontier/base.jsonl'"),
     ("<!-- table: runs late/runs.jsonl -->\n", "1 tables begin with '<!-- table: ... -->' and 0 of them end"),
 ])
 def test_a_block_that_cannot_be_filled_is_named(text, says):
@@ -111,3 +113,20 @@ def test_two_caches_are_compared_over_the_same_samples(data):
     lines = results_tables.retrieval("rows.jsonl").splitlines()[2:]
     assert lines[1] == "| 1/4 | 1.00 | a (1/3.9), **0.67** | b (1/4.2), **0.33** | 0.33 ± 0.33 (n 3), not settled |"
     assert lines[2] == "| 1/8 | 1.00 | c (1/8.0), **0.00** | – | – |"
+
+
+def test_cr_is_that_of_the_samples_and_lengths_are_not_mixed(data):
+    sample = {"kind": "single", "length": 64, "held_bytes": 50, "dense_bytes": 100}
+    row = {
+        "row": "a", "retrieval": {
+            "settings": {"lengths": [64]},
+            "samples": [sample | {"tokens": 10, "entries": 5.0}, sample | {"tokens": 90, "entries": 15.0}],
+            "cells": [{"kind": "single", "length": 64, "found": 0.5, "stderr": None, "n": 2}],
+        },
+    }
+    data(row)
+    assert results_tables.suite("rows.jsonl", "single").splitlines()[2] == "| a | 5.00 | 0.0 | 1/2.0 | 0.50 (2) |"
+    row["retrieval"]["settings"]["lengths"] = [64, 128]
+    data(row)
+    with pytest.raises(ValueError, match="a has several lengths"):
+        results_tables.suite("rows.jsonl", "single")

@@ -103,6 +103,40 @@ def test_wrong_use_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, sai
     assert said in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+def odd(change):
+    row = copy.deepcopy(FULL)
+    change(row)
+    return row
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    (odd(lambda row: row["text"][0].pop("kl_windows")), "odd.json lacks 'kl_windows': it is of another version"),
+    (odd(lambda row: row.pop("model_hash")), "odd.json lacks 'model_hash'"),
+    (odd(lambda row: row["long"].pop("samples_hash")), "odd.json lacks 'samples_hash'"),
+    (odd(lambda row: row["retrieval"].update(samples=3)), "odd.json has fields of other kinds"),
+    (odd(lambda row: row["retrieval"].update(schema=2)), "schema 2 of retrieval, this version reads up to 1"),
+    (odd(lambda row: row["text"].append(dict(row["text"][0], windows_hash="v"))), "odd.json has two texts of one name"),
+    ({"model": "m", "model_hash": "a1", "policy": "full", "codec": "dense", "retrieval": FULL["retrieval"] | {"samples": []}},
+     "odd.json has no samples to compare"),
+])
+def test_a_report_that_is_not_whole_is_one_sentence(tmp_path, row, said):
+    with pytest.raises(ValueError, match=said):
+        read_entries(written(tmp_path, full=FULL, odd=row))
+
+
+def test_an_empty_file_of_rows_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(ValueError, match="results.jsonl holds no row that was measured"):
+        read_entries([tmp_path])
+
+
+def test_differences_are_written_whole_or_not_at_all(tmp_path, capsys):
+    files = [str(path) for path in written(tmp_path, full=FULL, other=OTHER)]
+    assert main(["compare", *files, "--json", str(tmp_path)]) == 2 and "is a folder: name a file" in capsys.readouterr().err
+    assert main(["compare", *files, "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["to"] == "full" and not list(tmp_path.glob("*.part"))
+
+
 def test_the_commands_own_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common = ["--suite", "quick", "--kinds", "single,multikey", "--lengths", "130", "--trials", "2", "--seeds", "2",

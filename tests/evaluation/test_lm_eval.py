@@ -210,6 +210,7 @@ def test_the_entry_point_names_the_model_class():
     (f"pretrained={BASE},policy=h2o,budget=4", "budget is unknown; known: pretrained, policy, .*of the policy: heavy"),
     (f"pretrained={BASE},heavy=4", r"--model_args heavy is unknown; .*settings \(no policy\)"),
     (f"pretrained={BASE},policy=h2o,heavy=x", "heavy=x must be a whole number"),
+    (f"pretrained={BASE},policy=h2o,policy_settings=x", "policy_settings=x must be a dict: give each setting by its own name"),
 ])
 def test_wrong_model_args(arguments, said):
     with pytest.raises(ValueError, match=said):

@@ -37,6 +37,7 @@ class Policy(ABC):
         sinks: with a ring, first tokens of a sequence that are never dropped or merged; if tokens merge, the token after
             them also starts a new entry.
         likely_cr: tokens / entries to expect of a sequence until it is measured; None: what the checkpoint reports.
+        made_for: `dmc.model.fingerprint.model_hash` of the only model that the policy was made for; None: any model.
         by_head: whether decisions about a head's entries depend on that head alone, so that heads can be on different ranks
             (tensor parallelism).
         across_heads: why not, if ``by_head`` is False: the predicate of a sentence about the policy.
@@ -53,6 +54,7 @@ class Policy(ABC):
     max_entries: int | None = None
     sinks: int = 0
     likely_cr: float | None = None
+    made_for: str | None = None
     by_head: ClassVar[bool] = False
     across_heads: ClassVar[str] = "decides over all heads of a layer together"
 

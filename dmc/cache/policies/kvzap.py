@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from dmc.cache.policies import budget as budgets
@@ -26,12 +28,17 @@ class KVzapPolicy(BudgetPolicy):
         self, *, file: str, threshold: float | None = None, budget: int = 256, share: float | None = None, window: int = 32,
     ) -> None:
         super().__init__(budget=budget, share=share)
+        if not isinstance(file, str):
+            raise ValueError(f"kvzap policy: file={file!r} must be the path of a file of linear heads")
         self.file, self.threshold, self.window = file, threshold, budgets.check_count(self.name, "window", window, 2)
-        if isinstance(threshold, bool | str):
-            raise ValueError(f"kvzap policy: threshold={threshold} must be a number: the smallest score that stays")
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
+        if threshold is not None and not number:
+            raise ValueError(f"kvzap policy: threshold={threshold} must be a finite number: the smallest score that stays")
+        if threshold is not None and share is not None:
+            raise ValueError(f"kvzap policy: threshold={threshold} and share={share} are two budgets: leave one out")
         if threshold is None and share is None and budget < window:
             raise ValueError(f"kvzap policy: budget={budget} must be at least the window of {window}, which always stays")
-        self.weight, self.bias = read_heads(file)
+        self.weight, self.bias, self.made_for = read_heads(file)
 
     def check_model(self, layers: int, heads: int, hidden: int) -> None:
         """See `Policy.check_model`."""
