@@ -144,7 +144,7 @@ def check_output(flag: str, path: str | None) -> None:
 
 
 def write_whole(path: str, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     number, name = tempfile.mkstemp(dir=Path(path).absolute().parent, suffix=".part")
     try:
         with open(number, "w", encoding="utf-8") as file:
