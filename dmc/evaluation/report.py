@@ -40,6 +40,13 @@ def measured(rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if "result" in row]
 
 
+def ahead(row: dict, other: dict) -> tuple[float, float | None] | None:
+    """How much less KL a row has than another, paired over their windows, and the standard error; None: other windows."""
+    if row["result"]["windows_hash"] != other["result"]["windows_hash"]:
+        return None
+    return difference(other["result"]["kl_windows"], row["result"]["kl_windows"])
+
+
 def report(rows: Sequence[dict], *, command: str, picture: str) -> str:
     """All of it.
 
@@ -160,8 +167,8 @@ def _best(rows: Sequence[dict], share: float, base: str, name: str | None = None
 
 
 def _compared(lead: dict, other: dict) -> str:
-    """The lead over another row, with its error over the windows, which both have in common."""
-    by, error = difference(other["result"]["kl_windows"], lead["result"]["kl_windows"])
+    """The lead over another row, with its error if both have the same windows."""
+    by, error = ahead(lead, other) or (0.0, None)
     text = f"the best other is {_name(other)} with {_figure(other['result']['kl'])}"
     if lead["result"]["kl"] > 0:
         times = other["result"]["kl"] / lead["result"]["kl"]

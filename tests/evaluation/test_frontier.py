@@ -244,7 +244,7 @@ def row(model, policy, codec, share, kl, windows=(0.0, 0.0)):
         "model_hash": model, "base_hash": "base", "policy": policy, "codec": codec, "share": share, "kl": kl, "kl_stderr": 0.1,
         "kl_windows": [kl + w for w in windows], "cr": 1.0, "perplexity": 2.0, "agreement": 1.0, "base": "base", "text": "text",
         "windows": 2, "prompt_tokens": 8, "scored_tokens": 4, "text_hash": "0", "base_perplexity": 2.0, "commit": "c",
-        "versions": {"torch": "2"}, "dtype": "float32", "device": "cpu",
+        "windows_hash": "w", "versions": {"torch": "2"}, "dtype": "float32", "device": "cpu",
     }
     return {"model": model, "policy": policy, "codec": codec, "result": result, "seconds": 1.0}
 
