@@ -3,8 +3,9 @@
     python scripts/make_results.py            write the tables
     python scripts/make_results.py --check    say which pages are not current, and exit 1
 
-A table stands in a page between `<!-- table: NAME WORDS -->` and `<!-- end -->`; NAME is one of scripts/results_tables.py. What
-is between is written by this script: edit the data, then run it again.
+A table stands in a page between `<!-- table: NAME WORDS -->` and `<!-- end -->`. What is between is written by this script: edit
+the data or the mark, then run it again. NAME is `rows`, whose mark says the columns (scripts/results_rows.py), or one of
+scripts/results_tables.py.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.results_rows import rows  # noqa: E402
 from scripts.results_tables import RESULTS, TABLES  # noqa: E402
 
-_BLOCK = re.compile(r"^<!-- table: (?P<words>[^\n]*?) -->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^<!-- table:(?P<mark>.*?)-->\n(?P<body>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
 def filled(page: str, text: str) -> str:
@@ -29,14 +31,15 @@ def filled(page: str, text: str) -> str:
     """
 
     def table(found: re.Match[str]) -> str:
-        name, *words = found["words"].split() or [""]
-        if name not in TABLES:
-            raise ValueError(f"{page}: unknown table {name!r}; known: {', '.join(TABLES)}")
+        name, _, words = found["mark"].strip().partition(" ")
+        if name not in ("rows", *TABLES):
+            raise ValueError(f"{page}: unknown table {name!r}; known: rows, {', '.join(TABLES)}")
         try:
-            body = TABLES[name](*words)
+            body = rows(words, RESULTS) if name == "rows" else TABLES[name](*words.split())
         except (OSError, LookupError, ArithmeticError, TypeError, ValueError, StopIteration) as error:
-            raise ValueError(f"{page}: table {found['words']!r}: {type(error).__name__}: {error}") from error
-        return f"<!-- table: {found['words']} -->\n\n{body}\n\n<!-- end -->"
+            first = found["mark"].strip().splitlines()[0]
+            raise ValueError(f"{page}: table {first!r}: {type(error).__name__}: {error}") from error
+        return f"<!-- table:{found['mark']}-->\n\n{body}\n\n<!-- end -->"
 
     opened = len(re.findall(r"^<!-- table:", text, re.MULTILINE))
     text, closed = _BLOCK.subn(table, text)

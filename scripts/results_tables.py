@@ -15,16 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dmc.evaluation.paired import difference, settled  # noqa: E402
-from dmc.evaluation.pareto import front  # noqa: E402
+from dmc.evaluation.pareto import front, leader  # noqa: E402
+from dmc.evaluation.report import ahead, point  # noqa: E402
 from dmc.evaluation.styles import POLICIES, STYLES, method  # noqa: E402
 from scripts.reference_text import table  # noqa: E402
+from scripts.results_rows import loss, ratio  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-HOW = {
-    "evict": "fitted decisions, evicting", "merge": "fitted decisions, merging", "h2o": "H2O", "streaming": "StreamingLLM",
-    "random": "random",
-}
 NAMES = {"base": "small base model", "smollm2-135m": "SmolLM2-135M-Instruct (4-bit GGUF, dequantised)"}
 
 
@@ -52,22 +50,10 @@ def _policy(spec: str) -> str:
     return f"{name}:{','.join(kept)}" if kept else name
 
 
-def ratio(share: float) -> str:
-    """A share of the bytes as 1/x."""
-    return f"1/{1 / share:.1f}"
-
-
-def loss(value: float, error: float | None = None) -> str:
-    """A KL, with its standard error if there is one."""
-    digits = 4 if value < 0.1 else 3
-    shorter = f"{value:.{digits}f}" if value >= 5e-4 else f"{value:.1e}"
-    return shorter if error is None else f"{shorter} ± {error:.{digits}f}" if value >= 5e-4 else f"{shorter} ± {error:.0e}"
-
-
 def frontier(*files: str) -> str:
     """Rows that no other beats in bytes and KL at once, by rising KL."""
     rows = read(*files)
-    best = [rows[i] for i in front([_point(row) for row in rows])][::-1]
+    best = [rows[i] for i in front([point(row) for row in rows])][::-1]
     return table(("held", "method", "row", "CR", "KL, nats/token", "perplexity", "same token"), (
         (ratio(row["result"]["share"]), competitor(row), shown(row), f"{row['result']['cr']:.2f}",
          loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['perplexity']:.3f}",
@@ -174,47 +160,6 @@ def _found(cell: dict) -> str:
     return f"{cell['found']:.2f}{error} ({cell['n']})"
 
 
-def runs(file: str) -> str:
-    """Training runs by the perplexity that they end at, from evaluations at hard decisions."""
-    rows = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
-    lines = []
-    for row in rows:
-        last = row["evaluations"][-1]
-        what = {
-            "dmc": "merge late" if row.get("window") else "merge at once",
-            "dms": "evict late" if row.get("decide") == "late" else "DMS",
-        }
-        lines.append((
-            f"`{row['run']}`", what[row.get("method", "dmc")], str(row.get("window") or "–"), row["start"],
-            f"{last['step'] * row['tokens_per_step'] / 1e6:.2f} M", str(row["seed"]), f"{last['cr']:.2f}",
-            f"{last['perplexity']:.3f}", f"{last['perplexity'] / row['evaluations'][0]['perplexity']:.3f}",
-        ))
-    return table(("run", "method", "window", "start", "tokens", "seed", "CR", "perplexity", "/ base"), lines)
-
-
-def fitted(file: str, *methods: str) -> str:
-    """Fitted decisions and other policies by dense masks (scripts/fitted_eval.py): what a CR costs."""
-    rows = [row for line in (RESULTS / file).read_text().splitlines() if (row := json.loads(line))["how"] in methods]
-    return table(("method", "window", "target CR", "CR", "perplexity", "/ full", "KL", "KL, last quarter"), (
-        (HOW[row["how"]], str(row.get("window") or "–"), f"{row['target_cr']:g}", f"{row['cr']:.2f}", f"{row['perplexity']:.3f}",
-         f"{row['perplexity'] / row['base_perplexity']:.3f}", loss(row["kl"]), loss(row["kl_last_quarter"])) for row in rows
-    ))
-
-
-def cross(file: str) -> str:
-    """Fitted decisions on other text than that which they were fitted on; the first row of a test text is the comparison."""
-    rows, lines, matched = read(file), [], {}
-    for row in rows:
-        first = matched.setdefault(row["test"], row)["result"]["kl"]
-        lines.append((row["test"], f"{row['fitted_on']}, {row['fitted_sequences']} sequences", f"{row['result']['cr']:.2f}",
-                      loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['kl'] / first:.2f}"))
-    return table(("test text", "fitted on", "CR", "KL", "/ first row"), lines)
-
-
-def _point(row: dict) -> tuple[float, float]:
-    return row["result"]["share"], row["result"]["kl"]
-
-
 def _best(rows: Sequence[dict]) -> dict[str, list[dict]]:
     by_method: dict[str, list[dict]] = {}
     for row in rows:
@@ -223,14 +168,14 @@ def _best(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def _within(rows: Sequence[dict], budget: float) -> dict | None:
-    return min((row for row in rows if row["result"]["share"] <= budget), key=lambda row: row["result"]["kl"], default=None)
+    return leader(rows, [point(row) for row in rows], budget)
 
 
 def _paired(best: dict, other: dict) -> str:
-    if best["result"]["windows_hash"] != other["result"]["windows_hash"]:
+    found = ahead(best, other)
+    if found is None:
         return "other windows"
-    by, error = difference(other["result"]["kl_windows"], best["result"]["kl_windows"])
-    return f"{loss(by, error)} (n {len(best['result']['kl_windows'])})" + ("" if settled(by, error) else ", not settled")
+    return f"{loss(*found)} (n {len(best['result']['kl_windows'])})" + ("" if settled(*found) else ", not settled")
 
 
 def vllm(file: str) -> str:
@@ -259,5 +204,5 @@ def vllm_requests(file: str) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "frontier": frontier, "budgets": budgets, "leaders": leaders, "kept": kept, "suite": suite, "retrieval": retrieval,
-    "runs": runs, "fitted": fitted, "cross": cross, "vllm": vllm, "vllm-requests": vllm_requests,
+    "vllm": vllm, "vllm-requests": vllm_requests,
 }

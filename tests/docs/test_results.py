@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
 
 from dmc.evaluation.styles import method
-from scripts import make_results, results_tables
+from scripts import make_results, results_rows, results_tables
 from scripts.results_tables import RESULTS
 
 PAGES = [path for path in sorted(RESULTS.glob("*.md")) if "<!-- table:" in path.read_text()]
@@ -24,7 +25,8 @@ def frontier_row(policy, share, windows, *, model="base", codec="int8"):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
+    for module in (make_results, results_tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
 
     def write(*rows):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -38,14 +40,27 @@ def test_a_page_is_current(page):
     assert make_results.filled(page.name, page.read_text()) == page.read_text(), said
 
 
-def test_many_pages_have_tables():
-    assert len(PAGES) >= 4
+def test_every_table_comes_from_data():
+    """But for the parts of TCQ, which are no measurements."""
+    typed = {}
+    for path in sorted(RESULTS.glob("*.md")):
+        rest = re.sub(r"^<!-- table:.*?^<!-- end -->$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        typed[path.name] = re.findall(r"^ *(\|(?!-).*)\n *\|-", rest, re.MULTILINE)
+    assert {name: heads for name, heads in typed.items() if heads} == {"tcq.md": ["| part | why | bits per element |"]}
+
+
+def test_every_data_file_is_used():
+    """By a page, which links to it."""
+    pages = "".join(path.read_text() for path in RESULTS.glob("*.md"))
+    files = {path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.json*")}
+    assert {name for name in files if f"]({name})" not in pages} == set()
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("<!-- table: none x -->\n<!-- end -->\n", "unknown table 'none'; known: frontier"),
+    ("<!-- table: none x -->\n<!-- end -->\n", "unknown table 'none'; known: rows, frontier"),
     ("<!-- table: frontier no.jsonl -->\n<!-- end -->\n", "page.md: table 'frontier no.jsonl': FileNotFoundError"),
     ("<!-- table:  -->\n<!-- end -->\n", "page.md: unknown table ''"),
+    ("<!-- table: rows none.jsonl\nx := {x}\n-->\n<!-- end -->\n", "page.md: table 'rows none.jsonl': FileNotFoundError"),
     ("<!-- table: retrieval frontier/base.jsonl -->\n<!-- end -->\n", "page.md: table 'retrieval frontier/base.jsonl'"),
     ("<!-- table: runs late/runs.jsonl -->\n", "1 tables begin with '<!-- table: ... -->' and 0 of them end"),
 ])
@@ -113,6 +128,48 @@ def test_two_caches_are_compared_over_the_same_samples(data):
     lines = results_tables.retrieval("rows.jsonl").splitlines()[2:]
     assert lines[1] == "| 1/4 | 1.00 | a (1/3.9), **0.67** | b (1/4.2), **0.33** | 0.33 ± 0.33 (n 3), not settled |"
     assert lines[2] == "| 1/8 | 1.00 | c (1/8.0), **0.00** | – | – |"
+
+
+def test_a_page_says_the_columns(data):
+    data({"x": 1.5, "of": {"a": 4}, "n": None}, {"x": 3.0, "of": {"a": 1}, "n": 7})
+    mark = """rows rows.jsonl
+        [r for r in rows
+         if r.x > 0]
+        twice, of rows := {2 * x:.1f} of {len(rows)}
+        := {of.a / rows[0].of.a}
+        a | n := {n:.2f} {"set" if n else "not"}"""
+    text = f"<!-- table: {mark}\n-->\nold\n<!-- end -->\n"
+    made = make_results.filled("page.md", text)
+    assert made.splitlines()[-5:-2] == ["|---|---|---|", "| 3.0 of 2 | 1.0 | – not |", "| 6.0 of 2 | 0.25 | 7.00 set |"]
+    assert made.startswith(f"<!-- table: {mark}\n-->\n\n| twice, of rows |  | a ") and "old" not in made
+    assert make_results.filled("page.md", made) == made
+
+
+@pytest.mark.parametrize(("mark", "says"), [
+    ("rows.jsonl", "every line is a column"),
+    ("rows.jsonl\nx := {x}\ny {x}", "every line is a column"),
+    ("rows.jsonl [r for r in rows if r.x > 1]\nx := {x}", "selects no rows"),
+    ("rows.jsonl\nx := {y}", "NameError"),
+    ("rows.jsonl\nx := {row.y}", "no field 'y'; there are x"),
+    ("rows.jsonl rows.y\nx := {x}", "AttributeError"),
+])
+def test_a_mark_that_is_wrong_is_named(data, mark, says):
+    data({"x": 1})
+    with pytest.raises(ValueError, match=says):
+        results_rows.rows(mark, results_tables.RESULTS)
+
+
+def test_the_rows_of_a_json_file(data, tmp_path):
+    (tmp_path / "one.json").write_text('{"unit": 10, "rows": [{"x": 1}], "other": {"rows": [[2, 3]]}}')
+    assert results_rows.rows("one.json\nx := {x * unit}", tmp_path).endswith("| 10 |")
+    assert results_rows.rows("one.json other.rows\nx := {row[1] + file.unit}", tmp_path).endswith("| 13 |")
+
+
+def test_interpolation_in_logarithms():
+    points = [(4, 0.4), (2, 0.1), (8, 0.8)]  # grows with the square, then linearly
+    assert [results_rows.at(points, x) for x in (1, 3, 6, 16)] == pytest.approx([0.025, 0.225, 0.6, 1.6])
+    assert results_rows.limits([0.2, 0.1], 1) == "0.1 to 0.2" and results_rows.limits([0.11, 0.12], 1) == "0.1"
+    assert results_rows.spread([1, 2, 6], 1) == "3.0 (1.0 to 6.0)" and results_rows.spread([2]) == "2.000"
 
 
 def test_cr_is_that_of_the_samples_and_lengths_are_not_mixed(data):

@@ -14,7 +14,7 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")])
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
 WORDS = {
     r"twins?": "reference implementation",

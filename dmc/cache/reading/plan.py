@@ -15,7 +15,7 @@ from torch import Tensor
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
 
-_VALUES = {"cpu": 1 << 19}  # keys gathered at once: measured, see docs/results/serve.md
+_VALUES = {"cpu": 1 << 19}  # keys gathered at once: measured, see docs/results/serve-kernels.md
 _VALUES_ELSEWHERE = 1 << 24
 _ALIKE = 0.75  # rows are gathered together if they have at least this part of the longest row's entries ...
 _NEAR = 64  # ... or at most so many entries less
