@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmc.evaluation.labels import place
 from dmc.evaluation.report import measured
 from dmc.evaluation.styles import STYLES, method, style
 from dmc.extras import needed_for
@@ -17,6 +19,7 @@ from dmc.extras import needed_for
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.container import Container
+    from matplotlib.lines import Line2D
 
 FORMATS = (".pdf", ".svg", ".png")
 MEASURES = {
@@ -38,7 +41,8 @@ class Look:
         measure: of `MEASURES`.
         curves: True: a line for each evicting policy and codec through all shares of the tokens; False: for each method through
             its rows that no other row of the method beats in bytes and loss.
-        labels: whether points carry their budget and codec.
+        labels: whether the points that no other point of their panel beats carry a number, with method, budget and codec in the
+            legend.
         most: lines at most; the ones with the lowest loss stay.
         width: inches; None: 5.6 for each file.
     """
@@ -89,8 +93,10 @@ def lines(rows: Sequence[dict], look: Look) -> dict[str, list[Point]]:
         if (name := method(row)) is None or (look.curves and "share=" not in row["policy"]):
             continue
         loss, error = _loss(row["result"], look.measure)
-        budget = row["policy"].partition(":")[2]
-        point = Point(row["result"]["share"], max(loss, _LEAST), error, f"{budget} {row['codec']}".strip())
+        budget = re.sub(r"[^=,]*/([^/,]*?)(\.safetensors)?(?=,|$)", r"\1", row["policy"].partition(":")[2])  # files by their name
+        model = "" if row["result"]["model"] == row["result"]["base"] else row["model"]
+        label = " ".join(part for part in (model, budget, row["codec"].replace("page_size=", "page ")) if part)
+        point = Point(row["result"]["share"], max(loss, _LEAST), error, label)
         found.setdefault(f"{name}, {row['codec']}" if look.curves else name, []).append(point)
     if not look.curves:
         found = {name: best(points) for name, points in found.items()}
@@ -130,20 +136,52 @@ def draw(files: Sequence[str | Path], out: str | Path, look: Look) -> int:
         raise ValueError("no row has a policy with a share of the tokens, which curves are drawn over")
     left = sum(len(lines(some, replace(look, most=10**9))) - len(mine) for some, mine in zip(rows, drawn, strict=True))
     width = look.width or 5.6 * len(files)
-    names = dict.fromkeys(name for mine in drawn for name in mine)
-    columns = max(1, int(width // (0.6 + 0.055 * max(map(len, names)))))  # inches of a line's sample and its name
-    height = 0.72 * width / len(files) + 0.8 + 0.17 * -(-len(names) // columns)  # the panel, its titles, the legend's lines
+    keys, numbers = numbered(drawn) if look.labels else ({}, [])
+    size = 5.5 if keys else 7  # of the legend's letters, points
+    names = [*dict.fromkeys(name for mine in drawn for name in mine), *keys]
+    columns = max(1, int(width // (0.6 + 0.0075 * size * max(map(len, names)))))  # inches of a line's sample and its name
+    height = 0.72 * width / len(files) + 1.3 + 0.0208 * size * -(-len(names) // columns)  # panel, titles, lines of the legend
     figure, axes = plt.subplots(1, len(files), figsize=(width, height), sharey=True, squeeze=False, layout="constrained")
     shown = {}
     for axis, some, mine in zip(axes[0], rows, drawn, strict=True):
         for name, points in mine.items():
             shown[name] = _line(axis, name, points, look)
         _axes(axis, some)
-    axes[0, 0].set_ylabel(MEASURES[look.measure][0], fontsize=7)
-    figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+    axes[0, 0].set_ylabel(MEASURES[look.measure][0].replace(", ", "\n"), fontsize=7)
+    handles = [*shown.values(), *(_key(number, said) for said, number in keys.items())]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=size)
+    if numbers:
+        figure.draw_without_rendering()  # the layout: numbers are placed by what they would cover
+        figure.set_layout_engine("none")
+        for axis, mine, said in zip(axes[0], drawn, numbers, strict=True):
+            place(axis, [(point.share, point.loss, str(number)) for number, point in said.items()],
+                  [(point.share, point.loss) for points in mine.values() for point in points])
     figure.savefig(out, dpi=200)
     plt.close(figure)
     return left
+
+
+def numbered(drawn: Sequence[dict[str, list[Point]]]) -> tuple[dict[str, int], list[dict[int, Point]]]:
+    """Numbers of the points that no other point of their panel beats, by rising share: equal texts have equal numbers.
+
+    Returns:
+        text of the line and the point → number, and of each panel number → point.
+    """
+    keys: dict[str, int] = {}
+    panels = []
+    for mine in drawn:
+        names = {id(point): name for name, points in mine.items() for point in points}
+        shown = best([point for points in mine.values() for point in points])[::-1]
+        panels.append({keys.setdefault(f"{names[id(point)]}, {point.label}", len(keys) + 1): point for point in shown})
+    return keys, panels
+
+
+def _key(number: int, text: str) -> Line2D:
+    """The legend's line for a numbered point."""
+    from matplotlib.lines import Line2D
+
+    size = 2 + 2 * len(str(number))  # a marker of two digits is as wide as it is said to be high
+    return Line2D([], [], linestyle="", marker=f"${number}$", color="black", markersize=size, markeredgewidth=0, label=text)
 
 
 def _loss(result: dict, measure: str) -> tuple[float, float]:
@@ -163,8 +201,6 @@ def _line(axis: Axes, name: str, points: Sequence[Point], look: Look) -> Contain
     codec = "" if name in STYLES else name.removeprefix(f"{whole}, ")
     dashes = _DASHES[zlib.crc32(codec.encode()) % len(_DASHES)] if look.curves else "-"
     made = axis.errorbar(share, loss, error, color=colour, marker=marker, ls=dashes, ms=size, lw=1.2, elinewidth=0.7, label=name)
-    for point in points if look.labels else ():
-        axis.annotate(point.label, (point.share, point.loss), fontsize=5, xytext=(3, 3), textcoords="offset points")
     return made
 
 

@@ -1,5 +1,6 @@
 """Figures of frontiers: which rows make a line, that a method always looks alike, and what the command says."""
 
+import itertools
 import json
 
 import pytest
@@ -7,10 +8,11 @@ import pytest
 from dmc.cache import POLICIES
 from dmc.cli import main
 from dmc.evaluation import styles
-from dmc.evaluation.figure import Look, best, lines, read_rows
+from dmc.evaluation.figure import Look, best, lines, numbered, read_rows
+from dmc.evaluation.labels import place
 from tests.training.helpers import ROOT
 
-pytest.importorskip("matplotlib")
+Text = pytest.importorskip("matplotlib.text").Text
 ROWS = ROOT / "docs" / "results" / "policies" / "base.jsonl"
 
 
@@ -99,6 +101,45 @@ def test_bad_requests_are_one_sentence(rows, flags, said, tmp_path, capsys, monk
     out = () if "--out" in flags else ("--out", "x.pdf")
     assert main(["plot", rows, *out, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_numbered_points_are_those_that_no_other_beats_and_equal_rows_have_equal_numbers():
+    drawn = lines(MADE, Look())
+    keys, (first, second) = numbered([drawn, {name: drawn[name] for name in ("H2O", "mine")}])
+    assert keys == {"H2O, share=0.25 tcq-2bit": 1, "mine, Own:recent=3 dense": 2, "every token, codes alone, int8": 3}
+    assert [(number, point.loss) for number, point in first.items()] == [(1, 0.2), (2, 0.05), (3, 1e-5)]
+    assert list(second) == [1, 2]
+
+
+def test_a_label_names_a_retrofit_and_a_file_without_its_folder():
+    made = [row("gate:decisions=/a/b/w16.safetensors,target_cr=3", 0.2, 0.1, "tcq:page_size=32"),
+            row("dmc", 0.2, 0.1, model="cr4-hf", window=16)]
+    drawn = lines(made, Look())
+    assert drawn["fitted decisions, nothing trained"][0].label == "decisions=w16,target_cr=3 tcq:page 32"
+    assert drawn["DMC, late merging"][0].label == "cr4-hf dense"
+
+
+def test_labels_cover_neither_each_other_nor_the_points():
+    """Close points on a log axis; the boxes are what the finished figure reports, not what was asked for while placing."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    at = [(2.0 ** (-i / 9), 10.0 ** (-i / 7)) for i in range(24)]
+    axis.plot(*zip(*at, strict=True), "o", ms=4)
+    axis.set(xscale="log", yscale="log")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    made = place(axis, [(x, y, f"{i:02d}") for i, (x, y) in enumerate(at)], at)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in made]
+    assert len(made) == 24 and not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+    points = axis.transData.transform(at)
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    frame = axis.get_window_extent()
+    assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
 
 
 def test_the_rows_of_the_repository_can_be_read():
