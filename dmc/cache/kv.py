@@ -8,6 +8,7 @@ and window in full precision, and the accumulating entry, which already contains
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,6 +200,17 @@ class KVCache:
             shared.append(self._shared(number, layer, counts, donor, common))
             needed += int(self.rows.pages_of(counts, self.rows.packings[number].page_size).sum() - shared[-1].sum())
         self._check_free(needed)
+        try:
+            self._fill(prompt, slot, layers, donor, shared)
+        except BaseException:  # of a codec, which can be a user's
+            self.rows.release(self.rows.all_layers(slot))
+            raise
+        return self._slots.pop()
+
+    def _fill(
+        self, prompt: Prompt | LatePrompt, slot: int, layers: list[tuple[Any, Tensor]], donor: int | None, shared: list[Tensor],
+    ) -> None:
+        """Writes a prompt's layers (each with its entries per head) into a slot, whose pages are known to be free."""
         for number, (layer, counts) in enumerate(layers):
             index = self._index(number, slot)
             metadata = {"position": layer.positions, "score": layer.scores}
@@ -211,7 +223,6 @@ class KVCache:
                 self.rows.accumulating_score[index] = layer.accumulating_score
             if self.policy.ring is not None:
                 self._load_ring(index, prompt, number, layer)
-        return self._slots.pop()
 
     def close(self, slot: int) -> None:
         """Ends a sequence. Its pages return to the pool, except those that other sequences share."""

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from dmc import LLM
+from dmc import LLM, SamplingParams
 from dmc.cache import codec, policy, policy_class
 from dmc.cache.codecs.int8 import Int8Codec
 from dmc.cache.policies.streaming import StreamingPolicy
@@ -35,6 +35,17 @@ class Broken(StreamingPolicy):
 
     def keep(self, entries):
         raise ArithmeticError("the reason of a user's policy")
+
+
+class Failing(Int8Codec):
+    name = "failing"
+    pages = 10_000
+
+    def encode(self, keys, values):
+        type(self).pages -= len(keys)
+        if type(self).pages < 0:
+            raise ArithmeticError("the reason of a user's codec")
+        return super().encode(keys, values)
 
 
 nothing = 3
@@ -107,3 +118,17 @@ def test_a_policy_that_raises_ends_with_its_own_error_and_the_pool_is_intact(pac
     with pytest.raises(ArithmeticError, match="the reason of a user's policy"):
         llm.generate([[5, 6, 7, 8]])
     llm.cache.check_integrity()
+
+
+@pytest.mark.parametrize("pages", [0, 6, 8])  # 8 of the prompt, of two layers and two heads, and then one of a step
+def test_a_codec_that_raises_ends_with_its_own_error_and_the_pool_is_intact(package, tmp_path, pages):
+    llm = LLM(directory(tmp_path), device="cpu", codec="acme_kv:Failing", page_size=4)
+    failing = sys.modules["acme_kv"].Failing
+    failing.pages = pages
+    with pytest.raises(ArithmeticError, match="the reason of a user's codec"):
+        llm.generate([list(range(5, 18))], SamplingParams(max_tokens=12))
+    llm.cache.check_integrity()
+    assert not llm.cache.used_pages
+    failing.pages = 10_000
+    assert llm.generate([list(range(5, 18))], SamplingParams(max_tokens=12))[0].token_ids  # and it goes on
+    assert not llm.cache.used_pages

@@ -341,7 +341,11 @@ class Rows:
         if not len(rows):
             return
         pages = self.pool.take(len(rows))
-        encoded = self.encode_into(pages, rows, keys, values, metadata)
+        try:
+            encoded = self.encode_into(pages, rows, keys, values, metadata)
+        except BaseException:  # of a codec, which can be a user's: no table names these pages yet
+            self.pool.give(pages)
+            raise
         self.error.sample(self.packing(rows).codec, encoded, keys, values)
         self.encoded_table[rows, columns] = pages.int()
 
