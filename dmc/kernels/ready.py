@@ -62,10 +62,10 @@ def _timed(which: str, compile: Callable[[], object]) -> None:  # noqa: A002
     began = time.perf_counter()
     compile()
     if (seconds := time.perf_counter() - began) > 3:
-        kept = "the next process finds them ready"
+        kept = "the next process finds them compiled"
         if not compiled.KEPT:
             kept = "NUMBA_CACHE_DIR, a folder to write to, would keep them"
-        _log.warning("dmc: compiled the %s CPU kernels in %.0f s; %s", which, seconds, kept)
+        _log.warning("dmc: compiling or loading the %s CPU kernels took %.0f s; %s", which, seconds, kept)
 
 
 def _decode() -> None:
