@@ -55,7 +55,6 @@ def test_the_script_runs(folder):
     assert len(json.loads((folder / "out" / "differences.json").read_text())["differences"]) == 8
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(folder):
     """Cell by cell in one process, as a kernel runs it; a cell that begins with %%writefile writes its text."""
     (folder / "strided.py").unlink()

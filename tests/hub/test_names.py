@@ -86,6 +86,7 @@ def test_a_revision_and_a_token(run):
     assert os.path.exists(f"{second}/config.json") and not os.path.exists(f"{second}/model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_retrofit_starts_from_a_name_and_its_export_is_uploaded(run, hub, tmp_path):
     tiny_text(tmp_path / "text.jsonl")
     done = run(

@@ -42,6 +42,7 @@ def test_recomputation_follows_the_gradient_through_frozen_embeddings(run):
     assert_same_run(small_run(tmp, "full", *ADAPTER, "parallel.recompute=full"), output, tolerance=2e-4, absolute=1e-5)
 
 
+@pytest.mark.slow
 def test_through_a_pipeline(run):
     """Both models' hidden states travel; the shared embeddings have no gradients to exchange."""
     tmp, output = run

@@ -75,6 +75,7 @@ def test_another_window_is_another_run(reference):
     assert done.returncode == 2 and "dmc.window=6, here it is 7" in done.stderr
 
 
+@pytest.mark.slow
 def test_tensor_and_sequence_parallel(reference):
     same(reference, "tensor-sequence", "parallel.tensor=2", "parallel.sequence=true", processes=2)
 
