@@ -27,6 +27,8 @@ from typing import Any
 
 from scripts.reference_text import table
 
+_ERROR = "\u00a0±\u00a0"  # a value and its error stay in one line
+
 
 class Fields(dict):
     """An object of JSON whose fields are attributes too."""
@@ -60,7 +62,9 @@ def loss(value: float, error: float | None = None) -> str:
     """A KL, with its standard error if there is one."""
     digits = 4 if value < 0.1 else 3
     shorter = f"{value:.{digits}f}" if value >= 5e-4 else f"{value:.1e}"
-    return shorter if error is None else f"{shorter} ± {error:.{digits}f}" if value >= 5e-4 else f"{shorter} ± {error:.0e}"
+    if error is None:
+        return shorter
+    return f"{shorter}{_ERROR}{error:.{digits}f}" if value >= 5e-4 else f"{shorter}{_ERROR}{error:.0e}"
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -120,7 +124,7 @@ def rows(mark: str, folder: Path) -> str:
     heads, templates = zip(*columns, strict=True)
     return table(heads, (
         [_evaluate(f"f'''{template}'''", names | {"rows": found, "row": row} | (row if isinstance(row, dict) else {}))
-         for template in templates] for row in found
+         .replace(" ± ", _ERROR) for template in templates] for row in found
     ))
 
 

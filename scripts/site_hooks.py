@@ -76,6 +76,8 @@ def lists(markdown: str) -> str:
             blank, loose = True, True
             continue
         inside = bool(offsets)
+        if item and text[0].isdigit() and not text.startswith("1") and not (blank or inside):
+            item = None  # a line of a paragraph that begins with a number, as in CommonMark
         if not fenced and (item or blank or not indent and text.startswith(_BLOCKS)):
             while offsets and indent < offsets[-1]:
                 offsets.pop()

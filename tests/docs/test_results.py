@@ -84,7 +84,7 @@ def test_leaders_are_compared_over_the_same_windows(data):
     error = statistics.stdev(differences) / math.sqrt(3)
     assert len(lines) == 2 and "every token" in lines[0]
     assert "TOVA: `tova` `int8`, **0.200**" in lines[1] and "H2O: `h2o` `int8`, **0.400**" in lines[1]
-    assert f"{statistics.fmean(differences):.3f} ± {error:.3f} (n 3)" in lines[1]
+    assert f"{statistics.fmean(differences):.3f}\u00a0±\u00a0{error:.3f} (n 3)" in lines[1]
 
 
 def test_a_difference_within_two_errors_is_not_settled(data):

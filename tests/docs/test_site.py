@@ -73,6 +73,7 @@ def test_a_link_out_of_the_repository_is_left_for_mkdocs_to_report():
     ("1. a\n\n   | t |\n   |---|\n   words\n2. b", "1. a\n\n    | t |\n    |---|\n    words\n\n2. b"),
     ("- a\n\n  ```x\n  - y\n    z\n  ```\n# h", "- a\n\n    ```x\n    - y\n      z\n    ```\n# h"),
     ("```x\nw\n- y\n  - z\n```\n\n    code - x", "```x\nw\n- y\n  - z\n```\n\n    code - x"),
+    ("a (b -\n2) c\n1. d\n2. e", "a (b -\n2) c\n\n1. d\n2. e"),
     ("- a\nlazy\n\n  - b", "- a\n    lazy\n\n    - b"),
 ])
 def test_lists(text, made):
