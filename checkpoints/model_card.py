@@ -25,7 +25,7 @@ print(out.past_key_values.lengths())             # entries per layer, sequence a
 ```
 
 Greedy decoding, sampling, beam search and batches (padded on the left) compress as they go. Assisted generation
-is refused, since such a cache cannot be rolled back. The code in this directory needs torch and transformers
+is rejected, since such a cache cannot be rolled back. The code in this directory needs torch and transformers
 (5.0 or newer) alone. It keeps the remaining entries, padded to the longest head of each layer; a serving engine with
 pages per head is what turns the whole ratio into memory.
 """

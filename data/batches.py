@@ -65,7 +65,7 @@ class Sequences:
         self._orders = [Shuffle(n, seed + c * _ORDERS) for c, n in enumerate(self.counts)]
 
     def batch(self, samples: list[int]) -> Batch:
-        """The sequences at these places of the shuffled, endless order."""
+        """The sequences at these positions of the shuffled, endless order."""
         dealt = [self._deal(i) for i in samples]
         return self._cut([(c, self._orders[c].place(index)) for c, index in dealt], samples)
 
@@ -74,7 +74,7 @@ class Sequences:
         return [dealt / count for dealt, count in zip(self._deal.counts(samples), self.counts, strict=True)]
 
     def within_documents(self, count: int) -> Batch:
-        """``count`` sequences that lie within one document each, spread evenly over each corpus: the evaluation set.
+        """``count`` sequences that are within one document each, spread evenly over each corpus: the evaluation set.
 
         Without document boundaries inside, every engine and baseline scores the same predictions. Conversations are shorter than
         a sequence: their sequences hold several, as those of training do. Of a blend each corpus gives its share. Only the
@@ -157,7 +157,7 @@ def _sequences_of(corpus: Corpus, length: int) -> int:
 
 
 def _whole(corpus: Corpus, length: int, total: int, wanted: int) -> list[int]:
-    """``wanted`` of the sequences of a corpus that lie within one document, evenly spread, in order."""
+    """``wanted`` of the sequences of a corpus that are within one document, evenly spread, in order."""
     per_chunk = [int(_inside(spans, length, total)[1].sum()) for spans in corpus.document_spans()]
     found = sum(per_chunk)
     if wanted > found:
@@ -190,7 +190,7 @@ def _packed(corpus: Corpus, length: int, total: int, wanted: int) -> list[int]:
 
 
 def _inside(spans: tuple[np.ndarray, np.ndarray], length: int, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Per document the first sequence that starts in it, and how many lie in it as a whole."""
+    """Per document the first sequence that starts in it, and how many are in it as a whole."""
     starts, stops = spans
     first = -(-starts // length)
     last = np.minimum(stops // length, total) - 1

@@ -2,9 +2,9 @@
 
 `Interleave` deals the sequences of a run out so that after any number of them every corpus has had its share to
 within one sequence. It is the uniprocessor case of proportionate fair scheduling (Baruah, Cohen, Plaxton and Varvel,
-Algorithmica 1996): the m-th sequence of a corpus of share w belongs into the window [floor(m / w), ceil((m + 1) / w)),
+Algorithmica 1996): the m-th sequence of a corpus of share w belongs to the window [floor(m / w), ceil((m + 1) / w)),
 and taking the open window that ends first meets every window. Shares are exact fractions, so the deal repeats with
-their common denominator, and any place of the run is known from its remainder.
+their common denominator, and the corpus of any position of the run is known from its remainder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _WEIGHTED = re.compile(r"\s*([-+.\d][-+.\deE/]*|nan|[-+]?inf(?:inity)?)\s*:(.+)", re.DOTALL | re.IGNORECASE)
-_CHUNK = 1024  # places between two remembered counts
+_CHUNK = 1024  # positions between two remembered counts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def parse(value: str | list, name: str) -> list[Part]:
         name: of the setting, for the errors.
 
     Raises:
-        ValueError: naming the part, for a weight that is no number of at least 0, parts without weight among
+        ValueError: naming the part, for a weight that is not a number of at least 0, parts without weight among
             parts with one, or weights that sum to 0.
     """
     if isinstance(value, str):
@@ -81,8 +81,8 @@ def _number(weight: object, text: str, name: str) -> Fraction:
 class Interleave:
     """Which corpus each sequence of a run comes from, and how many came from it before.
 
-    Places are dealt in order and remembered (2 bytes each, at most one period of the shares), so a run pays as it
-    goes and a resumed one deals what lies before it again, about a million places in a few seconds.
+    Positions are dealt in order and remembered (2 bytes each, at most one period of the shares), so a run pays as it
+    goes and a resumed one deals what is before it again, about a million positions in a few seconds.
     """
 
     def __init__(self, shares: list[Fraction]) -> None:
@@ -91,13 +91,13 @@ class Interleave:
         self._period = math.lcm(*(s.denominator for s in shares))
         self._parts = [int(s * self._period) for s in shares]  # sequences of each corpus in a period
         self._dealt = array("H")
-        self._counts: list[list[int]] = []  # of each corpus before places 0, _CHUNK, 2 * _CHUNK ...
+        self._counts: list[list[int]] = []  # of each corpus before positions 0, _CHUNK, 2 * _CHUNK ...
         self._next = [0] * len(shares)
         self._opens = [0] * len(shares)
         self._closes = [self._close(c, 0) for c in range(len(shares))]
 
     def __call__(self, sample: int) -> tuple[int, int]:
-        """``(corpus, index)`` of place ``sample``: it is the ``index``-th sequence that the corpus gives."""
+        """``(corpus, index)`` of position ``sample``: it is the ``index``-th sequence that the corpus gives."""
         rounds, place = divmod(sample, self._period)
         self._deal(place + 1)
         corpus = self._dealt[place]
@@ -108,7 +108,7 @@ class Interleave:
     def counts(self, samples: int) -> list[int]:
         """How many of the first ``samples`` sequences each corpus gives."""
         rounds, place = divmod(samples, self._period)
-        self._deal(place + 1)  # one more than is counted, so that the chunk of the place exists
+        self._deal(place + 1)  # one more than is counted, so that the chunk of the position exists
         chunk = place // _CHUNK
         rest = self._dealt[chunk * _CHUNK : place]
         return [

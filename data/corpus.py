@@ -207,4 +207,4 @@ def _read_header(path: Path) -> tuple[type, int, int]:
             raise ValueError(f"magic {magic!r}, version {version}")
         return DType.dtype_from_code(code), sequences, bounds
     except (struct.error, ValueError) as error:
-        raise ValueError(f"{path} is no Megatron index ({error}): prepare the corpus again") from None
+        raise ValueError(f"{path} is not a Megatron index ({error}): prepare the corpus again") from None

@@ -157,7 +157,7 @@ def encode_all(chunks: Iterable[list[str]], settings: dict, workers: int) -> Ite
             yield from _in_order(pool, chunks, 3 * workers)
         except BrokenProcessPool:
             raise ValueError(
-                f"one of the {workers} tokenising processes was killed, most often for want of memory: use fewer --workers"
+                f"one of the {workers} tokenising processes was killed, most often for lack of memory: use fewer --workers"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

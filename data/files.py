@@ -17,7 +17,7 @@ def read_files(names: str, column: Column | None = None) -> tuple[list[Document]
         names: the files.
         column: that is read, such as one of conversations (`data.chat.Messages`); by default texts in the column ``text``.
 
-    Documents are named without their directory: a corpus has the same hash wherever its files lie.
+    Documents are named without their directory: a corpus has the same hash wherever its files are.
 
     Raises:
         ValueError: naming the file and what is wrong with it.

@@ -21,7 +21,7 @@ def is_packed(name: str) -> bool:
 
 
 def check(name: str) -> None:
-    """Raise now what opening the file would raise for want of a package.
+    """Raise now what opening the file would raise for lack of a package.
 
     Raises:
         ValueError: if the file is a ``.zst`` and the package zstandard is missing.

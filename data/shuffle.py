@@ -19,7 +19,7 @@ class Shuffle:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def place(self, sample: int) -> int:
-        """The sequence at place ``sample`` of the endless order: every sequence once in each run of ``count``."""
+        """The sequence at position ``sample`` of the endless order: every sequence once in each run of ``count``."""
         epoch, within = divmod(sample, self.count)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._draw(epoch)

@@ -205,7 +205,7 @@ class _Maker:
                 f"{directory} was made with another tokenizer ({differing}): "
                 "prepare it again with scripts/prepare_data.py --tokenizer and the model's directory"
             )
-        begin = meta.get("begin", [])  # corpora of before the setting have none
+        begin = meta.get("begin", [])  # corpora older than the setting have none
         if "chat" in meta:
             self._check_chat(directory, meta["chat"])
         elif begin != self._begin:

@@ -201,7 +201,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(prog="dmc", description="Compress the KV cache of a Llama, and serve from it.", allow_abbrev=False)
+    parser = _Parser(prog="dmc", description="Compress the KV cache of a language model, and serve from it.", allow_abbrev=False)
     choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     commands = {}
     for name, (summary, _) in PROGRAMS.items():

@@ -88,7 +88,7 @@ def mask_starts(alpha: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def compression_loss(alpha: Tensor, target_cr: float) -> Tensor:
-    """One-sided compression loss, eq. 10: how far the share of kept entries lies above ``1 / target_cr``.
+    """One-sided compression loss, eq. 10: how far the share of kept entries is above ``1 / target_cr``.
 
     Args:
         alpha: decisions of every layer, head and token that the hinge covers, any shape.

@@ -18,12 +18,12 @@ def located(name: str | Path, *, weights: bool = True) -> Path:
     """The directory of a model: the local one of that path or, if there is none, the Hub's of that name, fetched.
 
     Args:
-        name: a path, or ``org/name`` or ``org/name@revision``. What lies in a local directory (``runs/mine`` where ``runs`` is
+        name: a path, or ``org/name`` or ``org/name@revision``. What is in a local directory (``runs/mine`` where ``runs`` is
             one) is a path, whether it is there or not.
         weights: False leaves the weights out.
 
     Returns:
-        The directory; a path that is not there is returned as it is, for its reader to refuse.
+        The directory; a path that is not there is returned as it is, for its reader to reject.
 
     Raises:
         ValueError: if the Hub has no such model or revision, does not let it be read, or cannot be reached; one sentence
@@ -53,7 +53,7 @@ def shown(name: str | Path) -> str:
 
 
 def check_name(repository: str) -> None:
-    """Rejects what is no name of a repository.
+    """Rejects what is not the name of a repository.
 
     Raises:
         ValueError: if it is not ``org/name``.

@@ -81,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000], help="of a text, generated ones included")
     parser.add_argument("--codec", default="tcq-4bit", help="of pages")
-    parser.add_argument("--cr", type=float, default=4.0, help="tokens an entry")
+    parser.add_argument("--cr", type=float, default=4.0, help="tokens per entry")
     parser.add_argument("--head-size", type=int, default=128, help="D")
     parser.add_argument("--new", type=int, default=64, help="tokens generated after the prompt")
     options = parser.parse_args()

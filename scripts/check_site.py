@@ -1,4 +1,4 @@
-"""Builds the documentation site, and checks every link of the built pages: files, anchors, pictures.
+"""Builds the documentation site, and checks every link of the built pages: files, anchors, images.
 
     python scripts/check_site.py                  mkdocs build --strict into build/site, then the links
     python scripts/check_site.py --built DIR      the links of a site that is built already
@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Page(HTMLParser):
-    """Ids, links and pictures of one page."""
+    """Ids, links and images of one page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.ids: Counter[str] = Counter()
         self.links: list[str] = []
-        self.bare: list[str] = []  # pictures without a description
+        self.bare: list[str] = []  # images without a description
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -73,7 +73,7 @@ def problems(site: Path) -> tuple[list[str], int, int]:
     for path, page in pages.items():
         name = path.relative_to(site)
         found += [f"{name}: the id {each} is there {count} times" for each, count in page.ids.items() if count > 1]
-        found += [f"{name}: the picture {source} has no description" for source in page.bare]
+        found += [f"{name}: the image {source} has no description" for source in page.bare]
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:

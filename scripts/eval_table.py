@@ -92,7 +92,7 @@ def table(reports: dict[str, dict]) -> str:
     tasks = list(next(iter(reports.values()))["tasks"]["tasks"])
     lines = [
         f"| cache | exact | choice | margin, nats | {' | '.join(f'{task}, acc' for task in tasks)} | CR | "
-        "held bytes a needle prompt | dense bf16 / held |",
+        "KV bytes per prompt | dense bf16 / held |",
         "|---" * (7 + len(tasks)) + "|",
     ]
     for name, report in reports.items():
@@ -148,7 +148,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=4, help="needles at each of three depths (4)")
     parser.add_argument("--questions", type=int, default=48, help="of the multiple-choice set, or of each of --tasks (48)")
     parser.add_argument("--tasks", help="tasks of the harness, with commas between, instead of the set that is made here")
-    parser.add_argument("--task-dir", type=Path, help="where their files lie")
+    parser.add_argument("--task-dir", type=Path, help="where their files are")
     options = parser.parse_args()
     if bool(options.tasks) != bool(options.task_dir):
         parser.error("--tasks and --task-dir belong together: the names, and the folder with their files")

@@ -1,4 +1,4 @@
-"""Fills the tables of docs/results from the data files that lie there.
+"""Fills the tables of docs/results from the data files there.
 
     python scripts/make_results.py            write the tables
     python scripts/make_results.py --check    say which pages are not current, and exit 1

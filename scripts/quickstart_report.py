@@ -1,4 +1,4 @@
-"""The quickstart's second half: exports, held-out evaluation on the serving engine, table and pictures.
+"""The quickstart's second half: exports, held-out evaluation on the serving engine, table and figures.
 
     python scripts/quickstart_report.py runs/quickstart
 

@@ -38,7 +38,7 @@ _VALUES = "apple bread chair dance eagle field glass horse image juice knife lig
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids; ``prompt`` of them come before the questions; ``answers`` are the places of the values asked for."""
+    """Token ids; ``prompt`` of them come before the questions; ``answers`` are the positions of the values asked for."""
 
     tokens: list[int]
     prompt: int

@@ -1,1 +1,1 @@
-"""What a retrofit did: pictures of training, of the compression per head, of the merged segments of a text."""
+"""What a retrofit did: figures of training, of the compression per head, of the merged segments of a text."""

@@ -29,7 +29,7 @@ def plot_training(
         control_jsonl: the metrics of a control run, whose loss is drawn too.
 
     Raises:
-        ValueError: if a line is no JSON object, or a file has no loss at all.
+        ValueError: if a line is not a JSON object, or a file has no loss at all.
     """
     plt = pyplot()
     run = _read(metrics_jsonl)
@@ -120,9 +120,9 @@ def _read(path: str | Path) -> list[dict]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, is no JSON: {error}") from None
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
         if not isinstance(line, dict):
-            raise ValueError(f"{path}, line {number}, is no JSON object")
+            raise ValueError(f"{path}, line {number}, is not a JSON object")
         if "step" in line:
             lines.append(line)
     return lines

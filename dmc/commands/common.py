@@ -26,7 +26,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("cache")
     cache.add_argument("--policy", metavar="NAME[:SETTING=VALUE,...]",
                        help="which entries exist: dmc or dms (default: what the model was retrofitted with; full for a "
-                            "plain Llama), full, streaming (:sinks=4,recent=252), h2o "
+                            "plain model), full, streaming (:sinks=4,recent=252), h2o "
                             "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens "
                             "instead; gate: fitted decisions (:decisions=FILE,target_cr=3,length=1024, and merge=true,power=1 "
                             "to merge)")

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot and not options.needle:
         raise ValueError("--plot draws needle retrieval: add --needle")
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {options.plot}: pictures are .png, .svg or .pdf")
+        raise ValueError(f"--plot {options.plot}: figures are .png, .svg or .pdf")
     if options.plot:
         required("--plot", "matplotlib")
     _check(options)
@@ -177,7 +177,7 @@ def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows,
         )
         print(
             f"{file}: {done.windows} windows of {done.prompt_tokens} + {done.scored_tokens} tokens, perplexity "
-            f"{done.perplexity:.4f}{compared}; CR {done.cr:.2f}, held {done.held_bytes:,.0f} bytes a window, dense bf16 / held "
+            f"{done.perplexity:.4f}{compared}; CR {done.cr:.2f}, held {done.held_bytes:,.0f} bytes per window, dense bf16 / held "
             f"{done.ratio:.2f}"
         )
     return figures

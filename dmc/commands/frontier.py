@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dmc.evaluation.windows import Windows
 
 STDLIB = "stdlib"
-_PICTURE = "frontier.png"
+_PLOT = "frontier.png"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     if measured(rows):
         from dmc.evaluation.plot import plot_frontier
 
-        plot_frontier(rows, options.out / _PICTURE)
+        plot_frontier(rows, options.out / _PLOT)
     failed = [row for row in rows if "error" in row]
     for row in failed:
         print(f"dmc frontier: {row['model']}, {row['policy']} x {row['codec']} failed: {row['error']}", file=sys.stderr)
@@ -132,7 +132,7 @@ def _from_file(path: Path) -> Plan:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     known = {field.name: field.default for field in fields(Plan)}
     if not isinstance(content, dict) or (wrong := [key for key in content if key not in known]):
-        what = f"has no setting {wrong[0]}" if isinstance(content, dict) else "is no table of settings"
+        what = f"has no setting {wrong[0]}" if isinstance(content, dict) else "is not a table of settings"
         raise ValueError(f"{path} {what}; it can have: {', '.join(known)}")
     for key, value in content.items():
         if isinstance(known[key], tuple):
@@ -187,5 +187,5 @@ def _write(rows: list[dict], out: Path) -> None:
     if not done:
         return
     command = shlex.join(["dmc", *sys.argv[1:]])
-    text = report(rows, command=command, picture=_PICTURE)
+    text = report(rows, command=command, plot=_PLOT)
     (out / "report.md").write_text(text, encoding="utf-8")

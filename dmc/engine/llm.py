@@ -36,7 +36,7 @@ class LLM:
     Args:
         path: Hugging Face directory.
         policy: which entries the cache keeps: a name (`dmc.cache.policy_class`), or a policy that is ready made. None: that
-            of the method which the model was retrofitted with ("dmc" or "dms"), "full" for a plain Llama.
+            of the method which the model was retrofitted with ("dmc" or "dms"), "full" for a plain model.
         policy_settings: for a policy given by name, such as ``{"recent": 508}``. The window of "dms" is else the model's.
         decisions: file of `dmc calibrate --decisions`, or its content, for policy "gate": late eviction by fitted
             decisions, for a model that was not retrofitted (`dmc.cache.policies.gate`).
@@ -259,7 +259,8 @@ def policy_for(config: ModelConfig, path: str | Path, chosen: str | Policy | Non
     if isinstance(made, GatePolicy):
         _check_fitted(made, config, path)
     if made.name == "dms" and config.method != "dms":
-        what = "is a plain Llama" if config.method is None else f"was retrofitted with {config.method}"
+        plain = f"is a plain {config.family.model_type.capitalize()}"
+        what = plain if config.method is None else f"was retrofitted with {config.method}"
         raise ValueError(f"{path} {what} and marks no tokens for eviction: policy dms needs a model retrofitted with dms")
     if made.name == "dms" and config.looks_ahead and made.ring != config.window:
         raise ValueError(
@@ -269,7 +270,7 @@ def policy_for(config: ModelConfig, path: str | Path, chosen: str | Policy | Non
     if made.name == "dmc" and config.method == "dms":
         raise ValueError(
             f"{path} was retrofitted with dms, whose decisions mark tokens for eviction: policy dmc would merge them; use "
-            "policy dms, or one that takes no decisions, such as full"
+            "policy dms, or one that uses no decisions, such as full"
         )
     if made.name == "dmc" and config.method == "dmc" and made.ring != config.window:
         now, then = ("merges at once" if w is None else f"has a window of {w}" for w in (made.ring, config.window))

@@ -61,7 +61,7 @@ def prefill(
         runner: of the model.
         tokens: at least one.
         chunk: tokens per pass of the model.
-        take: is called with the place of each chunk's first token and its hidden states ``[T, hidden]``.
+        take: is called with the position of each chunk's first token and its hidden states ``[T, hidden]``.
     """
     prompt = runner.cache.prompt()
     for start in range(0, len(tokens), chunk):

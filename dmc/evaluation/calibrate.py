@@ -102,7 +102,7 @@ def gather(model: Llama, windows: Tensor) -> list[_Seen]:
     """Runs the model over windows ``[W, T]``, each from an empty cache, with its own decisions to merge if it makes any.
 
     One that evicts, or merges what leaves a window, is run in full: entries are then tokens as they were, or means of them,
-    which lie in the same space.
+    which are in the same space.
     """
     config = model.config
     merges = config.method == "dmc" and config.window is None

@@ -127,7 +127,7 @@ def fit_decisions(
     """Decision heads of a model, fitted on a text.
 
     Args:
-        directory: Hugging Face directory of a plain Llama.
+        directory: Hugging Face directory of a plain model.
         text: sequences of tokens of its vocabulary.
         settings: of the regression.
         out: file to write. The state after each layer is in ``.NAME.state`` next to it: the same call continues from

@@ -24,7 +24,7 @@ from dmc.evaluation.windows import Windows
 
 RESULTS = "results.jsonl"
 SCHEMA = 1
-"""Version of a row's fields. It rises when a field changes its meaning or goes; rows of before it was written have none."""
+"""Version of a row's fields. It rises when a field changes its meaning or goes; rows older than this field have none."""
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
         of `Measurement`), or ``error``, one sentence. A cell that failed is tried again by the next run.
 
     Raises:
-        ValueError: if the base is not a plain Llama, the windows do not fit it, or another run writes to ``out``.
+        ValueError: if the base is not a plain model, the windows do not fit it, or another run writes to ``out``.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _opened(out / RESULTS) as file:

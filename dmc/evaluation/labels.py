@@ -50,7 +50,7 @@ def place(axis: Axes, labels: Sequence[tuple[float, float, str]], taken: Sequenc
 
 
 def _offsets() -> Iterator[tuple[tuple[float, float], tuple[str, str]]]:
-    """Offset in points and the side of the text that lies there, nearest first."""
+    """Offset in points and the side of the text that is there, nearest first."""
     horizontal, vertical = {1: "left", -1: "right", 0: "center"}, {1: "bottom", -1: "top", 0: "center"}
     for far in range(_NEAREST, _FARTHEST, _STEP):
         for right, up in _SIDES:
@@ -58,7 +58,7 @@ def _offsets() -> Iterator[tuple[tuple[float, float], tuple[str, str]]]:
 
 
 def _text(label: Annotation) -> Bbox:
-    """Where the text lies, pixels, without the line to its point."""
+    """Position of the text, pixels, without the line to its point."""
     from matplotlib.text import Text
 
     renderer = label.figure.canvas.get_renderer()

@@ -175,7 +175,7 @@ def as_text(figures: dict) -> str:
         lines.append(
             f"{kind}: exact {mean['exact']:.3f}, choice {mean['choice']:.3f} (chance "
             f"{1 / figures['settings']['choices']:.2f}), margin {mean['margin']:+.2f} nats (n {mean['trials']}); "
-            f"CR {mean['cr']:.2f}, held {mean['held_bytes']:,.0f} bytes a prompt, dense bf16 / held {mean['byte_ratio']:.2f}"
+            f"CR {mean['cr']:.2f}, held {mean['held_bytes']:,.0f} bytes per prompt, dense bf16 / held {mean['byte_ratio']:.2f}"
         )
     return "\n".join(lines)
 

@@ -17,10 +17,10 @@ def front(points: Sequence[Point]) -> list[int]:
     points the first counts.
 
     Raises:
-        ValueError: if a coordinate is no number.
+        ValueError: if a coordinate is NaN.
     """
     if any(math.isnan(value) for point in points for value in point):
-        raise ValueError("points of a Pareto front must be numbers")
+        raise ValueError("points of a Pareto front must be numbers, not NaN")
     kept, least = [], math.inf
     for index in sorted(range(len(points)), key=lambda i: (points[i], i)):
         if points[index][1] < least or not kept:

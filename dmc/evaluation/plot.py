@@ -1,4 +1,4 @@
-"""The picture of a frontier: KL against bytes held."""
+"""The plot of a frontier: KL against bytes held."""
 
 from __future__ import annotations
 

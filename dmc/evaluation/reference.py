@@ -31,7 +31,7 @@ class Reference:
     """Predictions of an uncompressed model.
 
     Attributes:
-        hidden: ``[W, S, hidden]``, last hidden states at the scored places.
+        hidden: ``[W, S, hidden]``, last hidden states at the scored positions.
         head: ``[V, hidden]``, output matrix.
         model: name of its directory.
         model_hash: see `dmc.evaluation.provenance.model_hash`.
@@ -47,7 +47,7 @@ class Reference:
     token_bytes: int
 
     def logprobs(self, rows: slice, place: int) -> Tensor:
-        """Of windows ``rows`` at scored place ``place``: ``[rows, V]``, fp32 at least."""
+        """Of windows ``rows`` at scored position ``place``: ``[rows, V]``, fp32 at least."""
         logits = self.hidden[rows, place].to(self.head.device) @ self.head.T
         return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
@@ -61,7 +61,7 @@ def reference(
     directory: str | Path, windows: Windows, *, store: str | Path | None, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Reference:
-    """Predictions of a plain Llama for the scored tokens of windows, from ``store`` if it has them.
+    """Predictions of a plain model for the scored tokens of windows, from ``store`` if it has them.
 
     Args:
         directory: of the base model: the one that was retrofitted, or the one whose cache is compressed.

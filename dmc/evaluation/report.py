@@ -47,13 +47,13 @@ def ahead(row: dict, other: dict) -> tuple[float, float | None] | None:
     return difference(other["result"]["kl_windows"], row["result"]["kl_windows"])
 
 
-def report(rows: Sequence[dict], *, command: str, picture: str) -> str:
+def report(rows: Sequence[dict], *, command: str, plot: str) -> str:
     """All of it.
 
     Args:
         rows: of `dmc.evaluation.frontier.run`, at least one with a result.
         command: that made them, or the last of them.
-        picture: address of the plot, as the Markdown names it.
+        plot: address of the figure, as the Markdown names it.
 
     Raises:
         ValueError: if no row has a result.
@@ -64,7 +64,7 @@ def report(rows: Sequence[dict], *, command: str, picture: str) -> str:
     first = done[0]["result"]
     parts = [
         f"# Quality for bytes: {first['base']} on {first['text']}", _setup(done), f"```bash\n{command}\n```",
-        "## Who leads", leaders(done), _BETWEEN, sizes(done), words(done), f"![KL against bytes held]({picture})",
+        "## Who leads", leaders(done), _BETWEEN, sizes(done), words(done), f"![KL against bytes held]({plot})",
         "## The frontier", table(frontier(done)), "## All rows", table(sorted(done, key=point, reverse=True)),
     ]
     failed = [row for row in rows if "error" in row]
@@ -148,7 +148,7 @@ def _setup(rows: Sequence[dict]) -> str:
     r = rows[0]["result"]
     commits = sorted({row["result"]["commit"] for row in rows})
     versions = sorted({", ".join(f"{name} {version}" for name, version in row["result"]["versions"].items()) for row in rows})
-    machines = sorted({row.get("hardware", "unknown hardware") for row in rows})  # rows of before did not say
+    machines = sorted({row.get("hardware", "unknown hardware") for row in rows})  # older rows do not say
     return (
         f"{r['windows']} windows of the text (hash `{r['text_hash']}`), each a prompt of {r['prompt_tokens']} tokens and "
         f"{r['scored_tokens']} tokens fed one by one through the compressed cache. KL: of the uncompressed {r['base']} (hash "

@@ -13,7 +13,7 @@ def named(text: str) -> tuple[str, dict[str, float | int | str]]:
     for part in rest.split(",") if rest else ():
         setting, equals, value = part.partition("=")
         if not (setting and equals and value):
-            raise ValueError(f"{text!r}: {part!r} is no SETTING=VALUE")
+            raise ValueError(f"{text!r}: {part!r} is not SETTING=VALUE")
         settings[setting] = _value(value)
     return name, settings
 

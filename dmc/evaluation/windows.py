@@ -52,7 +52,7 @@ class Windows:
 
 
 def read_windows(text: str | Path, tokenizer: str | Path, *, prompt: int, scored: int, count: int) -> Windows:
-    """Windows that lie evenly over a text, without overlap; the first starts where the text does.
+    """Windows spread evenly over a text, without overlap; the first starts where the text does.
 
     Args:
         text: a UTF-8 file.
@@ -70,7 +70,7 @@ def read_windows(text: str | Path, tokenizer: str | Path, *, prompt: int, scored
 def cut_windows(
     texts: Sequence[str], tokenizer: str | Path, *, prompt: int, scored: int, count: int, name: str,
 ) -> Windows:
-    """`read_windows` of several texts: each window lies within one, and long texts give more of them than short ones.
+    """`read_windows` of several texts: each window is from one of them, and long texts give more of them than short ones.
 
     Args:
         texts: at least one.

@@ -52,7 +52,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     """Reads and checks ``directory/config.json`` (and generation_config.json for the end tokens).
 
     Raises:
-        ValueError: if there is no such file, it is no JSON, the model is of no known family, or a field is missing or
+        ValueError: if there is no such file, it is not JSON, the model is of no known family, or a field is missing or
             cannot be served; one sentence that names it.
     """
     path = Path(directory) / "config.json"
@@ -67,7 +67,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def _decisions(path: Path, raw: Mapping, *, retrofitted: bool) -> dict:
-    """The fields of `ModelConfig` that a retrofit sets; exports of before DMS name no method."""
+    """The fields of `ModelConfig` that a retrofit sets; exports older than DMS name no method."""
     if not retrofitted:
         return {"method": None, "decision": None, "offset": 0.0, "window": None, "looks_ahead": False, "measured_cr": None}
     settings = raw.get("dmc")

@@ -59,7 +59,7 @@ class Llama:
     Attributes:
         config: sizes of the whole model.
         part: sizes of what is computed here: of the whole model, or of a rank's heads (`dmc.model.sharded`).
-        fitted: heads of fitted decisions, which a plain Llama then makes as a model with a window does; None: no decisions.
+        fitted: heads of fitted decisions, which a plain model then makes as a model with a window does; None: no decisions.
 
     Raises:
         ValueError: if a tensor is missing, has the wrong shape, or is one that the model has not.

@@ -59,7 +59,7 @@ def _memory_lines(config: Config, hf: ModelShape, layout: Layout) -> Iterator[st
         where = f" of stage {stage}" if layout.pipeline > 1 else ""
         parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in (
             "weights", "gradients", "optimizer", "teacher", "activations", "logits", "reserve"))
-        yield f"memory     GiB a rank{where}: {parts}; total {memory.total / GIB:.2f}"
+        yield f"memory     GiB per rank{where}: {parts}; total {memory.total / GIB:.2f}"
     yield (
         f"           activations with parallel.recompute={config.parallel.recompute}, the loss's temporaries in logits"
         + (", reserve (CUDA context, NCCL, fragmentation) assumed" if on_gpu else "")
@@ -70,7 +70,7 @@ def _memory_lines(config: Config, hf: ModelShape, layout: Layout) -> Iterator[st
     yield f"           of {gpu.memory_gib:g} GiB of the GPU ({_gpu_name(config)}): {worst / GIB / gpu.memory_gib:.0%}"
     if worst > gpu.memory_gib * GIB:
         raise ValueError(
-            f"the run needs about {worst / GIB:.1f} GiB a rank and the GPU has {gpu.memory_gib:g}: raise parallel.tensor or "
+            f"the run needs about {worst / GIB:.1f} GiB per rank and the GPU has {gpu.memory_gib:g}: raise parallel.tensor or "
             "parallel.pipeline, set parallel.recompute=full or parallel.distributed_optimizer=true, or lower optim.micro_batch"
         )
 

@@ -92,7 +92,7 @@ class Guard:
                     parameters, part.config.clip_grad, norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 )
         if not self._optimizer.step_with_ready_grads():
-            raise FloatingPointError("the optimizer refused a step whose gradients are finite")
+            raise FloatingPointError("the optimizer rejected a step whose gradients are finite")
 
     def _report(self, metrics: dict, reason: str, samples: Tensor, outcome: str) -> None:
         path = self._directory / f"step{metrics['step']:06d}.json"

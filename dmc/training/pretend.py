@@ -81,7 +81,7 @@ def one_step(config: Config, hf: ModelShape, size: int, rank: int, *, batch: Cal
 def shrunken(config: Config, hf: ModelShape, size: int) -> tuple[Config, ModelShape]:
     """A run of the same layout that takes a second: a layer a chunk, narrow heads, two micro-batches or the pipeline's need.
 
-    Kept: the family with its biases and norms, query heads a key/value head, tied embeddings, rope scaling, norm epsilon.
+    Kept: the family with its biases and norms, query heads per key/value head, tied embeddings, rope scaling, norm epsilon.
     """
     small, p = copy.deepcopy(config), config.parallel
     heads = p.tensor * max(1, 2 // p.tensor)

@@ -210,14 +210,14 @@ class Trainer:
             chunk.load_state_dict(state[key])
         self.student.optimizer.load_state_dict(state["optimizer"])
         self.step, self.kept = meta["step"], meta["kept"]
-        self.guard.load_state(meta.get("guard", {"norms": [], "skipped": 0}))  # checkpoints of before have none
+        self.guard.load_state(meta.get("guard", {"norms": [], "skipped": 0}))  # older checkpoints have none
         self.reporter.resumed(self.step)
 
     def _check_same_run(self, path: str, meta: dict) -> None:
         """Refuse another run's checkpoint by its own words, before its tensors are found not to fit."""
         _check_setting(path, meta, self.meta, "data.loss_on")  # which is part of the hash of a text
         for key, what in (("model_hash", "model"), ("tokenizer_hash", "tokenizer"), ("corpus_hash", "text")):
-            then, here = (of.get("begin", []) for of in (meta, self.meta))  # checkpoints of before data.bos have none
+            then, here = (of.get("begin", []) for of in (meta, self.meta))  # checkpoints older than data.bos have none
             if what == "text" and then != here:  # which makes it another text
                 raise ValueError(
                     f"checkpoint {path} was trained on documents that begin with the tokens {then}, here with {here}: set "

@@ -42,7 +42,7 @@ def test_lines_that_lack_keys_are_skipped(tmp_path):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("", "no line with a step and a loss"), ('{"step": 1}\n', "no line with a step and a loss"),
-    ('{"step": 1, "loss": 2}\n{"step"', "line 2, is no JSON"), ("[1]\n", "line 1, is no JSON object"),
+    ('{"step": 1, "loss": 2}\n{"step"', "line 2, is not JSON"), ("[1]\n", "line 1, is not a JSON object"),
 ])
 def test_bad_metrics_are_refused(tmp_path, text, words):
     (tmp_path / "run.jsonl").write_text(text)

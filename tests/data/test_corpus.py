@@ -181,10 +181,10 @@ def test_an_unfinished_corpus_is_none(copy):
 def test_an_index_of_something_else_is_named(copy):
     path = copy / "train.idx"
     path.write_bytes(b"NOTANIDX\x00" + path.read_bytes()[9:])
-    with pytest.raises(ValueError, match="train.idx is no Megatron index .magic b'NOTANIDX"):
+    with pytest.raises(ValueError, match="train.idx is not a Megatron index .magic b'NOTANIDX"):
         corpus.open_part(copy, "train")
     path.write_bytes(b"MMIDIDX\x00\x00" + b"\x01" + 7 * b"\x00" + b"\x63" + path.read_bytes()[18:])
-    with pytest.raises(ValueError, match="train.idx is no Megatron index .99 is not a valid DType"):
+    with pytest.raises(ValueError, match="train.idx is not a Megatron index .99 is not a valid DType"):
         corpus.open_part(copy, "train")
 
 

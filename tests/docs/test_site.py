@@ -116,7 +116,7 @@ def test_wrong_links_are_found(tmp_path):
     (tmp_path / "b.html").write_text('<p id="z"><p id="z"><a href="a.html#x">a</a><a href="https://h.z/c">c</a>')
     found, links, away = problems(tmp_path)
     assert found == [
-        "a.html: the picture p.png has no description", "a.html: b.html#y: that page has no such heading",
+        "a.html: the image p.png has no description", "a.html: b.html#y: that page has no such heading",
         "a.html: p.png leads nowhere", "b.html: the id z is there 2 times",
     ]
     assert (links, away) == (4, 1)

@@ -51,11 +51,22 @@ CODE_WORDS = {word: instead for word, instead in WORDS.items() if instead in {
     "most likely, more likely", "sinks and recent window in bf16", "full-precision entries", "again", "attention statistics",
     "next to, in addition to", "atomically", "automatically", "playground", "per",
 }}
-CODE_WORDS |= {r"open entr(?:y|ies)": "accumulating entry"}
+CODE_WORDS |= {
+    r"open entr(?:y|ies)": "accumulating entry",
+    r"(?<!there )(?<!There )is no (?!longer|more)\w+": "is not a",
+    r"pictures?": "plots, figures",
+    r"refuse[sd]?": "rejects, raises",
+    r"lies?": "is, is stored",
+    r"for want of": "for lack of",
+    r"of before": "older",
+    r"(?:[GMK]i?B|bytes|tokens|entries|windows?|heads?|pages?|samples?|prompts?)"
+    r" an? (?:rank|window|request|prompt|needle|entry|head|layer|page|row|step)": "per",
+}
 _ANY = re.compile(rf"(?<![\w-])(?:{'|'.join(CODE_WORDS)})(?![\w-])")
 CODE = sorted(path for folder in ("dmc", "checkpoints", "data", "scripts") for path in (ROOT / folder).rglob("*.py"))
 CODE_EXCEPTIONS = {
     "dmc/cache/kv.py": ["with ``beside``"],  # the name of a parameter
+    "dmc/server/schema.py": ["in which it refused to answer"],  # OpenAI's field
 }
 
 EXCEPTIONS = {

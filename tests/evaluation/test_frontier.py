@@ -208,12 +208,12 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(base, tmp_path, monkeypat
         broken, fine = frontier.run(cells, windows, base, tmp_path, device="cpu")
     assert broken["error"] == "RuntimeError: this codec is broken" and "result" not in broken
     assert fine["result"]["kl"] == pytest.approx(0, abs=1e-6)
-    text = report([broken, fine], command="dmc frontier", picture="x.png")
+    text = report([broken, fine], command="dmc frontier", plot="x.png")
     assert "base, full x int8: RuntimeError: this codec is broken" in text
     mended, same = frontier.run(cells, windows, base, tmp_path, device="cpu")
     assert "result" in mended and "error" not in mended and same == fine
     with pytest.raises(ValueError, match="no cell could be measured"):
-        report([broken], command="", picture="")
+        report([broken], command="", plot="")
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -314,7 +314,7 @@ def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):
 @pytest.mark.parametrize("more, message", [
     (["--budgets", "2"], "budget 2.0 must be above 0"), (["--budgets", "many"], "budget 'many' is not a share"),
     (["--codecs", "zip"], "unknown codec 'zip'"), (["--codecs", "gear:bits=7"], "bits must be one of"),
-    (["--policies", "lru"], "unknown policy 'lru'"), (["--policies", "streaming:sinks"], "is no SETTING=VALUE"),
+    (["--policies", "lru"], "unknown policy 'lru'"), (["--policies", "streaming:sinks"], "is not SETTING=VALUE"),
     (["--policies", "dmc"], "no model of these runs any of the policies dmc"), (["--windows", "99"], "give a longer text"),
     (["--text", "no.txt"], "no.txt cannot be read"), (["--models", "nowhere"], "has no config.json"),
     (["--prompt", "300"], "give a longer text"), (["config.yaml"], "config.yaml cannot be read"),
@@ -328,7 +328,7 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(base, text, tmp_path, monk
 
 
 @pytest.mark.parametrize("content, message", [
-    ("budget: [1]", "has no setting budget; it can have: base, models"), ("- 1", "is no table of settings"),
+    ("budget: [1]", "has no setting budget; it can have: base, models"), ("- 1", "is not a table of settings"),
     ("codecs: int8", "codecs must be a list"), ("prompt: many", "prompt must be a whole number, got 'many'"), ("a: [", "as YAML"),
 ])
 def test_wrong_configs_are_refused(base, text, tmp_path, capsys, content, message):

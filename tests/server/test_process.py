@@ -118,7 +118,7 @@ def test_the_engine_fails_and_so_does_the_process(directory):
 
 @pytest.mark.parametrize("flags, said", [
     (["--port", "70000"], "port must be from 0 to 65535"), (["--max-waiting", "0"], "max_waiting must be above 0"),
-    (["--policy", "streaming:recent"], "'recent' is no SETTING=VALUE"), (["--policy", "streaming:recent=0"], "recent=0"),
+    (["--policy", "streaming:recent"], "'recent' is not SETTING=VALUE"), (["--policy", "streaming:recent=0"], "recent=0"),
     (["--max-batch", "0"], "max_batch must be at least 1"),
 ])
 def test_wrong_use(directory, flags, said, capsys):

@@ -34,7 +34,7 @@ def read_layers(path: str | Path) -> list[Codec]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(read, dict) or read.get("format") not in (FORMAT, FORMER):
         raise ValueError(f'{path} is not a file of layers: it needs "format": "{FORMAT}"')
     unknown = [key for key in read if key not in _KEYS and not key.startswith("_")]

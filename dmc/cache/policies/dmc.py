@@ -9,7 +9,7 @@ from dmc.cache.policies.base import Policy
 
 
 class DmcPolicy(Policy):
-    """Uses the model's decisions unchanged. A plain Llama makes none; its cache is then uncompressed.
+    """Uses the model's decisions unchanged. A plain model makes none; its cache is then uncompressed.
 
     Args:
         window: newest tokens that stay as they are (late merging); None merges at once. If `dmc.LLM` gets the policy
