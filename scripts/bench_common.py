@@ -1,6 +1,6 @@
 """What the benchmarks share: times with their spread, the roofline of the device, and what is written down.
 
-Not run by itself; see bench_kernels.py, bench_layer.py and bench_decode.py.
+Not run alone; see bench_kernels.py, bench_layer.py and bench_decode.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The text of generated tokens as it grows, token by token.
 
 The text is ``decode(prompt + tokens)`` without ``decode(prompt)``: a tokenizer such as Llama 2's strips the first space of
-what it decodes, so generated tokens cannot be decoded by themselves.
+what it decodes, so generated tokens cannot be decoded alone.
 
 This is what `tokenizers.decoders.DecodeStream` does as well, but with tokenizers 0.23 that class raises an error if
 bytes that follow a complete character turn out to be invalid, repeats text of a prompt that ends within a character, and

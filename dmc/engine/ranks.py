@@ -31,7 +31,7 @@ from dmc.model.group import Group, PeerLost
 START_SECONDS = 1800.0  # for reading a large model from a slow disk
 _BEAT = 0.5  # seconds
 _ROLL_CALL = 2.0  # seconds in which a rank that is alive counts up
-_GRACE = 5.0  # seconds that a rank has to end by itself after a failure
+_GRACE = 5.0  # seconds that a rank has to end on its own after a failure
 _LAST_STEP = 30.0  # seconds for a rank to end after its last command
 _FAILED = "failed"  # key of the store: the sentence that says which rank has failed
 _DIGEST = 32  # bytes of a signature

@@ -104,7 +104,7 @@ class Tokenizer:
         return pieces
 
     def raw_bytes(self, token: int) -> bytes | None:
-        """The bytes of a token that is not text by itself, only a part of a character; None for all others."""
+        """The bytes of a token that alone is not text, only a part of a character; None for all others."""
         if token in self.special or _INVALID not in self.piece(token):
             return None
         name = self.inner.convert_ids_to_tokens(token)

@@ -229,7 +229,7 @@ class CompressedLM(TemplateLM):
             if not continuation:
                 raise ValueError(
                     f"the tokens of {texts[0][-20:] + texts[1]!r} end where those of its context do, so that {texts[1]!r} "
-                    "cannot be scored by itself: let the choices begin with a space or a new line"
+                    "cannot be scored separately: let the choices begin with a space or a new line"
                 )
             room = self.max_length + 1 - len(continuation)  # the last token is not fed
             if room < 1:

@@ -34,7 +34,7 @@ class Family:
         qkv_bias: whether the projections of queries, keys and values have biases; None: as ``attention_bias`` says.
         output_bias: the same of attention's output projection.
         mlp_bias: the same of the MLP; None: as ``mlp_bias`` says.
-        qk_norm: whether queries and keys are normed, each head by itself, before they are rotated.
+        qk_norm: whether queries and keys are normed, each head separately, before they are rotated.
         sliding: whether a config.json may ask for attention over a window, which is then rejected.
         tensors: see `TENSORS`.
     """

@@ -1,4 +1,4 @@
-"""Checks of a configuration that need no model and no data: fields by themselves, together, and with the layout."""
+"""Checks of a configuration that need no model and no data: fields alone, together, and with the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dmc.training.settings import Config
 
 
 def check(config: Config) -> None:
-    """Checks of fields by themselves and together that need no model and no data.
+    """Checks of fields alone and together that need no model and no data.
 
     Raises:
         ValueError: naming the field, the value and the remedy.

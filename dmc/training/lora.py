@@ -38,7 +38,7 @@ class LowRank(nn.Module):
         rank: of the update.
         scale: of the update.
         outputs_cut: whether tensor parallelism cuts the layer's outputs, else its inputs.
-        parts: tensors that the layer fuses, each of which is cut by itself (gate and up: 2).
+        parts: tensors that the layer fuses, each of which is cut separately (gate and up: 2).
         start: A of the whole layer, ``[rank, inputs]``.
         group: of the tensor-parallel ranks.
 

@@ -40,6 +40,7 @@ WORDS = {
     r"whole or not at all": "atomically",
     r"further ado": "automatically",
     r"page to try it": "playground",
+    r"by (?:itself|themselves)": "automatically, alone, separately",
     r"(?:nats|bytes|bits|numbers?|sequences?|tokens|entries|ms|ranks?|rows?|lines?|steps|weights?|values?|times|launches)"
     r" a (?:token|step|head|layer|page|row|rank|core|unit|value|element|code|second|query|node|GPU|sequence|document)": "per",
     r"(?<!there )(?<!There )is no (?!longer|more)\w+": "is not a",
@@ -49,7 +50,7 @@ WORDS = {
 CODE_WORDS = {word: instead for word, instead in WORDS.items() if instead in {
     "reference implementation", "CPU kernels", "all-reduce", "boundaries", "checkpoint", "baseline", "token-matched",
     "most likely, more likely", "sinks and recent window in bf16", "full-precision entries", "again", "attention statistics",
-    "next to, in addition to", "atomically", "automatically", "playground", "per",
+    "next to, in addition to", "atomically", "automatically", "automatically, alone, separately", "playground", "per",
 }}
 CODE_WORDS |= {
     r"open entr(?:y|ies)": "accumulating entry",
