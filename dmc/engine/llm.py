@@ -83,9 +83,9 @@ class LLM:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         memory.check(kv_memory)
         store, config = codec_for(codec, codec_settings, codec_layers, self.path), read_config(path)
-        given = {name: value for name, value in (("decisions", decisions), ("target_cr", target_cr)) if value is not None}
-        policy_settings = _with_budget(config, policy, _with_decisions(policy, policy_settings, given), max_entries)
-        chosen = policy_for(config, path, policy, policy_settings)
+        chosen = policy_for(
+            config, path, policy, policy_settings, decisions=decisions, target_cr=target_cr, max_entries=max_entries,
+        )
         place, precision = resolve(device, dtype, config.dtype)
         parts = Parts(self.path, precision, chosen, store, max_batch, prefill_tokens, {
             "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens, "window": window, "exact_dtype": exact_dtype,
@@ -240,8 +240,23 @@ def _nothing(engine: Engine, own: None) -> None:
     """A command that only shows whether every rank answers."""
 
 
-def policy_for(config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None) -> Policy:
-    """The policy to serve a model with; rejects one that would take its decisions for what they are not."""
+def policy_for(
+    config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None = None, *,
+    decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None, max_entries: int | None = None,
+) -> Policy:
+    """The policy to serve a model with; rejects one that would take its decisions for what they are not.
+
+    Args:
+        config: of the model.
+        path: its directory.
+        chosen, settings, decisions, target_cr, max_entries: as `LLM` takes them, ``chosen`` as ``policy`` and ``settings`` as
+            ``policy_settings``.
+
+    Raises:
+        ValueError: if the policy is unknown or does not fit the model, or a setting is not usable.
+    """
+    given = {name: value for name, value in (("decisions", decisions), ("target_cr", target_cr)) if value is not None}
+    settings = _with_budget(config, chosen, _with_decisions(chosen, settings, given), max_entries)
     chosen = (config.method or "full") if chosen is None else chosen
     if chosen == config.method and config.window is not None:
         settings = {"window": config.window, **config.kept_first} | (settings or {})

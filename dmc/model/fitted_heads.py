@@ -48,6 +48,12 @@ class FittedHeads:
         place = {"dtype": dtype, "device": device}
         return cls([w.to(**place) for w in weight], [b.to(**place) for b in bias], heads)
 
+    def decide(self, layer: int, x: Tensor) -> tuple[Tensor, ...]:
+        """Decisions of N tokens as `dmc.model.decisions.decide` gives them: logits, omega 1 and with a look-ahead the late part,
+        ``[N, H]`` each, of the input of the attention projections ``[N, hidden]``."""
+        logits, late = self(layer, x)
+        return (logits, torch.ones_like(logits)) if late is None else (logits, torch.ones_like(logits), late)
+
     def __call__(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input of the attention projections ``[N, hidden]`` → logits ``[N, H]`` at arrival, and what each token adds to the
         logit of the token one window before it, ``[N, H]``, or None without a look-ahead."""

@@ -148,8 +148,7 @@ class Llama:
         read, in place."""
         config = self.part
         if self.fitted is not None:
-            logits, late = self.fitted(index, x)
-            return (logits, torch.ones_like(logits)) if late is None else (logits, torch.ones_like(logits), late)
+            return self.fitted.decide(index, x)
         if config.decision is None:
             shape = key.shape[:2]
             return self._plain[0].expand(shape), self._plain[1].expand(shape)

@@ -2,7 +2,7 @@
 
 A case is a dict: "model", a directory; "engine", arguments of vllm.LLM; "prompts", lists of token ids; "tokens" to generate;
 optionally "abort", how often a running request is aborted: after every so many steps. With "fails" the engine must not start, and
-the result is what vLLM says.
+the result is what vLLM says; "version" is then the version of vLLM that the plugin of this process is made for.
 """
 
 import json
@@ -42,6 +42,10 @@ def stop(llm):
 
 
 def refused(case):
+    if "version" in case:
+        import dmc_vllm
+
+        dmc_vllm.VLLM = case["version"]
     try:
         stop(start(case))
     except Exception as error:

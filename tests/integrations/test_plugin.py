@@ -44,6 +44,10 @@ def test_reservation():
     assert (held.block_bytes, held.tokens_per_block) == (12 * 64, 67)
     assert [held.blocks(tokens) for tokens in (1, 64, 65, 131, 132)] == [6, 6, 7, 7, 8]
     assert held.pages(65) == 7 * 12
+    bound = Reservation.of(
+        heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=1, sinks=40, max_entries=50,
+    )
+    assert [bound.blocks(tokens) for tokens in (1, 65, 112, 113, 129, 10**6)] == [8, 9, 11, 12, 12, 12]
     for cap in (0.99, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite number of at least 1"):
             Reservation.of(heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=cap)

@@ -1,4 +1,4 @@
-"""Serves models retrofitted with DMC in vLLM: a plugin that vLLM finds by its entry point `vllm.general_plugins`.
+"""Serves models with a compressed cache in vLLM: a plugin that vLLM finds by its entry point `vllm.general_plugins`.
 
 A request's heads hold as many entries as their decisions leave, and not one per token. So vLLM's scheduler reserves blocks for
 a compressed request (`dmc_vllm.reservation`), and the entries are in `dmc.cache.KVCache`, whose pages are in vLLM's KV memory
@@ -7,6 +7,8 @@ a compressed request (`dmc_vllm.reservation`), and the entries are in `dmc.cache
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
+
 VLLM = "0.32"
 """Minor version of vLLM that this plugin is made for."""
 
@@ -14,19 +16,23 @@ VLLM = "0.32"
 def register() -> None:
     """Registers configurations, models and settings checks; vLLM calls it once or more in each of its processes.
 
-    In another version of vLLM only the configurations are registered, and they raise a ValueError: models of other kinds are
-    served as before.
+    In another version of vLLM retrofitted models and settings of the plugin raise a ValueError, and other models are served as
+    before.
     """
     import vllm
 
     from dmc_vllm import config
 
-    config.register(wrong_version(vllm.__version__))
-    if wrong_version(vllm.__version__) is None:
-        from dmc_vllm import checks, spec
+    wrong = wrong_version(vllm.__version__)
+    config.register(wrong)
+    with nullcontext() if wrong is None else suppress(ImportError):  # a version that has no such checks
+        from dmc_vllm import checks
+
+        checks.register(wrong)
+    if wrong is None:
+        from dmc_vllm import spec
 
         spec.register()
-        checks.register()
         _hide_llvmlite_attributes()
 
 

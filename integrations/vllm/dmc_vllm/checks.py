@@ -1,4 +1,7 @@
-"""Checks of vLLM's settings before the engine starts, and the settings that follow from the model."""
+"""Checks of vLLM's settings before the engine starts, and the settings that follow from the model.
+
+A model that was not retrofitted is vLLM's own. The plugin serves it in vLLM's place if it gets settings in additional_config.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from dmc.families import families
-from dmc_vllm.settings import read
+from dmc_vllm.settings import given, read
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
 WORKER = "dmc_vllm.worker.DmcWorker"
 
 
-def architectures() -> list[str]:
-    """Names of the exported models' classes, as in their config.json."""
-    return [f"Dmc{family.title}ForCausalLM" for family in families().values()]
+def architectures() -> dict[str, str]:
+    """Names of plain models' classes, as in their config.json, and those of the exports of the same families."""
+    return {f"{family.title}ForCausalLM": f"Dmc{family.title}ForCausalLM" for family in families().values()}
 
 
 class Checks(VerifyAndUpdateConfig):
@@ -52,9 +55,55 @@ class Checks(VerifyAndUpdateConfig):
         parallel.worker_cls = WORKER
 
 
-def register() -> None:
-    """Registers the checks, and the model class by its name, which vLLM imports when it is needed; may be called again."""
-    MODELS_CONFIG_MAP.update(dict.fromkeys(architectures(), Checks))
-    for name in architectures():
+def plain_checks(own: type[VerifyAndUpdateConfig], architecture: str, wrong: str | None) -> type[VerifyAndUpdateConfig]:
+    """Checks of a model that was not retrofitted.
+
+    Args:
+        own: vLLM's.
+        architecture: name of its class, as in its config.json.
+        wrong: sentence to reject the plugin's settings with, in another version of vLLM; None: the version is right.
+    """
+    class PlainChecks(own):
+        """vLLM's checks, and those of the plugin if it has settings in additional_config."""
+
+        plain = True
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            """Gives the model to the plugin if that has settings.
+
+            Raises:
+                ValueError: if it has settings and does not support the model, or see `Checks`.
+            """
+            own.verify_and_update_config(vllm_config)
+            if given(vllm_config) is None:
+                return
+            if wrong is not None:
+                raise ValueError(wrong)
+            known = architectures()
+            if architecture not in known:
+                raise ValueError(
+                    f"additional_config has dmc, and dmc-vllm does not serve {architecture}: leave it out, or take one of "
+                    f"{', '.join(known)}"
+                )
+            vllm_config.model_config.hf_config.architectures = [known[architecture]]
+            Checks.verify_and_update_config(vllm_config)
+
+    return PlainChecks
+
+
+def register(wrong: str | None = None) -> None:
+    """Registers the checks, and the model class by its name, which vLLM imports when it is needed; may be called again.
+
+    Args:
+        wrong: sentence to reject the plugin's settings with, in another version of vLLM; None: the version is right.
+    """
+    exports = list(architectures().values()) if wrong is None else []
+    MODELS_CONFIG_MAP.update(dict.fromkeys(exports, Checks))
+    for name in exports:
         if name not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(name, "dmc_vllm.model:DmcForCausalLM")
+    for name in ModelRegistry.get_supported_archs():
+        own = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
+        if own is not Checks and not hasattr(own, "plain"):
+            MODELS_CONFIG_MAP[name] = plain_checks(own, name, wrong)

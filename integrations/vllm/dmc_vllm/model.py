@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index, maybe_prefix
 
 from dmc.model import ModelConfig
 from dmc.model.decisions import decide
+from dmc.model.fitted_heads import FittedHeads
 from dmc_vllm import arena
 from dmc_vllm.settings import Serving, read
 
@@ -23,15 +24,20 @@ class DmcAttention(nn.Module):
 
     Args:
         serving: what the model is served with.
+        fitted: heads of fitted decisions; None: the model was retrofitted.
         arena_name: of the layer that has the KV memory.
         quant_config: vLLM's, of the projections; decisions are computed in fp32.
         prefix: name of the layer.
         _: vLLM's other arguments, which are in ``serving`` too.
     """
 
-    def __init__(self, serving: Serving, arena_name: str, *, quant_config=None, prefix: str = "", **_: object) -> None:  # noqa: ANN001
+    def __init__(
+        self, serving: Serving, fitted: FittedHeads | None, arena_name: str, *, quant_config=None, prefix: str = "",  # noqa: ANN001
+        **_: object,
+    ) -> None:
         super().__init__()
         self.config, self.arena_name, self.layer = serving.config, arena_name, extract_layer_index(prefix)
+        self.fitted = fitted
         config: ModelConfig = self.config
         size, hidden = config.head_dim, config.hidden_size
         self.qkv_proj = QKVParallelLinear(
@@ -56,11 +62,17 @@ class DmcAttention(nn.Module):
         query, key, value = states.split([config.num_attention_heads, heads, heads], dim=1)
         if config.qk_norm:
             query, key = self.q_norm(query.contiguous()), self.k_norm(key.contiguous())
-        weight, bias = (None, None) if self.decision is None else (self.decision.weight, self.decision.bias)
-        alpha, omega, *late = decide(config, weight, bias, hidden_states, query, key)
+        alpha, omega, *late = self._decide(hidden_states, query, key)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         torch.ops.dmc_vllm.attend(query, key, value, alpha, omega, late[0] if late else None, out, self.layer, self.arena_name)
         return self.o_proj(out.flatten(1))[0]
+
+    def _decide(self, hidden_states: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """Decisions about the tokens; see `dmc.model.decisions.decide`."""
+        if self.fitted is not None:
+            return self.fitted.decide(self.layer, hidden_states)
+        weight, bias = (None, None) if self.decision is None else (self.decision.weight, self.decision.bias)
+        return decide(self.config, weight, bias, hidden_states, query, key)
 
 
 class Decision(nn.Module):
@@ -73,7 +85,7 @@ class Decision(nn.Module):
 
 
 class DmcForCausalLM(LlamaForCausalLM):
-    """A retrofitted model of any family.
+    """A model of any family: retrofitted, or plain with fitted decisions.
 
     Attributes:
         arena: its KV memory.
@@ -81,7 +93,8 @@ class DmcForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         serving, name = read(vllm_config), maybe_prefix(prefix, "model.layers.0.self_attn.arena")
-        attention = partial(DmcAttention, serving, name)
+        fitted = serving.fitted_heads(vllm_config.device_config.device)
+        attention = partial(DmcAttention, serving, fitted, name)
         super().__init__(
             vllm_config=vllm_config, prefix=prefix, layer_type=partial(LlamaDecoderLayer, attn_layer_type=attention),
         )
