@@ -1,4 +1,4 @@
-"""dmc: retrofit a pretrained Llama with Dynamic Memory Compression and serve it from a compressed KV cache."""
+"""dmc: retrofit a pretrained LLM with Dynamic Memory Compression and serve it from a compressed KV cache."""
 
 from importlib import import_module
 

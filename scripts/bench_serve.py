@@ -136,7 +136,7 @@ def _print(rows: list[dict]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directory", help="Hugging Face directory of a Llama")
+    parser.add_argument("directory", help="Hugging Face directory of a model")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="tokens of a prompt")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"], help="of prompts")

@@ -24,7 +24,7 @@ from dmc.cache.reading.prompt import Layer
 from dmc.commands.common import named
 from dmc.engine.llm import DTYPES
 from dmc.engine.runner import Runner
-from dmc.model import Llama
+from dmc.model import Decoder
 
 _TOKEN = 5  # that is fed; any will do
 
@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype]
     try:
-        model, other = Llama.load(options.directory, dtype=dtype), pretrained.load_model(options.directory, dtype)
+        model, other = Decoder.load(options.directory, dtype=dtype), pretrained.load_model(options.directory, dtype)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -47,7 +47,7 @@ def main() -> None:
                 _case(options, model, other, _lengths(kind, context, batch), kind)
 
 
-def _case(options: argparse.Namespace, model: Llama, other: torch.nn.Module, lengths: list[int], kind: str) -> None:
+def _case(options: argparse.Namespace, model: Decoder, other: torch.nn.Module, lengths: list[int], kind: str) -> None:
     engines = {"transformers": _theirs(other, lengths)}
     for name in options.codecs:
         for kept in options.policies:
@@ -64,7 +64,7 @@ def _case(options: argparse.Namespace, model: Llama, other: torch.nn.Module, len
               f"{least['transformers'] / least[name]:.2f} x | {held():,} |", flush=True)
 
 
-def _ours(model: Llama, lengths: list[int], name: str, kept: str) -> tuple[Callable, Callable]:
+def _ours(model: Decoder, lengths: list[int], name: str, kept: str) -> tuple[Callable, Callable]:
     config = model.config
     layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     which, settings = named(kept)
@@ -122,7 +122,7 @@ def _lengths(kind: str, context: int, batch: int) -> list[int]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directory", help="Hugging Face directory of a Llama")
+    parser.add_argument("directory", help="Hugging Face directory of a model")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="cached tokens of the longest sequence")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"])

@@ -141,7 +141,7 @@ def _trained(args: argparse.Namespace, bos: str, seed: int) -> Path:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face directory of a Llama whose tokenizer adds a BOS token")
+    parser.add_argument("model", help="Hugging Face directory of a model whose tokenizer adds a BOS token")
     parser.add_argument("text", help="files as in data.text")
     parser.add_argument("--runs", type=Path, default=Path("runs/bos"), help="directory of the training runs (runs/bos)")
     parser.add_argument("--output", type=Path, default=Path("bos.json"), help="JSON file of the results (bos.json)")

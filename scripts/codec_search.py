@@ -71,7 +71,7 @@ SETS = {
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face directory of a Llama")
+    parser.add_argument("model", help="Hugging Face directory of a model")
     parser.add_argument("--text", action="append", type=Path, help="a text file; may be repeated")
     parser.add_argument("--recipe", action="append", help="CODEC:setting=value,... ; may be repeated")
     parser.add_argument("--set", action="append", choices=SETS, help="a named list of recipes; default: presets")

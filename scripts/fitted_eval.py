@@ -38,7 +38,7 @@ from dmc.evaluation.provenance import commit, hardware, model_hash, versions  # 
 from dmc.evaluation.sequences import STDLIB, Sequences, read_sequences  # noqa: E402
 from dmc.fitted import FittedDecisions  # noqa: E402
 from dmc.functional import attention, rotate  # noqa: E402
-from dmc.model import Llama  # noqa: E402
+from dmc.model import Decoder  # noqa: E402
 
 METHODS = ("evict", "merge", "h2o", "streaming", "random")
 _FITTED = ("evict", "merge")
@@ -196,7 +196,7 @@ def _masked(x: Heads, kept: Tensor | None, window: int) -> Tensor:
 
 
 @torch.no_grad()
-def forward(model: Llama, tokens: Tensor, method: Method, counted: Counted) -> Tensor:
+def forward(model: Decoder, tokens: Tensor, method: Method, counted: Counted) -> Tensor:
     """Last hidden states ``[T, hidden]`` of one sequence ``[T]``."""
     x, rope = model.embedding[tokens], model.rope(torch.arange(len(tokens)))
     for index in range(len(model.layers)):
@@ -210,7 +210,7 @@ def forward(model: Llama, tokens: Tensor, method: Method, counted: Counted) -> T
     return model.finish(x, len(model.layers), attend)
 
 
-def measure(model: Llama, tokens: Tensor, method: Method, reference: list[Tensor] | None) -> tuple[dict, list[Tensor]]:
+def measure(model: Decoder, tokens: Tensor, method: Method, reference: list[Tensor] | None) -> tuple[dict, list[Tensor]]:
     """Figures of a method on sequences ``[N, T]``, and its last hidden states; ``reference`` are those of the full model."""
     counted, kept, losses, kls, tails = Counted(), [], [], [], []
     started = time.perf_counter()
@@ -279,7 +279,7 @@ def _run(options: argparse.Namespace) -> None:
     if not options.decisions and any(how in (*_FITTED, "random") for how in options.how):
         raise ValueError(f"{' and '.join(options.how)} need --decisions FILE")
     plan = list(_plan(options))
-    model = Llama.load(options.directory, dtype=torch.float32)
+    model = Decoder.load(options.directory, dtype=torch.float32)
     config = model.config
     for _, fitted, _ in plan:
         if fitted is not None:

@@ -28,7 +28,7 @@ from dmc.evaluation.moments import Moments  # noqa: E402
 from dmc.evaluation.sequences import read_sequences  # noqa: E402
 from dmc.fitted import FittedDecisions  # noqa: E402
 from dmc.functional import rotate  # noqa: E402
-from dmc.model import Llama  # noqa: E402
+from dmc.model import Decoder  # noqa: E402
 from dmc.model.fingerprint import model_hash  # noqa: E402
 
 FLOORS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -105,7 +105,7 @@ def collect(
     found = read_sequences(text, directory, length=length // 2 if repeat else length, count=count)
     if repeat:
         found = replace(found, tokens=found.tokens.repeat(1, 2))
-    model, tokens = Llama.load(directory, dtype=torch.float32), settings.fitted(length)
+    model, tokens = Decoder.load(directory, dtype=torch.float32), settings.fitted(length)
     asking = length // 2 if repeat else 0
     if repeat:
         tokens = slice(tokens.start, asking - settings.window)

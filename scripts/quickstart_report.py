@@ -32,7 +32,7 @@ from dmc.analysis.plots import plot_heads, plot_training
 from dmc.analysis.segments import segments_html
 from dmc.extras import needed_by_script, required
 from dmc.families import read_shape
-from dmc.model import Llama
+from dmc.model import Decoder
 
 with needed_by_script("the report"):
     from checkpoints.convert import load_hf_state
@@ -235,7 +235,7 @@ def _export(run: Path, name: str, out: Path) -> Path:
 def _draw(runs: Path, base: str, model: Path, final: dict, text: list[int]) -> None:
     plot_training(runs / "retrofit" / "metrics.jsonl", runs / "loss.png", control_jsonl=runs / "control" / "metrics.jsonl")
     plot_heads(final["heads"], runs / "heads.png")
-    llama = Llama.load(model, dtype=torch.float32)
+    llama = Decoder.load(model, dtype=torch.float32)
     if llama.config.method != "dmc":
         return  # no segments: nothing merges
     shown = torch.tensor(text[:SEGMENT_TOKENS])

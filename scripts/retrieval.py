@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace, texts: list[Text], policy: str, budget:
 def main(arguments: list[str] | None = None) -> int:
     """Measures every policy at every budget, prints a table and writes JSON if asked to; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", metavar="DIR", help="Hugging Face Llama directory with a tokenizer")
+    parser.add_argument("directory", metavar="DIR", help="Hugging Face model directory with a tokenizer")
     parser.add_argument("--read", choices=("prompt", "tokens"), default="prompt", help="how the list comes (prompt)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[80, 40, 20], help="tokens that a query sees (80 40 20)")
     parser.add_argument("--lines", type=int, default=32, help="of the list (32)")

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from dmc import functional as fn
 from dmc import functional_dms as dms
-from dmc.model import Llama
+from dmc.model import Decoder
 
 
-def decisions(model: Llama, tokens: Tensor) -> Tensor:
+def decisions(model: Decoder, tokens: Tensor) -> Tensor:
     """The hard decisions of every layer and head over one text.
 
     Args:
@@ -44,7 +44,7 @@ def behind_window(logits: Tensor, late: Tensor | None, window: int, *, merges: b
     """What a model with a window decides about the tokens of one text, by the time that the text ends.
 
     Args:
-        logits, late: ``[H, T]`` of `dmc.model.llama.Attend`.
+        logits, late: ``[H, T]`` of `dmc.model.decoder.Attend`.
         window: w.
         merges: False for a model that evicts.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmc.analysis.attention import States, attend, states
 from dmc.analysis.ranks import effective_rank, spectrum, stable_rank
 from dmc.cache import Policy
-from dmc.model import Llama
+from dmc.model import Decoder
 
 CACHED = ("keys_before_rope", "keys", "values")
 KINDS = (*CACHED, "attention")
@@ -66,7 +66,7 @@ class Measures:
 
 @torch.no_grad()
 def measure(
-    model: Llama, policy: Policy, windows: Sequence[Sequence[int]], *, leading: int = 512, precision: str = "fp64",
+    model: Decoder, policy: Policy, windows: Sequence[Sequence[int]], *, leading: int = 512, precision: str = "fp64",
     progress: Callable[[int], object] = lambda windows: None,
 ) -> tuple[Measures, Tensor]:
     """Runs a model over windows, each a text of its own.
@@ -107,7 +107,7 @@ def measure(
     return Measures(tokens, len(windows), bins, **by_kind, **mean), merges
 
 
-def _window(model: Llama, policy: Policy, window: Sequence[int], leading: int, precision: torch.dtype) -> list[dict]:
+def _window(model: Decoder, policy: Policy, window: Sequence[int], leading: int, precision: torch.dtype) -> list[dict]:
     tokens = torch.tensor(window, device=model.device)
     rope = model.rope(torch.arange(len(tokens), device=model.device))
     layers: list[dict] = []

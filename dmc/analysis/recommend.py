@@ -19,7 +19,7 @@ from dmc.cache import Codec, KVCache
 from dmc.cache.codecs import make
 from dmc.cache.codecs.former import renamed
 from dmc.cache.codecs.layers import FORMAT
-from dmc.model import Llama
+from dmc.model import Decoder
 
 SCORED_SHARE = 4  # of a window's tokens one in so many is scored
 _STEP, _AROUND = 0.25, 1.0  # bits between choices, and from the setting for all to the least and most
@@ -27,7 +27,7 @@ _LEAST_KL = 1e-9  # nats/token; below it is rounding
 
 
 def recommend(
-    model: Llama, cache: KVCache, name: str, settings: Mapping[str, object], windows: Sequence[Sequence[int]],
+    model: Decoder, cache: KVCache, name: str, settings: Mapping[str, object], windows: Sequence[Sequence[int]],
     held_out: Sequence[Sequence[int]], *, vary: Mapping[str, Sequence[float]] | None = None,
     progress: Callable[[int], object] = lambda passes: None,
 ) -> dict:
@@ -116,7 +116,7 @@ def choices(
     return {setting: sorted(values) for setting, values in vary.items()}
 
 
-def _probe(model: Llama, cache: KVCache, windows: Sequence[Sequence[int]]) -> Probe:
+def _probe(model: Decoder, cache: KVCache, windows: Sequence[Sequence[int]]) -> Probe:
     return Probe(model, cache, windows, scored=max(1, len(windows[0]) // SCORED_SHARE), sinks=cache.sink_tokens)
 
 

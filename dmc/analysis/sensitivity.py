@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache import Codec, KVCache, LatePrompt, Prompt
-from dmc.model import Llama
+from dmc.model import Decoder
 
 PARTS = {"key": (True, False), "value": (False, True), "both": (True, True)}  # (keys, values) that are replaced
 _CHUNK = 512  # tokens of a prompt in one pass
@@ -40,7 +40,7 @@ class Probe:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Llama, cache: KVCache, windows: Sequence[Sequence[int]], *, scored: int, sinks: int) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, windows: Sequence[Sequence[int]], *, scored: int, sinks: int) -> None:
         if scored < 1 or min(map(len, windows)) < scored + 2:
             raise ValueError(f"windows must be longer than the {scored} scored tokens by 2 at least, and these at least 1")
         self.model, self.cache, self.scored, self.sinks = model, cache, scored, sinks

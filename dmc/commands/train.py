@@ -30,7 +30,7 @@ from dmc import hub
 from dmc.families import ModelShape, check_names, count, read_shape
 from dmc.fitted import FittedDecisions
 from dmc.model.fingerprint import model_hash
-from dmc.training import backends, dryrun, flops, llama, peers, setup
+from dmc.training import backends, decoder, dryrun, flops, peers, setup
 from dmc.training import config as configuration
 from dmc.training.config import Config
 from dmc.training.metrics import Reporter
@@ -182,7 +182,7 @@ def check_length(config: Config, hf: ModelShape) -> None:
     length, longest = config.data.sequence_length, hf.max_position_embeddings
     if length > longest:
         raise ValueError(f"data.sequence_length {length} exceeds the model's max_position_embeddings {longest}")
-    llama.check_length(hf.rope, length)
+    decoder.check_length(hf.rope, length)
 
 
 def find_resume(config: Config, checkpoints: store.CheckpointStore) -> Path | None:

@@ -15,10 +15,10 @@ from dmc.engine.ranks import Ranks
 from dmc.engine.runner import Runner
 from dmc.engine.scheduler import KEPT_PROMPTS
 from dmc.engine.sharded_cache import ShardedCache
-from dmc.model import Llama, ModelConfig, read_config
+from dmc.model import Decoder, ModelConfig, read_config
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.key_bias import key_bias
-from dmc.model.sharded import ShardedLlama
+from dmc.model.sharded import ShardedDecoder
 from dmc.weights import Weights
 
 
@@ -65,7 +65,7 @@ class Parts:
         config, weights = read_config(self.path), Weights(self.path)
         bias = key_bias(config, weights, dtype=self.dtype, device=device)
         cache = KVCache(self._shape(config, 1), self.policy, self.codec, key_bias=bias, device=device, **self._settings())
-        model = self._decided(Llama(config, weights, dtype=self.dtype, device=device))
+        model = self._decided(Decoder(config, weights, dtype=self.dtype, device=device))
         if self.automatic:
             cache.bound(automatic(device), tokens=config.positions)
         return Runner(model, cache)
@@ -75,7 +75,7 @@ class Parts:
         part = {"rank": group.rank, "ranks": group.ranks}
         bias, shape = key_bias(config, weights, dtype=self.dtype, device=device, **part), self._shape(config, group.ranks)
         cache = ShardedCache(group, shape, self.policy, self.codec, key_bias=bias, device=device, **self._settings())
-        model = self._decided(ShardedLlama(config, weights, group=group, dtype=self.dtype, device=device), **part)
+        model = self._decided(ShardedDecoder(config, weights, group=group, dtype=self.dtype, device=device), **part)
         return Runner(model, cache, group)
 
     def _shape(self, config: ModelConfig, ranks: int) -> Shape:
@@ -84,7 +84,7 @@ class Parts:
     def _settings(self) -> dict:
         return self.cache | {"slots": self.max_batch + KEPT_PROMPTS} | ({"memory": None} if self.automatic else {})
 
-    def _decided(self, model: Llama, rank: int = 0, ranks: int = 1) -> Llama:
+    def _decided(self, model: Decoder, rank: int = 0, ranks: int = 1) -> Decoder:
         """The model, with the heads of fitted decisions if the policy has some."""
         if isinstance(self.policy, GatePolicy):
             work = torch.float64 if self.dtype == torch.float64 else torch.float32

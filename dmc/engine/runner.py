@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache import KVCache, LatePrompt, Prompt
-from dmc.model import Llama
+from dmc.model import Decoder
 from dmc.model.group import Group
 
 
@@ -30,7 +30,7 @@ class Runner:
         group: of the ranks; all of them then make the same calls.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, group: Group | None = None) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, group: Group | None = None) -> None:
         self.model, self.cache, self.group = model, cache, group
         self.merges: Tensor | None = None
 

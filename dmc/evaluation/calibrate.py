@@ -24,7 +24,7 @@ from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.codecs.eigenfile import Bases, EigenFile, write
 from dmc.evaluation.windows import Windows
 from dmc.functional import attention
-from dmc.model import Llama
+from dmc.model import Decoder
 from dmc.model.fingerprint import model_hash
 
 Project = Callable[[Tensor], Tensor]  # attention's output ``[T, Hq D]`` → ``[T, hidden]``
@@ -76,7 +76,7 @@ def calibrate(
     """
     if not 0 < budget < 1:
         raise ValueError(f"budget must be above 0 and below 1, got {budget}: 0.02 lets a layer's output change by 2 %")
-    model = Llama.load(directory, dtype=dtype, device=device)
+    model = Decoder.load(directory, dtype=dtype, device=device)
     length = windows.tokens.shape[1]
     if length > model.config.positions:
         raise ValueError(
@@ -98,7 +98,7 @@ def calibrate(
 
 
 @torch.no_grad()
-def gather(model: Llama, windows: Tensor) -> list[_Seen]:
+def gather(model: Decoder, windows: Tensor) -> list[_Seen]:
     """Runs the model over windows ``[W, T]``, each from an empty cache, with its own decisions to merge if it makes any.
 
     One that evicts, or merges what leaves a window, is run in full: entries are then tokens as they were, or means of them,

@@ -32,7 +32,7 @@ from dmc.evaluation.moments import Moments
 from dmc.evaluation.sequences import Sequences
 from dmc.fitted import QUANTILES, FittedDecisions, interpolate, levels
 from dmc.functional import rotate
-from dmc.model import Llama, read_config
+from dmc.model import Decoder, read_config
 from dmc.model.config import ModelConfig
 from dmc.model.fingerprint import model_hash
 
@@ -146,7 +146,7 @@ def fit_decisions(
     settings.fitted(length)
     if length > config.positions:
         raise ValueError(f"sequences of {length} tokens are longer than the model's {config.positions} positions")
-    model = Llama.load(directory, dtype=dtype, device=device)
+    model = Decoder.load(directory, dtype=dtype, device=device)
     state = None if out is None else out.with_name(f".{out.name}.state")
     key = fingerprint(digest, text.tokens, settings, dtype, torch.device(device).type)
     done, layers = FitState.start(state, key, model.embedding.cpu()[text.tokens]), config.num_hidden_layers
@@ -198,7 +198,7 @@ def _decisions(
 
 
 def _fit_layer(
-    model: Llama, hidden: Tensor, index: int, settings: FitSettings, bar: tqdm,
+    model: Decoder, hidden: Tensor, index: int, settings: FitSettings, bar: tqdm,
 ) -> tuple[Tensor, Tensor, float, Tensor]:
     """One layer on all sequences ``[N, T, hidden]``: weights ``[F, H]``, scores ``[N n, H]``, R2, the block's output."""
     tokens, after = settings.fitted(hidden.shape[1]), torch.empty_like(hidden)
@@ -217,7 +217,7 @@ def _fit_layer(
     return weights.cpu(), torch.cat(scores).cpu(), float(r2), after
 
 
-def _observe(model: Llama, x: Tensor, index: int, settings: FitSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _observe(model: Decoder, x: Tensor, index: int, settings: FitSettings) -> tuple[Tensor, Tensor, Tensor]:
     """One block on one sequence ``[T, hidden]``: its output (on the CPU), features ``[T, F]``, target ``[H, T]``."""
     found = []
 
@@ -237,7 +237,7 @@ def _observe(model: Llama, x: Tensor, index: int, settings: FitSettings) -> tupl
     return after.cpu(), features_of(model, x, index, settings), found[0]
 
 
-def features_of(model: Llama, x: Tensor, index: int, settings: FitSettings) -> Tensor:
+def features_of(model: Decoder, x: Tensor, index: int, settings: FitSettings) -> Tensor:
     """``[h_t, h_{t+w}, 1]`` of one sequence, fp32 ``[T, F]``; 0 where there is no token t + w."""
     hidden = model.normed(x.to(model.device), index).float()
     parts = [hidden, hidden.new_ones(len(hidden), 1)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from dmc.evaluation.blocks import attend_in_blocks
 from dmc.fitted import FittedDecisions, interpolate, levels
 from dmc.functional import rotate
-from dmc.model import Llama
+from dmc.model import Decoder
 
 LEVELS = (0.3, 0.5, 0.65, 0.75, 0.85, 0.92, 0.97)  # dropped shares of the full model's scores at which the real ones are measured
 
@@ -26,7 +26,7 @@ class NotFiniteError(ValueError):
 
 @torch.no_grad()
 def dropped_share(
-    model: Llama, fitted: FittedDecisions, tokens: Tensor, threshold: float, *, block: int,
+    model: Decoder, fitted: FittedDecisions, tokens: Tensor, threshold: float, *, block: int,
     tick: Callable[[], None] = lambda: None,
 ) -> float:
     """Share of the tokens outside sinks and window that eviction at a threshold drops, over all layers and heads.

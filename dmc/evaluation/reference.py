@@ -20,7 +20,7 @@ from dmc.cache import KVCache, Shape, codec, policy
 from dmc.engine.runner import Chunk, Runner
 from dmc.evaluation.provenance import model_hash
 from dmc.evaluation.windows import Windows
-from dmc.model import Llama, read_config
+from dmc.model import Decoder, read_config
 
 _FORMAT = 1  # of the files; goes into their names
 _CHUNK = 512  # tokens run through the model at a time
@@ -79,7 +79,7 @@ def reference(
             "that it was retrofitted from"
         )
     check_fits(windows, config.vocab_size, config.positions, directory)
-    model = Llama.load(directory, dtype=dtype, device=device)
+    model = Decoder.load(directory, dtype=dtype, device=device)
     path = None
     if store is not None:
         kind = f"{str(dtype)[6:]}-{torch.device(device).type}"
@@ -104,7 +104,7 @@ def check_fits(windows: Windows, vocabulary: int, positions: int, directory: str
         raise ValueError(f"the windows hold tokens outside the vocabulary of {directory}, which has {vocabulary}")
 
 
-def _predict(model: Llama, windows: Windows) -> Tensor:
+def _predict(model: Decoder, windows: Windows) -> Tensor:
     """Plain causal attention over whole windows."""
     config = model.config
     shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, model.dtype)

@@ -1,6 +1,6 @@
-"""The Llama of the serving side: reads the export, and plain Hugging Face Llama directories."""
+"""The decoder of the serving side: reads exports, and plain Hugging Face directories of every family."""
 
 from dmc.model.config import ModelConfig, read_config
-from dmc.model.llama import Attend, Llama
+from dmc.model.decoder import Attend, Decoder
 
-__all__ = ["Attend", "Llama", "ModelConfig", "read_config"]
+__all__ = ["Attend", "Decoder", "ModelConfig", "read_config"]

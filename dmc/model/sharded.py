@@ -1,4 +1,4 @@
-"""A rank's part of a Llama: whole heads of attention, columns of the MLP, rows of the vocabulary.
+"""A rank's part of a decoder: whole heads of attention, columns of the MLP, rows of the vocabulary.
 
 Each rank holds Hq / ranks query heads and H / ranks key/value heads with their rows of the q, k and v projections and
 their columns of the output projection, and as many rows of gate and up and columns of down; so a block costs two sums
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmc.model.config import ModelConfig
+from dmc.model.decoder import Decoder
 from dmc.model.group import Group
 from dmc.model.linear import Linear
-from dmc.model.llama import Llama
 from dmc.weights import Weights
 
 _ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight",
@@ -60,17 +60,17 @@ def shard_config(config: ModelConfig, ranks: int) -> ModelConfig:
     )
 
 
-class ShardedLlama(Llama):
-    """`Llama` on one of several ranks; `hidden` gives the same on all ranks, rank 0 alone has the `logits`.
+class ShardedDecoder(Decoder):
+    """`Decoder` on one of several ranks; `hidden` gives the same on all ranks, rank 0 alone has the `logits`.
 
     Args:
         config: of the whole model.
         weights: of the whole model; only this rank's part is read.
         group: of the ranks.
-        dtype, device: as for `Llama`.
+        dtype, device: as for `Decoder`.
 
     Raises:
-        ValueError: as for `Llama`, or if the model cannot be cut so.
+        ValueError: as for `Decoder`, or if the model cannot be cut so.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ShardedLlama(Llama):
             layer.output, layer.down = _Summed(layer.output, group), _Summed(layer.down, group)
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """See `Llama.logits`; None on ranks other than 0, which only compute their part of the vocabulary."""
+        """See `Decoder.logits`; None on ranks other than 0, which only compute their part of the vocabulary."""
         parts = self.group.gather(super().logits(hidden))
         return None if parts is None else torch.cat(parts, dim=-1)[..., : self.config.vocab_size]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from dmc.families import ModelShape
-from dmc.training import flops, llama, planning, pretend, setup
+from dmc.training import decoder, flops, planning, pretend, setup
 from dmc.training.config import Config
 from dmc.training.metrics import clock
 from dmc.training.planning import GIB, Layout
@@ -29,7 +29,7 @@ def run(config: Config, hf: ModelShape, *, batch: Callable) -> Iterator[str]:
     """
     world = config.plan.world or int(os.environ.get("WORLD_SIZE", "1"))
     layout = Layout.of(config, world)
-    llama.check_layout(hf, config.parallel)
+    decoder.check_layout(hf, config.parallel)
     setup.check_decisions(config, hf)
     yield _layout_line(config, layout)
     yield from _memory_lines(config, hf, layout)

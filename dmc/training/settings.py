@@ -138,7 +138,7 @@ class ParallelConfig:
 class RunConfig:
     """The run itself."""
 
-    model: str = "checkpoints/base"  # HF Llama directory; with init=random only its config and tokenizer are read
+    model: str = "checkpoints/base"  # HF directory; with init=random only its config and tokenizer are read
     init: str = "pretrained"  # "pretrained" or "random" (pretraining from scratch)
     output: str = "runs/retrofit"  # directory of the run
     resume: str = ""  # "auto" continues the newest complete checkpoint of `output`; or a checkpoint directory

@@ -19,7 +19,7 @@ from torch import Tensor
 from dmc.families import ModelShape
 from dmc.fitted import FittedDecisions
 from dmc.kernels import backend
-from dmc.training import backends, cpu, llama, lora
+from dmc.training import backends, cpu, decoder, lora
 from dmc.training import optimizer as optimizer_module
 from dmc.training.config import Config
 from dmc.training.stage import Stage
@@ -117,7 +117,7 @@ def build_student(config: Config, hf: ModelShape, loader: WeightLoader | None) -
     """The model of this rank, from ``loader`` or random (None), under megatron's DDP and the optimizer.
 
     Raises:
-        ValueError: see `check_decisions` and `llama.build`.
+        ValueError: see `check_decisions` and `decoder.build`.
     """
     check_decisions(config, hf)
     dmc = config.dmc
@@ -225,7 +225,7 @@ def freeze_base(chunk: Stage) -> None:
 
 
 def _model(config: Config, hf: ModelShape, state: LayerState, loader: WeightLoader | None) -> list[Stage]:
-    chunks = llama.build(
+    chunks = decoder.build(
         hf, config.parallel, state, sequence_length=config.data.sequence_length, dtype=dtype_of(config),
         layers=backends.layers(config.run.transformer_engine),
     )

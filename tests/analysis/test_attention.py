@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dmc import functional as fn
 from dmc.analysis import attention
 from dmc.analysis.attention import FIRST, NEWEST, States, attend, states, weights
-from dmc.model import Llama
+from dmc.model import Decoder
 
 BASE = Path(__file__).parents[2] / "checkpoints/base"
 
@@ -26,7 +26,7 @@ def _random_gqa(directory):
 
 
 def _layers(directory, tokens):
-    model, kept = Llama.load(directory, dtype=torch.float32), []
+    model, kept = Decoder.load(directory, dtype=torch.float32), []
     rope = model.rope(torch.arange(len(tokens)))
 
     def through(_, *parts):

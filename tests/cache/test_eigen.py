@@ -11,7 +11,7 @@ from dmc.cache.codecs.eigenfile import read
 from dmc.cache.codecs.layers import read_layers
 from dmc.evaluation.calibrate import calibrate, directions, gather
 from dmc.evaluation.windows import Windows
-from dmc.model import Llama
+from dmc.model import Decoder
 from dmc.model.fingerprint import model_hash
 from tests.cache.stored import eigen_file
 from tests.cache.test_rows import HEADS, LAYERS, SIZE, feed, tokens
@@ -124,7 +124,7 @@ def test_calibration_finds_the_directions_and_keeps_the_budget(directory, tmp_pa
     for bases in made.layers:
         for basis in (bases.keys, bases.values):
             torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[-1]).expand(2, -1, -1), rtol=0, atol=1e-5)
-    seen = gather(Llama.load(directory, dtype=torch.float32), windows.tokens[-1:])[1]  # one window: all of it is kept
+    seen = gather(Decoder.load(directory, dtype=torch.float32), windows.tokens[-1:])[1]  # one window: all of it is kept
     query, key = (part.double() for part in seen.last[0][:2])
     both = torch.cat([key[0], query[:2].flatten(0, 1)])
     share = torch.linalg.svdvals(both).square().cumsum(0)
@@ -138,7 +138,7 @@ def test_a_model_that_evicts_is_calibrated_in_full(tmp_path):
     tensors = tiny.weights(marking)
     of_plain = {name: tensor for name, tensor in tensors.items() if "decision" not in name}
     seen = [
-        gather(Llama.load(tiny.write(tmp_path / name, fields, weights), dtype=torch.float32), windows)
+        gather(Decoder.load(tiny.write(tmp_path / name, fields, weights), dtype=torch.float32), windows)
         for name, fields, weights in (("plain", plain, of_plain), ("marking", marking, tensors))
     ]
     for one, other in zip(*seen, strict=True):
@@ -151,7 +151,7 @@ def test_a_model_with_an_attention_factor_is_calibrated_and_served(tmp_path):
     directory = tiny.write(tmp_path / "model", fields, tiny.weights(fields))
     windows = Windows(torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(0)), 38, "random", "0")
     calibrate(directory, windows, tmp_path / "e", budget=1e-6)
-    assert read(tmp_path / "e").scaling == Llama.load(directory, dtype=torch.float32).rope.scaling > 1.1
+    assert read(tmp_path / "e").scaling == Decoder.load(directory, dtype=torch.float32).rope.scaling > 1.1
     settings = {"eigen": {"codec_settings": {"file": str(tmp_path / "e")}}, "dense": {}}
     exact, stored = (
         LLM(directory, device="cpu", dtype="fp32", codec=name, page_size=4, **own).score(

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints import convert
 from dmc.families import count, read_shape, shape_of
-from dmc.training import llama, setup
+from dmc.training import decoder, setup
 from dmc.weights import Weights
 from tests.checkpoints.tiny import LLAMA3, tiny
 from tests.training.models import hf_config, megatron, weights
@@ -197,7 +197,7 @@ def test_rope_scaling_of_llama_3_is_read_in_every_form(tmp_path, fields):
     model = tiny("neuron", heads=2, rope="llama3")
     del model.config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(model.config | fields))
-    cos, sin = llama.rope_tables(read_shape(tmp_path), 200)
+    cos, sin = decoder.rope_tables(read_shape(tmp_path), 200)
     angles = torch.outer(torch.arange(200).double(), model.inverse_frequencies).repeat(1, 2)
     torch.testing.assert_close(cos.cpu().double(), angles.cos(), rtol=0, atol=2e-5)
     torch.testing.assert_close(sin.cpu().double(), angles.sin(), rtol=0, atol=2e-5)

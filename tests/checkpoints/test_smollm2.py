@@ -18,7 +18,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export, export_plain
 from checkpoints.trained import TrainedWeights
 from dmc.families import read_shape
-from dmc.training import llama, setup
+from dmc.training import decoder, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
@@ -45,7 +45,7 @@ def ids():
 def built(process_group):
     hf = read_shape(SOURCE)
     state = LayerState(Settings("neuron"), mode="plain")
-    model = llama.build(hf, ParallelConfig(), state, sequence_length=256, dtype=torch.float32)[0]
+    model = decoder.build(hf, ParallelConfig(), state, sequence_length=256, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(hf, Weights(SOURCE)))
     return hf, model.eval()
 

@@ -102,7 +102,7 @@ from checkpoints.files import write_weights
 from checkpoints.trained import TrainedWeights
 from dmc.families import shape_of
 from dmc.weights import Weights
-from dmc.training import config, llama, setup
+from dmc.training import config, decoder, setup
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
 
@@ -142,7 +142,7 @@ def peak(work):
 
 
 def built(tensor=1):
-    return llama.build(hf, ParallelConfig(), LayerState(Settings("neuron")), sequence_length=64, dtype=torch.float32)[0]
+    return decoder.build(hf, ParallelConfig(), LayerState(Settings("neuron")), sequence_length=64, dtype=torch.float32)[0]
 
 
 def quarter():

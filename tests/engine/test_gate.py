@@ -12,7 +12,7 @@ from dmc.engine.runner import Chunk
 from dmc.evaluation.fit_decisions import FitSettings, fit_decisions
 from dmc.evaluation.sequences import read_sequences
 from dmc.functional_dms import attention
-from dmc.model import Llama
+from dmc.model import Decoder
 from dmc.model.fingerprint import model_hash
 from tests.cache.decisions import random_decisions
 from tests.model import tiny
@@ -69,7 +69,7 @@ def test_logits_and_entries_are_the_dense_ones(directory, ahead, prompt, chunk):
     )
     tokens = torch.randint(3, 90, (LENGTH,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        want, entries = masked(Llama.load(directory, dtype=torch.float32), fitted, fitted.threshold(2, LENGTH), tokens)
+        want, entries = masked(Decoder.load(directory, dtype=torch.float32), fitted, fitted.threshold(2, LENGTH), tokens)
     runner, made, hidden = llm.engine.runner, llm.cache.prompt(), []
     for start in range(0, prompt, chunk):
         part = tokens[start : min(prompt, start + chunk)].tolist()

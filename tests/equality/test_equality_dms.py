@@ -18,7 +18,7 @@ from dmc import functional_dms as dms
 from dmc.engine.predict import Predictor
 from dmc.engine.runner import Chunk
 from dmc.families import shape_of
-from dmc.training import llama, setup
+from dmc.training import decoder, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
@@ -128,7 +128,7 @@ def test_training_form(case, expected, process_group):
     made, _, tokens, _, _ = case
     state = LayerState(Settings(made.decision, GAIN, OFFSET, method="dms", window=WINDOW, looks_ahead=made.ahead), mode="hard")
     config = shape_of(made.config.to_dict())
-    model = llama.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
+    model = decoder.build(config, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(config, made.weights.__getitem__))
     if made.decision == "head":
         for name, weight in model.named_parameters():

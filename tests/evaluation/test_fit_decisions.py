@@ -16,7 +16,7 @@ from dmc.evaluation.fit_levels import LEVELS, dropped_share, with_eviction
 from dmc.evaluation.moments import Moments
 from dmc.evaluation.sequences import Sequences
 from dmc.fitted import QUANTILES, FittedDecisions, levels
-from dmc.model import Llama
+from dmc.model import Decoder
 from tests.model import tiny
 
 LENGTH = 60
@@ -199,7 +199,7 @@ def test_a_threshold_drops_the_share_that_it_promises(model):
     """On the fit's own sequences, with eviction on; the full model's quantiles are off."""
     words = text(count=4)
     fitted = fit_decisions(model, words, SETTINGS)
-    llama, free = Llama.load(model, dtype=torch.float32), LENGTH - 6 - 1 - 3
+    llama, free = Decoder.load(model, dtype=torch.float32), LENGTH - 6 - 1 - 3
     for cr in (1.3, 2.0, 3.0):
         wanted = LENGTH * (1 - 1 / cr) / free
         share = dropped_share(llama, fitted, words.tokens, fitted.threshold(cr, LENGTH), block=16)

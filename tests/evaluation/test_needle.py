@@ -116,7 +116,7 @@ def test_bad_settings_are_refused(full, settings, words):
 @pytest.mark.parametrize("kind", ["byte-level", "llama-2", "llama-2-legacy", "llama-2-fast", "no-strip", "unigram-bytes"])
 @pytest.mark.parametrize("needle", KINDS)
 def test_needles_of_other_tokenizers(tmp_path, kind, needle):
-    """Parts that are encoded one by one read as one text: Llama 2's tokenizer would put a space before each."""
+    """Parts that are encoded one by one read as one text: Decoder 2's tokenizer would put a space before each."""
     tokenizer = tokenizers.load(tmp_path, kind)
     made = draw_needle(needle, tokenizer, random.Random(1), choices=3)
     hay = tokenizer.encode("the text\n")

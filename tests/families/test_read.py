@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from dmc.families import check_names, count, families, read_shape, shape_of, tensors
-from dmc.model import Llama, read_config
+from dmc.model import Decoder, read_config
 from tests.families.models import FAMILIES, SIZES, directory, model
 
 SHAPES = {  # published sizes, and the number of parameters that the model's name or card gives
@@ -99,7 +99,7 @@ def test_weights_of_another_model_are_refused_by_name(family, change, words, tmp
     change(held)
     save_file(held, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=words):
-        Llama.load(tmp_path, dtype=torch.float32)
+        Decoder.load(tmp_path, dtype=torch.float32)
     with pytest.raises(ValueError, match=words):
         check_names(read_shape(tmp_path), held, tmp_path)
 

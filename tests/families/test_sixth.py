@@ -13,7 +13,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export
 from dmc import LLM
 from dmc.families import read, read_shape
-from dmc.training import llama, setup
+from dmc.training import decoder, setup
 from dmc.training.config import ParallelConfig
 from dmc.training.state import LayerState, Settings
 from dmc.weights import Weights
@@ -70,7 +70,7 @@ def test_the_page(process_group, acme, tmp_path):
     torch.testing.assert_close(score.logprobs, chosen, rtol=0, atol=1e-4)
 
     shape = read_shape(tmp_path / "in")
-    model = llama.build(
+    model = decoder.build(
         shape, ParallelConfig(), LayerState(Settings("head", 3.0, 0.5), mode="plain"), sequence_length=64, dtype=torch.float32
     )[0].eval()
     setup.load_weights(model, convert.loader(shape, Weights(tmp_path / "in")))

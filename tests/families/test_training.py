@@ -8,7 +8,7 @@ from checkpoints import convert
 from checkpoints.export_hf import export, export_plain
 from dmc import LLM
 from dmc.families import read_shape
-from dmc.training import llama, planning, setup
+from dmc.training import decoder, planning, setup
 from dmc.training.config import ParallelConfig, load
 from dmc.training.planning import Layout
 from dmc.training.state import LayerState, Settings
@@ -26,7 +26,7 @@ GAIN, OFFSET = 3.0, 0.5
 def built(path, mode, settings):
     shape = read_shape(path)
     state = LayerState(settings, mode=mode)
-    model = llama.build(shape, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
+    model = decoder.build(shape, ParallelConfig(), state, sequence_length=64, dtype=torch.float32)[0].eval()
     setup.load_weights(model, convert.loader(shape, Weights(path)))
     return shape, model
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmc import LLM
-from dmc.model import Llama, read_config
+from dmc.model import Decoder, read_config
 from tests.model import tiny
 
 
@@ -19,7 +19,7 @@ def parts():
 
 def refusal(directory):
     with pytest.raises(ValueError) as error:
-        Llama.load(directory, dtype=torch.float32)
+        Decoder.load(directory, dtype=torch.float32)
     message = str(error.value)
     assert "\n" not in message
     return message

@@ -12,7 +12,7 @@ from dmc.families import read_shape
 from dmc.functional import rotate
 from dmc.model import read_config
 from dmc.rope import Rope, settings_of
-from dmc.training import llama
+from dmc.training import decoder
 from tests.model import tiny
 from tests.model.ropes import CONTRADICTING, KINDS, LONGROPE, SCALED, YARN
 
@@ -34,7 +34,7 @@ def test_tables_of_serving_and_training_are_those_of_transformers(changes, tmp_p
     expected = [table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None])]
     for cos, sin in (
         Rope.of(settings, dtype=torch.float32, device="cpu")(torch.arange(length)),
-        llama.rope_tables(read_shape(directory), length),
+        decoder.rope_tables(read_shape(directory), length),
     ):
         assert torch.equal(cos.cpu(), expected[0]) and torch.equal(sin.cpu(), expected[1])
 
@@ -96,9 +96,9 @@ def test_lengths_at_which_the_frequencies_change_are_refused(kind, limit, tmp_pa
     with pytest.raises(ValueError, match=f"{limit} positions .rope_type '{kind}'"):
         llm.score([list(range(3, 4 + limit))])
     hf = read_shape(directory)
-    llama.rope_tables(hf, limit)
+    decoder.rope_tables(hf, limit)
     with pytest.raises(ValueError, match=f"data.sequence_length {limit + 1} exceeds the {limit} positions .*'{kind}'"):
-        llama.rope_tables(hf, limit + 1)
+        decoder.rope_tables(hf, limit + 1)
     with pytest.raises(ValueError, match=f"these hold for {limit} positions"):
         llm.model.rope(torch.tensor([limit]))
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmc.fitted import FittedDecisions
-from dmc.model import Llama
+from dmc.model import Decoder
 from dmc.model.fingerprint import model_hash
 from scripts import fitted_eval
 from tests.model import tiny
@@ -155,7 +155,7 @@ def test_random_keeps_its_share(decisions):
 
 def test_full_model_is_the_engine_s(directory):
     tokens = torch.randint(3, 90, (LENGTH,), generator=torch.Generator().manual_seed(0))
-    model = Llama.load(directory, dtype=torch.float32)
+    model = Decoder.load(directory, dtype=torch.float32)
     hidden = fitted_eval.forward(model, tokens, fitted_eval.full, fitted_eval.Counted())
     fields, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
     logits, _ = tiny.token_by_token(fields, tensors, tokens.tolist())

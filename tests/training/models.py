@@ -6,7 +6,7 @@ import torch
 
 from checkpoints import convert
 from dmc.families import ModelShape, shape_of
-from dmc.training import cpu, llama, setup
+from dmc.training import cpu, decoder, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig
 from dmc.training.state import DecisionCounts, LayerState, Settings
@@ -25,7 +25,7 @@ def megatron(tiny, mode: str, *, counts: bool = False, **settings):
     state = LayerState(Settings(tiny.decision, GAIN, OFFSET, **settings), mode=mode)
     if counts:
         state.decisions = DecisionCounts(LAYERS, hf.num_key_value_heads)
-    model = llama.build(hf, ParallelConfig(), state, sequence_length=LENGTH, dtype=torch.float32)[0]
+    model = decoder.build(hf, ParallelConfig(), state, sequence_length=LENGTH, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(hf, tiny.state.__getitem__))
     if tiny.decision == "head":
         for i, layer in enumerate(model.decoder.layers):

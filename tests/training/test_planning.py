@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmc.families import read_shape
-from dmc.training import dryrun, llama, planning, pretend, setup
+from dmc.training import decoder, dryrun, planning, pretend, setup
 from dmc.training.attention import row_info
 from dmc.training.config import load
 from dmc.training.losses import language_and_distillation
@@ -168,7 +168,7 @@ def test_the_shrunken_model_of_a_dry_run_keeps_longrope():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
     hf = tiny_shape(head_dim=128, rope_parameters=rope)
     small, shape = pretend.shrunken(load(overrides=["data.sequence_length=64"]), hf, 1)
-    cos, _ = llama.rope_tables(shape, small.data.sequence_length)
+    cos, _ = decoder.rope_tables(shape, small.data.sequence_length)
     assert cos.shape == (small.data.sequence_length, 16) and float(cos[0, 0]) > 1
     assert shape.fields["rope_parameters"]["long_factor"] == [1.0, 9.0, 17.0, 25.0, 33.0, 41.0, 49.0, 57.0]
     assert len(hf.fields["rope_parameters"]["long_factor"]) == 64

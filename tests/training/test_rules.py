@@ -11,7 +11,7 @@ from checkpoints import convert
 from dmc import LLM
 from dmc.families import shape_of
 from dmc.kernels import backend
-from dmc.training import llama, rules, setup
+from dmc.training import decoder, rules, setup
 from dmc.training.attention import row_info
 from dmc.training.config import ParallelConfig, load
 from dmc.training.rules import Rule
@@ -122,7 +122,7 @@ def built(case, method, name, target, mode):
         target_cr=target, decisions=DecisionCounts(case.config.num_hidden_layers, case.config.num_key_value_heads),
     )
     config = shape_of(case.config.to_dict())
-    model = llama.build(config, ParallelConfig(), state, sequence_length=2 * LENGTH, dtype=torch.float32)[0]
+    model = decoder.build(config, ParallelConfig(), state, sequence_length=2 * LENGTH, dtype=torch.float32)[0]
     setup.load_weights(model, convert.loader(config, case.weights.__getitem__))
     return model, state
 

@@ -48,7 +48,7 @@ class Layer:
     down: Linear
 
 
-class Llama:
+class Decoder:
     """A model of any family, plain or with the decisions of DMC or DMS, for inference.
 
     Args:
@@ -87,7 +87,7 @@ class Llama:
         self._plain = torch.tensor([[0.0], [1.0]], dtype=_work(dtype), device=device)  # alpha and omega without decisions
 
     @classmethod
-    def load(cls, directory: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Llama:
+    def load(cls, directory: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
         """Reads a Hugging Face directory.
 
         Raises:

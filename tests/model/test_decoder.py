@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dmc import LLM
 from dmc.cache import KVCache, Shape, codec, policy
-from dmc.model import Llama
+from dmc.model import Decoder
 from tests.model import tiny
 from tests.model.ropes import KINDS
 
@@ -36,7 +36,7 @@ def hugging_face(directory, **changes):
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_logits(changes, tmp_path):
     reference = hugging_face(tmp_path, **changes)
-    model = Llama.load(tmp_path, dtype=torch.float32)
+    model = Decoder.load(tmp_path, dtype=torch.float32)
     tokens, nobody = torch.randint(0, tiny.VOCAB, (3, 40)), torch.empty(0, dtype=torch.int64)
     with torch.no_grad():
         expected = reference(tokens).logits

@@ -10,7 +10,7 @@ from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from dmc import LLM, functional
 from dmc.families import shape_of
 from dmc.kernels.decisions import noise
-from dmc.training import llama
+from dmc.training import decoder
 from dmc.training.config import ParallelConfig
 from tests.checkpoints.tiny import GAIN, LAYERS, OFFSET, SIZE, VOCAB, reference, tiny
 from tests.training.helpers import TOKENIZER
@@ -221,7 +221,7 @@ def test_what_cannot_be_built_is_refused(model, parallel, words):
         model_type="llama", vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=8,
     )
-    llama.check_layout(shape_of(base), ParallelConfig(tensor=4, pipeline=2))
+    decoder.check_layout(shape_of(base), ParallelConfig(tensor=4, pipeline=2))
     with pytest.raises(ValueError) as caught:
-        llama.check_layout(shape_of(base | model), ParallelConfig(**parallel))
+        decoder.check_layout(shape_of(base | model), ParallelConfig(**parallel))
     assert all(word in str(caught.value) for word in words)
