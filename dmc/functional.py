@@ -218,6 +218,17 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
+def rotate_rounded(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` in fp32 at least, rounded once to the dtype of x."""
+    return rotate(x if x.dtype == torch.float64 else x.float(), rope).to(x.dtype)
+
+
+def unrotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """The inverse of `rotate`, also for tables with an attention factor; in the dtype of x."""
+    cos, sin = rope
+    return rotate(x, (cos, -sin)) / (cos * cos + sin * sin).to(x.dtype)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, window: int | None = None,
     rope: tuple[Tensor, Tensor] | None = None, starts: Tensor | None = None, scale: float | None = None,

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dmc.functional import rotate
+from dmc.functional import unrotate
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,4 @@ class PromptEntries(Entries):
     @property
     def plain_keys(self) -> Tensor:
         """Keys before RoPE: ``[H, N, D]`` in fp32 or more."""
-        cos, sin = self.rope(self.positions.long().clamp(min=0))
-        scaling = cos.square() + sin.square()  # 1, unless RoPE has an attention factor
-        return rotate(at_least_fp32(self.keys), (cos / scaling, -sin / scaling))
+        return unrotate(at_least_fp32(self.keys), self.rope(self.positions.long().clamp(min=0)))

@@ -25,7 +25,7 @@ from dmc.cache.reading import asking
 from dmc.cache.reading.onpages import OnPages
 from dmc.cache.storage.packing import Packing
 from dmc.cache.storage.rows import Rows
-from dmc.functional import rotate
+from dmc.functional import rotate, unrotate
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,6 @@ def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  
     before, at = (tuple(x[start::2] for x in table) for start in (0, 1))
     table_index = torch.arange(1, 2 * len(positions), 2, device=positions.device)
     return Leaving(there, left, positions % max(1, window), before, at, table, table_index)
-
-
-def unrotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """The inverse of `dmc.functional.rotate`, also for tables with an attention factor; ``[..., D]`` in the dtype of x."""
-    cos, sin = table
-    return rotate(x, (cos, -sin)) / (cos * cos + sin * sin).to(x.dtype)
 
 
 def leave(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dmc.cache.policies import Policy
 from dmc.cache.reading import asking
-from dmc.cache.reading.prompt import NONE, Layer, rotated, select, states_of
+from dmc.cache.reading.prompt import NONE, Layer, select, states_of
 from dmc.cache.reading.prompt_attention import compact
+from dmc.functional import rotate_rounded
 
 _SCORES = {"cpu": 1 << 18}  # scores held at once, over all heads: the fewer, the larger the part of them that queries see
 _SCORES_ELSEWHERE = 1 << 24
@@ -104,7 +105,7 @@ class LatePrompt:
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
         key, value, query = key.transpose(0, 1), value.transpose(0, 1), query.transpose(0, 1)
         here = tuple(part[lead:] for part in table)
-        new = Recent(key, rotated(key, here), value, logits.T.to(work), omega.T.to(work))
+        new = Recent(key, rotate_rounded(key, here), value, logits.T.to(work), omega.T.to(work))
         past = self.layers[number]
         if past is None:
             empty = key.new_zeros(heads, 0, key.shape[-1])
@@ -130,7 +131,7 @@ class LatePrompt:
         layer.recent = held.part(count)
         self.layers[number] = layer
         seen = _Seen(held, layer, accumulating, first, ready, self.window)
-        return _attend(rotated(query, here).unflatten(0, (heads, -1)), seen).flatten(0, 1).transpose(0, 1)
+        return _attend(rotate_rounded(query, here).unflatten(0, (heads, -1)), seen).flatten(0, 1).transpose(0, 1)
 
     def _merge(self, past: _Layer, gone: Recent, start: int, table: tuple[Tensor, Tensor]) -> tuple[_Layer, Accumulating]:
         """Tokens at ``start`` and later leave the window and merge. The table begins at the accumulating entry's position, or at
@@ -147,7 +148,7 @@ class LatePrompt:
         pair = gone.key.transpose(0, 1), gone.value.transpose(0, 1)
         states = states_of(past if lead else None, *pair, alpha, gone.omega, merges=True)
         size = gone.key.shape[-1]
-        turned = rotated(states.mean[..., :size], tuple(part[: lead + gone.key.shape[1]] for part in table)).to(dtype)
+        turned = rotate_rounded(states.mean[..., :size], tuple(part[: lead + gone.key.shape[1]] for part in table)).to(dtype)
         values = states.mean[..., size:].to(dtype)
         ends = torch.cat([states.alpha[:, 1:] == 0, torch.zeros_like(states.alpha[:, :1], dtype=torch.bool)], dim=-1)
         chosen, counts = compact(ends)

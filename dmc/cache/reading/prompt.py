@@ -18,7 +18,7 @@ from dmc.cache.policies import Policy
 from dmc.cache.policies.entries import Moments, PromptEntries
 from dmc.cache.reading import asking
 from dmc.cache.reading.prompt_attention import Seen, compact, prompt_attention
-from dmc.functional import accumulate_numerators, rotate
+from dmc.functional import accumulate_numerators, rotate_rounded
 from dmc.kernels.backend import Backend
 
 NONE = torch.iinfo(torch.int32).max  # position of a missing entry: no query is that late
@@ -101,7 +101,7 @@ class Prompt:
         states = states_of(past, key, value, alpha.T, omega.T, merges=self.policy.merges)
         lead = states.alpha.shape[1] - tokens  # 1 if the accumulating entry of the last chunk comes before this chunk's tokens
         size, dtype = query.shape[-1], query.dtype
-        keys, values = rotated(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
+        keys, values = rotate_rounded(states.mean[..., :size], table).to(dtype), states.mean[..., size:].to(dtype)
 
         ends = torch.cat([states.alpha[:, 1:] == 0, states.alpha.new_zeros(len(alpha.T), 1, dtype=torch.bool)], dim=-1)
         chosen, counts = compact(ends)
@@ -116,7 +116,7 @@ class Prompt:
             entries = [torch.cat(pair, dim=1) for pair in zip((past.keys, past.values, past.positions), entries, strict=True)]
         rising = past is None or not self.policy.merges
         seen = Seen(*entries, keys[:, lead:], values[:, lead:], positions[lead:], states.merged, rising)
-        turned = rotated(query.transpose(0, 1), tuple(part[lead:] for part in table))
+        turned = rotate_rounded(query.transpose(0, 1), tuple(part[lead:] for part in table))
         out, gathered = prompt_attention(turned, seen, self.policy, self.backend)
         self._note(number, query, turned)
         arrived = late
@@ -150,7 +150,7 @@ class Prompt:
         size = layer.keys.shape[-1]
         mean = (layer.numerators / layer.z[:, None]).to(layer.keys.dtype)
         at = torch.full((len(mean), 1), self.done - 1, device=mean.device)
-        return rotated(mean[:, None, :size], self.rope(at))[:, 0], mean[:, size:]
+        return rotate_rounded(mean[:, None, :size], self.rope(at))[:, 0], mean[:, size:]
 
     def _note(self, number: int, query: Tensor, turned: Tensor) -> None:
         """Keeps the data that the policy declares about a chunk's queries ``[T, Hq, D]``, rotated ``[Hq, T, D]``."""
@@ -243,8 +243,3 @@ def select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
         layer.keys.gather(1, wide), layer.values.gather(1, wide), positions, scores, layer.numerators, layer.z,
         layer.accumulating_score,
     ), counts
-
-
-def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """`dmc.functional.rotate` of ``[H, T, D]`` in fp32 at least, rounded once."""
-    return rotate(x if x.dtype == torch.float64 else x.float(), table).to(x.dtype)

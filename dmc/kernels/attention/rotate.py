@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dmc import functional as fn
@@ -21,4 +20,4 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], *, backend: str | None = None
         from dmc.kernels.attention.rotate_gpu import Rotate
 
         return Rotate.apply(x, rope[0].float(), rope[1].float())
-    return fn.rotate(x if x.dtype == torch.float64 else x.float(), rope).to(x.dtype)
+    return fn.rotate_rounded(x, rope)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dmc.cache import KVCache, Prompt
-from dmc.cache.reading.late import unrotate
 from dmc.cache.reading.prompt import NONE, Layer
-from dmc.functional import rotate
+from dmc.functional import rotate, unrotate
 from dmc.rope import Rope
 
 _HALVINGS = 20  # of the share of entries that is searched for
