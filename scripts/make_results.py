@@ -1,4 +1,4 @@
-"""Fills the tables of docs/results from the data files there.
+"""Fills tables of docs/ from the data files of docs/results.
 
     python scripts/make_results.py            write the tables
     python scripts/make_results.py --check    say which pages are not current, and exit 1
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     try:
-        pages = {path: filled(path.name, path.read_text()) for path in sorted(RESULTS.glob("*.md"))}
+        pages = {path: filled(path.name, path.read_text()) for path in sorted(RESULTS.parent.rglob("*.md"))}
     except ValueError as error:
         sys.exit(f"make_results: {error}")
     stale = [path.name for path, made in pages.items() if made != path.read_text()]

@@ -6,7 +6,8 @@
     -->
 
 One line of the table for each row of the file. A column is its head and, after `:=`, the text of an f-string. Its names are the
-fields of the row, the row itself (`row`), all rows of the table (`rows`), the fields of the file (`file`), and `FUNCTIONS`.
+fields of the row, the row itself (`row`), all rows of the table (`rows`), the fields of the file (`file`), those of other files
+(`load("dms/training.json")`), and `FUNCTIONS`.
 
 After the file's name may stand a Python expression for the rows, over the same names: `[r for r in rows if r.batch == 1]`. It
 ends before the first line with a `:=`. The rows of a JSONL file are its lines, those of a JSON file its `rows`. An object's
@@ -112,12 +113,11 @@ def rows(mark: str, folder: Path) -> str:
     lines = mark.strip().splitlines()
     begin = next((number for number, line in enumerate(lines) if " := " in f" {line}"), len(lines))
     file, _, chosen = " ".join(map(str.strip, lines[:begin])).partition(" ")
-    text = (folder / file).read_text()
-    data = _read({"rows": [json.loads(line) for line in text.splitlines()]} if file.endswith(".jsonl") else json.loads(text))
+    data = load(file, folder)
     columns = [tuple(part.strip() for part in f" {line}".split(" := ", 1)) for line in lines[begin:]]
     if not columns or any(len(column) != 2 for column in columns):
         raise ValueError("below the file and its expression every line is a column, 'head := text', and there is at least one")
-    names = FUNCTIONS | {"file": data} | data
+    names = FUNCTIONS | {"load": lambda name: load(name, folder), "file": data} | data
     found = _evaluate(chosen or "rows", names)
     if not found:
         raise ValueError(f"{chosen or 'rows'!r} selects no rows")
@@ -126,6 +126,12 @@ def rows(mark: str, folder: Path) -> str:
         [_evaluate(f"f'''{template}'''", names | {"rows": found, "row": row} | (row if isinstance(row, dict) else {}))
          .replace(" ± ", _ERROR) for template in templates] for row in found
     ))
+
+
+def load(file: str, folder: Path) -> Fields:
+    """The fields of a data file; those of a JSONL file are its `rows`."""
+    text = (folder / file).read_text()
+    return _read({"rows": [json.loads(line) for line in text.splitlines()]} if file.endswith(".jsonl") else json.loads(text))
 
 
 def _read(value: Any) -> Any:

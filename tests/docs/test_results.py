@@ -11,7 +11,7 @@ from dmc.evaluation.styles import method
 from scripts import make_results, results_rows, results_tables
 from scripts.results_tables import RESULTS
 
-PAGES = [path for path in sorted(RESULTS.glob("*.md")) if "<!-- table:" in path.read_text()]
+PAGES = [path for path in sorted(RESULTS.parent.rglob("*.md")) if "<!-- table:" in path.read_text()]
 
 
 def frontier_row(policy, share, windows, *, model="base", codec="int8"):
@@ -162,6 +162,7 @@ def test_a_mark_that_is_wrong_is_named(data, mark, says):
 def test_the_rows_of_a_json_file(data, tmp_path):
     (tmp_path / "one.json").write_text('{"unit": 10, "rows": [{"x": 1}], "other": {"rows": [[2, 3]]}}')
     assert results_rows.rows("one.json\nx := {x * unit}", tmp_path).endswith("| 10 |")
+    assert results_rows.rows('one.json [1]\nx := {load("one.json").rows[0].x + row}', tmp_path).endswith("| 2 |")
     assert results_rows.rows("one.json other.rows\nx := {row[1] + file.unit}", tmp_path).endswith("| 13 |")
 
 
