@@ -40,6 +40,17 @@ def test_files_that_a_page_names_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+FOLDERS = ("dmc", "checkpoints", "data", "scripts", "tests", "integrations", "examples")
+PYTHON = {f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_that_a_page_names_exist(page):
+    """Also where the page names them below a package of the repository, such as `prefill/loop.py`."""
+    named = set(re.findall(r"`((?:[\w-]+/)+\w+\.py)`", page.read_text())) - {"pydoc_data/topics.py"}  # of Python's library
+    assert [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in PYTHON)] == []
+
+
 def test_broken_links_are_found():
     page, text = ROOT / "README.md", "[a](docs/none.md) [b](docs/serving.md#none) [c](docs/serving.md#bytes) [d](https://x.y)"
     assert broken(page, text) == ["docs/none.md", "docs/serving.md#none"]
