@@ -18,7 +18,7 @@ class Mixture:
 
     @property
     def hash(self) -> str:
-        """Of one corpus its own; of a blend 16 hex digits over the hashes and shares of all, in their order."""
+        """Hash of the only corpus; of a blend 16 hex digits over the hashes and shares of all, in their order."""
         if len(self.corpora) == 1:
             return self.corpora[0].hash
         parts = [f"{share}:{corpus.hash}" for corpus, share in zip(self.corpora, self.shares, strict=True)]
@@ -26,7 +26,7 @@ class Mixture:
 
     @property
     def tokens(self) -> int:
-        """Of all corpora together."""
+        """Number of tokens of all corpora."""
         return sum(map(len, self.corpora))
 
     @property

@@ -130,7 +130,7 @@ def _hub(name: str, request: Request, column: Column, progress: Progress) -> Ite
 
 
 def _saved(path: Path, split: str, column: Column, progress: Progress) -> Iterator[str | None]:
-    """Of what ``save_to_disk`` wrote; of several splits only this one is opened."""
+    """Texts of a dataset that ``save_to_disk`` wrote; of several splits only this one is opened."""
     with needed_for("a saved dataset"):
         import datasets
     try:
@@ -160,7 +160,7 @@ def _rows(found: Any, column: Column, where: str) -> Iterator[str | None]:
 
 
 def _count(known: int | None, progress: Progress) -> None:
-    """Of saved and Hub datasets the number of documents is often known."""
+    """Sets the number of documents where it is known, as often for saved and Hub datasets."""
     if known and progress.read_documents == 0:
         progress.documents = known
 

@@ -247,8 +247,8 @@ def _located(text: str, part: str) -> tuple[Path, str]:
 
 
 def _hash(docs: list[Document], begin: Sequence[int], loss_on: str | None) -> str:
-    """Of names and texts, which results and checkpoints name; of the tokens that documents begin with, if any; and of assistant
-    turns."""
+    """Hash of names and texts, which results and checkpoints name; of the tokens that documents begin with, if any; and of
+    assistant turns."""
     found = stdlib.corpus_hash(docs)
     if loss_on:
         turns = [doc.text.turns for doc in docs]

@@ -108,7 +108,7 @@ def combined_hash(files: dict[str, str], part: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, a block at a time."""
+    """SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

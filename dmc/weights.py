@@ -78,7 +78,7 @@ class Weights:
         return self.part(name, shape, 0, slice(None))
 
     def part(self, name: str, shape: tuple[int, ...], dim: int, which: slice) -> Tensor:
-        """Of a tensor that has ``shape`` as a whole, a slice along dimension 0 or 1; nothing else of it is read.
+        """A slice along dimension 0 or 1 of a tensor that has ``shape`` as a whole; nothing else of it is read.
 
         Raises:
             ValueError: as `get`.

@@ -47,7 +47,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """Of one policy and budget: mean loss of a value's token (nats); share of values whose every token has p > 1/2."""
+    """Result of one policy and budget: mean loss of a value's token (nats); share of values whose every token has p > 1/2."""
 
     read: str
     policy: str

@@ -59,7 +59,7 @@ class Curves:
 
 
 def number(value: float | None) -> str:
-    """As cells show it: three figures at most; a dash for what is missing."""
+    """A number as cells show it: three figures at most; a dash for what is missing."""
     if value is None or value != value:
         return "–"
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"

@@ -140,7 +140,7 @@ class _Pages:
         return True
 
     def entry_bytes(self, own: dict[str, object]) -> float:
-        """Of one entry's key and value in a page, everything in it counted."""
+        """Bytes of one entry's key and value in a page, everything in it counted."""
         one = self.made(own)
         return one.nbytes(one.encode(*torch.zeros(2, self.size, self.head_size))) / self.size
 

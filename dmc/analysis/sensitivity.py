@@ -88,7 +88,7 @@ class Probe:
         return torch.cat(sums).double().view(len(prompts), -1).mean(-1).clamp(min=0).cpu()
 
     def _encoded(self, number: int, prompt: Prompt | LatePrompt, codec: Codec, page: int) -> Pair:
-        """As the cache does it: a lossy codec sees keys without their bias."""
+        """Encodes and decodes a layer as the cache does: a lossy codec sees keys without their bias."""
         layer, counts, bias = prompt.layers[number], self._counts(prompt, number), self.cache.key_bias
         if bias is None or not codec.lossy:
             return through(codec, layer.keys, layer.values, counts, page, self.sinks)

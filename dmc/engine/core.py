@@ -43,7 +43,7 @@ class Engine:
 
     @property
     def cache(self) -> KVCache:
-        """Of all sequences."""
+        """Cache of all sequences."""
         return self.runner.cache
 
     @property

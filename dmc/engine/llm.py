@@ -97,7 +97,7 @@ class LLM:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of the directory; read when first needed.
+        """Tokenizer of the directory; read when first needed.
 
         Raises:
             ValueError: if there is none or it does not fit the model.

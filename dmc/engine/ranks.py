@@ -250,7 +250,7 @@ class Ranks:
         return self._say(f"{names} not answered for {self._timeout:g} seconds" if late else f"{names} ended")
 
     def _beats(self) -> list[tuple[int, ...]]:
-        """Of each rank: beats so far, and collective calls."""
+        """Heartbeats so far and collective calls of each rank."""
         return [tuple(map(int, value.split())) for value in self._store.multi_get([f"beat/{rank}" for rank in range(self.ranks)])]
 
     def _said(self) -> str | None:

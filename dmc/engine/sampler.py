@@ -152,7 +152,7 @@ def _at(probabilities: Tensor, min_p: float, at: Tensor) -> Tensor:
 
 
 def _nucleus(probabilities: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows ``[S, N]`` the ``count`` most likely, in order, 0 behind the one that reaches ``top_p``.
+    """The ``count`` most likely of rows ``[S, N]``, in order, 0 behind the one that reaches ``top_p``.
 
     Returns:
         ``(probabilities [S, count], their places, bool [S]: top_p is reached)``.

@@ -24,7 +24,7 @@ _LOGITS = 1 << 24  # logits of prompt tokens held at once
 
 @dataclass(frozen=True)
 class Score:
-    """Of one sequence of n tokens.
+    """Scores of one sequence of n tokens.
 
     Attributes:
         logprobs: fp32 ``[n - 1]``: that of token i + 1 after tokens 0 .. i.
@@ -155,7 +155,7 @@ def score_batch(engine: Engine, sequences: Sequence[list[int]], prompt_tokens: i
 
 
 def _prompt_logprobs(runner: Runner, hidden: Tensor, following: list[int]) -> Tensor:
-    """Of the token that follows each of a prompt's: hidden ``[T, hidden]``; 0 on ranks other than 0."""
+    """Log-probability of the token that follows each of a prompt's: hidden ``[T, hidden]``; 0 on ranks other than 0."""
     rows = max(1, _LOGITS // runner.model.config.vocab_size)
     parts = []
     for states, tokens in zip(hidden.split(rows), torch.tensor(following).split(rows), strict=True):

@@ -111,7 +111,7 @@ class Sequence:
 
     @property
     def position(self) -> int:
-        """Of the newest generated token, which is fed next."""
+        """Position of the newest generated token, which is fed next."""
         return len(self.prompt) + len(self.tokens) - 1
 
     @property

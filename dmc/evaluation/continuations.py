@@ -69,7 +69,7 @@ class Scored:
 
     @property
     def logprob(self) -> float:
-        """Of the whole continuation, nats."""
+        """Log-probability of the whole continuation, nats."""
         return self.logprobs.double().sum().item()
 
 

@@ -50,5 +50,5 @@ def renamed(row: dict, device: str, dtype: str) -> dict:
 
 
 def key(parts: Sequence[str | None]) -> str:
-    """Of the things that a row depends on."""
+    """Key of a row: a hash of the things that it depends on."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]

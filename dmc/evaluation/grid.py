@@ -29,7 +29,7 @@ class Choice:
     settings: tuple[tuple[str, Value], ...] = ()
 
     def __str__(self) -> str:
-        """As the command line writes it."""
+        """The name as the command line writes it."""
         words = ",".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.settings)
         return f"{self.name}:{words}" if words else self.name
 

@@ -54,5 +54,5 @@ def llm_of(arguments: dict, flags: dict) -> LLM:
 
 
 def _max_batch(size: int | str | None) -> int:
-    """Of ``--batch_size``: a number, "auto" or "auto:N"."""
+    """Largest batch that ``--batch_size`` asks for: a number, "auto" or "auto:N"."""
     return int(size) if str(size).isdecimal() else _BATCH

@@ -202,7 +202,7 @@ class CompressedLM(TemplateLM):
             engine.abort()
 
     def _params(self, settings: dict, number: int) -> SamplingParams:
-        """Of one request, from a task's ``generation_kwargs``."""
+        """Parameters of one request, from a task's ``generation_kwargs``."""
         own = normalize_gen_kwargs(copy.deepcopy(settings), _DEFAULT_MAX_TOKENS)
         until = handle_stop_sequences(own.pop("until", None), eos=self.tokenizer.decode(self._end))
         most, sample = own.pop("max_gen_toks"), own.pop("do_sample", False)

@@ -26,12 +26,12 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that numbers depend on."""
+    """Versions of Python and the libraries that numbers depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def hardware(device: str) -> str:
-    """In words: the GPU's name, or the processor's with the threads that torch uses."""
+    """Name of the hardware: the GPU's name, or the processor's with the threads that torch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]

@@ -47,7 +47,7 @@ class Reference:
     token_bytes: int
 
     def logprobs(self, rows: slice, place: int) -> Tensor:
-        """Of windows ``rows`` at scored position ``place``: ``[rows, V]``, fp32 at least."""
+        """Log-probabilities of windows ``rows`` at scored position ``place``: ``[rows, V]``, fp32 at least."""
         logits = self.hidden[rows, place].to(self.head.device) @ self.head.T
         return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 

@@ -125,7 +125,7 @@ def manager(folder: str | Path | None, *, defaults: bool = True) -> TaskManager:
 
 
 def _known(names: Sequence[str], folder: Path | None) -> TaskManager:
-    """Of the folder alone, if it has all names: the harness's own tasks need not be read then."""
+    """Tasks of the folder alone, if it has all names: the harness's own tasks need not be read then."""
     if folder is not None:
         own = manager(folder, defaults=False)
         if all(name in own.task_index for name in names):

@@ -37,6 +37,6 @@ def model_hash(directory: str | Path, init: str = "pretrained", *, together: boo
 
 @cache
 def _digest(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - they are the file's state
-    """Of a file as it was at a time; kept, since hashing takes seconds for a large model."""
+    """Digest of a file as it was at a time; kept, since hashing takes seconds for a large model."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

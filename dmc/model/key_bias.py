@@ -13,7 +13,7 @@ from dmc.weights import Weights
 def key_bias(
     config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str, rank: int = 0, ranks: int = 1,
 ) -> KeyBias | None:
-    """Of one rank's key/value heads; None if keys have no bias, or a norm after it, which does not let it apart.
+    """Key bias of one rank's key/value heads; None if keys have no bias, or a norm after it, which does not let it apart.
 
     Where decisions come from a neuron of the keys, that neuron's bias is 0, as the model sets the neuron to 0.
 

@@ -34,7 +34,7 @@ class RequestError(Exception):
 
 
 class ErrorObject(BaseModel):
-    """As OpenAI's."""
+    """Error object of a response, as OpenAI's."""
 
     message: str
     type: str

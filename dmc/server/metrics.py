@@ -59,7 +59,7 @@ class Metrics:
         self.success.labels(finished_reason="abort", **self._labels).inc(len(sequences))
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _ended(self, sequence: Sequence) -> None:

@@ -30,7 +30,7 @@ _MORE_REQUESTS = 64  # that reach a replica beyond those it takes, to be rejecte
 
 
 class Arguments(BaseModel):
-    """Of `build`: the settings of `LLM` and of `Settings` under their names, and how many replicas there are.
+    """Arguments of `build`: the settings of `LLM` and of `Settings` under their names, and how many replicas there are.
 
     Attributes:
         directory: as every machine of the cluster finds it.
@@ -85,7 +85,7 @@ class Arguments(BaseModel):
         return LLM(self.directory, **self.model_dump(exclude=ours))
 
     def settings(self) -> Settings:
-        """Of the application.
+        """Settings of the application.
 
         Raises:
             ValueError: see `Settings`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one server; every field is a flag of ``dmc serve``.
+    """Settings of one server; every field is a flag of ``dmc serve``.
 
     Attributes:
         name: of the model, as requests name it.

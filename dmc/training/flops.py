@@ -80,7 +80,7 @@ def attention_flops(hf: ModelShape, tokens: int) -> int:
 
 
 def forward_flops(hf: ModelShape, tokens: int) -> int:
-    """Of one token's forward pass in a sequence of ``tokens``: matrices, causal attention and logits.
+    """Operations of one token's forward pass in a sequence of ``tokens``: matrices, causal attention and logits.
 
     Norms, rotation, the merge scan and the decisions are not counted: this is the model's work, by which MFU
     measures, and they are overhead.

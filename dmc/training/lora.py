@@ -76,7 +76,7 @@ class LowRank(nn.Module):
         return self.scale * F.linear(low, self.b.flatten(0, 1))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """For checkpoints that load under any layout."""
+        """The sharded state, for checkpoints that load under any layout."""
         axes = {"b": 1} if self.outputs_cut else {"a": 1}
         return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, axes, sharded_offsets)
 

@@ -88,7 +88,7 @@ class Memory:
 
 
 def memory(config: Config, hf: ModelShape, layout: Layout, stage: int, *, on_gpu: bool = True) -> Memory:
-    """Of a rank of pipeline stage ``stage``.
+    """Memory of a rank of pipeline stage ``stage``.
 
     Args:
         on_gpu: RMSNorm is one kernel that keeps its input alone, where on the CPU torch keeps two fp32 tensors; and

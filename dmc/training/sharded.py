@@ -26,13 +26,13 @@ class ShardedOptimizer(DistributedOptimizer):
     """`DistributedOptimizer` whose checkpoints are right with ``torch.optim.AdamW``."""
 
     def sharded_state_dict(self, model: dict, is_loading: bool = False, *args: object, **kwargs: object) -> dict:
-        """As megatron's; before a load there is a state to fill."""
+        """The sharded state, as megatron's; before a load there is a state to fill."""
         if is_loading:
             self._allocate()
         return super().sharded_state_dict(model, is_loading, *args, **kwargs)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As megatron's; every parameter gets a ``step`` of its own."""
+        """Loads as megatron's; every parameter gets its own ``step``."""
         super().load_state_dict(state_dict)
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):

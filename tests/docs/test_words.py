@@ -125,6 +125,14 @@ def test_texts_of_the_code_use_them_too():
     assert {name: lines for name, lines in wrong.items() if lines} == {}
 
 
+def test_docstrings_begin_with_what_they_describe():
+    """'Number of entries in a page.', not 'Of a page.'"""
+    nodes = (ast.AsyncFunctionDef, ast.ClassDef, ast.FunctionDef, ast.Module)
+    texts = [(path.name, ast.get_docstring(node)) for path in CODE for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, nodes)]
+    assert [(name, text) for name, text in texts if text and text.startswith("Of ")] == []
+
+
 def test_words_are_found_in_texts_of_code():
     source = 'x = "made anew"  # a twin\n\n\ndef f():\n    """Of `twin`:\n\n    nats a token."""\n    return "all anew"\n'
     assert [line.split(";")[0] for line in found_in_code(source)] == [

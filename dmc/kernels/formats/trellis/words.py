@@ -102,7 +102,7 @@ def shared_by_blocks(
 
 @triton.jit
 def indices_of(high, once, second, b: tl.constexpr, BITS: tl.constexpr):
-    """Of block b: (indices in the table of levels, four per word; at 5 bits 1 in the bytes of negative levels)."""
+    """For block b: (indices in the table of levels, four per word; at 5 bits 1 in the bytes of negative levels)."""
     WIDTH: tl.constexpr = width(BITS)
     ONE: tl.constexpr = 0x01010101
     OWN: tl.constexpr = (2 << WIDTH) * ONE - 2 * ONE
