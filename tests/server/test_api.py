@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from dmc import LLM, SamplingParams
+from tests.server import both
 from tests.server.helpers import model_directory, serving
 
 
@@ -44,64 +45,28 @@ def test_models(client):
 
 
 def test_completion_is_what_the_engine_generates(client, directory):
-    answer = client.completions.create(model="tiny", prompt="hello", max_tokens=12, temperature=0.7, seed=4, logprobs=2)
-    text = answer.choices[0].text
-    again = client.completions.create(model="tiny", prompt="hello", max_tokens=12, temperature=0.7, seed=4)
-    assert text and again.choices[0].text == text
+    answer = both.completion(client)
     llm = LLM(directory, codec="tcq", page_size=8, device="cpu")
     own = llm.generate("hello", SamplingParams(max_tokens=12, temperature=0.7, seed=4))[0]
-    assert own.text == text
-    assert answer.usage.prompt_tokens == 5 and answer.usage.completion_tokens == len(own.token_ids)
-    assert answer.usage.total_tokens == 5 + len(own.token_ids) and answer.object == "text_completion"
-    logs = answer.choices[0].logprobs
-    assert len(logs.tokens) == len(logs.token_logprobs) == len(logs.top_logprobs) == len(logs.text_offset) == len(own.token_ids)
-    assert all(value <= 0 for value in logs.token_logprobs)
+    assert own.text == answer.choices[0].text
+    assert answer.usage.completion_tokens == len(own.token_ids)
 
 
 def test_stream_is_the_whole_in_pieces(client):
-    asked = {"model": "tiny", "prompt": "stream", "max_tokens": 20, "seed": 1, "logprobs": 0}
-    whole = client.completions.create(**asked)
-    pieces = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.choices[0].text
-    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason and len(pieces) > 5
-    assert pieces[-1].usage == whole.usage and pieces[-1].choices == []
-    tokens = [token for piece in pieces[:-1] if piece.choices[0].logprobs for token in piece.choices[0].logprobs.tokens]
-    assert tokens == whole.choices[0].logprobs.tokens
+    both.stream(client)
 
 
 def test_several_prompts_and_completions(client):
-    answer = client.completions.create(model="tiny", prompt=["ab", "cde"], n=3, max_tokens=6, seed=2)
-    assert [choice.index for choice in answer.choices] == list(range(6))
-    assert answer.usage.prompt_tokens == 5 and len({choice.text for choice in answer.choices[:3]}) == 3
-    ids = client.completions.create(model="tiny", prompt=[[67, 68], [69, 70, 71]], max_tokens=1, temperature=0)
-    assert len(ids.choices) == 2
-    assert client.completions.create(model="tiny", prompt=[67, 68], max_tokens=1, temperature=0).choices[0].text == (
-        ids.choices[0].text)
+    both.several(client)
 
 
 def test_stop_text_never_shows_in_a_stream(client):
-    full = client.completions.create(model="tiny", prompt="abc", max_tokens=30, temperature=0, extra_body={"ignore_eos": True})
-    stop = full.choices[0].text[9:12]
-    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 30, "temperature": 0, "stop": [stop, "@@@@"]}
-    pieces = list(client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}))
-    text = "".join(piece.choices[0].text for piece in pieces)
-    assert text == full.choices[0].text.split(stop)[0] and pieces[-1].choices[0].finish_reason == "stop"
+    both.stop(client)
 
 
 def test_chat(client, server):
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    answer = client.chat.completions.create(model="tiny", messages=messages, seed=3, logprobs=True, top_logprobs=2)
-    assert answer.choices[0].message.role == "assistant" and answer.usage.completion_tokens <= 9  # the default
-    assert answer.usage.prompt_tokens == len("s:S;u:hi;a:")
-    content = answer.choices[0].logprobs.content
-    assert len(content) == answer.usage.completion_tokens and len(content[0].top_logprobs) == 2
-    assert bytes(content[0].bytes).decode() == content[0].token
-    pieces = list(client.chat.completions.create(model="tiny", messages=messages, seed=3, stream=True))
-    assert pieces[0].choices[0].delta.role == "assistant"
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answer.choices[0].message.content
-    assert pieces[-1].choices[0].finish_reason == answer.choices[0].finish_reason
-    short = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=2, temperature=0)
-    assert short.usage.completion_tokens <= 2
+    answer = both.chat(client)
+    assert answer.usage.completion_tokens <= 9  # the default
 
 
 def test_stream_ends_with_done(server):
