@@ -1,6 +1,7 @@
 """An exported model in vLLM next to the model that it was made from: requests that fit, and seconds per step of decode.
 
     python scripts/bench_vllm.py BASE EXPORT --counts 1024 2048 --admit 512 --contexts 2048 --batches 1 4 --output FILE.json
+    python scripts/bench_vllm.py BASE BASE --settings '{"policy": "gate", "decisions": "FILE", "target_cr": 4}' --counts 1024
 
 Runs with the interpreter of integrations/vllm/make_env.sh. Both are served by vLLM in fp32 with one thread, each in a process of
 its own. ``--counts`` prints vLLM's own count of requests of so many tokens in the KV memory, ``--admit`` sends more requests than
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=64, help="MiB of KV memory in the count of requests")
     parser.add_argument("--new", type=int, default=32, help="generated tokens per request")
     parser.add_argument("--repeats", type=int, default=3, help="processes per engine and batch")
+    parser.add_argument("--settings", type=_object, help="dmc of additional_config, for EXPORT: JSON")
     parser.add_argument("--output", help="JSON file of the results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,6 +63,9 @@ def main() -> None:
         for batch in options.batches:
             case = {"kind": "decode", "context": context, "batch": batch, "new": options.new}
             cases += [case | {"engine": name, "model": model} for _ in range(options.repeats) for name, model in models.items()]
+    for case in cases:
+        if case["engine"] == "dmc" and options.settings is not None:
+            case["settings"] = options.settings
     rows: list[dict] = []
     for case in cases:
         rows.append(_run(case))
@@ -67,11 +73,21 @@ def main() -> None:
             _write(options, rows)
 
 
+def _object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is not a JSON object")
+    return value
+
+
 def _write(options: argparse.Namespace, rows: list[dict]) -> None:
+    import torch
+
     from dmc.evaluation.provenance import commit, hardware, versions
 
     facts = {
-        "command": " ".join(["python", *sys.argv]), "commit": commit(), "hardware": hardware("cpu"), "versions": versions(),
+        "command": shlex.join(["python", *sys.argv]), "commit": commit(), "versions": versions(),
+        "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
         "base": Path(options.base).name, "export": Path(options.export).name, "rows": rows,
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +102,8 @@ def _run(case: dict) -> dict:
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    row = {name: value for name, value in case.items() if name != "model"} | json.loads(done.stdout.splitlines()[-1])
+    row = {name: value for name, value in case.items() if name not in ("model", "settings")}
+    row |= json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(row), flush=True)
     return row
 
@@ -100,6 +117,7 @@ def _case(case: dict) -> dict:
         model=case["model"], dtype="float32", enforce_eager=True, max_model_len=context, kv_cache_memory_bytes=memory,
         max_num_seqs=256 if admission else case["batch"], max_num_batched_tokens=2048, enable_prefix_caching=False,
         block_size=None if case["engine"] == "dmc" else 32, seed=0,
+        additional_config={"dmc": case["settings"]} if "settings" in case else {},
     )
     engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
     counted = _concurrency(engine, scheduler)

@@ -4,14 +4,15 @@
 #   bash scripts/gpu_check.sh STEP ...        some of them
 #   bash scripts/gpu_check.sh --list          their names
 # Needs torch, triton, transformers and pytest, no network. PYTHON names the interpreter (python3 if unset). Steps
-# that train need megatron-core too: put its wheel (and those of what it needs) in the folder that WHEELS names.
+# that train need megatron-core too: put its wheel (and those of what it needs) in the folder that WHEELS names. Steps whose
+# names have vllm need vLLM 0.32 in the interpreter that DMC_VLLM_PYTHON names; without it, "every step" leaves them out.
 # Results go to OUT (runs/gpu if unset): a log of each step, and JSON, tables and plots of the benchmarks.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
 LIMIT=535  # seconds a step
-STEPS="environment test-scan test-attention test-late test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-grow bench-model test-training bench-train"
+STEPS="environment test-scan test-attention test-late test-serving test-growing test-engine bench-kernels bench-kernels-gqa bench-32k bench-layer bench-decode bench-grow bench-model test-training bench-train test-vllm test-vllm-server bench-vllm"
 
 wheels() {
   [ -z "${WHEELS:-}" ] || "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" megatron-core psutil
@@ -22,6 +23,10 @@ tests() {
   local workers=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 14 ? $(nproc) : 14))")
   "$PYTHON" -m pytest -q "${workers[@]}" "$@"
+}
+
+vllm() {
+  [ -n "${DMC_VLLM_PYTHON:-}" ] || { echo "DMC_VLLM_PYTHON must name an interpreter with vLLM 0.32" >&2; return 1; }
 }
 
 step() {
@@ -48,6 +53,12 @@ step() {
     bench-train)
       wheels && "$PYTHON" scripts/bench_train.py --precision bf16 --hidden 4096 --heads 32 --kv-heads 32 --head-size 128 \
         --ffn 11008 --vocab 32000 --length 4096 --batch 1 --layers 4 --window 64 --json "$OUT/train.json" ;;
+    test-vllm) vllm && "$PYTHON" -m pytest -q --slow tests/integrations/test_vllm.py ;;
+    test-vllm-server) vllm && "$PYTHON" -m pytest -q --slow tests/integrations/test_server.py ;;
+    bench-vllm)
+      vllm && "$DMC_VLLM_PYTHON" scripts/bench_vllm.py checkpoints/base checkpoints/base --counts 1024 2048 --contexts 2048 --batches 1 8 \
+        --settings '{"policy": "gate", "decisions": "checkpoints/decisions/base.safetensors", "target_cr": 4}' \
+        --output "$OUT/vllm.json" ;;
   esac
 }
 
@@ -56,9 +67,13 @@ for name in "$@"; do
   [[ " $STEPS " = *" $name "* ]] || { echo "error: unknown step $name; known: $STEPS" >&2; exit 2; }
 done
 mkdir -p "$OUT"
-export -f step tests wheels
+export -f step tests wheels vllm
 export PYTHON OUT WHEELS=${WHEELS:-} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=
+[ $# != 0 ] || [ -n "${DMC_VLLM_PYTHON:-}" ] || {
+  echo "left out, since DMC_VLLM_PYTHON names no interpreter with vLLM: test-vllm, test-vllm-server, bench-vllm"
+  STEPS=${STEPS%% test-vllm*}
+}
 for name in ${@:-$STEPS}; do
   echo "== $name"
   timeout "$LIMIT" bash -c "set -o pipefail; step $name" 2>&1 | tee "$OUT/$name.log" | tail -n 40

@@ -71,6 +71,19 @@ def test_gpu_check_lists_its_steps_and_refuses_others():
     assert done.returncode == 2 and "unknown step bench-everything; known: environment" in done.stderr
 
 
+def test_gpu_check_without_vllm(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(broken), "OUT": str(out)}
+    done = gpu_check(**environment)
+    assert "left out, since DMC_VLLM_PYTHON" in done.stdout
+    assert "== bench-train" in done.stdout and "== test-vllm" not in done.stdout
+    done = gpu_check("bench-vllm", **environment)
+    assert done.returncode == 1 and "DMC_VLLM_PYTHON must name an interpreter" in (out / "bench-vllm.log").read_text()
+
+
 def test_gpu_check_says_which_step_failed(tmp_path):
     """A step that fails fails the whole and is named; its log is kept."""
     broken = tmp_path / "python"
