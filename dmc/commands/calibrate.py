@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 _BASES = {"budget": 0.02, "windows": 8}  # flags of one mode and their defaults
-_DECISIONS = {"window": 64, "sinks": 4, "sequences": None, "ridge": 1e-3, "arrival_only": False}
+_DECISIONS = {"window": 64, "sinks": 4, "sequences": None, "ridge": 1e-3, "arrival_only": False, "target": "later"}
 _CONTEXT = {False: 512, True: 1024}
 
 
@@ -30,6 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     decisions.add_argument("--window", type=int, metavar="W", help="newest tokens, always kept (64)")
     decisions.add_argument("--sinks", type=int, metavar="S", help="first tokens of a document, always kept (4)")
     decisions.add_argument("--sequences", type=int, metavar="N", help="sequences of the text (as many as it has, at most 100)")
+    decisions.add_argument("--target", metavar="NAME",
+                           help="attention that the heads predict: later (default), of later tokens of the text; repeat, of a "
+                           "second copy of the text; or both")
     decisions.add_argument("--ridge", type=float, help="strength of the ridge regression (0.001)")
     decisions.add_argument("--arrival-only", action="store_true", default=None,
                            help="decide when a token arrives, not W tokens later")
@@ -80,14 +83,14 @@ def _find_bases(options: argparse.Namespace, out: Path, context: int, *, budget:
 
 def _fit_decisions(
     options: argparse.Namespace, out: Path, context: int, *, window: int, sinks: int, sequences: int | None, ridge: float,
-    arrival_only: bool,
+    arrival_only: bool, target: str,
 ) -> None:
     from dmc.engine.llm import resolve
     from dmc.evaluation.fit_decisions import FitSettings, fit_decisions
     from dmc.evaluation.sequences import read_sequences
     from dmc.model import read_config
 
-    settings = FitSettings(window=window, sinks=sinks, look_ahead=not arrival_only, ridge=ridge)
+    settings = FitSettings(window=window, sinks=sinks, look_ahead=not arrival_only, ridge=ridge, target=target)
     settings.fitted(context)
     config = read_config(options.directory)
     device, dtype = resolve(options.device, options.dtype, config.dtype)

@@ -6,6 +6,8 @@ layer's statistics, and attention, computed in blocks of queries, takes memory l
 
 Per key/value head the target of token t is ``log(floor + a_t)``, a_t the largest attention that t receives from any query
 more than w tokens later, over the queries and the query heads of the group. The features are h_t, h_{t+w} and a constant.
+With the target "repeat" these are the queries of a second copy of the sequence, which follows the first: what a model looks up to
+write its context again (KVzip, arXiv 2505.23416), whatever a later question asks for. "both" takes the larger of the two.
 
 At last eviction by the heads runs on a few sequences, so that a threshold drops the share it promises (`fit_levels`).
 
@@ -37,6 +39,12 @@ from dmc.model.config import ModelConfig
 from dmc.model.fingerprint import model_hash
 
 FLOOR = 1e-5  # of the attention, before the logarithm
+TARGETS = {
+    "later": "queries more than {window} later",
+    "repeat": "queries of a second copy",
+    "both": "queries more than {window} later, of a second copy too",
+}
+"""Whose attention the regression predicts."""
 _MEASURED = 4  # sequences on which the share of dropped tokens is measured
 _HELD_OUT = 8  # one sequence of so many measures R2 and is not used for the weights that are measured
 
@@ -50,7 +58,8 @@ class FitSettings:
         sinks: first tokens of a document, always kept, not fitted.
         look_ahead: also read h_{t+w}; otherwise h_t alone.
         ridge: added to the diagonal of the features' second moments, relative to its mean.
-        min_queries: a token is used only if so many queries come later than its window.
+        min_queries: a token is used only if so many queries come later than its window; without effect with a second copy.
+        target: of `TARGETS`. All but "later" run a sequence through the model twice in a row, as one of twice its length.
         block: queries whose attention is computed together; it changes memory and speed, not the result.
     """
 
@@ -60,6 +69,7 @@ class FitSettings:
     ridge: float = 1e-3
     min_queries: int = 64
     block: int = 256
+    target: str = "later"
 
     def __post_init__(self) -> None:
         """Raises ValueError if a setting is out of range."""
@@ -68,6 +78,13 @@ class FitSettings:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not (math.isfinite(self.ridge) and self.ridge > 0):
             raise ValueError(f"ridge must be a positive number, got {self.ridge}")
+        if self.target not in TARGETS:
+            raise ValueError(f"target {self.target!r} must be one of {', '.join(TARGETS)}")
+
+    @property
+    def copies(self) -> int:
+        """Copies of a sequence that the model reads."""
+        return 1 if self.target == "later" else 2
 
     def fitted(self, length: int) -> slice:
         """Tokens of a sequence that the regression uses.
@@ -75,12 +92,13 @@ class FitSettings:
         Raises:
             ValueError: if there is none; the sentence says how long a sequence must be.
         """
-        tokens = slice(self.sinks, length - self.window - self.min_queries)
+        queries = self.min_queries if self.copies == 1 else 1
+        tokens = slice(self.sinks, length - self.window - queries)
         if tokens.stop <= tokens.start:
-            least = self.sinks + self.window + self.min_queries + 1
+            least = self.sinks + self.window + queries + 1
             raise ValueError(
-                f"sequences of {length} tokens are too short for window {self.window}, {self.sinks} sinks and "
-                f"{self.min_queries} later queries: they need at least {least} tokens"
+                f"sequences of {length} tokens are too short for window {self.window}, {self.sinks} sinks and {queries} later "
+                f"queries: they need at least {least} tokens"
             )
         return tokens
 
@@ -102,15 +120,18 @@ class LargestAttention:
         query: ``[H, G, T, D]``.
         window: w.
         floor: added to the attention.
+        asking: attention of queries before this one does not count.
     """
 
-    def __init__(self, query: Tensor, window: int, floor: float = FLOOR) -> None:
+    def __init__(self, query: Tensor, window: int, floor: float = FLOOR, asking: int = 0) -> None:
         self._largest = query.new_zeros(query.shape[0], query.shape[2])
-        self._window, self._floor = window, floor
+        self._window, self._floor, self._asking = window, floor, asking
 
     def add(self, attention: Tensor, first: int) -> None:
         """See `Target`."""
-        far = mask_near(attention, first, self._window).amax((1, 2))
+        if (before := max(0, self._asking - first)) >= attention.shape[2]:
+            return
+        far = mask_near(attention[:, :, before:], first + before, self._window).amax((1, 2))
         seen = self._largest[:, : far.shape[1]]
         torch.maximum(seen, far, out=seen)
 
@@ -144,12 +165,14 @@ def fit_decisions(
         raise ValueError(f"{directory} holds a retrofitted model, which has its own decisions: give the base model")
     count, length = text.tokens.shape
     settings.fitted(length)
-    if length > config.positions:
-        raise ValueError(f"sequences of {length} tokens are longer than the model's {config.positions} positions")
+    if length * settings.copies > config.positions:
+        twice = " read twice" if settings.copies > 1 else ""
+        raise ValueError(f"sequences of {length} tokens{twice} are longer than the model's {config.positions} positions")
     model = Decoder.load(directory, dtype=dtype, device=device)
     state = None if out is None else out.with_name(f".{out.name}.state")
     key = fingerprint(digest, text.tokens, settings, dtype, torch.device(device).type)
-    done, layers = FitState.start(state, key, model.embedding.cpu()[text.tokens]), config.num_hidden_layers
+    read = text.tokens.repeat(1, settings.copies)
+    done, layers = FitState.start(state, key, model.embedding.cpu()[read]), config.num_hidden_layers
     measured = text.tokens[:: -(-count // _MEASURED)]
     total, start = ((parts[0] * count + parts[1] * len(measured) * layers) for parts in ((layers, len(LEVELS)), done.steps))
     with tqdm(total=total, initial=start, desc="decisions", unit="block") as bar:
@@ -187,7 +210,7 @@ def _decisions(
     late = weights[..., hidden:-1] if settings.look_ahead else torch.zeros(layers, heads, hidden)
     about = {
         "text": text.name, "text_hash": text.text_hash, "tokens": text.tokens.numel(), "length": text.tokens.shape[1],
-        "target": f"log({FLOOR:g} + largest attention from queries more than {settings.window} later)",
+        "target": f"log({FLOOR:g} + largest attention from {TARGETS[settings.target].format(window=settings.window)})",
         "look_ahead": settings.look_ahead, "ridge": settings.ridge, "min_queries": settings.min_queries,
         "r2": [round(value, 4) for value in done.r2], "version": __version__,
     }
@@ -200,8 +223,11 @@ def _decisions(
 def _fit_layer(
     model: Decoder, hidden: Tensor, index: int, settings: FitSettings, bar: tqdm,
 ) -> tuple[Tensor, Tensor, float, Tensor]:
-    """One layer on all sequences ``[N, T, hidden]``: weights ``[F, H]``, scores ``[N n, H]``, R2, the block's output."""
-    tokens, after = settings.fitted(hidden.shape[1]), torch.empty_like(hidden)
+    """One layer on all sequences ``[N, T, hidden]``: weights ``[F, H]``, scores ``[N n, H]``, R2, the block's output.
+
+    If there are two copies, T counts both; the regression and the scores are of the first one."""
+    length = hidden.shape[1] // settings.copies
+    tokens, after = settings.fitted(length), torch.empty_like(hidden)
     parts: list[Moments | None] = [None, None]  # for the weights that R2 is measured of, and for measuring it
     for number, x in enumerate(hidden):
         after[number], features, target = _observe(model, x, index, settings)
@@ -212,8 +238,8 @@ def _fit_layer(
     most, rest = parts
     r2 = (rest or most).r2(most.ridge(settings.ridge)).mean()
     weights = (most + rest if rest else most).ridge(settings.ridge).float()
-    scored = slice(settings.sinks, hidden.shape[1] - settings.window - 1)
-    scores = [features_of(model, x, index, settings)[scored] @ weights for x in hidden]
+    scored = slice(settings.sinks, length - settings.window - 1)
+    scores = [features_of(model, x[:length], index, settings)[scored] @ weights for x in hidden]
     return weights.cpu(), torch.cat(scores).cpu(), float(r2), after
 
 
@@ -225,7 +251,7 @@ def _observe(model: Decoder, x: Tensor, index: int, settings: FitSettings) -> tu
         rope = model.rope(torch.arange(len(x), device=model.device))
         query, key, value = (part.float().transpose(0, 1) for part in (query, key, value))
         query = rotate(query, rope).unflatten(0, (key.shape[0], -1))
-        target = LargestAttention(query, settings.window)
+        target = LargestAttention(query, settings.window, asking=len(x) // 2 if settings.target == "repeat" else 0)
         out = attend_in_blocks(query, rotate(key, rope), value, block=settings.block, see=target.add)
         found.append(target.result())
         return out.flatten(0, 1).transpose(0, 1).to(model.dtype)

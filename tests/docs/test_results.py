@@ -119,15 +119,15 @@ def test_two_caches_are_compared_over_the_same_samples(data):
     def report(row, ratio, found, policy="h2o"):
         samples = [{"kind": "single", "length": 64, "answers": [str(i)], "found": one} for i, one in enumerate(found)]
         whole = {"found": statistics.fmean(found), "held_bytes": 100, "byte_ratio": ratio}
-        return {"row": row, "policy": policy, "retrieval": {"all": whole, "samples": samples}}
+        return {"row": row, "policy": policy, "retrieval": {"all": whole, "samples": samples, "cells": [{"length": 64}]}}
 
     data(
         report("full, bf16", 1.0, [1, 1, 1]), report("a", 3.9, [1, 0, 1]), report("d", 4.1, [0, 1, 1]),
         report("b", 4.2, [0, 0, 1], "tova:share=0.2"), report("c", 8, [0, 0, 0]),
     )
     lines = results_tables.retrieval("rows.jsonl").splitlines()[2:]
-    assert lines[1] == "| 1/4 | 1.00 | a (1/3.9), **0.67** | b (1/4.2), **0.33** | 0.33 ± 0.33 (n 3), not settled |"
-    assert lines[2] == "| 1/8 | 1.00 | c (1/8.0), **0.00** | – | – |"
+    assert lines[1] == "| 64 | 1/4 | 1.00 | a (1/3.9), **0.67** | b (1/4.2), **0.33** | 0.33 ± 0.33 (n 3), not settled |"
+    assert lines[2] == "| 64 | 1/8 | 1.00 | c (1/8.0), **0.00** | – | – |"
 
 
 def test_a_page_says_the_columns(data):

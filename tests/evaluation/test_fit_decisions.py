@@ -1,6 +1,7 @@
 """Decision heads by ridge regression: against a dense computation with transformers, memory, resume, bad input."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,21 +47,24 @@ def same(a, b):
 
 
 @torch.no_grad()
-def dense(directory, tokens, *, window, sinks, queries, ridge, look_ahead):
+def dense(directory, tokens, *, window, sinks, queries, ridge, look_ahead, target):
     """The same fit by whole T x T matrices of transformers, in fp64: per layer (weights [F, H], scores, R2)."""
+    length = tokens.shape[1]
+    if target != "later":
+        tokens, queries = torch.cat([tokens, tokens], 1), 1
     llama = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float64).eval()
     seen = llama(tokens, output_hidden_states=True, output_attentions=True, use_cache=False)
-    heads, length, found = llama.config.num_key_value_heads, tokens.shape[1], []
+    heads, found = llama.config.num_key_value_heads, []
     for index, layer in enumerate(llama.model.layers):
-        h = layer.input_layernorm(seen.hidden_states[index])
+        h = layer.input_layernorm(seen.hidden_states[index])[:, :length]
         features = [h, torch.ones(*h.shape[:2], 1, dtype=h.dtype)]
         if look_ahead:
             later = torch.zeros_like(h)
             later[:, : length - window] = h[:, window:]
             features.insert(1, later)
         x = torch.cat(features, -1)
-        place = torch.arange(length)
-        far = seen.attentions[index] * (place[:, None] - place > window)
+        asking, place = torch.arange(length if target == "repeat" else 0, tokens.shape[1]), torch.arange(length)
+        far = seen.attentions[index][:, :, asking, :length] * (asking[:, None] - place > window)
         y = torch.log(far.amax(2) + FLOOR).unflatten(1, (heads, -1)).amax(2).transpose(1, 2)  # [N, T, H]
 
         def solve(rows, x=x, y=y):
@@ -83,11 +87,14 @@ def of_the_full_model(monkeypatch):
     monkeypatch.setattr(module, "with_eviction", lambda found, measured: found)
 
 
-@pytest.mark.parametrize("look_ahead", [True, False])
-def test_the_fit_is_that_of_dense_matrices(directory, of_the_full_model, look_ahead):
-    settings = FitSettings(window=6, sinks=3, min_queries=9, block=16, ridge=0.01, look_ahead=look_ahead)
+@pytest.mark.parametrize("look_ahead, target", [(True, "later"), (False, "later"), (True, "repeat"), (True, "both")])
+def test_the_fit_is_that_of_dense_matrices(directory, of_the_full_model, look_ahead, target):
+    settings = FitSettings(window=6, sinks=3, min_queries=9, block=16, ridge=0.01, look_ahead=look_ahead, target=target)
     fitted = fit_decisions(directory, text(), settings)
-    expected = dense(directory, text().tokens, window=6, sinks=3, queries=9, ridge=0.01, look_ahead=look_ahead)
+    expected = dense(  # the second copy begins within a block
+        directory, text().tokens, window=6, sinks=3, queries=9, ridge=0.01, look_ahead=look_ahead, target=target,
+    )
+    assert ("second copy" in fitted.meta["target"]) == (target != "later")
     parts = [fitted.arrival, fitted.late, fitted.bias[..., None]] if look_ahead else [fitted.arrival, fitted.bias[..., None]]
     got = torch.cat(parts, -1).double()
     for layer, (weights, _, r2) in enumerate(expected):
@@ -286,6 +293,10 @@ def test_sequences_that_do_not_fit(model):
     with pytest.raises(ValueError, match="18 tokens are too short for window 6, 3 sinks and 9 later queries.* at least 19"):
         fit_decisions(model, text(length=18), SETTINGS)
     assert fit_decisions(model, text(length=19), SETTINGS)
+    twice = replace(SETTINGS, target="repeat")
+    with pytest.raises(ValueError, match="10 tokens are too short for window 6, 3 sinks and 1 later queries.* at least 11"):
+        fit_decisions(model, text(length=10), twice)
+    assert fit_decisions(model, text(length=11), twice)
     with pytest.raises(ValueError, match="300 tokens are longer than the model's 256 positions"):
         fit_decisions(model, text(length=300), SETTINGS)
 
@@ -345,6 +356,8 @@ def test_the_command(model, tmp_path, capsys):
     (["--sequences", "0"], "number of sequences must be at least 1"),
     (["--window", "-1"], "window must be at least 0"),
     (["--ridge", "-1"], "ridge must be a positive number"),
+    (["--target", "sum"], "target 'sum' must be one of later, repeat, both"),
+    (["--context", "200", "--window", "9", "--target", "both"], "200 tokens read twice are longer than the model's 256"),
     (["--budget", "0.1"], "--budget does nothing with --decisions"),
     (["--windows", "3"], "--windows does nothing with --decisions"),
     (["--context", "300", "--window", "9"], "300 tokens are longer than the model's 256 positions"),
@@ -370,7 +383,8 @@ def test_a_file_among_the_weights(model, capsys, mode):
 
 
 @pytest.mark.parametrize(
-    "flag", [["--window", "3"], ["--sinks", "1"], ["--arrival-only"], ["--ridge", "1"], ["--sequences", "1"]]
+    "flag", [["--window", "3"], ["--sinks", "1"], ["--arrival-only"], ["--ridge", "1"], ["--sequences", "1"],
+             ["--target", "both"]]
 )
 def test_flags_of_decisions_without_it(model, tmp_path, capsys, flag):
     assert cli.main(["calibrate", str(model), "--text", "x", "--out", str(tmp_path / "d"), *flag]) == 2
