@@ -128,23 +128,28 @@ def suite(file: str, *kinds: str) -> str:
 
 
 def retrieval(*files: str) -> str:
-    """The two policies that write out most answers within each of `BUDGETS`; differences are paired over the samples.
+    """Per file (one length each) the two policies that write out most answers within each of `BUDGETS`; differences are paired
+    over the samples.
 
     A cache may be 3 % larger than the budget: budgets are settings in tokens, and pages are filled in parts.
     """
-    rows, lines = read(*files), []
-    full = next(row for row in rows if row["row"].startswith("full,"))["retrieval"]["all"]
-    for budget in BUDGETS:
-        able = [row for row in rows if 1 / row["retrieval"]["all"]["byte_ratio"] <= 1.03 * budget]
-        able.sort(key=lambda row: (-row["retrieval"]["all"]["found"], row["retrieval"]["all"]["held_bytes"]))
-        order = list({row["policy"].split(":")[0]: row for row in reversed(able)}.values())[::-1]  # the best of each policy
-        order = sorted(order, key=able.index)[:2]
-        if order:
-            of = [(row["row"], row["retrieval"]["all"]) for row in order]
-            cells = [f"{name} ({ratio(1 / one['byte_ratio'])}), **{one['found']:.2f}**" for name, one in of]
-            apart = _samples(*order) if len(order) > 1 else "–"
-            lines.append((f"1/{1 / budget:g}", f"{full['found']:.2f}", *cells, *["–"] * (2 - len(cells)), apart))
-    return table(("bytes, about", "full cache", "best", "second", "difference"), lines)
+    lines = []
+    for file in files:
+        rows = read(file)
+        full = next(row for row in rows if row["row"].startswith("full,"))["retrieval"]
+        (length,) = {cell["length"] for cell in full["cells"]}
+        for budget in BUDGETS:
+            able = [row for row in rows if 1 / row["retrieval"]["all"]["byte_ratio"] <= 1.03 * budget]
+            able.sort(key=lambda row: (-row["retrieval"]["all"]["found"], row["retrieval"]["all"]["held_bytes"]))
+            order = list({row["policy"].split(":")[0]: row for row in reversed(able)}.values())[::-1]  # the best of each policy
+            order = sorted(order, key=able.index)[:2]
+            if order:
+                of = [(row["row"], row["retrieval"]["all"]) for row in order]
+                cells = [f"{name} ({ratio(1 / one['byte_ratio'])}), **{one['found']:.2f}**" for name, one in of]
+                apart = _samples(*order) if len(order) > 1 else "–"
+                found = f"{full['all']['found']:.2f}"
+                lines.append((f"{length:,}", f"1/{1 / budget:g}", found, *cells, *["–"] * (2 - len(cells)), apart))
+    return table(("tokens", "bytes, about", "full cache", "best", "second", "difference"), lines)
 
 
 def _samples(best: dict, other: dict) -> str:
