@@ -7,11 +7,13 @@ import torch
 
 from dmc import LLM, SamplingParams
 from dmc.cache import codec, policy, policy_class
+from dmc.cache.codecs.base import Blocks, Codec
 from dmc.cache.codecs.int8 import Int8Codec
 from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.cli import main
 from dmc.evaluation.grid import cells, choose
 from dmc.evaluation.spec import named
+from dmc.kernels.backend import using
 from tests.model import tiny
 
 MODULE = '''
@@ -132,3 +134,45 @@ def test_a_codec_that_raises_ends_with_its_own_error_and_the_pool_is_intact(pack
     failing.pages = 10_000
     assert llm.generate([list(range(5, 18))], SamplingParams(max_tokens=12))[0].token_ids  # and it goes on
     assert not llm.cache.used_pages
+
+
+class Halves(Int8Codec):
+    """INT8 with fp16 scales, as a copy of the package's codec that changes only the dtype."""
+
+    def encode(self, keys, values):
+        blocks = super().encode(keys, values)
+        kept = {name: x.half() if name.endswith("scale") else x for name, x in blocks.tensors.items()}
+        return Blocks(kept, blocks.entries, blocks.head_size)
+
+
+class Zeros(Int8Codec):
+    """INT8 with another field."""
+
+    def encode(self, keys, values):
+        blocks = super().encode(keys, values)
+        return Blocks(blocks.tensors | {"k_zero": blocks.tensors["k_scale"]}, blocks.entries, blocks.head_size)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (Halves, r"int8 pages: the kernels read k_scale as bfloat16 \[16\], and the codec stores float16 \[16\]; without make_page"),
+    (Zeros, "int8 pages: the kernels do not read the field k_zero; without make_page_format in the codec, PyTorch reads"),
+])
+def test_pages_that_kernels_would_misread_are_rejected(tmp_path, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        wrong().page_format(16, 8, torch.float32)
+    with pytest.raises(ValueError, match=words):
+        LLM(directory(tmp_path), device="cpu", codec=wrong())
+
+
+def test_without_the_format_of_the_copy_pytorch_reads_its_pages(tmp_path):
+    right = type("Right", (Halves,), {"make_page_format": Codec.make_page_format})
+    path, found = directory(tmp_path), {}
+    tokens = torch.randint(3, tiny.VOCAB, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    kinds = {"auto": right(), "torch": right(), "int8": "int8", "dense": "dense"}
+    for name, kind in kinds.items():
+        with using("auto" if name == "auto" else "torch"):
+            llm = LLM(path, device="cpu", codec=kind, page_size=16, sink_tokens=0)
+            found[name] = llm.score([tokens], prompt_tokens=1)[0].logprobs
+    torch.testing.assert_close(found["auto"], found["torch"], atol=1e-5, rtol=1e-5)
+    ours, theirs = ((found[name] - found["dense"]).abs().mean() for name in ("auto", "int8"))
+    assert 0 < ours < 1.5 * theirs

@@ -26,7 +26,7 @@ from tests.docs.blocks import ROOT, Block, Command, commands
 from tests.docs.files import Files
 from tests.docs.programs import PROGRAMS
 
-YOUR_MODULES = {"strided"}  # made by a Python block of docs/tutorials/policy.md, which tests/docs/test_tutorial.py runs
+YOUR_MODULES = {"strided", "levels"}  # made by blocks of tutorials/policy.md and add-something.md: tests/docs/test_tutorial.py
 # SLURM is on no machine that tests run on.
 SBATCH_FLAGS = {"--nodes", "--export", "--time", "--partition", "--account"}
 _EXTENSIONS = (".txt", ".py", ".yaml", ".jsonl", ".json", ".xz", ".safetensors", ".gguf", ".whl", ".sh", ".sbatch")

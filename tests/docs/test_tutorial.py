@@ -1,4 +1,4 @@
-"""The policy of docs/tutorials/policy.md: its file, its Python and its commands, on a tiny model."""
+"""The policy of docs/tutorials/policy.md and the codec of docs/add-something.md: their files, Python and commands."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmc import LLM
-from dmc.cache import policy
+from dmc.cache import codec, policy
 from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.cli import main
 from dmc.evaluation.spec import named
@@ -15,6 +15,8 @@ from tests.model import tiny
 
 PAGE = list(blocks((ROOT / "docs" / "tutorials" / "policy.md").read_text()))
 FILE, USE = [block.text for block in PAGE if block.language == "python"]
+ADD = blocks((ROOT / "docs" / "add-something.md").read_text())
+CODEC, CODEC_TEST = [block.text for block in ADD if block.language == "python"]
 
 
 @pytest.fixture
@@ -57,3 +59,20 @@ def test_the_commands_of_the_page_name_the_policy(model, capsys):
     assert main(["generate", str(model), *rest, asked[0]]) == 0
     assert main(["generate", str(model), *rest, "strided:Strided:recent=1"]) == 2
     assert "recent=1 must be at least 2" in capsys.readouterr().err
+
+
+def test_the_codec_and_its_test(tmp_path, monkeypatch):
+    (tmp_path / "levels.py").write_text(CODEC)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    found = {}
+    exec(CODEC_TEST, found)
+    assert (found["scores"] - found["known"]).abs().mean() > 1e-4  # pages were read, not only full precision
+    made, inputs = codec("levels:Levels", bits=6), torch.randn(2, 3, 16, 64)
+    blocks_of = made.encode(*inputs)
+    assert made.nbytes(blocks_of) == 3 * 2 * 16 * (64 * 6 // 8 + 4)
+    for x, got in zip(inputs, made.decode(blocks_of), strict=True):
+        assert ((got - x).norm() / x.norm()).item() < 0.03
+    with pytest.raises(ValueError, match="bits must be 3 to 8"):
+        codec("levels:Levels", bits=9)
+    sys.modules.pop("levels")

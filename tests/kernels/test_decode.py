@@ -150,7 +150,8 @@ def test_low_precision_queries():
 def test_unknown_pages_are_refused():
     with pytest.raises(ValueError, match="plain pages are dense, int8, fp8, not 'zip'"):
         PlainFormat("zip", 16, 8, {}, None)
-    fields = dict.fromkeys(("k_codes", "k_scale", "v_codes", "v_scale"), (torch.int8, (16, 8)))
+    fields = {"k_codes": (torch.int8, (16, 8)), "k_scale": (torch.bfloat16, (16,))}
+    fields |= {"v_" + name[2:]: field for name, field in fields.items()}
     with pytest.raises(ValueError, match="int8 pages have the fields .*; missing: k_codes, k_scale, v_codes, v_scale"):
         Paged(PlainFormat("int8", 16, 8, fields, None), {}, {}, *[torch.zeros(1)] * 4)
 

@@ -6,7 +6,7 @@ and never its name, so a format can also be defined outside of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,33 @@ from torch import Tensor
 
 Field = tuple[torch.dtype, tuple[int, ...]]
 """dtype and shape of a field of one page."""
+
+Read = tuple[Sequence[torch.dtype], tuple[int, ...] | None]
+"""dtypes of a field that kernels read, and its shape in one page; None: any shape."""
+
+
+def check_fields(name: str, fields: Mapping[str, Field], read: Mapping[str, Read]) -> None:
+    """Checks that pages are stored as kernels read them. Kernels get addresses: other dtypes would give wrong numbers silently.
+
+    Args:
+        name: of the format.
+        fields: of a page, as the codec stores them.
+        read: what the kernels read, by field name.
+
+    Raises:
+        ValueError: for a field that is missing, that the kernels do not read, or that has another dtype or shape.
+    """
+    rest = "without make_page_format in the codec, PyTorch reads the pages"
+    for field in fields:
+        if field not in read:
+            raise ValueError(f"{name} pages: the kernels do not read the field {field}; {rest}")
+    for field, (dtypes, shape) in read.items():
+        stored = fields.get(field)
+        if stored is None or stored[0] not in dtypes or shape is not None and tuple(stored[1]) != shape:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            wanted += "" if shape is None else f" {list(shape)}"
+            found = "does not store it" if stored is None else f"stores {str(stored[0])[6:]} {list(stored[1])}"
+            raise ValueError(f"{name} pages: the kernels read {field} as {wanted}, and the codec {found}; {rest}")
 
 
 @dataclass(frozen=True)

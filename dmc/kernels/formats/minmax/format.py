@@ -13,9 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmc.kernels.pages.format import CpuReader, PageFormat
+from dmc.kernels.pages.format import CpuReader, PageFormat, check_fields
 from dmc.kernels.pages.layout import unpacked
 from dmc.kernels.pages.paged import Paged
+
+_READ = {
+    "codes": (torch.uint8,), "scale": (torch.bfloat16,), "zero": (torch.bfloat16,), "outliers": (torch.bfloat16,),
+    "indices": (torch.uint8, torch.int16, torch.int32), "left": (torch.bfloat16,), "right": (torch.bfloat16,),
+}
+_ALWAYS = ("codes", "scale", "zero")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +35,19 @@ class MinMaxFormat(PageFormat):
         bits: 2, 3, 4 or 8, of a code.
         key_channel, value_channel: whether a vector that shares scales is a channel over the entries, or an entry.
         group: largest number of values that share a scale; None: the whole vector.
+
+    Raises:
+        ValueError: if ``fields`` have other names or dtypes.
     """
 
     bits: int
     key_channel: bool
     value_channel: bool
     group: int | None
+
+    def __post_init__(self) -> None:  # noqa: D105
+        names = [f"{part}_{name}" for part in "kv" for name in _READ if name in _ALWAYS or f"{part}_{name}" in self.fields]
+        check_fields(self.name, self.fields, {name: (_READ[name[2:]], None) for name in names})
 
     def channel(self, part: str) -> bool:
         """True if the vectors of "k" or "v" are channels."""

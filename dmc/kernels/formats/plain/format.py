@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmc.kernels.pages.format import CpuReader, PageFormat
+from dmc.kernels.pages.format import CpuReader, PageFormat, check_fields
 from dmc.kernels.pages.paged import Growing, Paged
 
 MAIN = {"dense": "{}", "int8": "{}_codes", "fp8": "{}_numbers"}
 """Name → the field of a side that holds its values: any float dtype; int8; uint8 that holds E4M3 numbers."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_READ = {"dense": _FLOATS, "int8": (torch.int8,), "fp8": (torch.uint8,)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +24,21 @@ class PlainFormat(PageFormat):
     """See the head of this file.
 
     Fields: keys and values ``[P, D]`` as `MAIN` names them, and ``k_scale``, ``v_scale`` bf16 ``[P]`` of int8 and fp8.
+
+    Raises:
+        ValueError: if ``name`` is not in `MAIN`, or if ``fields`` are others.
     """
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.name not in MAIN:
             raise ValueError(f"plain pages are {', '.join(MAIN)}, not {self.name!r}")
+        dtypes = _READ[self.name]
+        if self.name == "dense" and self.fields.get("k", (None,))[0] in dtypes:
+            dtypes = (self.fields["k"][0],)  # values are read as keys are
+        read = {self.main(part): (dtypes, (self.page, self.head_size)) for part in "kv"}
+        if self.scaled:
+            read |= {f"{part}_scale": ((torch.bfloat16,), (self.page,)) for part in "kv"}
+        check_fields(self.name, self.fields, read)
 
     @property
     def scaled(self) -> bool:
