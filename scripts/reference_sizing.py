@@ -66,7 +66,7 @@ def rows() -> list[tuple[str, ...]]:
         words = {1: "every token"}.get(cr, f"DMC at CR {cr}" + (f", window {decides.ring}" if decides.ring else ""))
         label = name if not settings else f"{name}:bits={settings['bits']}"
         found.append((words, f"`{label}`", str(made.page_size), f"{bytes_ / MIB:,.0f}", f"{dense / bytes_:.1f}",
-                      f"{free / bytes_:,.0f}"))
+                      f"{free // bytes_:,.0f}"))
     return found
 
 

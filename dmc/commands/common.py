@@ -28,8 +28,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                        help="which entries exist: dmc or dms (default: what the model was retrofitted with; full for a "
                             "plain model), full, streaming (:sinks=4,recent=252), h2o "
                             "(:heavy=128,recent=128) or tova (:budget=256); the last three take share=0.25 of the tokens "
-                            "instead; gate: fitted decisions (:decisions=FILE,target_cr=3,length=1024, and merge=true,power=1 "
-                            "to merge)")
+                            "instead; snapkv, pyramidkv, adakv, expected, knorm, random, merged (:share=0.25); kvzap "
+                            "(:decisions=FILE); gate: fitted decisions (:decisions=FILE,target_cr=3,length=1024, and "
+                            "merge=true,power=1 to merge); or your own as module:Class")
     cache.add_argument("--decisions", metavar="FILE", help="output file of dmc calibrate --decisions, for --policy gate")
     cache.add_argument("--target-cr", type=float, metavar="CR",
                        help="tokens / entries, for --policy gate, at its setting length: by default that of the sequences "
@@ -41,7 +42,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--codec", default="dense", metavar="NAME[:SETTING=VALUE,...]",
                        help="how full pages are stored: dense (default), int8, fp8, kivi (:bits=2), rotated (:bits=4), svd "
                             "(:rank=16), eigen (:file=FILE of dmc calibrate), gear, gear-4bit or gear-2bit (the published "
-                            "recipe of GEAR), tcq, tcq-4bit, tcq-3bit or tcq-2bit (rotated, trellis-coded)")
+                            "recipe of GEAR), tcq, tcq-4bit, tcq-3bit or tcq-2bit (rotated, trellis-coded), or your own as "
+                            "module:Class")
     cache.add_argument("--codec-layers", metavar="FILE", help="the codec and its settings for each layer, as JSON")
     cache.add_argument("--bits", type=int, help="gear, tcq, kivi: 2, 3, 4 or 8; rotated: 1 to 6 (4; kivi 2)")
     cache.add_argument("--backbone", help="gear: kcvt (default from 4 bits up), kivi (below), token, trellis or lloyd")
