@@ -19,9 +19,9 @@ def test_shell_scripts_parse(script):
 
 
 PYTHON_SCRIPTS = (
-    "bench_bytes", "bench_commits", "bench_decode", "bench_kernels", "bench_late", "bench_layer", "bench_serve", "bench_step",
-    "bench_train", "budget_stream", "export_hf", "gguf_to_hf", "mha_to_gqa", "quickstart_report", "retrieval", "ring_storage",
-    "train_tokenizer",
+    "bench_bytes", "bench_commits", "bench_decode", "bench_kernels", "bench_late", "bench_layer", "bench_peer", "bench_serve",
+    "bench_step", "bench_train", "bench_vllm", "budget_stream", "export_hf", "gguf_fp32", "gguf_to_hf", "mha_to_gqa",
+    "quickstart_report", "retrieval", "ring_storage", "train_tokenizer",
 )
 SCRIPTS = ("train.py", *(f"scripts/{name}.py" for name in PYTHON_SCRIPTS))
 
