@@ -13,6 +13,7 @@ llama.cpp run in processes of interpreters that have them (integrations/vllm/mak
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -64,7 +65,7 @@ class Peer(Engine):
     """An engine in a process of another interpreter (scripts/bench_peer.py).
 
     Raises:
-        ValueError: if it does not start.
+        ValueError: if it does not start, ends early, or generates another number of tokens.
     """
 
     def __init__(self, python: str, *arguments: object, threads: int) -> None:
@@ -82,17 +83,24 @@ class Peer(Engine):
 
     def run(self, prompts: list[list[int]], new: int) -> tuple[float, float]:
         """See `Engine.run`; of the other process."""
-        self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `_answer` says that it has ended
+            self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+            self.process.stdin.flush()
         answer = self._answer()
         if answer["made"] != [new] * len(prompts):
             raise ValueError(f"{self.process.args[2]} did not generate {new} tokens for each prompt")
         return answer["wall"], answer["cpu"]
 
     def close(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait(60)
+        """Ends the process, by force if it takes a minute."""
+        with contextlib.suppress(BrokenPipeError):  # of a process that has ended already
+            self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
