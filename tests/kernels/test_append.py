@@ -144,8 +144,11 @@ def test_wrong_views_are_refused():
     views = {name: getattr(state, name) for name in Growing.__dataclass_fields__}
     with pytest.raises(ValueError, match="free must be int32 on the device, got torch.int64"):
         Growing(**views | {"free": state.free.long()})
+    with pytest.raises(ValueError, match="the kernels read k as float32 .100, 8., and the codec stores float32 .4, 8.;"):
+        replace(state.format, page=100)
     with pytest.raises(ValueError, match="a row has up to 103 full-precision entries, but its . full-precision pages hold"):
-        Growing(**views | {"format": replace(state.format, page=100)})
+        fields = {name: (dtype, (100, *shape[1:])) for name, (dtype, shape) in state.format.fields.items()}
+        Growing(**views | {"format": replace(state.format, page=100, fields=fields)})
     with pytest.raises(ValueError, match=r"numerators \(18, 15\) torch.float32 must be \[rows, 16\]"):
         Growing(**views | {"numerators": state.numerators[:, :15]})
     x = torch.zeros(4, 8, device=DEVICE)
