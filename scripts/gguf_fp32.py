@@ -20,8 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.out.exists():
             raise ValueError(f"{args.out} exists already: name a new file")
-        dequantise(args.file, args.out)
-    except (ValueError, OSError) as error:
+        part = args.out.with_name(f".{args.out.name}.part")
+        try:
+            dequantise(args.file, part)
+            part.replace(args.out)
+        finally:
+            part.unlink(missing_ok=True)
+    except (ValueError, OSError, ImportError) as error:
         print(f"gguf_fp32: {error}", file=sys.stderr)
         return 2
     return 0

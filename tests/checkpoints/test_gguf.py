@@ -15,6 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from data.tokens import load_tokenizer
 from dmc.families import read_shape
 from dmc.weights import Weights
+from scripts import gguf_fp32
 from scripts.gguf_to_hf import main
 
 gguf = pytest.importorskip("gguf")
@@ -187,3 +188,24 @@ def refused(arguments, capsys, words):
     assert re.search(words, said), said
     folder = Path(arguments[1]).parent
     assert not [p for p in folder.iterdir() if p.name.startswith((".out", "out"))]
+
+
+def test_a_file_in_fp32_holds_the_dequantised_weights_and_is_whole_or_absent(tmp_path, capsys, monkeypatch):
+    source, out = tmp_path / "q4.gguf", tmp_path / "fp32.gguf"
+    write_gguf(source, kind=gguf.GGMLQuantizationType.Q4_1)
+    assert gguf_fp32.main([str(source), str(out)]) == 0
+    quantised, written = (load_gguf_checkpoint(path) for path in (source, out))
+    assert written["config"] == quantised["config"]
+    quantised, written = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (source, out))
+    assert written.keys() == quantised.keys() and {one.tensor_type for one in written.values()} == {gguf.GGMLQuantizationType.F32}
+    for name, known in quantised.items():
+        assert (written[name].data == gguf.dequantize(known.data, known.tensor_type)).all()
+    assert gguf_fp32.main([str(source), str(out)]) == 2 and "exists already" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    assert gguf_fp32.main([str(source), str(tmp_path / "b.gguf")]) == 2
+    assert "gguf_fp32: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32.gguf", "q4.gguf"]
