@@ -7,7 +7,8 @@ layer's statistics, and attention, computed in blocks of queries, takes memory l
 Per key/value head the target of token t is ``log(floor + a_t)``, a_t the largest attention that t receives from any query
 more than w tokens later, over the queries and the query heads of the group. The features are h_t, h_{t+w} and a constant.
 With the target "repeat" these are the queries of a second copy of the sequence, which follows the first: what a model looks up to
-write its context again (KVzip, arXiv 2505.23416), whatever a later question asks for. "both" takes the larger of the two.
+write its context again (KVzip, arXiv 2505.23416; KVzap predicts such scores too), whatever a later question asks for. "both"
+takes the larger of the two.
 
 At last eviction by the heads runs on a few sequences, so that a threshold drops the share it promises (`fit_levels`).
 
