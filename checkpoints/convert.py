@@ -34,13 +34,20 @@ def load_hf_state(checkpoint: str | Path) -> tuple[TrainedWeights, dict]:
     scale = settings.lora_alpha / settings.lora_rank if settings.train == "lora" else None
     tensors = TrainedWeights(checkpoint, shape_of(meta["hf_config"], where=checkpoint), lora_scale=scale)
     measured = {
-        "held-out perplexity": round(meta["perplexity"], 4), "training text": meta["corpus_hash"],
-        "held-out text": meta["held_out_hash"], "context, tokens": meta["config"]["data"]["sequence_length"],
+        "held-out perplexity": round(meta["perplexity"], 4),
+        "training text": meta["corpus_hash"],
+        "held-out text": meta["held_out_hash"],
+        "context, tokens": meta["config"]["data"]["sequence_length"],
     }
     results = {"base_model": meta.get("model_name") or Path(meta["config"]["run"]["model"]).name, "measured": measured}
     return tensors, meta | {
-        "method": settings.method, "window": settings.recent, "looks_ahead": settings.looks_ahead,
-        "decision": settings.decision, "offset": settings.offset, "gain": settings.gain, "results": results,
+        "method": settings.method,
+        "window": settings.recent,
+        "looks_ahead": settings.looks_ahead,
+        "decision": settings.decision,
+        "offset": settings.offset,
+        "gain": settings.gain,
+        "results": results,
     }
 
 
@@ -48,6 +55,4 @@ def loader(
     hf: ModelShape, weights: Callable[[str], Tensor]
 ) -> Callable[[list[str], int, int, int], Iterator[tuple[str, Tensor]]]:
     """What `dmc.training.setup.load_weights` calls: (names, first layer, tensor rank, its size) → (name, tensor)s."""
-    return lambda names, first_layer, rank, size: to_megatron(
-        hf, weights, names, first_layer=first_layer, rank=rank, size=size
-    )
+    return lambda names, first_layer, rank, size: to_megatron(hf, weights, names, first_layer=first_layer, rank=rank, size=size)

@@ -27,17 +27,34 @@ from dmc.families import by_type
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
-    *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
     "chat_template.jinja",
 )
 _NOT_COPIED = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "dmc")
 
 
 def export(
-    state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, decision: str, offset: float,
-    gain: float, target_cr: float, measured_cr: float, tokenizer_dir: str | Path, card: Mapping | str,
-    method: str = "dmc", window: int | None = None, looks_ahead: bool = False, dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = SHARD_BYTES, adapter: Callable[[Path], None] | None = None,
+    state_dict: Mapping[str, Tensor],
+    hf_config: Mapping,
+    *,
+    out: str | Path,
+    decision: str,
+    offset: float,
+    gain: float,
+    target_cr: float,
+    measured_cr: float,
+    tokenizer_dir: str | Path,
+    card: Mapping | str,
+    method: str = "dmc",
+    window: int | None = None,
+    looks_ahead: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = SHARD_BYTES,
+    adapter: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the model to `out`, with the gain of training folded into the weights.
 
@@ -75,9 +92,7 @@ def export(
     family = by_type(hf_config.get("model_type", "llama"), "the model's configuration")
     settings, model = family_code.classes(family)
     code = family_code.auto_map(family)
-    config = settings(
-        dmc=dmc, architectures=[model.__name__], auto_map=code, dtype=dtype, **_kept(hf_config),
-    )
+    config = settings(dmc=dmc, architectures=[model.__name__], auto_map=code, dtype=dtype, **_kept(hf_config))
     plan = _plan(state_dict, config, model, dtype)
     fold = folding(config, gain)
     text = card if isinstance(card, str) else model_card(out.name, config, card)
@@ -90,8 +105,14 @@ def export(
 
 
 def export_plain(
-    state_dict: Mapping[str, Tensor], hf_config: Mapping, *, out: str | Path, tokenizer_dir: str | Path, card: str,
-    dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES,
+    state_dict: Mapping[str, Tensor],
+    hf_config: Mapping,
+    *,
+    out: str | Path,
+    tokenizer_dir: str | Path,
+    card: str,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write an uncompressed model (pretrained, or the control of a retrofit) as an ordinary directory of its family.
 
@@ -225,15 +246,11 @@ def _plan(state_dict: Mapping[str, Tensor], config: PreTrainedConfig, model: typ
     look = getattr(state_dict, "meta", state_dict.__getitem__)
     for name, tensor in wanted.items():
         if look(name).shape != tensor.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(look(name).shape)}, the configuration asks for {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} has shape {tuple(look(name).shape)}, the configuration asks for {tuple(tensor.shape)}")
     return wanted
 
 
-def _write_rest(
-    directory: Path, config: PreTrainedConfig, tokenizer_dir: Path, card: str, code: Mapping[str, str],
-) -> None:
+def _write_rest(directory: Path, config: PreTrainedConfig, tokenizer_dir: Path, card: str, code: Mapping[str, str]) -> None:
     settings = config.to_json_string() if code else _readable_before_5(config)  # the model code needs transformers 5
     (directory / "config.json").write_text(settings)
     (directory / "README.md").write_text(card)

@@ -17,7 +17,12 @@ from dmc.families import Family
 
 FOLDER = Path(__file__).parent / "hf_model"
 _SHARED = (
-    "configuration_dmc_llama", "cache_dmc_llama", "entries_dmc_llama", "eviction_dmc_llama", "late_dmc_llama", "step_dmc_llama",
+    "configuration_dmc_llama",
+    "cache_dmc_llama",
+    "entries_dmc_llama",
+    "eviction_dmc_llama",
+    "late_dmc_llama",
+    "step_dmc_llama",
     "modeling_dmc_llama",
 )
 

@@ -62,8 +62,10 @@ def model_card(name: str, config: PreTrainedConfig, card: Mapping) -> str:
 def plain_card(name: str, meta: Mapping, policy: str | None = None) -> str:
     """The model card of an ordinary model, from a checkpoint's meta data; ``policy``: what it was trained to be served with."""
     measured = {
-        "held-out perplexity": round(meta["perplexity"], 4), "training steps": meta["step"],
-        "training text": meta["corpus_hash"], "held-out text": meta["held_out_hash"],
+        "held-out perplexity": round(meta["perplexity"], 4),
+        "training steps": meta["step"],
+        "training text": meta["corpus_hash"],
+        "held-out text": meta["held_out_hash"],
     }
     kind = meta["hf_config"].get("model_type", "llama")
     text = f"A {kind} model, trained by dmc.\n"
@@ -71,8 +73,7 @@ def plain_card(name: str, meta: Mapping, policy: str | None = None) -> str:
         measured = {"compression ratio": meta["measured_cr"]} | measured
         text = f"A {kind} model, trained by dmc to be served with `--policy {policy}`; the numbers are with that policy.\n"
     table = _table([{"measured": key, "value": value} for key, value in measured.items()])
-    return "\n".join([_front_matter({}).replace("- dynamic-memory-compression\n", f"- {kind}\n"), f"# {name}\n",
-                      text, table])
+    return "\n".join([_front_matter({}).replace("- dynamic-memory-compression\n", f"- {kind}\n"), f"# {name}\n", text, table])
 
 
 def _front_matter(card: Mapping) -> str:

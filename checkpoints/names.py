@@ -18,7 +18,9 @@ from dmc.families import ModelShape
 
 # Which dimension tensor parallelism cuts; the others every rank holds whole. The fused tensors are cut in their parts.
 _CUT = {
-    "embedding.word_embeddings.weight": 0, "output_layer.weight": 0, "self_attention.linear_proj.weight": 1,
+    "embedding.word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "self_attention.linear_proj.weight": 1,
     "mlp.linear_fc2.weight": 1,
 }
 _DECISION = "self_attention.decision."
@@ -26,7 +28,7 @@ _QKV, _GATED = "self_attention.linear_qkv", "mlp.linear_fc1"
 
 
 def to_megatron(
-    hf: ModelShape, weights: Callable[[str], Tensor], names: Iterable[str], *, first_layer: int, rank: int, size: int,
+    hf: ModelShape, weights: Callable[[str], Tensor], names: Iterable[str], *, first_layer: int, rank: int, size: int
 ) -> Iterator[tuple[str, Tensor]]:
     """``(megatron name, this rank's tensor)`` for every name the rank's model holds, each made when it is asked for.
 
@@ -81,9 +83,7 @@ def layer_of(name: str) -> tuple[int | None, str]:
     return None, name
 
 
-def _from_hf(
-    hf: ModelShape, weights: Callable[[str], Tensor], name: str, first_layer: int, cut: Callable[..., Tensor]
-) -> Tensor:
+def _from_hf(hf: ModelShape, weights: Callable[[str], Tensor], name: str, first_layer: int, cut: Callable[..., Tensor]) -> Tensor:
     layer, local = layer_of(name)
     if local == "output_layer.weight" and hf.tie_word_embeddings:  # the last pipeline stage's copy
         local = "embedding.word_embeddings.weight"

@@ -18,7 +18,7 @@ FOLDER = "adapter"  # within an export
 
 
 def write(
-    directory: Path, updates: Iterable[tuple[str, Tensor, Tensor]], *, base: str, rank: int, alpha: float, dtype: torch.dtype,
+    directory: Path, updates: Iterable[tuple[str, Tensor, Tensor]], *, base: str, rank: int, alpha: float, dtype: torch.dtype
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` to a new directory.
 
@@ -40,7 +40,15 @@ def write(
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha,
-        "target_modules": sorted(targets), "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

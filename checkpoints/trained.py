@@ -123,7 +123,8 @@ class _Into(DefaultLoadPlanner):
 def _unstacked(metadata: Metadata) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     """(megatron name with its global layer number, shape, dtype) of every weight of the model, layer by layer."""
     model = {
-        name: info for name, info in metadata.state_dict_metadata.items()
+        name: info
+        for name, info in metadata.state_dict_metadata.items()
         if isinstance(info, TensorStorageMetadata) and name.startswith(("embedding.", "decoder.", "output_layer."))
     }
     stacked = [name for name in model if name.startswith(_STACKED)]

@@ -106,9 +106,7 @@ class Sequences:
 class Source:
     """The batches of a run: the training order and the fixed evaluation set."""
 
-    def __init__(
-        self, training: Mixture, held_out: Mixture, length: int, optim: OptimConfig, log: LogConfig, seed: int,
-    ) -> None:
+    def __init__(self, training: Mixture, held_out: Mixture, length: int, optim: OptimConfig, log: LogConfig, seed: int) -> None:
         self._training = Sequences(training, length, seed=seed)
         self._global, self._micro, self._evaluated = optim.global_batch, optim.micro_batch, log.eval_sequences
         # Cut now: a text that is too short is rejected before the first step, not after it.

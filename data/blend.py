@@ -111,9 +111,7 @@ class Interleave:
         self._deal(place + 1)  # one more than is counted, so that the chunk of the position exists
         chunk = place // _CHUNK
         rest = self._dealt[chunk * _CHUNK : place]
-        return [
-            rounds * part + self._counts[chunk][c] + rest.count(c) for c, part in enumerate(self._parts)
-        ]
+        return [rounds * part + self._counts[chunk][c] + rest.count(c) for c, part in enumerate(self._parts)]
 
     def _deal(self, stop: int) -> None:
         corpora = range(len(self._parts))

@@ -70,9 +70,13 @@ class ChatTemplate:
             raise Unreadable(f"the chat template renders no text for {where}: fix or remove it")
         if self.loss_on == "everything":
             return Conversation(text)
-        turns = blocks if self._has_blocks else [
-            self._turn(found, number, text, where) for number, message in enumerate(found) if message["role"] == "assistant"
-        ]
+        turns = (
+            blocks
+            if self._has_blocks
+            else [
+                self._turn(found, number, text, where) for number, message in enumerate(found) if message["role"] == "assistant"
+            ]
+        )
         turns = [(start, stop) for start, stop in turns if stop > start]
         if not turns:
             raise Unreadable(
@@ -106,13 +110,16 @@ class ChatTemplate:
         )
 
     def _render(
-        self, messages: list[dict], where: str, *, prompt: bool = False, blocks: bool = False,
+        self, messages: list[dict], where: str, *, prompt: bool = False, blocks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and, if asked for, the characters of its generation blocks."""
         try:
             (text,), found = render_jinja_template(
-                conversations=[messages], chat_template=self._source, add_generation_prompt=prompt,
-                return_assistant_tokens_mask=blocks, **self._names,
+                conversations=[messages],
+                chat_template=self._source,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=blocks,
+                **self._names,
             )
             text.encode()
         except UnicodeEncodeError as error:

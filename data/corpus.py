@@ -106,9 +106,7 @@ def read_meta(directory: str | Path) -> dict:
     """
     path = Path(directory) / "meta.json"
     if not path.is_file():
-        raise ValueError(
-            f"{directory} is not a prepared corpus: it has no meta.json; make one with scripts/prepare_data.py"
-        )
+        raise ValueError(f"{directory} is not a prepared corpus: it has no meta.json; make one with scripts/prepare_data.py")
     try:
         meta = json.loads(path.read_text())
         found, parts = meta["format"], list(meta["parts"])
@@ -153,7 +151,13 @@ def open_part(directory: str | Path, part: str) -> Corpus:
     if not 0 <= offsets[-1] < tokens.nbytes:
         raise ValueError(f"{directory / part}.idx points to byte {offsets[-1]} of a .bin of {tokens.nbytes}: prepare it again")
     return Corpus(
-        f"{directory}", tokens, offsets, about["hash"], about["characters"], chat="chat" in meta, scored=scored,
+        f"{directory}",
+        tokens,
+        offsets,
+        about["hash"],
+        about["characters"],
+        chat="chat" in meta,
+        scored=scored,
         scored_tokens=about.get("scored", 0),
     )
 

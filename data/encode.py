@@ -86,8 +86,7 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: str, end: int, dtype: str, *, parse_special: bool, begin: Sequence[int] = (),
-        loss_on: str | None = None,
+        self, tokenizer: str, end: int, dtype: str, *, parse_special: bool, begin: Sequence[int] = (), loss_on: str | None = None
     ) -> None:
         self._tokenizer = Tokenizer.from_str(_without_trimming(tokenizer) if loss_on else tokenizer)
         self._loss_on = loss_on
@@ -109,7 +108,10 @@ class Encoder:
             start, stop = stop, stop + length
             ids[start : start + len(part)], ids[start + len(part) : stop] = part, self._end
         return Encoded(
-            ids, lengths, [len(t) for t in texts], [hashlib.sha256(t.encode()).digest() for t in texts],
+            ids,
+            lengths,
+            [len(t) for t in texts],
+            [hashlib.sha256(t.encode()).digest() for t in texts],
             np.concatenate([_in_turns(e.offsets, t.turns) for e, t in zip(found, texts, strict=True)]) if scores else None,
         )
 

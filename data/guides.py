@@ -73,8 +73,8 @@ def _reference(lines: list[str], node: ast.stmt) -> str:
     """Signature and docstring as they stand in the source; of a class also those of its methods."""
     assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     body = node.body
-    documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(
-        body[0].value.value, str
+    documented = (
+        isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)
     )
     stop = body[0].end_lineno if documented else max(node.lineno, _first_line(body[0]) - 1)
     parts = ["\n".join(lines[_first_line(node) - 1 : stop])]

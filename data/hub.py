@@ -33,8 +33,12 @@ def open_dataset(name: str, request: Request, column: Column) -> tuple[int | Non
         builder = datasets.load_dataset_builder(name, request.config, revision=request.revision)
         known = getattr((builder.info.splits or {}).get(request.split), "num_examples", None)
         files = _plain_files(builder, request)
-        rows = None if files else datasets.load_dataset(
-            name, request.config, split=request.split, revision=request.revision, streaming=request.streaming
+        rows = (
+            None
+            if files
+            else datasets.load_dataset(
+                name, request.config, split=request.split, revision=request.revision, streaming=request.streaming
+            )
         )
     except Exception as error:  # the Hub's client and the loaders raise many types
         said = " ".join(str(error).split())

@@ -71,8 +71,15 @@ class HeldOut:
 
 
 def prepare(
-    request: sources.Request, tokenizer: PreTrainedTokenizerBase, output: Path, *, held_out: HeldOut,
-    workers: int = 1, parse_special: bool = False, limit: int | None = None, bos: str | bool = "auto",
+    request: sources.Request,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    *,
+    held_out: HeldOut,
+    workers: int = 1,
+    parse_special: bool = False,
+    limit: int | None = None,
+    bos: str | bool = "auto",
     loss_on: str | None = None,
 ) -> dict:
     """Make a prepared corpus; returns its ``meta.json``.
@@ -148,14 +155,23 @@ class _Run:
     """The parts in the making."""
 
     def __init__(
-        self, staging: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, workers: int, parse_special: bool,
-        begin: list[int], template: ChatTemplate | None,
+        self,
+        staging: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: HeldOut,
+        workers: int,
+        parse_special: bool,
+        begin: list[int],
+        template: ChatTemplate | None,
     ) -> None:
         dtype = DType.optimal_dtype(len(tokenizer))
         self._about = tokens.about(tokenizer)
         self._settings = {
-            "tokenizer": tokenizer.backend_tokenizer.to_str(), "end": tokenizer.eos_token_id,
-            "dtype": dtype.__name__, "parse_special": parse_special or template is not None, "begin": begin,
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "end": tokenizer.eos_token_id,
+            "dtype": dtype.__name__,
+            "parse_special": parse_special or template is not None,
+            "begin": begin,
             "loss_on": template and template.loss_on,
         }
         self._template, self._held_out, self._workers = template, held_out, workers
@@ -183,10 +199,14 @@ class _Run:
                 )
         source = {k: v for k, v in asdict(request).items() if k != "streaming"}
         return {
-            "tokenizer": self._about, "begin": self._settings["begin"],
-            "special_tokens": "parsed" if self._settings["parse_special"] else "text", **self._chat,
+            "tokenizer": self._about,
+            "begin": self._settings["begin"],
+            "special_tokens": "parsed" if self._settings["parse_special"] else "text",
+            **self._chat,
             "source": source | {"limit": limit, "held_out": asdict(self._held_out)},
-            "blank_documents": self._skipped.blank, "null_documents": self._skipped.null, "empty_files": self._skipped.files,
+            "blank_documents": self._skipped.blank,
+            "null_documents": self._skipped.null,
+            "empty_files": self._skipped.files,
             "copies_of_held_out": self._copies,
             "parts": {name: part.finish() for name, part in self._parts.items()},
         }
@@ -210,9 +230,7 @@ class _Run:
             self._add("held_out", document)
 
     def _add(self, part: str, document: Document) -> None:
-        self._parts[part].add(
-            document.ids, characters=document.characters, digest=document.digest, scored=document.scored
-        )
+        self._parts[part].add(document.ids, characters=document.characters, digest=document.digest, scored=document.scored)
 
     def _encoded(self, request: sources.Request, limit: int | None, what: str) -> Generator[Document]:
         progress = sources.Progress()

@@ -24,8 +24,14 @@ from data.packed import PACKED, is_packed, unpacked
 
 # Suffix → kind; a compressed file has one of PACKED after it.
 KINDS = {
-    ".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
-    ".csv": "csv", ".tsv": "tsv",
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
 }
 STRUCTURED = ("json", "parquet", "arrow")  # kinds whose columns may hold lists and objects
 TXT_DOCUMENTS = ("file", "paragraph", "line")

@@ -171,9 +171,7 @@ def _estimate(pieces: list[_Piece], progress: Progress) -> None:
         from pyarrow import ArrowInvalid, parquet
 
         try:
-            progress.documents = sum(
-                parquet.read_metadata(piece.path).num_rows for piece in pieces if piece.path.stat().st_size
-            )
+            progress.documents = sum(parquet.read_metadata(piece.path).num_rows for piece in pieces if piece.path.stat().st_size)
         except (ArrowInvalid, OSError):  # a compressed one; or a damaged one, which reading it will report
             pass
     elif not kinds & {"dataset", "parquet"}:

@@ -29,10 +29,22 @@ from types import ModuleType
 from data.guides import guide
 
 # Directories that are no prose and no program anyone reads: tests, third-party code, generated tables.
-SKIPPED_DIRECTORIES = frozenset({
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "turtledemo",
-    "__pycache__", "_bundled", "lib-dynload", "config", "pydoc_data",
-})
+SKIPPED_DIRECTORIES = frozenset(
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "turtledemo",
+        "__pycache__",
+        "_bundled",
+        "lib-dynload",
+        "config",
+        "pydoc_data",
+    }
+)
 # One bucket of twenty is held out. This one holds programs and library code of many sizes.
 HELD_OUT_BUCKET, BUCKETS = 7, 20
 
@@ -66,9 +78,7 @@ def documents(kinds: tuple[str, ...] = ("guide", "topic", "api")) -> list[Docume
             f"the standard library under {sysconfig.get_paths()['stdlib']} has no .py sources; "
             "use a Python with its library unpacked, or train on your own text with data.text=FILE"
         )
-    makers = {
-        "src": lambda: sources, "guide": lambda: _guides(sources), "topic": _topics, "api": _extension_docstrings,
-    }
+    makers = {"src": lambda: sources, "guide": lambda: _guides(sources), "topic": _topics, "api": _extension_docstrings}
     return sorted((d for kind in kinds for d in makers[kind]()), key=lambda d: d.name)
 
 

@@ -67,8 +67,14 @@ def about(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 
 def corpora(
-    text: str | list, held_out: str | list, tokenizer: PreTrainedTokenizerBase, cache: str | Path, bos: str | bool = "auto", *,
-    chat: bool = False, loss_on: str = "everything",
+    text: str | list,
+    held_out: str | list,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: str | Path,
+    bos: str | bool = "auto",
+    *,
+    chat: bool = False,
+    loss_on: str = "everything",
 ) -> tuple[Mixture, Mixture]:
     """``(training, held-out)`` texts of the configuration.
 
@@ -111,7 +117,11 @@ def corpora(
 
 
 def tokenize(
-    docs: list[Document], tokenizer: PreTrainedTokenizerBase, cache: str | Path, name: str = "", begin: Sequence[int] = (),
+    docs: list[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: str | Path,
+    name: str = "",
+    begin: Sequence[int] = (),
     loss_on: str | None = None,
 ) -> Corpus:
     """The documents, each after the tokens ``begin``, as a corpus called ``name``; from the cache if it has them.
@@ -144,8 +154,7 @@ class _Maker:
     """Finds and reads texts; what it returns makes (or opens) the corpus when called."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, cache: str | Path, begin: list[int], template: ChatTemplate | None,
-        loss_on: str,
+        self, tokenizer: PreTrainedTokenizerBase, cache: str | Path, begin: list[int], template: ChatTemplate | None, loss_on: str
     ) -> None:
         self._tokenizer, self._cache, self._begin = tokenizer, cache, begin
         self._template, self._loss_on = template, loss_on
@@ -257,7 +266,11 @@ def _hash(docs: list[Document], begin: Sequence[int], loss_on: str | None) -> st
 
 
 def _write(
-    docs: list[Document], tokenizer: PreTrainedTokenizerBase, directory: Path, begin: Sequence[int], hashed: str,
+    docs: list[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    begin: Sequence[int],
+    hashed: str,
     loss_on: str | None,
 ) -> None:
     """Build next to the final directory and rename: several processes may do so at once."""
@@ -265,16 +278,18 @@ def _write(
     staging = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
     dtype = DType.optimal_dtype(len(tokenizer))
     encode = Encoder(
-        tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, dtype.__name__, parse_special=bool(loss_on), begin=begin,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.eos_token_id,
+        dtype.__name__,
+        parse_special=bool(loss_on),
+        begin=begin,
         loss_on=loss_on,
     )
     writer = PartWriter(staging, "tokens", dtype, scores=loss_on == "assistant")
     try:
         for chunk in chunked(d.text for d in docs):
             for document in encode(chunk).documents():
-                writer.add(
-                    document.ids, characters=document.characters, digest=document.digest, scored=document.scored
-                )
+                writer.add(document.ids, characters=document.characters, digest=document.digest, scored=document.scored)
         chat = {"chat": {"template": template_hash(tokenizer), "loss_on": loss_on}} if loss_on else {}
         about_it = {"tokenizer": about(tokenizer), "begin": list(begin), **chat}
         write_meta(staging, about_it | {"parts": {"tokens": writer.finish() | {"hash": hashed}}})

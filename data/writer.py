@@ -70,8 +70,11 @@ class PartWriter:
             files[f"{self.part}.scored"] = {"bytes": self._scores.size, "sha256": self._scores.digest.hexdigest()}
         return {
             "hash": combined_hash({name: about["sha256"] for name, about in files.items()}, self.part),
-            "text_hash": self._texts.hexdigest()[:16], "documents": self.documents, "tokens": self.tokens,
-            "characters": self.characters, "files": files,
+            "text_hash": self._texts.hexdigest()[:16],
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "characters": self.characters,
+            "files": files,
         } | scored
 
     def abandon(self) -> None:

@@ -113,8 +113,15 @@ def _generate(options: argparse.Namespace) -> None:
     from dmc.engine import SamplingParams, total_stats
 
     params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-        min_p=options.min_p, repetition_penalty=options.repetition_penalty, n=options.n, stop=options.stop, seed=options.seed,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        n=options.n,
+        stop=options.stop,
+        seed=options.seed,
     )
     llm = load(options)
     started = time.perf_counter()
@@ -161,8 +168,17 @@ def _serve(options: argparse.Namespace) -> int:
         from dmc.server import logs
         from dmc.server.run import serve
         from dmc.server.settings import Settings
-    fields = ("host", "port", "max_waiting", "default_max_tokens", "max_body", "head_timeout", "body_timeout", "drain_timeout",
-              "stall_timeout")
+    fields = (
+        "host",
+        "port",
+        "max_waiting",
+        "default_max_tokens",
+        "max_body",
+        "head_timeout",
+        "body_timeout",
+        "drain_timeout",
+        "stall_timeout",
+    )
     settings = Settings(
         name=options.name or options.shown,
         api_key=options.api_key or os.environ.get("DMC_API_KEY") or None,

@@ -215,8 +215,11 @@ class FittedDecisions:
             raise ValueError(f"{path} is damaged: its content does not match its digest; {_AGAIN}")
         try:
             return cls(
-                **{name: tensor.float() for name, tensor in tensors.items()}, model=notes["model"],
-                window=int(notes["window"]), sinks=int(notes["sinks"]), meta=json.loads(notes["meta"]),
+                **{name: tensor.float() for name, tensor in tensors.items()},
+                model=notes["model"],
+                window=int(notes["window"]),
+                sinks=int(notes["sinks"]),
+                meta=json.loads(notes["meta"]),
             )
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be used: {error}") from error

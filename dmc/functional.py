@@ -29,8 +29,7 @@ _CHUNK = 32  # tokens that one small matrix product of the scan covers
 
 
 def sample_alpha(
-    logits: Tensor, *, offset: float = DEFAULT_OFFSET, temperature: float = DEFAULT_TEMPERATURE,
-    noise: Tensor | None = None,
+    logits: Tensor, *, offset: float = DEFAULT_OFFSET, temperature: float = DEFAULT_TEMPERATURE, noise: Tensor | None = None
 ) -> Tensor:
     """Relaxed decision to merge, alpha in (0, 1): the Gumbel-sigmoid of eq. 8.
 
@@ -48,8 +47,7 @@ def sample_alpha(
 
 
 def sample_log_keep(
-    logits: Tensor, *, offset: float = DEFAULT_OFFSET, temperature: float = DEFAULT_TEMPERATURE,
-    noise: Tensor,
+    logits: Tensor, *, offset: float = DEFAULT_OFFSET, temperature: float = DEFAULT_TEMPERATURE, noise: Tensor
 ) -> Tensor:
     """``log(1 - alpha)`` of `sample_alpha` with the same noise, computed as ``logsigmoid(-x)``.
 
@@ -108,9 +106,7 @@ def compression_loss(alpha: Tensor, target_cr: float) -> Tensor:
 # ------------------------------------------------------------------------------------------- merging
 
 
-def accumulate(
-    x: Tensor, alpha: Tensor, omega: Tensor, *, starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def accumulate(x: Tensor, alpha: Tensor, omega: Tensor, *, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Partial accumulation, eq. 9: every intermediate state of the entries, by a chunked scan.
 
     ``z_t = alpha_t z_{t-1} + omega_t`` and ``x'_t = (alpha_t z_{t-1} x'_{t-1} + omega_t x_t) / z_t``.
@@ -130,9 +126,7 @@ def accumulate(
     return numerators / z[..., None], z
 
 
-def accumulate_numerators(
-    x: Tensor, alpha: Tensor, omega: Tensor, *, starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def accumulate_numerators(x: Tensor, alpha: Tensor, omega: Tensor, *, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`accumulate` before the division: ``(sum of omega x [B, H, T, D], z [B, H, T])``."""
     omega = _work(omega)
     weighted = torch.cat([_work(x) * omega[..., None], omega[..., None].to(_work(x).dtype)], dim=-1)
@@ -230,8 +224,16 @@ def unrotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, *, window: int | None = None,
-    rope: tuple[Tensor, Tensor] | None = None, starts: Tensor | None = None, scale: float | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    *,
+    window: int | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    starts: Tensor | None = None,
+    scale: float | None = None,
     log_keep: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of DMC over all intermediate states: the reference, O(T^2) memory.

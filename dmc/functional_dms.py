@@ -56,8 +56,16 @@ def cache_lengths(alpha: Tensor, window: int) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, *, window: int, rope: tuple[Tensor, Tensor] | None = None,
-    starts: Tensor | None = None, scale: float | None = None, log_keep: Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    *,
+    window: int,
+    rope: tuple[Tensor, Tensor] | None = None,
+    starts: Tensor | None = None,
+    scale: float | None = None,
+    log_keep: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of DMS, O(T^2) memory: see the head of this file. Nothing of another document is seen.
 

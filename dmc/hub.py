@@ -36,9 +36,14 @@ def located(name: str | Path, *, weights: bool = True) -> Path:
 
     repository, revision = found.groups()
     try:
-        return Path(snapshot_download(
-            repository, revision=revision, ignore_patterns=["*/*"], allow_patterns=[*_SETTINGS, *(_WEIGHTS if weights else ())],
-        ))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                ignore_patterns=["*/*"],
+                allow_patterns=[*_SETTINGS, *(_WEIGHTS if weights else ())],
+            )
+        )
     except Exception as error:
         said = _refusal(error, repository, revision)
         if said is None:

@@ -106,8 +106,13 @@ class Rope:
     """
 
     def __init__(
-        self, frequencies: Sequence[float] | Tensor, scaling: float = 1.0, *, limit: int | None = None,
-        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        self,
+        frequencies: Sequence[float] | Tensor,
+        scaling: float = 1.0,
+        *,
+        limit: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.frequencies = torch.as_tensor(frequencies, dtype=torch.float32, device=device)
         self.scaling, self.limit, self.dtype = scaling, limit, dtype

@@ -27,11 +27,7 @@ with needed_by_script("the card"):
     from data.batches import Sequences
 
 _LENGTH, _FAR, _BLOCK, _NEAR = 1024, 768, 64, 192
-_PROMPTS = (
-    'The "with" statement',
-    "import os\nimport sys\n\ndef main(argv):",
-    '    def close(self):\n        """',
-)
+_PROMPTS = ('The "with" statement', "import os\nimport sys\n\ndef main(argv):", '    def close(self):\n        """')
 
 
 def main() -> None:

@@ -50,17 +50,28 @@ def main() -> None:
             (output,) = llm.generate([prompt], SamplingParams(max_tokens=options.new, temperature=0, ignore_eos=True))
             stats = output.stats
             parts = ", ".join(f"{stats.held[part]:,}" for part in ("pages", "exact", "tail", "tables"))
-            print(f"| {stats.cached_tokens} | {options.codec} | {stats.cr:.2f} | {stats.held_bytes:,} | {parts} | "
-                  f"{stats.ratio:.2f} x |", flush=True)
+            print(
+                f"| {stats.cached_tokens} | {options.codec} | {stats.cr:.2f} | {stats.held_bytes:,} | {parts} | "
+                f"{stats.ratio:.2f} x |",
+                flush=True,
+            )
 
 
 def _write(directory: Path, size: int, positions: int) -> None:
     """A random retrofitted Llama."""
     hidden, inner = HEADS * size, 2 * size
     config = {
-        "model_type": "dmc_llama", "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": size,
-        "max_position_embeddings": positions, "tie_word_embeddings": True, "hidden_act": "silu",
+        "model_type": "dmc_llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": size,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
         "dmc": {"decision": "neuron", "offset": 5.0, "target_cr": 1.0, "measured_cr": 1.0},
     }
     (directory / "config.json").write_text(json.dumps(config))
@@ -68,8 +79,10 @@ def _write(directory: Path, size: int, positions: int) -> None:
     tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, hidden), "model.norm.weight": torch.ones(hidden)}
     for number in range(LAYERS):
         shapes = {
-            **{f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"}, "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+            **{f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"},
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
         }
         layer = {name: torch.randn(shape) * hidden**-0.5 for name, shape in shapes.items()}
         layer |= {name: torch.ones(hidden) for name in ("input_layernorm", "post_attention_layernorm")}

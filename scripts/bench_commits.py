@@ -41,8 +41,14 @@ def main() -> None:
     _print(rows)
     if options.output:
         facts = {
-            "command": " ".join(["python", *sys.argv]), "commits": [_commit(each) for each in checkouts], "machine": _machine(),
-            "context": options.context, "new": options.new, "dtype": options.dtype, "repeats": options.repeats, "rows": rows,
+            "command": " ".join(["python", *sys.argv]),
+            "commits": [_commit(each) for each in checkouts],
+            "machine": _machine(),
+            "context": options.context,
+            "new": options.new,
+            "dtype": options.dtype,
+            "repeats": options.repeats,
+            "rows": rows,
         }
         Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -51,11 +57,25 @@ class _Worker:
     """A process that measures with the code of one checkout."""
 
     def __init__(self, checkout: Path, model: str, options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--worker", "--models", model, "--context", str(options.context),
-                   "--new", str(options.new), "--dtype", options.dtype]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            "--models",
+            model,
+            "--context",
+            str(options.context),
+            "--new",
+            str(options.new),
+            "--dtype",
+            options.dtype,
+        ]
         self._process = subprocess.Popen(
-            command, env=os.environ | _ENVIRONMENT | {"PYTHONPATH": str(checkout)}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command,
+            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": str(checkout)},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def ask(self, case: dict) -> dict:
@@ -90,7 +110,8 @@ def _work(options: argparse.Namespace) -> None:
             llm, loaded = LLM(directory, codec=case["codec"], max_batch=64, device="cpu", dtype=options.dtype), case["codec"]
             llm.generate([tokens[:9]], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))  # warm
         sequences = [
-            sequence for i in range(case["batch"])
+            sequence
+            for i in range(case["batch"])
             for sequence in llm.sequences(tokens[i * options.context : (i + 1) * options.context], params)
         ]
         for sequence in sequences:
@@ -111,8 +132,10 @@ def _print(rows: list[dict]) -> None:
     print("| model | codec | threads | batch | prompt, CPU s | decode step, CPU ms | whole run, CPU s | whole run, change |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        figures = [" → ".join(f"{value:.{digits}f}" for value in row[name])
-                   for name, digits in (("prompt_s", 2), ("step_ms", 1), ("whole_s", 2))]
+        figures = [
+            " → ".join(f"{value:.{digits}f}" for value in row[name])
+            for name, digits in (("prompt_s", 2), ("step_ms", 1), ("whole_s", 2))
+        ]
         change = row["whole_s"][1] / row["whole_s"][0] - 1
         case = [str(row[name]) for name in ("model", "codec", "threads", "batch")]
         print("| " + " | ".join([*case, *figures, f"{change:+.0%}"]) + " |")

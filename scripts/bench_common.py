@@ -70,8 +70,12 @@ def environment(device: torch.device) -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     return {
-        "device": name, "torch": torch.__version__, "triton": version, "python": platform.python_version(),
-        "commit": commit or "unknown", "command": " ".join(["python", *sys.argv]),
+        "device": name,
+        "torch": torch.__version__,
+        "triton": version,
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+        "command": " ".join(["python", *sys.argv]),
     }
 
 
@@ -84,8 +88,10 @@ def write(folder: Path, name: str, results: dict, columns: list[str], *, value: 
     lines = [
         f"`{about['command']}`, {about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}.",
         f"Measured in the same run: copy {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
-        f"matmul {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s. Medians; quarters in the JSON.", "",
-        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+        f"matmul {limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s. Medians; quarters in the JSON.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
     ]
     for row in results["rows"]:
         lines.append("| " + " | ".join(_shown(row.get(column)) for column in columns) + " |")

@@ -59,16 +59,18 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32, help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=int, default=32, help="key/value heads (default 32)")
     parser.add_argument("--page-size", type=int, default=32, help="entries of an encoded page (default 32)")
-    parser.add_argument("--memory", type=float, default=None,
-                        help="GB for the pages of the model section (default: what is free, less 2)")
+    parser.add_argument(
+        "--memory", type=float, default=None, help="GB for the pages of the model section (default: what is free, less 2)"
+    )
     parser.add_argument("--only", choices=("kernel", "grow", "model"), help="one section; default all")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls at most (default 30)")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="directory of the results (default runs/bench)")
     args = parser.parse_args()
     if args.small:
-        for name, value in dict(context=128, batch=2, layers=2, hidden=64, inner=128, heads=4, kv_heads=2, page_size=16,
-                                memory=2e-4, repeats=3).items():
+        for name, value in dict(
+            context=128, batch=2, layers=2, hidden=64, inner=128, heads=4, kv_heads=2, page_size=16, memory=2e-4, repeats=3
+        ).items():
             setattr(args, name, value)
     device = torch.device(args.device)
     limits, rows = roofline(device, small=args.small), []
@@ -79,8 +81,14 @@ def main() -> None:
             row = {"section": section, "what": f"CR {cr} {kind}", **run(args, device, limits, kind, cr)}
             base = next((r for r in rows if r["section"] == section), row)
             rows.append({**row, "of CR 1": row["tokens/s"] / base["tokens/s"]})
-    write(args.out, "decode", {"environment": environment(device), "roofline": limits, "rows": rows}, COLUMNS,
-          value="tokens/s", label="what")
+    write(
+        args.out,
+        "decode",
+        {"environment": environment(device), "roofline": limits, "rows": rows},
+        COLUMNS,
+        value="tokens/s",
+        label="what",
+    )
 
 
 def kernel(args: argparse.Namespace, device: torch.device, limits: dict, kind: str, cr: int) -> dict:
@@ -94,15 +102,25 @@ def kernel(args: argparse.Namespace, device: torch.device, limits: dict, kind: s
     found = times(run, device, repeats=args.repeats)
     rate = nbytes / found["ms"] * 1e3
     # A copy moves each byte twice, attention reads it once: both are bytes that cross the memory bus in a second.
-    return {"batch": args.batch, **found, "GB/s": rate / 1e9, "of copy": rate / limits["copy_bytes_per_s"],
-            "tokens/s": args.batch / found["ms"] * 1e3, "bytes": nbytes}
+    return {
+        "batch": args.batch,
+        **found,
+        "GB/s": rate / 1e9,
+        "of copy": rate / limits["copy_bytes_per_s"],
+        "tokens/s": args.batch / found["ms"] * 1e3,
+        "bytes": nbytes,
+    }
 
 
 def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str, cr: int) -> dict:
     """Append, encode and attention of one layer. Each call begins with putting the cache back, which tokens/s leave out."""
     work, size, count = _dtype(device), args.hidden // args.heads, args.batch * args.kv_heads
     cache = KVCache(
-        Shape(1, args.kv_heads, size, work), policy("dmc"), codec(kind), slots=args.batch, device=device,
+        Shape(1, args.kv_heads, size, work),
+        policy("dmc"),
+        codec(kind),
+        slots=args.batch,
+        device=device,
         page_size=args.page_size if args.small else None,
     )
     rows, index = cache.rows, torch.arange(count, device=device)
@@ -122,8 +140,10 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
     query = torch.randn(count, args.heads // args.kv_heads, size, device=device, dtype=work)
     places, table = torch.ones(args.batch, dtype=torch.int64, device=device), torch.randn(2, 2, size, device=device)
     key, value = torch.randn(2, count, size, device=device, dtype=work)
-    changed = [getattr(state, name) for name in (
-        "numerators", "z", "full_count", "encoded_count", "full_table", "encoded_table", "stack", "free", "owners")]
+    changed = [
+        getattr(state, name)
+        for name in ("numerators", "z", "full_count", "encoded_count", "full_table", "encoded_table", "stack", "free", "owners")
+    ]
     kept = [x.clone() for x in changed]
 
     def back() -> None:
@@ -147,8 +167,14 @@ def grow(args: argparse.Namespace, device: torch.device, limits: dict, kind: str
     if int(state.failed) or int((state.encoded_count[:count] > kept[3][:count]).sum()) < count // page:
         raise SystemExit("error: the cache did not grow as it was meant to; its numbers would mean nothing")
     before, append, encode, last = (one["ms"] for one in found)
-    return {"batch": args.batch, **found[3], "put back ms": before, "append ms": append - before, "encode ms": encode - append,
-            "tokens/s": args.batch / (last - before) * 1e3}
+    return {
+        "batch": args.batch,
+        **found[3],
+        "put back ms": before,
+        "append ms": append - before,
+        "encode ms": encode - append,
+        "tokens/s": args.batch / (last - before) * 1e3,
+    }
 
 
 def model(args: argparse.Namespace, device: torch.device, limits: dict, kind: str, cr: int) -> dict:
@@ -157,8 +183,12 @@ def model(args: argparse.Namespace, device: torch.device, limits: dict, kind: st
         gc.collect()
         torch.cuda.empty_cache()
     work, size = _dtype(device), args.hidden // args.heads
-    shapes = (((args.heads + 2 * args.kv_heads) * size, args.hidden), (args.hidden, args.hidden),
-              (2 * args.inner, args.hidden), (args.hidden, args.inner))
+    shapes = (
+        ((args.heads + 2 * args.kv_heads) * size, args.hidden),
+        (args.hidden, args.hidden),
+        (2 * args.inner, args.hidden),
+        (args.hidden, args.inner),
+    )
     weights = [[torch.randn(s, device=device, dtype=work) * 0.01 for s in shapes] for _ in range(args.layers)]
     free = torch.cuda.mem_get_info(device)[0] - 2e9 if device.type == "cuda" else 0.0
     budget = free if args.memory is None else args.memory * 1e9
@@ -178,8 +208,9 @@ def model(args: argparse.Namespace, device: torch.device, limits: dict, kind: st
                 [n * size for n in (args.heads, args.kv_heads, args.kv_heads)], dim=-1
             )
             rows = batch * args.kv_heads
-            mixed = decode_attention(query.reshape(rows, -1, size), key.reshape(rows, size), value.reshape(rows, size),
-                                     index + layer * rows, cache)
+            mixed = decode_attention(
+                query.reshape(rows, -1, size), key.reshape(rows, size), value.reshape(rows, size), index + layer * rows, cache
+            )
             hidden = hidden + F.linear(mixed.reshape(batch, -1), out)
             gate, up = F.linear(F.rms_norm(hidden, norm.shape, norm), gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, down)
@@ -190,9 +221,7 @@ def model(args: argparse.Namespace, device: torch.device, limits: dict, kind: st
     return {"batch": batch, **found, "tokens/s": batch / found["ms"] * 1e3, "bytes": nbytes}
 
 
-def pages(
-    args: argparse.Namespace, device: torch.device, kind: str, cr: int, batch: int, *, layers: int,
-) -> tuple[Paged, int]:
+def pages(args: argparse.Namespace, device: torch.device, kind: str, cr: int, batch: int, *, layers: int) -> tuple[Paged, int]:
     """Random pages for ``layers * batch * kv_heads`` rows, and the bytes that one pass over them must read.
 
     At CR 1 every row holds the context; else rows hold between a fifth and twice the mean, as heads of retrofits do.

@@ -99,6 +99,7 @@ class Bench:
         yield from base
         inputs = [*plain, *(x.detach().requires_grad_() for x in (self.alpha, self.omega, self.log_keep))]
         for name in ["triton", "torch"] if self.triton else ["torch"]:
+
             def at_once(q, k, v, a, w, keep, name=name):  # noqa: ANN001, ANN202
                 return dmc_attention(q, k, v, a, w, rope=self.rope, log_keep=keep, backend=name)
 
@@ -119,10 +120,20 @@ class Bench:
         with torch.no_grad():
             own_keys, own_values = (x[0] for x in merge(self.key, self.value, self.hard, self.omega, rope=self.rope))
             take = order[..., None].expand(-1, -1, own_keys.shape[-1])
-            inputs = (self.query[0].unflatten(0, (heads, -1)), own_keys.gather(1, take), own_values.gather(1, take), places,
-                      own_keys, own_values, torch.arange(tokens, dtype=torch.int32, device=self.device))
-            plain = times(lambda: F.scaled_dot_product_attention(
-                self.query, self.key, self.value, is_causal=True, enable_gqa=True), self.device, repeats=self.repeats)
+            inputs = (
+                self.query[0].unflatten(0, (heads, -1)),
+                own_keys.gather(1, take),
+                own_values.gather(1, take),
+                places,
+                own_keys,
+                own_values,
+                torch.arange(tokens, dtype=torch.int32, device=self.device),
+            )
+            plain = times(
+                lambda: F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True),
+                self.device,
+                repeats=self.repeats,
+            )
             yield {"section": "prefill", "what": "plain: all keys", "pass": "forward", **plain, "of plain": 1.0}
             ours = times(lambda: prefill_attention(*inputs), self.device, repeats=self.repeats)
         ratio = tokens * heads / int(closes.sum())
@@ -130,7 +141,7 @@ class Bench:
         yield {"section": "prefill", "what": name, "pass": "forward", **ours, "of plain": ours["ms"] / plain["ms"]}
 
     def _both(
-        self, section: str, name: str, run: Callable, inputs: list[torch.Tensor], bound: float, backward: float,
+        self, section: str, name: str, run: Callable, inputs: list[torch.Tensor], bound: float, backward: float
     ) -> Iterator[dict]:
         """Rows of the forward pass, and of forward and backward together (bound: ``backward`` times the forward's)."""
         with torch.no_grad():

@@ -66,8 +66,15 @@ def measure(model: Path, prompt: int, steps: int) -> dict:
             rows.append(case([model, once], codec, batch, text[:batch].tolist(), prompt, steps))
             print(json.dumps(rows[-1]), flush=True)
     return {
-        "rows": rows, "prompt": prompt, "steps": steps, "offsets_at_once": offsets, "model_hash": model_hash(model),
-        "threads": 1, "hardware": hardware("cpu"), "commit": commit(), "versions": versions(),
+        "rows": rows,
+        "prompt": prompt,
+        "steps": steps,
+        "offsets_at_once": offsets,
+        "model_hash": model_hash(model),
+        "threads": 1,
+        "hardware": hardware("cpu"),
+        "commit": commit(),
+        "versions": versions(),
         "command": " ".join(["python", *sys.argv]),
     }
 
@@ -126,9 +133,15 @@ def case(models: list[Path], codec: str, batch: int, texts: list[list[int]], pro
     late, once, late_wall, once_wall = (statistics.median(each[8:]) for each in (*taken, *wall))  # the first steps warm up
     quarters = [[round(x, 4) for x in statistics.quantiles(each[8:], n=4)[::2]] for each in taken]
     return {
-        "codec": codec, "batch": batch, "late_ms": round(late, 4), "at_once_ms": round(once, 4), "ratio": round(late / once, 4),
+        "codec": codec,
+        "batch": batch,
+        "late_ms": round(late, 4),
+        "at_once_ms": round(once, 4),
+        "ratio": round(late / once, 4),
         "ratio_wall": round(late_wall / once_wall, 4),
-        "quarters_ms": quarters, "entries_before": before, "entries_after": after,
+        "quarters_ms": quarters,
+        "entries_before": before,
+        "entries_after": after,
     }
 
 

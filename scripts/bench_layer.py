@@ -117,8 +117,13 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, 
         before = torch.cuda.memory_allocated()
         step()
         peak = (torch.cuda.max_memory_allocated() - before) / 1e6 / args.layers
-    row = {"what": f"DMC: {backend}" if backend else "plain", "tokens": args.tokens, **found, "peak MB": peak,
-           "tokens/s": args.tokens / found["ms"] * 1e3}
+    row = {
+        "what": f"DMC: {backend}" if backend else "plain",
+        "tokens": args.tokens,
+        **found,
+        "peak MB": peak,
+        "tokens/s": args.tokens / found["ms"] * 1e3,
+    }
     base = plain or row
     return {**row, "of plain": row["ms"] / base["ms"], "memory of plain": peak and peak / base["peak MB"]}
 

@@ -45,17 +45,29 @@ def main() -> None:
 
 def vllm(options: argparse.Namespace) -> tuple[Generate, str]:
     """vLLM with a cache for all prompts, without shared prefixes: prompts come again."""
-    os.environ.update({
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads),
-    })
+    os.environ.update(
+        {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(options.threads),
+        }
+    )
     import torch
     import vllm
 
     torch.set_num_threads(options.threads)
     llm = vllm.LLM(
-        model=options.model, dtype=options.dtype, enforce_eager=options.engine == "vllm-eager", max_model_len=options.tokens,
-        max_num_seqs=options.batch, enable_prefix_caching=False, kv_cache_memory_bytes=2 << 30,
+        model=options.model,
+        dtype=options.dtype,
+        enforce_eager=options.engine == "vllm-eager",
+        max_model_len=options.tokens,
+        max_num_seqs=options.batch,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=2 << 30,
     )
 
     def generate(prompts: list[list[int]], new: int) -> list[int]:

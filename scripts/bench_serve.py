@@ -73,8 +73,11 @@ class Peer(Engine):
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
         try:
             self.process = subprocess.Popen(
-                [python, str(ROOT / "scripts" / "bench_peer.py"), *map(str, arguments), "--threads", str(threads)], text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                [python, str(ROOT / "scripts" / "bench_peer.py"), *map(str, arguments), "--threads", str(threads)],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
             )
         except OSError as error:
             raise ValueError(f"{python} cannot be started: {error.strerror}") from None
@@ -125,8 +128,13 @@ def main() -> None:
     _print(rows)
     if options.output:
         facts = {
-            "command": shlex.join(["python", *sys.argv]), "commit": commit(), "hardware": hardware("cpu"), "versions": versions(),
-            "model": Path(options.directory).name, "new": options.new, "rows": rows,
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": commit(),
+            "hardware": hardware("cpu"),
+            "versions": versions(),
+            "model": Path(options.directory).name,
+            "new": options.new,
+            "rows": rows,
         }
         Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -152,21 +160,37 @@ def _case(options: argparse.Namespace, context: int, batch: int, kind: str) -> l
     rows = []
     for name, pairs in times.items():
         prompt, whole = (min((pair[which] for pair in pairs), key=lambda pair: pair[1]) for which in (0, 1))
-        rows.append({
-            "engine": name, "context": context, "batch": batch, "lengths": kind,
-            "wall_tokens_per_s": batch * options.new / whole[0], "cpu_tokens_per_s": batch * options.new / whole[1],
-            "cpu_prompt_s": prompt[1], "cpu_decode_tokens_per_s": made / max(1e-9, whole[1] - prompt[1]),
-            "cpu_s": [[prompt[1], whole[1]] for prompt, whole in pairs], "held_bytes": held_bytes[name],
-            "version": version[name],
-        })
+        rows.append(
+            {
+                "engine": name,
+                "context": context,
+                "batch": batch,
+                "lengths": kind,
+                "wall_tokens_per_s": batch * options.new / whole[0],
+                "cpu_tokens_per_s": batch * options.new / whole[1],
+                "cpu_prompt_s": prompt[1],
+                "cpu_decode_tokens_per_s": made / max(1e-9, whole[1] - prompt[1]),
+                "cpu_s": [[prompt[1], whole[1]] for prompt, whole in pairs],
+                "held_bytes": held_bytes[name],
+                "version": version[name],
+            }
+        )
     return rows
 
 
 def _engines(options: argparse.Namespace) -> list[tuple[str, Callable[[int], Engine]]]:
     """Names of the engines, and what loads each for a batch."""
+
     def ours(codec: str, dtype: str, batch: int) -> Engine:
-        llm = LLM(options.directory, codec=codec, max_batch=batch, device="cpu", dtype=dtype,
-                  prefill_tokens=options.prefill_tokens, kv_memory="auto")  # as `dmc serve` has it
+        llm = LLM(
+            options.directory,
+            codec=codec,
+            max_batch=batch,
+            device="cpu",
+            dtype=dtype,
+            prefill_tokens=options.prefill_tokens,
+            kv_memory="auto",
+        )  # as `dmc serve` has it
         last = []
 
         def generate(prompts: list[list[int]], new: int) -> None:
@@ -182,16 +206,18 @@ def _engines(options: argparse.Namespace) -> list[tuple[str, Callable[[int], Eng
             ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
             mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             with torch.no_grad():
-                out = model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                                     pad_token_id=0)
+                out = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+                )
             assert out.shape[1] == ids.shape[1] + new
 
         return Engine(generate)
 
     def peer(python: str, name: str, model: str, dtype: str, batch: int) -> Engine:
         tokens = max(options.contexts) + options.new
-        return Peer(python, name, model, "--batch", batch, "--tokens", tokens, "--dtype", PEER_DTYPES[dtype],
-                    threads=options.threads)
+        return Peer(
+            python, name, model, "--batch", batch, "--tokens", tokens, "--dtype", PEER_DTYPES[dtype], threads=options.threads
+        )
 
     engines: list[tuple[str, Callable[[int], Engine]]] = []
     for name in options.engines:
@@ -219,22 +245,31 @@ def _prompts(directory: str, context: int, batch: int, kind: str) -> list[list[i
 
 def _print(rows: list[dict]) -> None:
     first = rows[0]["engine"].split()[0]
-    print("| context | batch | lengths | engine | tokens / s (wall) | tokens / CPU s | prompt, CPU s | decode, tokens / CPU s | "
-          f"of {first} |")
+    print(
+        "| context | batch | lengths | engine | tokens / s (wall) | tokens / CPU s | prompt, CPU s | decode, tokens / CPU s | "
+        f"of {first} |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         alike = [other for other in rows if all(other[name] == row[name] for name in ("context", "batch", "lengths"))]
         base = max(other["cpu_tokens_per_s"] for other in alike if other["engine"].startswith(first))
-        print(f"| {row['context']} | {row['batch']} | {row['lengths']} | {row['engine']} | {row['wall_tokens_per_s']:.2f} | "
-              f"{row['cpu_tokens_per_s']:.2f} | {row['cpu_prompt_s']:.2f} | {row['cpu_decode_tokens_per_s']:.2f} | "
-              f"{row['cpu_tokens_per_s'] / base:.2f} x |")
+        print(
+            f"| {row['context']} | {row['batch']} | {row['lengths']} | {row['engine']} | {row['wall_tokens_per_s']:.2f} | "
+            f"{row['cpu_tokens_per_s']:.2f} | {row['cpu_prompt_s']:.2f} | {row['cpu_decode_tokens_per_s']:.2f} | "
+            f"{row['cpu_tokens_per_s'] / base:.2f} x |"
+        )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="Hugging Face directory of a model")
-    parser.add_argument("--engines", nargs="+", default=["transformers", "dmc"], choices=ENGINES,
-                        help="vllm: compiled, as it starts; vllm-eager: with enforce_eager. Ratios are to the first one")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=["transformers", "dmc"],
+        choices=ENGINES,
+        help="vllm: compiled, as it starts; vllm-eager: with enforce_eager. Ratios are to the first one",
+    )
     parser.add_argument("--vllm-python", help="interpreter that has vLLM, of integrations/vllm/make_env.sh")
     parser.add_argument("--llama-python", help="interpreter that has xllamacpp")
     parser.add_argument("--gguf", help="file of the same weights for llama.cpp, such as scripts/gguf_fp32.py writes")
@@ -242,8 +277,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
     parser.add_argument("--lengths", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"], help="of prompts")
     parser.add_argument("--codecs", nargs="+", default=["dense", "int8", "tcq"], help="of ours")
-    parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"],
-                        help="of the arithmetic, of all engines but llama.cpp; ratios are to the faster of the first engine")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["fp32"],
+        choices=["fp32", "bf16"],
+        help="of the arithmetic, of all engines but llama.cpp; ratios are to the faster of the first engine",
+    )
     parser.add_argument("--new", type=int, default=64, help="tokens generated after each prompt")
     parser.add_argument("--repeats", type=int, default=2, help="of each measurement, in turns; the least CPU time counts")
     parser.add_argument("--prefill-tokens", type=int, default=512, help="of ours")

@@ -60,8 +60,11 @@ def _case(options: argparse.Namespace, model: Decoder, other: torch.nn.Module, l
             if turn:  # the first warms up
                 least[name] = min(least[name], 1e3 * (time.process_time() - started))
     for name, (_, held) in engines.items():
-        print(f"| {max(lengths)} | {len(lengths)} | {kind} | {name} | {least[name]:.1f} | "
-              f"{least['transformers'] / least[name]:.2f} x | {held():,} |", flush=True)
+        print(
+            f"| {max(lengths)} | {len(lengths)} | {kind} | {name} | {least[name]:.1f} | "
+            f"{least['transformers'] / least[name]:.2f} x | {held():,} |",
+            flush=True,
+        )
 
 
 def _ours(model: Decoder, lengths: list[int], name: str, kept: str) -> tuple[Callable, Callable]:

@@ -55,15 +55,29 @@ LATE = {"late": "dmc", "late+teacher": "dmc+teacher"}  # late merging, with --wi
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     args = _arguments()
-    hf = shape_of(dict(
-        model_type="llama", vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.ffn,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_size,
-        max_position_embeddings=args.length, tie_word_embeddings=True,
-    ))
+    hf = shape_of(
+        dict(
+            model_type="llama",
+            vocab_size=args.vocab,
+            hidden_size=args.hidden,
+            intermediate_size=args.ffn,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            head_dim=args.head_size,
+            max_position_embeddings=args.length,
+            tie_word_embeddings=True,
+        )
+    )
     settings = [
-        f"data.sequence_length={args.length}", f"optim.micro_batch={args.batch}", f"optim.global_batch={args.batch}",
-        f"run.precision={args.precision}", f"run.threads={args.threads}", f"dmc.decision={args.decision}",
-        "dmc.repurpose_steps=0", "dmc.ramp_steps_per_unit=0",
+        f"data.sequence_length={args.length}",
+        f"optim.micro_batch={args.batch}",
+        f"optim.global_batch={args.batch}",
+        f"run.precision={args.precision}",
+        f"run.threads={args.threads}",
+        f"dmc.decision={args.decision}",
+        "dmc.repurpose_steps=0",
+        "dmc.ramp_steps_per_unit=0",
     ]
     variants = dict(VARIANTS)
     if args.window is not None:
@@ -89,10 +103,17 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
-        ("hidden", 192, "width of the model"), ("layers", 2, "its layers"), ("heads", 6, "query heads"),
-        ("kv-heads", 2, "key/value heads"), ("head-size", 64, "neurons a head"), ("ffn", 512, "width of the feed-forward part"),
-        ("vocab", 2048, "size of the vocabulary"), ("length", 512, "tokens per sequence"), ("batch", 2, "sequences per step"),
-        ("repeats", 9, "runs of each, interleaved"), ("threads", 1, "CPU threads"),
+        ("hidden", 192, "width of the model"),
+        ("layers", 2, "its layers"),
+        ("heads", 6, "query heads"),
+        ("kv-heads", 2, "key/value heads"),
+        ("head-size", 64, "neurons a head"),
+        ("ffn", 512, "width of the feed-forward part"),
+        ("vocab", 2048, "size of the vocabulary"),
+        ("length", 512, "tokens per sequence"),
+        ("batch", 2, "sequences per step"),
+        ("repeats", 9, "runs of each, interleaved"),
+        ("threads", 1, "CPU threads"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--window", type=int, help="measure late merging with this window as well (default: not)")
@@ -108,7 +129,13 @@ def _arguments() -> argparse.Namespace:
 def _trainer(config: Config, hf: ModelShape) -> Trainer:
     random = (lambda *_: {}) if config.dmc.compresses and config.distill.weight else None
     return Trainer(
-        config, hf, batches=pretend.Noise(config, hf.vocab_size, Batch), store=None, meta={}, loader=None, teacher_loader=random,
+        config,
+        hf,
+        batches=pretend.Noise(config, hf.vocab_size, Batch),
+        store=None,
+        meta={},
+        loader=None,
+        teacher_loader=random,
         reporter=Reporter(config.log, Path(), {}, rank=1, steps=1),
     )
 
@@ -147,7 +174,8 @@ def _matrices(trainer: Trainer) -> dict[str, Callable[[], None]]:
         return [chunk.output_layer(hidden, weight=chunk.shared_embedding_or_output_weight())[0]]
 
     return {
-        "output layer": _both(output, 1), "projections": _both(projections, layers),
+        "output layer": _both(output, 1),
+        "projections": _both(projections, layers),
         "feed-forward and norms": _both(feed_forward, layers),
     }
 
@@ -165,8 +193,10 @@ def _attention(trainer: Trainer) -> dict[str, Callable[[], None]]:
     attention, rope = chunk.decoder.layers[0].self_attention, chunk.config.dmc_rope
     batch, tokens = config.optim.micro_batch, config.data.sequence_length
     hidden = _new(trainer, tokens, batch, hf.hidden_size)
-    query, key, value = (_new(trainer, batch, h, tokens, hf.head_dim) for h in (
-        hf.num_attention_heads, hf.num_key_value_heads, hf.num_key_value_heads))
+    query, key, value = (
+        _new(trainer, batch, h, tokens, hf.head_dim)
+        for h in (hf.num_attention_heads, hf.num_key_value_heads, hf.num_key_value_heads)
+    )
     samples = torch.arange(batch, device=cpu.device())
     starts = torch.zeros(batch, tokens, dtype=torch.bool, device=cpu.device())
     starts[:, 0] = True
@@ -202,6 +232,7 @@ def _both(forward: Callable[[], list[Tensor]], times: int) -> Callable[[], None]
     def run() -> None:
         for _ in range(times):
             torch.autograd.backward([x.float().sum() for x in forward()])
+
     return run
 
 
@@ -262,12 +293,15 @@ def _result(args: argparse.Namespace, times: dict, memory: dict) -> dict:
 
     plain = seconds["plain"]["step"]["median"]
     return {
-        "shape": {k: v for k, v in vars(args).items() if k != "json"}, "torch": torch.__version__,
+        "shape": {k: v for k, v in vars(args).items() if k != "json"},
+        "torch": torch.__version__,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "seconds": seconds, "step_ratio": {name: ratio(name, "plain") for name in variants},
+        "seconds": seconds,
+        "step_ratio": {name: ratio(name, "plain") for name in variants},
         "step_ratio_of_medians": {name: seconds[name]["step"]["median"] / plain for name in variants},
         "late_ratio": {name: ratio(name, base) for name, base in LATE.items() if name in seconds},
-        "peak_bytes": memory, "peak_ratio": {name: value / memory["plain"] for name, value in memory.items()},
+        "peak_bytes": memory,
+        "peak_ratio": {name: value / memory["plain"] for name, value in memory.items()},
     }
 
 

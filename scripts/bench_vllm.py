@@ -23,8 +23,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -86,9 +91,13 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> None:
     from dmc.evaluation.provenance import commit, hardware, versions
 
     facts = {
-        "command": shlex.join(["python", *sys.argv]), "commit": commit(), "versions": versions(),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "versions": versions(),
         "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
-        "base": Path(options.base).name, "export": Path(options.export).name, "rows": rows,
+        "base": Path(options.base).name,
+        "export": Path(options.export).name,
+        "rows": rows,
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps(facts, indent=1) + "\n")
@@ -97,7 +106,9 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> None:
 def _run(case: dict) -> dict:
     """A case in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "", "", "--case", json.dumps(case)], env=os.environ | ENVIRONMENT, capture_output=True,
+        [sys.executable, __file__, "", "", "--case", json.dumps(case)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
         text=True,
     )
     if done.returncode:
@@ -114,9 +125,16 @@ def _case(case: dict) -> dict:
     context, new, admission = case["context"], case.get("new", 16), case["kind"] != "decode"
     memory = case.get("memory", 1024) << 20
     llm = LLM(
-        model=case["model"], dtype="float32", enforce_eager=True, max_model_len=context, kv_cache_memory_bytes=memory,
-        max_num_seqs=256 if admission else case["batch"], max_num_batched_tokens=2048, enable_prefix_caching=False,
-        block_size=None if case["engine"] == "dmc" else 32, seed=0,
+        model=case["model"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=context,
+        kv_cache_memory_bytes=memory,
+        max_num_seqs=256 if admission else case["batch"],
+        max_num_batched_tokens=2048,
+        enable_prefix_caching=False,
+        block_size=None if case["engine"] == "dmc" else 32,
+        seed=0,
         additional_config={"dmc": case["settings"]} if "settings" in case else {},
     )
     engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler

@@ -72,11 +72,22 @@ def measure(args: argparse.Namespace) -> dict:
         for name, bos in (("trained with BOS", "true"), ("trained without", "false")):
             rows += _rows(name, seed, _trained(args, bos, seed), kept, begin)
     return {
-        "command": " ".join(["python scripts/bos_effect.py", *sys.argv[1:]]), "commit": provenance.commit(),
-        "hardware": provenance.hardware("cpu"), "versions": provenance.versions(), "model": Path(args.model).name,
-        "begin": begin, "text_hash": corpus_hash(docs), "documents": len(docs), "held_out": len(kept), "length": args.length,
-        "scored_tokens": sum(len(ids) - 1 for ids in kept), "steps": args.steps, "batch": args.batch, "lr": args.lr,
-        "seeds": args.seeds, "rows": rows,
+        "command": " ".join(["python scripts/bos_effect.py", *sys.argv[1:]]),
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware("cpu"),
+        "versions": provenance.versions(),
+        "model": Path(args.model).name,
+        "begin": begin,
+        "text_hash": corpus_hash(docs),
+        "documents": len(docs),
+        "held_out": len(kept),
+        "length": args.length,
+        "scored_tokens": sum(len(ids) - 1 for ids in kept),
+        "steps": args.steps,
+        "batch": args.batch,
+        "lr": args.lr,
+        "seeds": args.seeds,
+        "rows": rows,
     }
 
 
@@ -128,10 +139,26 @@ def _trained(args: argparse.Namespace, bos: str, seed: int) -> Path:
         return out
     shutil.rmtree(run, ignore_errors=True)
     train = [
-        sys.executable, ROOT / "train.py", "--model", args.model, "--output", run, "dmc.method=none", f"data.text={args.text}",
-        f"data.bos={bos}", f"data.sequence_length={args.length}", f"data.cache={args.runs / 'cache'}", f"run.seed={seed}",
-        f"run.steps={args.steps}", f"optim.global_batch={args.batch}", f"optim.micro_batch={args.batch}", f"optim.lr={args.lr}",
-        f"optim.decay_steps={args.steps // 2}", "log.eval_sequences=4", "run.threads=1", "log.every=50",
+        sys.executable,
+        ROOT / "train.py",
+        "--model",
+        args.model,
+        "--output",
+        run,
+        "dmc.method=none",
+        f"data.text={args.text}",
+        f"data.bos={bos}",
+        f"data.sequence_length={args.length}",
+        f"data.cache={args.runs / 'cache'}",
+        f"run.seed={seed}",
+        f"run.steps={args.steps}",
+        f"optim.global_batch={args.batch}",
+        f"optim.micro_batch={args.batch}",
+        f"optim.lr={args.lr}",
+        f"optim.decay_steps={args.steps // 2}",
+        "log.eval_sequences=4",
+        "run.threads=1",
+        "log.every=50",
     ]
     export = [sys.executable, ROOT / "scripts/export_hf.py", run / "checkpoints/final", out]
     for command in (train, export):

@@ -68,15 +68,24 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="export with late merging")
     parser.add_argument("--base", type=Path, default=ROOT / "checkpoints/base", help="the uncompressed model (checkpoints/base)")
-    parser.add_argument("--decisions", type=Path, default=ROOT / "checkpoints/decisions/base.safetensors",
-                        help="fitted decisions of the base (checkpoints/decisions/base.safetensors)")
+    parser.add_argument(
+        "--decisions",
+        type=Path,
+        default=ROOT / "checkpoints/decisions/base.safetensors",
+        help="fitted decisions of the base (checkpoints/decisions/base.safetensors)",
+    )
     parser.add_argument("--max-entries", type=int, default=256, help="of each head behind the window (256)")
     parser.add_argument("--target-cr", type=float, default=3.0, help="of the fitted decisions at 1,024 tokens (3)")
     parser.add_argument("--tokens", type=int, default=10_000, help="of the stream (10000)")
     parser.add_argument("--bytes-per-head", type=int, help="of StreamingLLM, H2O and TOVA (what N + window entries take)")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods (all)")
-    parser.add_argument("--measures", nargs="+", default=["held-out", "generated", "stream"],
-                        choices=["held-out", "generated", "stream"], help="held-out generated stream (all)")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=["held-out", "generated", "stream"],
+        choices=["held-out", "generated", "stream"],
+        help="held-out generated stream (all)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSONL; lines are added")
     return parser.parse_args()
 
@@ -114,8 +123,15 @@ def held_out(args: argparse.Namespace, model: Path, given: dict) -> dict:
     wanted: Reference = reference(args.base, windows, store=None)
     found = measure(_load(model, given, max_batch=8), windows, reference=wanted)
     return {
-        "perplexity": found.perplexity, "base_perplexity": found.base_perplexity, "kl": found.kl, "kl_stderr": found.kl_stderr,
-        "cr_end": found.cr, "held_bytes_end": found.held_bytes_end, "prompt": 512, "scored": 512, "windows": 8,
+        "perplexity": found.perplexity,
+        "base_perplexity": found.base_perplexity,
+        "kl": found.kl,
+        "kl_stderr": found.kl_stderr,
+        "cr_end": found.cr,
+        "held_bytes_end": found.held_bytes_end,
+        "prompt": 512,
+        "scored": 512,
+        "windows": 8,
     }
 
 
@@ -132,9 +148,13 @@ def generated(args: argparse.Namespace, model: Path, given: dict) -> dict:
     logprobs = torch.stack([score.logprobs[127:] for score in scores]).double()
     later = logprobs[:, logprobs.shape[1] // 2 :]
     return {
-        "perplexity_under_base": math.exp(-logprobs.mean()), "perplexity_under_base_second_half": math.exp(-later.mean()),
-        "cr_end": sum(output.stats.cr for output in outputs) / len(outputs), "prompts": len(prompts), "prompt": 128,
-        "new_tokens": TRAINED - 128, "temperature": 1.0,
+        "perplexity_under_base": math.exp(-logprobs.mean()),
+        "perplexity_under_base_second_half": math.exp(-later.mean()),
+        "cr_end": sum(output.stats.cr for output in outputs) / len(outputs),
+        "prompts": len(prompts),
+        "prompt": 128,
+        "new_tokens": TRAINED - 128,
+        "temperature": 1.0,
     }
 
 
@@ -167,15 +187,25 @@ def _streamed(llm: LLM, prompt: list[int], tokens: int) -> dict:
         count = len(sequence.tokens)
         if sequence.slot is not None and count >= recorded + max(1, tokens // POINTS):
             entries, recorded = llm.cache.entries(sequence.slot), count
-            points.append({
-                "tokens": count, "pages": cache.used_pages, "entries_mean": round(float(entries.double().mean()), 1),
-                "entries_max": int(entries.max()), "held_bytes": sum(llm.cache.held(sequence.slot).values()),
-                "seconds": round(time.perf_counter() - started, 1),
-            })
+            points.append(
+                {
+                    "tokens": count,
+                    "pages": cache.used_pages,
+                    "entries_mean": round(float(entries.double().mean()), 1),
+                    "entries_max": int(entries.max()),
+                    "held_bytes": sum(llm.cache.held(sequence.slot).values()),
+                    "seconds": round(time.perf_counter() - started, 1),
+                }
+            )
     output = sequence.output()
     return {
-        "finish_reason": output.finish_reason, "generated": len(output.token_ids), "preemptions": engine.preemptions,
-        "pages_peak": peak, "pages_limit": cache.page_limit, "page_bytes": cache.page_bytes, "points": points,
+        "finish_reason": output.finish_reason,
+        "generated": len(output.token_ids),
+        "preemptions": engine.preemptions,
+        "pages_peak": peak,
+        "pages_limit": cache.page_limit,
+        "page_bytes": cache.page_bytes,
+        "points": points,
     }
 
 
@@ -201,8 +231,13 @@ def _known(path: Path) -> set[tuple[str, str]]:
 def _origin(model: Path, given: dict) -> dict:
     settings = {name: Path(value).name if name == "decisions" else value for name, value in given.items()}
     return {
-        "model": model.resolve().name, "model_hash": model_hash(model), "settings": settings, "hardware": hardware("cpu"),
-        "commit": commit(), "versions": versions(), "command": " ".join(["python", *sys.argv]),
+        "model": model.resolve().name,
+        "model_hash": model_hash(model),
+        "settings": settings,
+        "hardware": hardware("cpu"),
+        "commit": commit(),
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
     }
 
 

@@ -47,18 +47,38 @@ SETS = {
     "split": [
         f"tcq:key_bits={keys},value_bits={values}"
         for keys, values in (
-            (4, 4), (4.25, 3.75), (4.5, 3.5), (4.75, 3.25), (5, 3), (3, 3), (3.25, 2.5), (3.5, 2.25), (3, 2.75), (3.75, 2),
-            (2, 2), (2.25, 1.75), (2.5, 1.5), (2.75, 1.25),
+            (4, 4),
+            (4.25, 3.75),
+            (4.5, 3.5),
+            (4.75, 3.25),
+            (5, 3),
+            (3, 3),
+            (3.25, 2.5),
+            (3.5, 2.25),
+            (3, 2.75),
+            (3.75, 2),
+            (2, 2),
+            (2.25, 1.75),
+            (2.5, 1.5),
+            (2.75, 1.25),
         )
     ],
     "codecs": [  # all codecs, about 8, 5, 4, 3 and 2 bits
-        "int8", "fp8", "svd:rank=32", "svd:rank=32,factors=int8", "svd:rank=16,factors=int8",
+        "int8",
+        "fp8",
+        "svd:rank=32",
+        "svd:rank=32,factors=int8",
+        "svd:rank=16,factors=int8",
         *(f"gear:bits={bits},backbone=token,group=32,rank=0,outliers=0" for bits in (4, 2)),
         *(f"kivi:bits={bits}" for bits in (4, 3, 2)),
         *(f"gear:bits={bits},backbone=kivi,group=32,rank=2,outliers=0.02" for bits in (4, 2)),
         *(f"rotated:bits={bits}" for bits in (4, 3, 2)),
         *(f"rotated:bits={bits},mean=1" for bits in (4, 3, 2)),
-        "gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit",
+        "gear-4bit",
+        "gear-2bit",
+        "tcq-4bit",
+        "tcq-3bit",
+        "tcq-2bit",
     ],
     "additions": [
         f"gear:bits={bits},backbone=trellis,rank={rank},outliers={outliers}"

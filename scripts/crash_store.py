@@ -156,7 +156,8 @@ def _state(step: int) -> dict:
 
     large, small = torch.arange(SIZE, dtype=torch.float32) + step, torch.tensor([step, -step])
     return {
-        "large": ShardedTensor.from_rank_offsets("large", large), "small": ShardedTensor.from_rank_offsets("small", small),
+        "large": ShardedTensor.from_rank_offsets("large", large),
+        "small": ShardedTensor.from_rank_offsets("small", small),
         "step": step,
     }
 

@@ -41,9 +41,15 @@ OF_OTHERS = {
 }
 """What each of --models gets, under the policy that it was trained for, or full."""
 TASK = {
-    "task": "next_line", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "next_line.jsonl"}},
-    "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
-    "doc_to_target": "{{answer}}", "target_delimiter": "",
+    "task": "next_line",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "next_line.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{text}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "target_delimiter": "",
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
     "metadata": {"version": 1.0},
 }
@@ -64,9 +70,9 @@ def write_choices(folder: Path, count: int) -> None:
             continue
         choices = [right, *draw.sample(others, 3)]
         draw.shuffle(choices)
-        questions.append({
-            "text": "\n".join(text), "choices": [f"\n{choice}" for choice in choices], "answer": choices.index(right)
-        })
+        questions.append(
+            {"text": "\n".join(text), "choices": [f"\n{choice}" for choice in choices], "answer": choices.index(right)}
+        )
     (folder / "next_line.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
     (folder / "next_line.yaml").write_text(json.dumps(TASK))  # JSON is YAML
 
@@ -81,9 +87,7 @@ def runs(model: str, others: list[Path]) -> dict[str, list[str]]:
     for path in others:
         able = runnable(path)
         policy = "full" if "full" in able else able[0]
-        rows |= {
-            f"{path.name}, {policy}, {name}": [str(path), "--policy", policy, *flags] for name, flags in OF_OTHERS.items()
-        }
+        rows |= {f"{path.name}, {policy}, {name}": [str(path), "--policy", policy, *flags] for name, flags in OF_OTHERS.items()}
     return rows
 
 
@@ -99,9 +103,7 @@ def table(reports: dict[str, dict]) -> str:
         (needle,), scored = report["needle"]["kinds"].values(), report["tasks"]["tasks"]
         margins = [trial["margin"] for trial in report["needle"]["trials"]]
         error = statistics.stdev(margins) / math.sqrt(len(margins)) if len(margins) > 1 else math.nan
-        accuracies = " | ".join(
-            f"{scored[task]['metrics']['acc']:.3f} ± {scored[task]['stderr']['acc']:.3f}" for task in tasks
-        )
+        accuracies = " | ".join(f"{scored[task]['metrics']['acc']:.3f} ± {scored[task]['stderr']['acc']:.3f}" for task in tasks)
         lines.append(
             f"| {name} | {needle['exact']:.2f} | {needle['choice']:.2f} | {needle['margin']:+.2f} ± {error:.2f} | "
             f"{accuracies} | {needle['cr']:.2f} | {needle['held_bytes']:,.0f} | {needle['byte_ratio']:.2f} |"
@@ -125,12 +127,32 @@ def main() -> int:
     reports = {}
     for number, (name, words) in enumerate(rows.items()):
         out = options.out / f"{number}.json"
-        code = dmc([
-            "eval", *words, "--needle", "--kinds", "passkey", "--lengths", str(options.length),
-            "--depths", "10,50,90", "--trials", str(options.trials), "--choices", "6",
-            "--tasks", tasks, "--task-dir", str(folder), *(["--limit", str(options.questions)] if options.tasks else []),
-            "--json", str(out), "--plot", str(options.out / f"{number}.png"),
-        ])
+        code = dmc(
+            [
+                "eval",
+                *words,
+                "--needle",
+                "--kinds",
+                "passkey",
+                "--lengths",
+                str(options.length),
+                "--depths",
+                "10,50,90",
+                "--trials",
+                str(options.trials),
+                "--choices",
+                "6",
+                "--tasks",
+                tasks,
+                "--task-dir",
+                str(folder),
+                *(["--limit", str(options.questions)] if options.tasks else []),
+                "--json",
+                str(out),
+                "--plot",
+                str(options.out / f"{number}.png"),
+            ]
+        )
         if code:
             return code
         reports[name] = json.loads(out.read_text())

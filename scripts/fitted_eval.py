@@ -227,7 +227,8 @@ def measure(model: Decoder, tokens: Tensor, method: Method, reference: list[Tens
     figures = {"cr": round(counted.tokens / counted.entries, 3), "perplexity": round(math.exp(sum(losses) / len(losses)), 4)}
     if reference is not None:
         figures |= {
-            "kl": round(sum(kls) / len(kls), 6), "kl_last_quarter": round(sum(tails) / len(tails), 6),
+            "kl": round(sum(kls) / len(kls), 6),
+            "kl_last_quarter": round(sum(tails) / len(tails), 6),
             "kl_last_quarter_of_each": [round(value, 5) for value in tails],
         }
     return figures | {"seconds": round(time.perf_counter() - started, 1)}, kept
@@ -284,19 +285,28 @@ def _run(options: argparse.Namespace) -> None:
     for _, fitted, _ in plan:
         if fitted is not None:
             fitted.check(
-                model_hash(options.directory), config.num_hidden_layers, config.num_key_value_heads, config.hidden_size,
+                model_hash(options.directory),
+                config.num_hidden_layers,
+                config.num_key_value_heads,
+                config.hidden_size,
                 fitted.window,
             )
     text = held_out(options.text, options.directory, options.length, options.sequences)
     base, reference = measure(model, text.tokens, full, None)
     about = {
-        "model": Path(options.directory).resolve().name, "model_hash": model_hash(options.directory), "text": text.name,
-        "text_hash": text.text_hash, "sequences": len(text.tokens), "length": options.length,
+        "model": Path(options.directory).resolve().name,
+        "model_hash": model_hash(options.directory),
+        "text": text.name,
+        "text_hash": text.text_hash,
+        "sequences": len(text.tokens),
+        "length": options.length,
         "base_perplexity": base["perplexity"],
     }
     made_with = {
-        "command": shlex.join(["python", "scripts/fitted_eval.py", *sys.argv[1:]]), "commit": commit(),
-        "hardware": hardware("cpu"), **versions(),
+        "command": shlex.join(["python", "scripts/fitted_eval.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "hardware": hardware("cpu"),
+        **versions(),
     }
     for row, _, method in tqdm(plan, desc="methods", disable=not sys.stderr.isatty()):
         figures, _ = measure(model, text.tokens, method, reference)
@@ -314,8 +324,13 @@ def _plan(options: argparse.Namespace):  # noqa: ANN202
             continue
         for path in map(Path, options.decisions):
             fitted = FittedDecisions.load(path)
-            of_file = {"decisions": path.stem, "window": fitted.window, "sinks": fitted.sinks,
-                       "fitted_on": fitted.meta.get("text"), "fitted_tokens": fitted.meta.get("tokens")}
+            of_file = {
+                "decisions": path.stem,
+                "window": fitted.window,
+                "sinks": fitted.sinks,
+                "fitted_on": fitted.meta.get("text"),
+                "fitted_tokens": fitted.meta.get("tokens"),
+            }
             for cr in options.cr:
                 threshold = fitted.threshold(cr, options.length)
                 row = {"how": how, "target_cr": cr, **of_file}
@@ -325,8 +340,11 @@ def _plan(options: argparse.Namespace):  # noqa: ANN202
                     yield row, fitted, random_eviction(fitted, cr)
                 else:
                     for power in options.power:
-                        yield row | {"power": power, "protect_sinks": not options.share_sinks}, fitted, merge(
-                            fitted, threshold, power, protect=not options.share_sinks)
+                        yield (
+                            row | {"power": power, "protect_sinks": not options.share_sinks},
+                            fitted,
+                            merge(fitted, threshold, power, protect=not options.share_sinks),
+                        )
 
 
 if __name__ == "__main__":

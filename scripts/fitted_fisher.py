@@ -65,12 +65,14 @@ def main() -> None:
     total, sampled = [None] * len(model.model.layers), [[] for _ in model.model.layers]
     seen: dict[tuple[str, int], Tensor] = {}
     for index, layer in enumerate(model.model.layers):
+
         def keep(name: str, index: int = index):  # noqa: ANN202
             def hook(_: torch.nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
                 kept = inputs[0] if output is None else output
                 if name == "out":
                     kept.retain_grad()
                 seen[name, index] = kept
+
             return hook
 
         layer.input_layernorm.register_forward_hook(keep("hidden"))
@@ -94,11 +96,22 @@ def main() -> None:
                 sampled[index].append(x[scored, :-1].half())
         model.zero_grad()
         seen.clear()
-    torch.save({
-        "steps": [count], "moments": [[one] for one in total], "sampled": [torch.stack(part) for part in sampled],
-        "heads": heads, "length": options.length, "hidden": model.config.hidden_size, "settings": settings,
-        "model": model_hash(options.directory), "text": found.name, "text_hash": found.text_hash, "targets": TARGETS,
-    }, options.out)
+    torch.save(
+        {
+            "steps": [count],
+            "moments": [[one] for one in total],
+            "sampled": [torch.stack(part) for part in sampled],
+            "heads": heads,
+            "length": options.length,
+            "hidden": model.config.hidden_size,
+            "settings": settings,
+            "model": model_hash(options.directory),
+            "text": found.name,
+            "text_hash": found.text_hash,
+            "targets": TARGETS,
+        },
+        options.out,
+    )
 
 
 if __name__ == "__main__":

@@ -93,8 +93,15 @@ def _raise(seen: Tensor, new: Tensor) -> None:
 
 @torch.no_grad()
 def collect(
-    directory: str, text: str, settings: FitSettings, length: int, count: int, *, under: FittedDecisions | None = None,
-    cr: float = 4.0, repeat: bool = False,
+    directory: str,
+    text: str,
+    settings: FitSettings,
+    length: int,
+    count: int,
+    *,
+    under: FittedDecisions | None = None,
+    cr: float = 4.0,
+    repeat: bool = False,
 ) -> dict:
     """Sums after 6, 12, 25, ... sequences, per layer, and features ``[S, n, F]`` of the last sequences.
 
@@ -121,14 +128,16 @@ def collect(
             result = []
             gone = None if under is None else under.scores(index, model.normed(x, index)).T < under.threshold(cr, length)
 
-            def attend(_: int, query: Tensor, key: Tensor, value: Tensor, *__: Tensor,
-                       x=x, layer=layer, result=result, gone=gone) -> Tensor:
+            def attend(
+                _: int, query: Tensor, key: Tensor, value: Tensor, *__: Tensor, x=x, layer=layer, result=result, gone=gone
+            ) -> Tensor:
                 query, key, value = (part.transpose(0, 1) for part in (query, key, value))
                 query = rotate(query, rope).unflatten(0, (len(key), -1))
                 output = layer.output.dense().T.unflatten(0, (*query.shape[:2], -1))
                 target = Targets(query, value, output, x, settings.window, asking)
-                out = attend_in_blocks(query, rotate(key, rope), value, block=settings.block, see=target.add, gone=gone,
-                                       window=settings.window)
+                out = attend_in_blocks(
+                    query, rotate(key, rope), value, block=settings.block, see=target.add, gone=gone, window=settings.window
+                )
                 result.append(target.result())
                 return out.flatten(0, 1).transpose(0, 1)
 
@@ -145,17 +154,26 @@ def collect(
         sampled.append(torch.stack(features))
     config = model.config
     return {
-        "steps": steps, "moments": moments, "sampled": sampled, "heads": config.num_key_value_heads, "length": length,
-        "hidden": config.hidden_size, "settings": settings, "model": model_hash(directory), "text": found.name,
-        "text_hash": found.text_hash, "targets": TARGETS,
+        "steps": steps,
+        "moments": moments,
+        "sampled": sampled,
+        "heads": config.num_key_value_heads,
+        "length": length,
+        "hidden": config.hidden_size,
+        "settings": settings,
+        "model": model_hash(directory),
+        "text": found.name,
+        "text_hash": found.text_hash,
+        "targets": TARGETS,
     }
 
 
 # ------------------------------------------------------------------------------------------- variants
 
 
-def solved(data: dict, *, target: str = "max-floor-1e-05", step: int = -1, ridge: float = 1e-3, use: str = "both",
-           scaled: bool = False) -> list[Tensor]:
+def solved(
+    data: dict, *, target: str = "max-floor-1e-05", step: int = -1, ridge: float = 1e-3, use: str = "both", scaled: bool = False
+) -> list[Tensor]:
     """Weights ``[F, H]`` of each layer, ``[h_t, h_{t+w}, 1]``; 0 for features that are not used.
 
     Args:
@@ -180,15 +198,16 @@ def solved(data: dict, *, target: str = "max-floor-1e-05", step: int = -1, ridge
     return found
 
 
-def decisions(data: dict, weights: list[Tensor], *, budgets: str = "global", cr: float = 4.0, sinks: int | None = None,
-              **meta: object) -> FittedDecisions:
+def decisions(
+    data: dict, weights: list[Tensor], *, budgets: str = "global", cr: float = 4.0, sinks: int | None = None, **meta: object
+) -> FittedDecisions:
     """A decisions file; per-head and per-layer budgets are those of one CR and folded into the bias."""
     settings: FitSettings = data["settings"]
     hidden = data["hidden"]
     stacked = torch.stack(weights).mT.clone()  # [L, H, F]
-    scores = torch.stack([
-        (x.flatten(0, 1).float() @ w[:-1] + w[-1]).T for x, w in zip(data["sampled"], weights, strict=True)
-    ])  # [L, H, n]
+    scores = torch.stack(
+        [(x.flatten(0, 1).float() @ w[:-1] + w[-1]).T for x, w in zip(data["sampled"], weights, strict=True)]
+    )  # [L, H, n]
     if budgets != "global":
         always = settings.window + 1 + settings.sinks
         share = (data["length"] / cr - always) / (data["length"] - always)
@@ -199,14 +218,20 @@ def decisions(data: dict, weights: list[Tensor], *, budgets: str = "global", cr:
         stacked[..., -1] -= shift
         scores = scores - shift[..., None]
     return FittedDecisions(
-        stacked[..., :hidden].contiguous(), stacked[..., hidden:-1].contiguous(), stacked[..., -1].contiguous(),
-        settings.window, settings.sinks if sinks is None else sinks, quantiles(scores.flatten()), data["model"],
+        stacked[..., :hidden].contiguous(),
+        stacked[..., hidden:-1].contiguous(),
+        stacked[..., -1].contiguous(),
+        settings.window,
+        settings.sinks if sinks is None else sinks,
+        quantiles(scores.flatten()),
+        data["model"],
         {"text": data["text"], "text_hash": data["text_hash"], **meta},
     )
 
 
 def variants(data: dict) -> Iterator[tuple[str, FittedDecisions]]:
     """(name, decisions) of everything that is tried; "default" is what the command does."""
+
     def made(tokens: int = data["steps"][-1], **how: object) -> FittedDecisions:
         return decisions(data, solved(data, **how), tokens=tokens * data["length"], variant={k: str(v) for k, v in how.items()})
 
@@ -255,8 +280,16 @@ def main() -> None:
     if options.command == "collect":
         settings = FitSettings(window=options.window)
         under = None if options.under is None else FittedDecisions.load(options.under)
-        data = collect(options.directory, options.text, settings, options.length, options.sequences, under=under, cr=options.cr,
-                       repeat=options.repeat)
+        data = collect(
+            options.directory,
+            options.text,
+            settings,
+            options.length,
+            options.sequences,
+            under=under,
+            cr=options.cr,
+            repeat=options.repeat,
+        )
         torch.save(data, options.out)
         return
     options.out.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Writes a GGUF file again with every weight dequantised to fp32, for llama.cpp in scripts/bench_serve.py.
 
-    pip install gguf
-    python scripts/gguf_fp32.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-fp32.gguf
+pip install gguf
+python scripts/gguf_fp32.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-fp32.gguf
 """
 
 from __future__ import annotations

@@ -71,13 +71,13 @@ def _convert(file: Path, out: Path, dtype: str) -> None:
     config.save_pretrained(out)
     GenerationConfig.from_model_config(config).save_pretrained(out)
     if split == "smollm":  # transformers leaves runs of digits whole
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ])
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
     }
     settings |= {name: value for name in _TOKENIZER_SETTINGS if (value := getattr(tokenizer, name, None)) is not None}
@@ -111,8 +111,10 @@ def _checked(file: Path) -> str:
         raise ValueError(f"{file} holds the tensor {biases[0]!r}, which no Llama has")
     split = known.get("tokenizer.ggml.pre")
     if known.get("tokenizer.ggml.model") != "gpt2" or split not in _SPLITS:
-        raise ValueError(f"{file} has a tokenizer of kind {known.get('tokenizer.ggml.model')!r} that splits text by {split!r}; "
-                         f"gpt2 is read, with {', '.join(_SPLITS)}: take the original checkpoint")
+        raise ValueError(
+            f"{file} has a tokenizer of kind {known.get('tokenizer.ggml.model')!r} that splits text by {split!r}; "
+            f"gpt2 is read, with {', '.join(_SPLITS)}: take the original checkpoint"
+        )
     return split
 
 

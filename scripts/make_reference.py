@@ -35,8 +35,15 @@ EXIT_CODES = (
     ("130", "Ctrl-C"),
 )
 API = (
-    "dmc.LLM", "dmc.SamplingParams", "dmc.engine.Output", "dmc.engine.Stats", "dmc.functional", "dmc.cache.Policy",
-    "dmc.cache.Entries", "dmc.cache.Codec", "dmc.families.Family",
+    "dmc.LLM",
+    "dmc.SamplingParams",
+    "dmc.engine.Output",
+    "dmc.engine.Stats",
+    "dmc.functional",
+    "dmc.cache.Policy",
+    "dmc.cache.Entries",
+    "dmc.cache.Codec",
+    "dmc.families.Family",
 )
 
 
@@ -69,7 +76,8 @@ def pages() -> dict[str, str]:
 def configuration() -> str:
     """Every key of the configuration of training."""
     parts = [
-        "# Configuration of training", NOTE,
+        "# Configuration of training",
+        NOTE,
         "Every key of a recipe in `configs/`. On the command line a key is set as `section.key=value`, after the flags of "
         "[`dmc train`](cli.md#dmc-train). An unknown key is an error that lists the known ones. More in "
         "[training](../training.md).",
@@ -90,7 +98,9 @@ def command_line() -> str:
     summaries = {name: entry[0] for name, entry in (cli.PROGRAMS | cli.COMMANDS).items()}
     parsers |= {"train": train.make_parser(), "export": export.make_parser()}
     parts = [
-        "# Command line", NOTE, "`--help` of each command prints the same arguments.",
+        "# Command line",
+        NOTE,
+        "`--help` of each command prints the same arguments.",
         table(("exit code", "meaning"), list(EXIT_CODES)),
     ]
     parts.append(table(("command", ""), [(f"[`dmc {name}`](#dmc-{name})", text) for name, text in summaries.items()]))

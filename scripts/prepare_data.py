@@ -47,10 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="DIR", help="model directory whose tokenizer is used")
     add("--output", type=Path, metavar="DIR", help="the prepared corpus; must not exist")
     add("--text-column", help="column that holds the text (text; with --chat: messages)")
-    add("--chat", action="store_true",
-        help="the column holds conversations, rendered by the tokenizer's chat template (docs/chat.md)")
-    add("--loss-on", choices=("everything", "assistant"),
-        help="with --chat: assistant also stores which tokens are assistant turns, for data.loss_on=assistant (everything)")
+    add(
+        "--chat",
+        action="store_true",
+        help="the column holds conversations, rendered by the tokenizer's chat template (docs/chat.md)",
+    )
+    add(
+        "--loss-on",
+        choices=("everything", "assistant"),
+        help="with --chat: assistant also stores which tokens are assistant turns, for data.loss_on=assistant (everything)",
+    )
     add("--held-out", metavar="SHARE", help="fraction (0.005) or count (1000) of the documents, chosen by their hash (0)")
     add("--held-out-file", action="append", default=[], metavar="SOURCE", help="held-out documents of their own; may be repeated")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenising processes (one a core)")
@@ -59,10 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a Hub dataset: pin it, or the corpus may change")
     add("--download", action="store_true", help="download a Hub dataset before reading it, instead of streaming")
     add("--txt-documents", default="file", choices=("file", "paragraph", "line"), help="what one document of a .txt is (file)")
-    add("--parse-special-tokens", action="store_true",
-        help="names of special tokens in the text are the tokens (chat templates), not text")
-    add("--bos", default="auto", choices=list(_BOS),
-        help="whether documents begin with a BOS token: auto follows the tokenizer, as served prompts do (auto)")
+    add(
+        "--parse-special-tokens",
+        action="store_true",
+        help="names of special tokens in the text are the tokens (chat templates), not text",
+    )
+    add(
+        "--bos",
+        default="auto",
+        choices=list(_BOS),
+        help="whether documents begin with a BOS token: auto follows the tokenizer, as served prompts do (auto)",
+    )
     add("--limit", type=int, help="stop after so many documents")
     add("--verify", type=Path, metavar="DIR", help="read every byte of a prepared corpus and compare it with its hashes")
     return parser
@@ -89,12 +102,23 @@ def _prepare(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     held_out = HeldOut.parse(args.held_out, args.held_out_file)
     request = Request(
-        args.sources, column=args.text_column or ("messages" if args.chat else "text"), config=args.config, split=args.split,
-        revision=args.revision, streaming=not args.download, txt_documents=args.txt_documents,
+        args.sources,
+        column=args.text_column or ("messages" if args.chat else "text"),
+        config=args.config,
+        split=args.split,
+        revision=args.revision,
+        streaming=not args.download,
+        txt_documents=args.txt_documents,
     )
     meta = prepare(
-        request, load_tokenizer(args.tokenizer), args.output, held_out=held_out, workers=args.workers,
-        parse_special=args.parse_special_tokens, limit=args.limit, bos=_BOS[args.bos],
+        request,
+        load_tokenizer(args.tokenizer),
+        args.output,
+        held_out=held_out,
+        workers=args.workers,
+        parse_special=args.parse_special_tokens,
+        limit=args.limit,
+        bos=_BOS[args.bos],
         loss_on=(args.loss_on or "everything") if args.chat else None,
     )
     _show(args.output, meta)

@@ -43,7 +43,9 @@ with needed_by_script("the report"):
 
 CONTROL = "control (same tokens, no compression)"
 COMPARED = {  # runs of as many tokens by other methods
-    "late-eviction": "late eviction", "dms": "DMS", "merge-at-once": "DMC, merging at once",
+    "late-eviction": "late eviction",
+    "dms": "DMS",
+    "merge-at-once": "DMC, merging at once",
 }
 SEGMENT_TOKENS = 400
 ON_TOP = {  # name in the table: codec and its settings
@@ -101,15 +103,24 @@ def report(runs: Path, context: int, sequences: int, all_budgets: bool) -> None:
         rows = _rows(pool, jobs)
         final = next(row for row in rows if row["name"] == f"{method} CR {target:g}")
         entries = max(8, math.ceil(context / final["measured_cr"]))
-        rows += _rows(pool, [
-            (name, target, _evicting, base, held_out, policy, budget)
-            for name, policy, budget in _budgets(entries, final["measured_cr"] if all_budgets else None)
-        ])
+        rows += _rows(
+            pool,
+            [
+                (name, target, _evicting, base, held_out, policy, budget)
+                for name, policy, budget in _budgets(entries, final["measured_cr"] if all_budgets else None)
+            ],
+        )
 
     results = {
-        "rows": rows, "context": context, "sequences": len(held_out), "python": sys.version.split()[0],
-        "torch": torch.__version__, "commit": _commit(), "held_out_hash": _meta(runs)["held_out_hash"],
-        "model_hash": _meta(runs)["model_hash"], "seconds": round(time.perf_counter() - started, 1),
+        "rows": rows,
+        "context": context,
+        "sequences": len(held_out),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "held_out_hash": _meta(runs)["held_out_hash"],
+        "model_hash": _meta(runs)["model_hash"],
+        "seconds": round(time.perf_counter() - started, 1),
     }
     table = _table(rows, context)
     (runs / "table.md").write_text(table)
@@ -137,7 +148,8 @@ def _scored(scores: list) -> dict:
     entries = sum(int(s.stats.entries.sum()) for s in scores) / scores[0].stats.entries.numel()
     return {
         "perplexity": math.exp(-torch.cat([s.logprobs for s in scores]).double().mean().item()),
-        "measured_cr": cached / entries, "bytes_per_token": sum(s.stats.held_bytes for s in scores) / cached,
+        "measured_cr": cached / entries,
+        "bytes_per_token": sum(s.stats.held_bytes for s in scores) / cached,
         "bytes_ratio": sum(s.stats.dense_bytes for s in scores) / sum(s.stats.held_bytes for s in scores),
         "heads": (cached / torch.stack([s.stats.entries for s in scores]).sum(0)).tolist(),
     }
@@ -154,7 +166,8 @@ def _budgets(entries: int, cr: float | None) -> list[tuple[str, str, dict]]:
     budget; with its CR also at every token."""
     half = entries // 2
     at_the_end = {
-        "streaming": dict(sinks=4, recent=entries - 4), "h2o": dict(heavy=half, recent=entries - half),
+        "streaming": dict(sinks=4, recent=entries - 4),
+        "h2o": dict(heavy=half, recent=entries - half),
         "tova": dict(budget=entries),
     }
     rows = []
@@ -185,14 +198,20 @@ def _table(rows: list[dict], context: int) -> str:
     control = next(row["perplexity"] for row in rows if row["name"] == CONTROL)
     lines = [
         f"Held-out text, context {context}. Bytes per token: keys and values of one token over all layers, everything held.",
-        "", "| row | target CR | measured CR | perplexity | / control | / base | bytes per token | dense bf16 / held |",
+        "",
+        "| row | target CR | measured CR | perplexity | / control | / base | bytes per token | dense bf16 / held |",
         "|---|---|---|---|---|---|---|---|",
     ]
     base = rows[0]["perplexity"]
     for r in rows:
         cells = [
-            r["name"], f"{r['target_cr']:g}", f"{r['measured_cr']:.2f}", f"{r['perplexity']:.3f}",
-            f"{r['perplexity'] / control:.3f}", f"{r['perplexity'] / base:.3f}", f"{r['bytes_per_token']:.0f}",
+            r["name"],
+            f"{r['target_cr']:g}",
+            f"{r['measured_cr']:.2f}",
+            f"{r['perplexity']:.3f}",
+            f"{r['perplexity'] / control:.3f}",
+            f"{r['perplexity'] / base:.3f}",
+            f"{r['bytes_per_token']:.0f}",
             f"{r['bytes_ratio']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

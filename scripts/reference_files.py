@@ -30,22 +30,30 @@ ORIGIN = (
 
 def files() -> str:
     """All file formats."""
-    return "\n\n".join([
-        "Formats of the files that commands write and read. All are written atomically: a file is there with its whole content, "
-        "or it is not there.",
-        "## Training checkpoint", _checkpoint(),
-        "## Exported model", _export(),
-        "## Decisions", _decisions(),
-        "## Codec settings per layer", _layers(),
-        f"## {RESULTS} of dmc frontier", _rows(),
-        "## Report of dmc eval --json", _report(),
-    ])
+    return "\n\n".join(
+        [
+            "Formats of the files that commands write and read. All are written atomically: a file is there with its whole "
+            "content, or it is not there.",
+            "## Training checkpoint",
+            _checkpoint(),
+            "## Exported model",
+            _export(),
+            "## Decisions",
+            _decisions(),
+            "## Codec settings per layer",
+            _layers(),
+            f"## {RESULTS} of dmc frontier",
+            _rows(),
+            "## Report of dmc eval --json",
+            _report(),
+        ]
+    )
 
 
 def _checkpoint() -> str:
     return (
         "A directory in megatron-core's sharded format (`torch_dist`), with two more files. "
-        f"`{integrity.MARKER}` is JSON, `{{\"name\": [bytes, \"SHA-256\"], ...}}` for every other file; it is written last, and "
+        f'`{integrity.MARKER}` is JSON, `{{"name": [bytes, "SHA-256"], ...}}` for every other file; it is written last, and '
         "a directory without it is not a checkpoint. `meta.json` has the step, the configuration, and hashes of model, text and "
         f"tokenizer. A run that a signal stopped leaves the file `{STOPPED}` in its output directory, with one sentence. "
         "[Checkpoints](../checkpoints.md) says how they are written, verified and kept."
@@ -64,15 +72,14 @@ def _export() -> str:
 
 
 def _decisions() -> str:
-    made = fitted.FittedDecisions(
-        torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1), 0, 0, torch.zeros(2), "hash", {},
-    )
+    made = fitted.FittedDecisions(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1), 0, 0, torch.zeros(2), "hash", {})
     with tempfile.TemporaryDirectory() as folder:
         made.save(Path(folder) / "decisions.safetensors")
         with safe_open(Path(folder) / "decisions.safetensors", "pt") as file:
             tensors, notes = list(file.keys()), sorted(file.metadata())
     known = attributes(fitted.FittedDecisions) | {
-        "format": f"`{fitted.FORMAT}`", "digest": "16 hex digits of tensors and metadata, checked when the file is read",
+        "format": f"`{fitted.FORMAT}`",
+        "digest": "16 hex digits of tensors and metadata, checked when the file is read",
     }
     rows = [(f"`{name}`", "tensor", escaped(known[name])) for name in tensors]
     rows += [(f"`{name}`", "metadata", escaped(known[name])) for name in notes]
@@ -99,23 +106,35 @@ def _rows() -> str:
     ]
     return (
         "JSON, one row per line. `result.commit` and `result.versions` say what wrote a row; the codec names of version 0.1 are "
-        "translated when they are read.\n\n" + table(("key", "meaning"), own)
-        + "\n\nFields of `result`, the same in the report of `dmc eval`:\n\n" + _fields(Measurement)
+        "translated when they are read.\n\n"
+        + table(("key", "meaning"), own)
+        + "\n\nFields of `result`, the same in the report of `dmc eval`:\n\n"
+        + _fields(Measurement)
     )
 
 
 def _report() -> str:
     parts = [
         f"JSON. {ORIGIN}; then one key per measure:",
-        table(("key", "content"), [
-            ("`text`", f"a list, one object per text, with the [fields above](#{RESULTS.replace('.', '')}-of-dmc-frontier)"),
-            ("`needle`", "`trials`, one object per prompt (next table), and their means"),
-            ("`retrieval`, `long`", "`\"schema\": 1`, `settings`, `haystack` with its hash, `cells` (means and "
-             "standard errors per kind and length), `all`, and `samples`"),
-            ("`tasks`", "results of the lm-evaluation-harness per task, with hashes of the questions"),
-        ]),
-        "A needle's trial:", _fields(Trial), "A sample of the suites `quick` and `retrieval`:", _fields(Answered),
-        "A sample of the suite `long`:", _fields(Continued),
+        table(
+            ("key", "content"),
+            [
+                ("`text`", f"a list, one object per text, with the [fields above](#{RESULTS.replace('.', '')}-of-dmc-frontier)"),
+                ("`needle`", "`trials`, one object per prompt (next table), and their means"),
+                (
+                    "`retrieval`, `long`",
+                    '`"schema": 1`, `settings`, `haystack` with its hash, `cells` (means and '
+                    "standard errors per kind and length), `all`, and `samples`",
+                ),
+                ("`tasks`", "results of the lm-evaluation-harness per task, with hashes of the questions"),
+            ],
+        ),
+        "A needle's trial:",
+        _fields(Trial),
+        "A sample of the suites `quick` and `retrieval`:",
+        _fields(Answered),
+        "A sample of the suite `long`:",
+        _fields(Continued),
     ]
     return "\n\n".join(parts)
 

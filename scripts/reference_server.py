@@ -27,8 +27,10 @@ MEANINGS = {
 }
 """Fields that `SamplingParams` does not describe."""
 IGNORED = {
-    "user": "accepted, without effect", "safety_identifier": "accepted, without effect",
-    "prompt_cache_key": "accepted, without effect", "parallel_tool_calls": "accepted, without effect: there are no tools",
+    "user": "accepted, without effect",
+    "safety_identifier": "accepted, without effect",
+    "prompt_cache_key": "accepted, without effect",
+    "parallel_tool_calls": "accepted, without effect: there are no tools",
 }
 
 
@@ -49,11 +51,12 @@ def http() -> str:
         "[serving](../serving.md#the-server). Three rules hold for every object of a request: null means that a field is "
         "not given; an unknown field is an error (422); a parameter of OpenAI that is not served is accepted only with the "
         "value that asks for nothing.",
-        "Each error has the body `{\"error\": {\"message\", \"type\", \"param\", \"code\"}}`.",
+        'Each error has the body `{"error": {"message", "type", "param", "code"}}`.',
     ]
     rows = [
         (f"`{method.upper()} {path}`", escaped(route.get("description", "")), ", ".join(sorted(route["responses"])))
-        for path, methods in paths.items() for method, route in methods.items()
+        for path, methods in paths.items()
+        for method, route in methods.items()
     ]
     parts.append(table(("route", "what it does", "status codes"), rows))
     for path, methods in paths.items():
@@ -123,7 +126,8 @@ def metrics() -> str:
     made = Metrics(SimpleNamespace(llm=SimpleNamespace(engine=engine, cache=cache), waiting=0, death=None), "model")
     labels = {
         collector._name: collector._labelnames
-        for collector in made.registry._collector_to_names if isinstance(collector, MetricWrapperBase)
+        for collector in made.registry._collector_to_names
+        if isinstance(collector, MetricWrapperBase)
     }
     rows = []
     for family in made.registry.collect():
@@ -131,8 +135,10 @@ def metrics() -> str:
         suffix = {"counter": "_total", "histogram": "_bucket, _sum, _count"}.get(family.type, "")
         name = f"`{family.name}{suffix}`" if ", " not in suffix else f"`{family.name}` (`{suffix.replace(', ', '`, `')}`)"
         rows.append((name, family.type, ", ".join(f"`{label}`" for label in own), escaped(family.documentation)))
-    return "\n\n".join([
-        "`GET /metrics`, in Prometheus' text format. Names after the prefix `dmc:` are vLLM's where vLLM has such a metric. A "
-        "counter and a histogram also have a sample `_created`. [How to scrape them](../containers.md).",
-        table(("name", "type", "labels", "meaning"), rows),
-    ])
+    return "\n\n".join(
+        [
+            "`GET /metrics`, in Prometheus' text format. Names after the prefix `dmc:` are vLLM's where vLLM has such a metric. "
+            "A counter and a histogram also have a sample `_created`. [How to scrape them](../containers.md).",
+            table(("name", "type", "labels", "meaning"), rows),
+        ]
+    )

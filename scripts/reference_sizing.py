@@ -24,10 +24,16 @@ MODEL, GPU, TOKENS = "llama3.1-8b", "h100", 8192
 GIB, MIB = 2**30, 2**20
 FREE_SHARE = 0.9  # what `--kv-memory auto` takes of the free memory
 CHOICES = (
-    ("dense", {}, "full", {}, 1), ("int8", {}, "full", {}, 1), ("gear", {"bits": 4}, "full", {}, 1),
-    ("tcq-4bit", {}, "full", {}, 1), ("tcq-2bit", {}, "full", {}, 1),
-    ("dense", {}, "dmc", {"window": 256}, 4), ("tcq-4bit", {}, "dmc", {"window": 256}, 4), ("tcq-4bit", {}, "dmc", {}, 4),
-    ("tcq-2bit", {}, "dmc", {}, 4), ("tcq-4bit", {}, "dmc", {}, 8),
+    ("dense", {}, "full", {}, 1),
+    ("int8", {}, "full", {}, 1),
+    ("gear", {"bits": 4}, "full", {}, 1),
+    ("tcq-4bit", {}, "full", {}, 1),
+    ("tcq-2bit", {}, "full", {}, 1),
+    ("dense", {}, "dmc", {"window": 256}, 4),
+    ("tcq-4bit", {}, "dmc", {"window": 256}, 4),
+    ("tcq-4bit", {}, "dmc", {}, 4),
+    ("tcq-2bit", {}, "dmc", {}, 4),
+    ("tcq-4bit", {}, "dmc", {}, 8),
 )
 
 
@@ -65,8 +71,9 @@ def rows() -> list[tuple[str, ...]]:
         dense = 4 * shape.layers * shape.heads * shape.head_size * TOKENS
         words = {1: "every token"}.get(cr, f"DMC at CR {cr}" + (f", window {decides.ring}" if decides.ring else ""))
         label = name if not settings else f"{name}:bits={settings['bits']}"
-        found.append((words, f"`{label}`", str(made.page_size), f"{bytes_ / MIB:,.0f}", f"{dense / bytes_:.1f}",
-                      f"{free // bytes_:,.0f}"))
+        found.append(
+            (words, f"`{label}`", str(made.page_size), f"{bytes_ / MIB:,.0f}", f"{dense / bytes_:.1f}", f"{free // bytes_:,.0f}")
+        )
     return found
 
 

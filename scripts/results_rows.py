@@ -94,8 +94,14 @@ def at(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 FUNCTIONS: dict[str, Callable] = {
-    "loss": loss, "ratio": ratio, "spread": spread, "quartiles": quartiles, "limits": limits, "at": at,
-    "median": statistics.median, "mean": statistics.fmean,
+    "loss": loss,
+    "ratio": ratio,
+    "spread": spread,
+    "quartiles": quartiles,
+    "limits": limits,
+    "at": at,
+    "median": statistics.median,
+    "mean": statistics.fmean,
 }
 
 
@@ -122,10 +128,18 @@ def rows(mark: str, folder: Path) -> str:
     if not found:
         raise ValueError(f"{chosen or 'rows'!r} selects no rows")
     heads, templates = zip(*columns, strict=True)
-    return table(heads, (
-        [_evaluate(f"f'''{template}'''", names | {"rows": found, "row": row} | (row if isinstance(row, dict) else {}))
-         .replace(" ± ", _ERROR) for template in templates] for row in found
-    ))
+    return table(
+        heads,
+        (
+            [
+                _evaluate(
+                    f"f'''{template}'''", names | {"rows": found, "row": row} | (row if isinstance(row, dict) else {})
+                ).replace(" ± ", _ERROR)
+                for template in templates
+            ]
+            for row in found
+        ),
+    )
 
 
 def load(file: str, folder: Path) -> Fields:

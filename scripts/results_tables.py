@@ -54,11 +54,21 @@ def frontier(*files: str) -> str:
     """Rows that no other beats in bytes and KL at once, by rising KL."""
     rows = read(*files)
     best = [rows[i] for i in front([point(row) for row in rows])][::-1]
-    return table(("held", "method", "row", "CR", "KL, nats/token", "perplexity", "same token"), (
-        (ratio(row["result"]["share"]), competitor(row), shown(row), f"{row['result']['cr']:.2f}",
-         loss(row["result"]["kl"], row["result"]["kl_stderr"]), f"{row['result']['perplexity']:.3f}",
-         f"{row['result']['agreement']:.1%}") for row in best
-    ))
+    return table(
+        ("held", "method", "row", "CR", "KL, nats/token", "perplexity", "same token"),
+        (
+            (
+                ratio(row["result"]["share"]),
+                competitor(row),
+                shown(row),
+                f"{row['result']['cr']:.2f}",
+                loss(row["result"]["kl"], row["result"]["kl_stderr"]),
+                f"{row['result']['perplexity']:.3f}",
+                f"{row['result']['agreement']:.1%}",
+            )
+            for row in best
+        ),
+    )
 
 
 def budgets(*files: str) -> str:
@@ -101,9 +111,9 @@ def kept(*files: str) -> str:
     bold = lambda share, one: f"**{one['kl']:.3f}**" if one["kl"] == least[share] else f"{one['kl']:.3f}"  # noqa: E731
     order = sorted(cells, key=lambda name: statistics.fmean(math.log(one["kl"]) for one in cells[name].values()))
     head = ("policy", *(f"1/{1 / float(share):g}" for share in shares))
-    return table(head, (
-        (name, *(bold(share, cells[name][share]) if share in cells[name] else "–" for share in shares)) for name in order
-    ))
+    return table(
+        head, ((name, *(bold(share, cells[name][share]) if share in cells[name] else "–" for share in shares)) for name in order)
+    )
 
 
 def suite(file: str, *kinds: str) -> str:
@@ -201,13 +211,21 @@ def vllm_requests(file: str) -> str:
     rows = [row for row in json.loads((RESULTS / file).read_text())["rows"] if row["kind"] == "count"]
     lines = []
     for context in dict.fromkeys(row["context"] for row in rows):
-        dense, ours = (next(row["concurrency"] for row in rows if (row["context"], row["engine"]) == (context, name))
-                       for name in ("dense", "dmc"))
+        dense, ours = (
+            next(row["concurrency"] for row in rows if (row["context"], row["engine"]) == (context, name))
+            for name in ("dense", "dmc")
+        )
         lines.append((f"{context:,}", f"{dense:.2f}", f"{ours:.2f}", f"{ours / dense:.2f}"))
     return table(("tokens per request", "dense", "DMC", "ratio"), lines)
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "frontier": frontier, "budgets": budgets, "leaders": leaders, "kept": kept, "suite": suite, "retrieval": retrieval,
-    "vllm": vllm, "vllm-requests": vllm_requests,
+    "frontier": frontier,
+    "budgets": budgets,
+    "leaders": leaders,
+    "kept": kept,
+    "suite": suite,
+    "retrieval": retrieval,
+    "vllm": vllm,
+    "vllm-requests": vllm_requests,
 }

@@ -99,8 +99,14 @@ def measure(options: argparse.Namespace, texts: list[Text], policy: str, budget:
     """Scores the texts under one policy."""
     settings = policies(budget)[policy] if budget else {}
     llm = LLM(
-        options.directory, policy=policy, policy_settings=settings, codec="dense", exact_dtype="bf16", device="cpu",
-        max_batch=len(texts), page_size=4,
+        options.directory,
+        policy=policy,
+        policy_settings=settings,
+        codec="dense",
+        exact_dtype="bf16",
+        device="cpu",
+        max_batch=len(texts),
+        page_size=4,
     )
     # All texts go in step; of a longer one the last few tokens of its list are generated as well.
     prompt = 1 if options.read == "tokens" else min(one.prompt for one in texts)
@@ -113,9 +119,7 @@ def measure(options: argparse.Namespace, texts: list[Text], policy: str, budget:
             found.append(float(own.exp().min() > 0.5))
     held = sum(score.stats.held_bytes for score in scores)
     dense = sum(score.stats.dense_bytes for score in scores)
-    return Row(
-        options.read, policy, budget, sum(loss) / len(loss), sum(found) / len(found), held // len(texts), dense / held,
-    )
+    return Row(options.read, policy, budget, sum(loss) / len(loss), sum(found) / len(found), held // len(texts), dense / held)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,9 +155,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.output:
         facts = {
-            "model": Path(options.directory).name, "model_hash": model_hash(options.directory), "commit": commit(),
-            "versions": versions(), "lines": options.lines, "questions": options.questions, "texts": options.texts,
-            "tokens": [len(one.tokens) for one in texts], "prompt": [one.prompt for one in texts],
+            "model": Path(options.directory).name,
+            "model_hash": model_hash(options.directory),
+            "commit": commit(),
+            "versions": versions(),
+            "lines": options.lines,
+            "questions": options.questions,
+            "texts": options.texts,
+            "tokens": [len(one.tokens) for one in texts],
+            "prompt": [one.prompt for one in texts],
             "rows": [asdict(row) for row in rows],
         }
         options.output.write_text(json.dumps(facts, indent=1) + "\n")

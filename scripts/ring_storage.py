@@ -37,8 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="export with late merging")
     parser.add_argument("--base", type=Path, default=ROOT / "checkpoints/base", help="the uncompressed model (checkpoints/base)")
-    parser.add_argument("--decisions", type=Path, default=ROOT / "checkpoints/decisions/base.safetensors",
-                        help="fitted decisions of the base (checkpoints/decisions/base.safetensors)")
+    parser.add_argument(
+        "--decisions",
+        type=Path,
+        default=ROOT / "checkpoints/decisions/base.safetensors",
+        help="fitted decisions of the base (checkpoints/decisions/base.safetensors)",
+    )
     parser.add_argument("--target-cr", type=float, default=3.0, help="of the fitted decisions (3)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     args = parser.parse_args()
@@ -68,19 +72,36 @@ def compare(args: argparse.Namespace) -> dict:
                 found = measure(llm, windows, reference=wanted)
             finally:
                 Rows.write_full = write
-            rows.append({
-                "method": name, "ring": storage, "window": llm.cache.policy.ring, "perplexity": found.perplexity, "kl": found.kl,
-                "kl_stderr": found.kl_stderr, "kl_windows": found.kl_windows, "cr": found.cr, "model_hash": model_hash(model),
-            })
+            rows.append(
+                {
+                    "method": name,
+                    "ring": storage,
+                    "window": llm.cache.policy.ring,
+                    "perplexity": found.perplexity,
+                    "kl": found.kl,
+                    "kl_stderr": found.kl_stderr,
+                    "kl_windows": found.kl_windows,
+                    "cr": found.cr,
+                    "model_hash": model_hash(model),
+                }
+            )
             print({key: value for key, value in rows[-1].items() if key != "kl_windows"}, flush=True)
     return {
-        "rows": rows, "base_perplexity": found.base_perplexity, "prompt": 512, "scored": 512, "windows": 8,
-        "hardware": hardware("cpu"), "commit": commit(), "versions": versions(), "command": " ".join(["python", *sys.argv]),
+        "rows": rows,
+        "base_perplexity": found.base_perplexity,
+        "prompt": 512,
+        "scored": 512,
+        "windows": 8,
+        "hardware": hardware("cpu"),
+        "commit": commit(),
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
     }
 
 
 def through(write, storage: str, ring: int):  # noqa: ANN001, ANN201 - methods of Rows
     """`Rows.write_full` whose entries of the ring are rounded to a storage first."""
+
     def rounded(self: Rows, rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor, metadata: Metadata) -> None:
         inside = (offsets < ring)[..., None]
         keys, values = (torch.where(inside, round_to(x, storage), x) for x in (keys, values))

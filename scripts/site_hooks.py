@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BRANCH = "main"
 # A fenced block or a code span, which stay as they are; or a link, whose text may hold code spans.
 _PARTS = re.compile(
-    r"^```.*?^```$|(?<!!)\[(?P<text>(?:`[^`]*`|[^\[\]`])*)\]\((?P<target>\.\.?/[^)\s]+)\)|`[^`\n]+`", re.MULTILINE | re.DOTALL,
+    r"^```.*?^```$|(?<!!)\[(?P<text>(?:`[^`]*`|[^\[\]`])*)\]\((?P<target>\.\.?/[^)\s]+)\)|`[^`\n]+`", re.MULTILINE | re.DOTALL
 )
 _ITEM = re.compile(r"(?:[-*+]|\d+[.)]) +")
 _BLOCKS = ("#", "|", "```", "<")  # what ends a list without an empty line

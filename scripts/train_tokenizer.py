@@ -32,8 +32,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "clean_up_tokenization_spaces": False,
-        "bos_token": END, "eos_token": END, "pad_token": PAD, "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": END,
+        "eos_token": END,
+        "pad_token": PAD,
+        "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (args.out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -45,13 +50,14 @@ def main() -> None:
 def train(texts: list[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer: any text round-trips; digits are single tokens; indentation is one token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)

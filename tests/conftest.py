@@ -34,8 +34,14 @@ def process_group():
     from dmc.training.setup import init_distributed
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"),
-                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_RANK", "0"),
+            ("LOCAL_WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "0"),
+        ):
             patch.setenv(name, value)
         init_distributed(load(overrides=["run.threads=1"]))
     torch.set_flush_denormal(False)  # what a run sets for itself; other tests of this process compare tiny numbers

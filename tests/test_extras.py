@@ -66,7 +66,11 @@ def lacking(tmp_path_factory):
     def run(*command, without=IMPORTED):
         (folder / "sitecustomize.py").write_text(f"import sys\nfor name in {without}:\n    sys.modules[name] = None\n")
         return subprocess.run(
-            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240, cwd=ROOT,
+            [sys.executable, *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=ROOT,
             env=os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"},
         )
 
@@ -82,11 +86,14 @@ CHEAP = [  # command, the package that the sentence names
     (("-m", "dmc.cli", "eval", "checkpoints/base", "--needle", "--plot", "needle.png"), "matplotlib"),
 ]
 DEAR = [
-    (("train.py",), "megatron-core"), (("train.py", "--help"), "megatron-core"),
+    (("train.py",), "megatron-core"),
+    (("train.py", "--help"), "megatron-core"),
     (("scripts/export_hf.py", "a", "b"), "megatron-core"),
     (("scripts/mha_to_gqa.py", "a", "b", "--kv-heads", "1"), "megatron-core"),
-    (("scripts/prepare_data.py", "--verify", "a"), "megatron-core"), (("scripts/quickstart_report.py", "a"), "megatron-core"),
-    (("scripts/base_card.py", "a"), "megatron-core"), (("scripts/bench_train.py",), "megatron-core"),
+    (("scripts/prepare_data.py", "--verify", "a"), "megatron-core"),
+    (("scripts/quickstart_report.py", "a"), "megatron-core"),
+    (("scripts/base_card.py", "a"), "megatron-core"),
+    (("scripts/bench_train.py",), "megatron-core"),
     (("scripts/crash_store.py",), "megatron-core"),
 ]
 
@@ -116,11 +123,14 @@ def test_commands_of_serving_run_without(lacking, tmp_path):
     assert listed.returncode == 0 and "train" in listed.stdout and "export" in listed.stdout
 
 
-@pytest.mark.parametrize(("module", "call"), [
-    ("dmc.evaluation.needle_plot", lambda m: m.plot_needle({}, "x.png")),
-    ("dmc.analysis.plots", lambda m: m.pyplot()),
-    ("dmc.analysis.figures", lambda m: m.colours([[1.0]])),
-])
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("dmc.evaluation.needle_plot", lambda m: m.plot_needle({}, "x.png")),
+        ("dmc.analysis.plots", lambda m: m.pyplot()),
+        ("dmc.analysis.figures", lambda m: m.colours([[1.0]])),
+    ],
+)
 def test_plots_without_matplotlib_are_one_sentence(monkeypatch, module, call):
     loaded = importlib.import_module(module)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:

@@ -20,7 +20,10 @@ TREES = ("dmc", "checkpoints", "data", "scripts", "integrations", "train.py")
 
 MATHS = {"dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope"}  # plain PyTorch, below everything else
 FILES = {  # transformers' loaders; weights by name; the sentence of a missing package; names on the Hub
-    "dmc.pretrained", "dmc.weights", "dmc.extras", "dmc.hub",
+    "dmc.pretrained",
+    "dmc.weights",
+    "dmc.extras",
+    "dmc.hub",
 }
 ENGINE = MATHS | FILES | {"dmc", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine"}  # and below
 DMC = ENGINE | {"dmc.server", "dmc.evaluation", "dmc.analysis", "dmc.training"}
@@ -60,8 +63,22 @@ KERNEL_FLOORS = (("backend", "pages"), ("cpu",), ("formats",), ("*",), ("ready",
 CACHE_FLOORS = (("policies", "codecs"), ("storage",), ("reading",), ("kv",))
 TRAINING_ONLY = ("megatron", "datasets", "matplotlib")
 SERVING = (
-    "dmc", "dmc.functional", "dmc.functional_dms", "dmc.fitted", "dmc.rope", "dmc.pretrained", "dmc.weights", "dmc.hub",
-    "dmc.plugins", "dmc.families", "dmc.kernels", "dmc.cache", "dmc.model", "dmc.engine", "dmc.server", "dmc.cli",
+    "dmc",
+    "dmc.functional",
+    "dmc.functional_dms",
+    "dmc.fitted",
+    "dmc.rope",
+    "dmc.pretrained",
+    "dmc.weights",
+    "dmc.hub",
+    "dmc.plugins",
+    "dmc.families",
+    "dmc.kernels",
+    "dmc.cache",
+    "dmc.model",
+    "dmc.engine",
+    "dmc.server",
+    "dmc.cli",
 )
 
 
@@ -84,7 +101,8 @@ class House:
             tree = ast.parse("" if room(name) == "tests" else path.read_text(encoding="utf-8"))  # tests import what they test
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             for nodes, arrows, packages in (
-                (ast.walk(tree), self.arrows, self.packages), (_runs_at_once(tree), self.at_once, self.packages_at_once),
+                (ast.walk(tree), self.arrows, self.packages),
+                (_runs_at_once(tree), self.at_once, self.packages_at_once),
             ):
                 arrows[name], packages[name] = set(), set()
                 for wanted, names in _imports(nodes, package):
@@ -153,8 +171,8 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
             if other in stack:
                 low[node] = min(low[node], low[other])
         if low[node] == index[node]:
-            group = stack[stack.index(node):]
-            del stack[stack.index(node):]
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
             if len(group) > 1:
                 found.append(sorted(group))
 
@@ -213,7 +231,9 @@ def upwards(rooms: dict[str, set[str]], order: tuple[tuple[str, ...], ...]) -> l
         return named[0] if named else next(number for number, names in enumerate(order) if "*" in names)
 
     return [
-        f"{name} imports {other}" for name, others in sorted(rooms.items()) for other in sorted(others)
+        f"{name} imports {other}"
+        for name, others in sorted(rooms.items())
+        for other in sorted(others)
         if floor(other) > floor(name) or (name.startswith("formats.") and other.startswith("formats."))
     ]
 
@@ -221,7 +241,8 @@ def upwards(rooms: dict[str, set[str]], order: tuple[tuple[str, ...], ...]) -> l
 def training_packages(house: House) -> list[str]:
     """Packages of training that serving imports: anywhere in its own files, or when a file is imported that it imports."""
     wrong = [
-        f"{module} imports {package}" for module in house.within(*SERVING)
+        f"{module} imports {package}"
+        for module in house.within(*SERVING)
         for package in sorted(house.packages[module] & set(TRAINING_ONLY))
     ]
     waiting, known = house.within(*SERVING), {}
@@ -230,7 +251,8 @@ def training_packages(house: House) -> list[str]:
         module = waiting.pop()
         wrong += [
             f"{known[module] or module} imports {package} by way of {module}"
-            for package in sorted(house.packages_at_once[module] & set(TRAINING_ONLY)) if known[module]
+            for package in sorted(house.packages_at_once[module] & set(TRAINING_ONLY))
+            if known[module]
         ]
         parents = {module.rpartition(".")[0]} & set(house.files)  # importing a module runs its packages' own files
         for other in sorted((house.at_once[module] | parents) - set(known)):
@@ -260,8 +282,12 @@ def test_every_exception_is_needed(house):
 
 
 def test_nobody_imports_entries_or_tests(house):
-    assert not [(name, other) for name in house.files for other in house.arrows[name]
-                if room(name) != "scripts" and room(other) in ("train", "scripts", "tests")]
+    assert not [
+        (name, other)
+        for name in house.files
+        for other in house.arrows[name]
+        if room(name) != "scripts" and room(other) in ("train", "scripts", "tests")
+    ]
 
 
 def test_floors_of_the_kernels(house):
@@ -306,10 +332,19 @@ def test_nobody_reaches_through_the_cache():
     assert len(files) > 200 and set(found) == MEASURES, found
 
 
-@pytest.mark.parametrize(("source", "found"), [
-    ("pool = llm.cache.rows.pool", 2), ("self._cache.rows.error", 1), ("cache.rows", 1), ("getattr(cache, 'rows')", 1),
-    ("self._own.rows", 1), ("cache.used_pages", 0), ("table.rows", 0), ("from dmc.kernels.rows.rows import gate", 0),
-])
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("pool = llm.cache.rows.pool", 2),
+        ("self._cache.rows.error", 1),
+        ("cache.rows", 1),
+        ("getattr(cache, 'rows')", 1),
+        ("self._own.rows", 1),
+        ("cache.used_pages", 0),
+        ("table.rows", 0),
+        ("from dmc.kernels.rows.rows import gate", 0),
+    ],
+)
 def test_a_reach_through_the_cache_is_found(source, found):
     assert len(reaches(source)) == found
 
@@ -341,7 +376,11 @@ assert len(output.token_ids) == 3
 assert not [name for name in sys.modules if name.split(".")[0] in ("megatron", "datasets", "matplotlib") and sys.modules[name]]
 """
     run = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
@@ -359,11 +398,19 @@ def tree(folder: Path, **files: str) -> House:
     return House(folder)
 
 
-@pytest.mark.parametrize("back", [
-    "from dmc.cache.kv import x", "import dmc.cache.kv", "from dmc.cache import kv", "from . import kv", "from .kv import x",
-    "def f():\n    from dmc.cache import kv", "import importlib\nimportlib.import_module('dmc.cache.kv')",
-    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmc.cache.kv import x",
-])
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from dmc.cache.kv import x",
+        "import dmc.cache.kv",
+        "from dmc.cache import kv",
+        "from . import kv",
+        "from .kv import x",
+        "def f():\n    from dmc.cache import kv",
+        "import importlib\nimportlib.import_module('dmc.cache.kv')",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmc.cache.kv import x",
+    ],
+)
 def test_a_circle_is_found(tmp_path, back):
     made = tree(tmp_path, dmc_x_cache_x_kv="from dmc.cache import rows", dmc_x_cache_x_rows=back)
     assert circles(made.arrows) == [["dmc.cache.kv", "dmc.cache.rows"]]
@@ -376,27 +423,37 @@ def test_a_long_circle_is_found_and_a_diamond_is_none(tmp_path):
     assert circles(House(tmp_path).arrows) == [["data.a", "data.b", "data.c", "data.d"]]
 
 
-@pytest.mark.parametrize(("where", "source"), [
-    ("dmc_x_functional", "from dmc.kernels import backend"),
-    ("dmc_x_kernels_x_scan", "def f():\n    from dmc.cache.kv import x"),
-    ("dmc_x_cache_x_kv", "import dmc.engine.core"),
-    ("dmc_x_model_x_llama", "from dmc.cache import kv"),
-    ("dmc_x_engine_x_core", "from dmc.server import app"),
-    ("dmc_x_server_x_app", "from dmc.cache import kv"),
-    ("dmc_x_training_x_trainer", "from dmc.engine import core"),
-    ("dmc_x_analysis_x_plots", "from dmc.evaluation import plot"),
-    ("data_x_tokens", "from dmc.engine import core"),
-    ("checkpoints_x_store", "from data import tokens"),
-    ("dmc_x_evaluation_x_plot", "from data import tokens"),
-    ("dmc_x_commands_x_eval", "from scripts import report"),
-    ("scripts_x_report", "from tests import helper"),
-    ("dmc_x_unheard_x_of", "from dmc import functional"),
-])
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("dmc_x_functional", "from dmc.kernels import backend"),
+        ("dmc_x_kernels_x_scan", "def f():\n    from dmc.cache.kv import x"),
+        ("dmc_x_cache_x_kv", "import dmc.engine.core"),
+        ("dmc_x_model_x_llama", "from dmc.cache import kv"),
+        ("dmc_x_engine_x_core", "from dmc.server import app"),
+        ("dmc_x_server_x_app", "from dmc.cache import kv"),
+        ("dmc_x_training_x_trainer", "from dmc.engine import core"),
+        ("dmc_x_analysis_x_plots", "from dmc.evaluation import plot"),
+        ("data_x_tokens", "from dmc.engine import core"),
+        ("checkpoints_x_store", "from data import tokens"),
+        ("dmc_x_evaluation_x_plot", "from data import tokens"),
+        ("dmc_x_commands_x_eval", "from scripts import report"),
+        ("scripts_x_report", "from tests import helper"),
+        ("dmc_x_unheard_x_of", "from dmc import functional"),
+    ],
+)
 def test_a_forbidden_arrow_is_found(tmp_path, where, source):
     files = {
-        "dmc_x___init__": "", "dmc_x_functional": "", "dmc_x_kernels_x_backend": "", "dmc_x_cache_x_kv": "",
-        "dmc_x_engine_x_core": "", "dmc_x_server_x_app": "", "dmc_x_evaluation_x_plot": "", "data_x_tokens": "",
-        "scripts_x_report": "", "tests_x_helper": "from scripts import report",
+        "dmc_x___init__": "",
+        "dmc_x_functional": "",
+        "dmc_x_kernels_x_backend": "",
+        "dmc_x_cache_x_kv": "",
+        "dmc_x_engine_x_core": "",
+        "dmc_x_server_x_app": "",
+        "dmc_x_evaluation_x_plot": "",
+        "data_x_tokens": "",
+        "scripts_x_report": "",
+        "tests_x_helper": "from scripts import report",
     }
     assert forbidden(tree(tmp_path / "allowed", **files)) == []
     wrong = forbidden(tree(tmp_path / "wrong", **files | {where: source}))
@@ -405,26 +462,36 @@ def test_a_forbidden_arrow_is_found(tmp_path, where, source):
 
 def test_floors_and_upward_imports_are_found(tmp_path):
     made = tree(
-        tmp_path, dmc_x_kernels_x_backend="from dmc.kernels.scan import merge", dmc_x_kernels_x_scan_x_merge="",
+        tmp_path,
+        dmc_x_kernels_x_backend="from dmc.kernels.scan import merge",
+        dmc_x_kernels_x_scan_x_merge="",
         dmc_x_kernels_x_pages_x_paged="from dmc.kernels.formats.plain import loop",
         dmc_x_kernels_x_formats_x_plain_x_loop="from dmc.kernels.formats.trellis import loop",
-        dmc_x_kernels_x_formats_x_trellis_x_loop="from dmc.kernels.cpu import host", dmc_x_kernels_x_cpu_x_host="",
+        dmc_x_kernels_x_formats_x_trellis_x_loop="from dmc.kernels.cpu import host",
+        dmc_x_kernels_x_cpu_x_host="",
         dmc_x_kernels_x_decode_x_cpu="from dmc.kernels.formats.plain import loop\nfrom dmc.kernels import backend",
         dmc_x_kernels_x_ready="def f():\n    from dmc.kernels.decode import cpu",
     )
     rooms = inner_rooms(made, "dmc.kernels")
     assert floors(rooms) == 5  # ready, decode, formats.plain, formats.trellis, cpu
     assert upwards(rooms, KERNEL_FLOORS) == [
-        "backend imports scan", "formats.plain imports formats.trellis", "pages imports formats.plain",
+        "backend imports scan",
+        "formats.plain imports formats.trellis",
+        "pages imports formats.plain",
     ]
 
 
-@pytest.mark.parametrize(("source", "found"), [
-    ("import megatron.core", True), ("def f():\n    from datasets import load_dataset", True),
-    ("def f():\n    import matplotlib.pyplot", True), ("import torch", False),
-    ("from data import tokens", True),  # which imports megatron at its top
-    ("def f():\n    from data import tokens", False),  # which only runs where it is called
-])
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import megatron.core", True),
+        ("def f():\n    from datasets import load_dataset", True),
+        ("def f():\n    import matplotlib.pyplot", True),
+        ("import torch", False),
+        ("from data import tokens", True),  # which imports megatron at its top
+        ("def f():\n    from data import tokens", False),  # which only runs where it is called
+    ],
+)
 def test_packages_of_training_are_found(tmp_path, source, found):
     made = tree(tmp_path, dmc_x_server_x_app=source, data_x___init__="", data_x_tokens="from megatron.core import x")
     assert bool(training_packages(made)) == found

@@ -123,9 +123,7 @@ class DmcCache(Cache):
         opened = (self.tokens > 0).long()[:, None]
         return torch.stack([layer.count(opened).cpu() for layer in self.layers])
 
-    def compression_ratio(
-        self, layer: int | None = None, head: int | None = None, sequence: int | None = None
-    ) -> float:
+    def compression_ratio(self, layer: int | None = None, head: int | None = None, sequence: int | None = None) -> float:
         """Tokens per entry, over everything or over one layer, key/value head, sequence of the batch."""
         lengths, tokens = self.lengths(), self._held()[None, :, None]
         tokens = tokens.expand_as(lengths)

@@ -72,8 +72,18 @@ class EvictingLayerCache:
 
 
 def attend_and_evict(
-    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, ahead: Tensor, order: Tensor, begins: Tensor, real: Tensor,
-    layer: EvictingLayerCache, *, window: int, dropout: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    ahead: Tensor,
+    order: Tensor,
+    begins: Tensor,
+    real: Tensor,
+    layer: EvictingLayerCache,
+    *,
+    window: int,
+    dropout: float,
 ) -> Tensor:
     """Attention of new tokens over the cache, which takes them up and drops what no later query sees.
 
@@ -95,8 +105,17 @@ def attend_and_evict(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, logits: Tensor, ahead: Tensor, order: Tensor, begins: Tensor, real: Tensor,
-    layer: EvictingLayerCache, window: int, dropout: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    ahead: Tensor,
+    order: Tensor,
+    begins: Tensor,
+    real: Tensor,
+    layer: EvictingLayerCache,
+    window: int,
+    dropout: float,
 ) -> Tensor:
     heads, tokens = key.shape[1:3]
     old = 0 if layer.keys is None else layer.keys.shape[2]

@@ -59,8 +59,17 @@ class LateLayerCache:
 
 
 def attend_late(
-    query: Tensor, key: Tensor, value: Tensor, logit: Tensor, ahead: Tensor | None, omega: Tensor, step, layer: LateLayerCache,  # noqa: ANN001
-    *, window: int, dropout: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logit: Tensor,
+    ahead: Tensor | None,
+    omega: Tensor,
+    step,
+    layer: LateLayerCache,  # noqa: ANN001
+    *,
+    window: int,
+    dropout: float,
 ) -> Tensor:
     """Attention of new tokens, which enter the ring, while the oldest leave it and merge.
 
@@ -76,9 +85,16 @@ def attend_late(
     """
     real, size, dtype = step.real, key.shape[-1], key.dtype
     new = {
-        "key": key, "value": value, "logit": logit, "ahead": torch.zeros_like(logit) if ahead is None else ahead,
-        "omega": omega * real[:, None], "cos": step.cos[:, 1:], "sin": step.sin[:, 1:], "order": step.order,
-        "starts": step.starts, "real": real,
+        "key": key,
+        "value": value,
+        "logit": logit,
+        "ahead": torch.zeros_like(logit) if ahead is None else ahead,
+        "omega": omega * real[:, None],
+        "cos": step.cos[:, 1:],
+        "sin": step.sin[:, 1:],
+        "order": step.order,
+        "starts": step.starts,
+        "real": real,
     }
     if layer.ring is None:
         layer.keys, layer.values = key[:, :, :0], value[:, :, :0]
@@ -139,7 +155,7 @@ class _Columns:
 
 
 def _attend(
-    query: Tensor, held: dict[str, Tensor], merged: Tensor, layer: LateLayerCache, counts: Tensor, seen: _Columns, dropout: float,
+    query: Tensor, held: dict[str, Tensor], merged: Tensor, layer: LateLayerCache, counts: Tensor, seen: _Columns, dropout: float
 ) -> Tensor:
     """counts `[B, H, S + 1]`: final entries before each column, those of the ring's past included."""
     size, heads, dtype = query.shape[-1], counts.shape[1], layer.keys.dtype
@@ -176,7 +192,7 @@ def _attend(
 
 
 def _forget(
-    layer: LateLayerCache, held: dict[str, Tensor], merged: Tensor, total: Tensor, counts: Tensor, seen: _Columns,
+    layer: LateLayerCache, held: dict[str, Tensor], merged: Tensor, total: Tensor, counts: Tensor, seen: _Columns
 ) -> None:
     """What the next query does not see goes: entries of documents that ended, and tokens that have left the window."""
     last, begins = held["order"][:, -1], seen.begins[:, -1]
@@ -203,8 +219,11 @@ def _forget(
     for name, x in held.items():
         dim = _TOKENS[name]
         index = chosen if x.dim() == 2 else chosen[:, None] if dim == 2 else chosen[..., None]
-        index = index.expand(*x.shape[:dim], width) if x.dim() == dim + 1 else (index[..., None] if dim == 2 else index).expand(
-            *x.shape[:dim], width, x.shape[-1])
+        index = (
+            index.expand(*x.shape[:dim], width)
+            if x.dim() == dim + 1
+            else (index[..., None] if dim == 2 else index).expand(*x.shape[:dim], width, x.shape[-1])
+        )
         ring[name] = x.gather(dim, index)
     empty = ~ring["real"]
     ring["order"], ring["starts"] = ring["order"].masked_fill(empty, -1), ring["starts"] & ~empty

@@ -75,8 +75,16 @@ class DmcLlamaAttention(nn.Module):
         if self.window is not None:
             layer = cache.layers[self.layer_idx] if cache is not None else LateLayerCache()
             out = attend_late(
-                query, key, value, merge - self.offset, ahead[0] if ahead else None, torch.sigmoid(weight + self.offset), step,
-                layer, window=self.window, dropout=self.dropout if self.training else 0.0,
+                query,
+                key,
+                value,
+                merge - self.offset,
+                ahead[0] if ahead else None,
+                torch.sigmoid(weight + self.offset),
+                step,
+                layer,
+                window=self.window,
+                dropout=self.dropout if self.training else 0.0,
             )
             return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
         opens = (~(merge > self.offset) | step.starts[:, None]) & step.real[:, None]
@@ -86,7 +94,7 @@ class DmcLlamaAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype))
 
     def _mark_and_attend(
-        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, step: Step, cache: DmcCache | None,
+        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, step: Step, cache: DmcCache | None
     ) -> Tensor:
         """Dynamic Memory Sparsification. → `[B, H * G, T, D]`."""
         if self.decision is None:
@@ -104,14 +112,21 @@ class DmcLlamaAttention(nn.Module):
         layer = cache.layers[self.layer_idx] if cache is not None else EvictingLayerCache()
         cos, sin = step.cos[:, None, 1:], step.sin[:, None, 1:]
         return attend_and_evict(
-            rotate(query.float(), cos, sin) * self.head_dim**-0.5, rotate(key.float(), cos, sin).to(key.dtype), value,
-            logits - self.offset, ahead[0] if ahead else torch.zeros_like(logits), step.order, step.begins, step.real, layer,
-            window=self.window, dropout=self.dropout if self.training else 0.0,
+            rotate(query.float(), cos, sin) * self.head_dim**-0.5,
+            rotate(key.float(), cos, sin).to(key.dtype),
+            value,
+            logits - self.offset,
+            ahead[0] if ahead else torch.zeros_like(logits),
+            step.order,
+            step.begins,
+            step.real,
+            layer,
+            window=self.window,
+            dropout=self.dropout if self.training else 0.0,
         )
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, opens: Tensor, omega: Tensor, step: Step,
-        layer: DmcLayerCache,
+        self, query: Tensor, key: Tensor, value: Tensor, opens: Tensor, omega: Tensor, step: Step, layer: DmcLayerCache
     ) -> Tensor:
         """Query i sees the entries of its document closed by then and its own state. → `[B, H * G, T, D]`."""
         size, dtype = self.head_dim, query.dtype
@@ -130,8 +145,14 @@ class DmcLlamaAttention(nn.Module):
         layer.append(keys, values, counts[..., -1], merged[:, :, -1])
         own, cos, sin = mean(merged[:, :, 1:]), step.cos[:, None, 1:], step.sin[:, None, 1:]
         out = _attention(
-            rotate(query.float(), cos, sin) * size**-0.5, layer.keys, layer.values,
-            rotate(own[..., :size], cos, sin), own[..., size:], visible, hidden, self.dropout if self.training else 0.0,
+            rotate(query.float(), cos, sin) * size**-0.5,
+            layer.keys,
+            layer.values,
+            rotate(own[..., :size], cos, sin),
+            own[..., size:],
+            visible,
+            hidden,
+            self.dropout if self.training else 0.0,
         )
         if hidden is not None:
             layer.drop(hidden[..., -1])
@@ -176,10 +197,15 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: DmcCache | None = None,
-        inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        output_hidden_states: bool | None = None, **kwargs,
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DmcCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPast:
         """As Llama's; `attention_mask` has to be `[B, tokens so far]`, and `output_attentions` is rejected.
 
@@ -216,8 +242,7 @@ class DmcLlamaModel(DmcLlamaPreTrainedModel):
         hidden = self.norm(hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=cache,
-            hidden_states=(*steps[:-1], hidden) if wanted else None,
+            last_hidden_state=hidden, past_key_values=cache, hidden_states=(*steps[:-1], hidden) if wanted else None
         )
 
     def new_cache(self) -> DmcCache:
@@ -255,15 +280,26 @@ class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: DmcCache | None = None,
-        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0, **kwargs,
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DmcCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
     ) -> CausalLMOutputWithPast:
         """As Llama's; see `DmcLlamaModel.forward` for what differs. Decisions are hard, in training mode too."""
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
@@ -276,8 +312,14 @@ class DmcLlamaForCausalLM(DmcLlamaPreTrainedModel, GenerationMixin):
 
 
 def _attention(
-    query: Tensor, keys: Tensor, values: Tensor, own_key: Tensor, own_value: Tensor, visible: Tensor,
-    hidden: Tensor | None, dropout: float,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    visible: Tensor,
+    hidden: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     """Softmax attention of each query over a head's first entries and over its own state.
 
@@ -289,8 +331,12 @@ def _attention(
     entry = torch.arange(keys.shape[2], device=keys.device)
     blocks = []
     for q, k, v, seen, unseen in zip(
-        query.split(_QUERIES, 3), own_key.split(_QUERIES, 2), own_value.split(_QUERIES, 2),
-        visible.split(_QUERIES, 2), (torch.zeros_like(visible) if hidden is None else hidden).split(_QUERIES, 2), strict=True,
+        query.split(_QUERIES, 3),
+        own_key.split(_QUERIES, 2),
+        own_value.split(_QUERIES, 2),
+        visible.split(_QUERIES, 2),
+        (torch.zeros_like(visible) if hidden is None else hidden).split(_QUERIES, 2),
+        strict=True,
     ):
         scores = (q.flatten(2, 3).to(keys.dtype) @ keys.mT).unflatten(2, q.shape[2:4]).float()
         masked = entry >= seen[:, :, None, :, None]

@@ -43,7 +43,10 @@ class Step:
 
 
 def plan(
-    hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DmcCache | None,
+    hidden: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: DmcCache | None,
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Step:
     """The step of new tokens behind those of a cache.

@@ -59,7 +59,12 @@ class States:
 
 
 def states(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, rope: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    rope: tuple[Tensor, Tensor],
     window: int | None = None,
 ) -> States:
     """From what a layer of `dmc.model.Llama` attends with, for one text from its first token on.

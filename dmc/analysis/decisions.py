@@ -25,7 +25,7 @@ def decisions(model: Decoder, tokens: Tensor) -> Tensor:
     cos, sin = model.rope(torch.arange(len(tokens), device=model.device))
 
     def attend(
-        _: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
+        _: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None
     ) -> Tensor:
         query, key, value, alpha, omega = (x.transpose(0, 1)[None] for x in (query, key, value, alpha, omega))
         if config.window is not None:

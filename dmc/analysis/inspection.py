@@ -14,9 +14,7 @@ from dmc.analysis.figures import number
 from dmc.analysis.measure import CACHED, Measures
 from dmc.analysis.ranks import ENERGY
 
-KIND_NAMES = {
-    "keys_before_rope": "keys before RoPE", "keys": "keys after RoPE", "values": "values", "attention": "attention",
-}
+KIND_NAMES = {"keys_before_rope": "keys before RoPE", "keys": "keys after RoPE", "values": "values", "attention": "attention"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,23 @@ def numbers(found: Inspection) -> dict:
     """Everything as JSON can hold it: lists ``[layer][head]...``; null where there is no number."""
     measured = found.measures
     return {
-        "format": "dmc-inspect-1", **found.about, "cache": found.cache,
-        "window_tokens": measured.tokens, "windows": measured.windows, "bin_tokens": measured.bins.tolist(),
-        "cr_learnt": listed(measured.cr), "entries": listed(measured.entries),
+        "format": "dmc-inspect-1",
+        **found.about,
+        "cache": found.cache,
+        "window_tokens": measured.tokens,
+        "windows": measured.windows,
+        "bin_tokens": measured.bins.tolist(),
+        "cr_learnt": listed(measured.cr),
+        "entries": listed(measured.entries),
         "effective_rank": {kind: listed(rank) for kind, rank in measured.rank.items()},
         "stable_rank": {kind: listed(rank) for kind, rank in measured.stable.items()},
         "singular_values": {kind: listed(values) for kind, values in measured.spectrum.items()},
-        "entropy_bits": listed(measured.entropy), "entropy_share": listed(measured.entropy_overall),
+        "entropy_bits": listed(measured.entropy),
+        "entropy_share": listed(measured.entropy_overall),
         "entropy_share_along": listed(measured.entropy_share),
         "recommendation": found.recommendation,
-        "attention_on_first": listed(measured.first), "attention_on_newest": listed(measured.newest),
+        "attention_on_first": listed(measured.first),
+        "attention_on_newest": listed(measured.newest),
     }
 
 

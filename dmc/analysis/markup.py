@@ -66,8 +66,11 @@ def entries_of(tokens: Sequence[str], merges: Tensor) -> list[list[str]]:
 @cache
 def _templates() -> Environment:
     made = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters |= {"shown": _shown, "marked": lambda text: str(text).translate(_MARKS)}
     return made

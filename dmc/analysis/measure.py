@@ -66,7 +66,12 @@ class Measures:
 
 @torch.no_grad()
 def measure(
-    model: Decoder, policy: Policy, windows: Sequence[Sequence[int]], *, leading: int = 512, precision: str = "fp64",
+    model: Decoder,
+    policy: Policy,
+    windows: Sequence[Sequence[int]],
+    *,
+    leading: int = 512,
+    precision: str = "fp64",
     progress: Callable[[int], object] = lambda windows: None,
 ) -> tuple[Measures, Tensor]:
     """Runs a model over windows, each a text of its own.
@@ -113,7 +118,7 @@ def _window(model: Decoder, policy: Policy, window: Sequence[int], leading: int,
     layers: list[dict] = []
 
     def through(
-        _: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
+        _: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None
     ) -> Tensor:
         merges = policy.merges and policy.ring is not None  # behind the window
         decided = policy.decide(alpha, omega) if policy.ring is None else (torch.zeros_like(omega), torch.ones_like(omega))
@@ -125,7 +130,9 @@ def _window(model: Decoder, policy: Policy, window: Sequence[int], leading: int,
         share = torch.where(visible > 1, attended.entropy / visible.log2(), torch.nan)
         figures = {
             "merges": torch.cat([layer.merged.new_zeros(len(layer.merged), 1), layer.merged[:, :-1]], dim=-1),
-            "entropy": attended.entropy.double().mean(-1), "first": attended.first, "newest": attended.newest,
+            "entropy": attended.entropy.double().mean(-1),
+            "first": attended.first,
+            "newest": attended.newest,
             "entropy_share": _binned(share, torch.nanmean),
             **_ranks(layer, attended.leading, precision),
         }
@@ -154,16 +161,19 @@ def _late(policy: Policy, logits: Tensor, omega: Tensor, late: Tensor | None) ->
 def _ranks(layer: States, leading: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
     size = layer.keys.shape[-1]
     entries = [layer.entries(head) for head in range(len(layer.keys))]
-    values = {
-        kind: torch.stack([spectrum(own[part].to(precision), size) for own in entries]) for part, kind in enumerate(CACHED)
-    }
-    values["attention"] = torch.stack([
-        spectrum(matrix.to(precision), len(matrix)) for matrix in _over_entries(layer, leading)  # one [S, N] at a time
-    ])
+    values = {kind: torch.stack([spectrum(own[part].to(precision), size) for own in entries]) for part, kind in enumerate(CACHED)}
+    values["attention"] = torch.stack(
+        [
+            spectrum(matrix.to(precision), len(matrix))
+            for matrix in _over_entries(layer, leading)  # one [S, N] at a time
+        ]
+    )
     figures = {}
     for kind, own in values.items():
         figures |= {
-            f"rank {kind}": effective_rank(own).double(), f"stable {kind}": stable_rank(own), f"spectrum {kind}": own.double(),
+            f"rank {kind}": effective_rank(own).double(),
+            f"stable {kind}": stable_rank(own),
+            f"spectrum {kind}": own.double(),
         }
     return figures
 

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 _RUN, _CONTROL, _TARGET = "#1f77b4", "#ff7f0e", "#444444"
 
 
-def plot_training(
-    metrics_jsonl: str | Path, out_png: str | Path, *, control_jsonl: str | Path | None = None
-) -> None:
+def plot_training(metrics_jsonl: str | Path, out_png: str | Path, *, control_jsonl: str | Path | None = None) -> None:
     """Loss, and target and measured compression ratio, over the steps of a run.
 
     Args:
@@ -154,6 +152,14 @@ def _mark_phases(top: Axes, bottom: Axes, lines: list[dict]) -> None:
         if phase != previous:
             for axes in (top, bottom):
                 axes.axvline(line["step"], color="#bbbbbb", linewidth=0.8, zorder=0)
-            top.annotate(phase, (line["step"], 1), xycoords=("data", "axes fraction"), fontsize=8, color="#666666",
-                         xytext=(3, -3), textcoords="offset points", va="top")
+            top.annotate(
+                phase,
+                (line["step"], 1),
+                xycoords=("data", "axes fraction"),
+                fontsize=8,
+                color="#666666",
+                xytext=(3, -3),
+                textcoords="offset points",
+                va="top",
+            )
         previous = phase

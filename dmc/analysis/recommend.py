@@ -27,8 +27,14 @@ _LEAST_KL = 1e-9  # nats/token; below it is rounding
 
 
 def recommend(
-    model: Decoder, cache: KVCache, name: str, settings: Mapping[str, object], windows: Sequence[Sequence[int]],
-    held_out: Sequence[Sequence[int]], *, vary: Mapping[str, Sequence[float]] | None = None,
+    model: Decoder,
+    cache: KVCache,
+    name: str,
+    settings: Mapping[str, object],
+    windows: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    *,
+    vary: Mapping[str, Sequence[float]] | None = None,
     progress: Callable[[int], object] = lambda passes: None,
 ) -> dict:
     """Settings for each layer, and what they are worth.
@@ -63,11 +69,16 @@ def recommend(
     bytes_each = [pages.entry_bytes(own) for own in layers]
     return {
         "layers": {"format": FORMAT, "codec": name, "layers": [dict(settings) | own for own in layers]},
-        "codec": name, "settings": dict(settings), "base": {setting: getattr(uniform, setting) for setting in vary},
-        "page_size": pages.size, "measured": measured, "predicted_kl": predicted,
+        "codec": name,
+        "settings": dict(settings),
+        "base": {setting: getattr(uniform, setting) for setting in vary},
+        "page_size": pages.size,
+        "measured": measured,
+        "predicted_kl": predicted,
         "bits_per_element": {
             "uniform": 4 * pages.entry_bytes({}) / pages.head_size,
-            "recommended": 4 * sum(map(math.prod, zip(bytes_each, probe.entries, strict=True)))
+            "recommended": 4
+            * sum(map(math.prod, zip(bytes_each, probe.entries, strict=True)))
             / (pages.head_size * max(1, sum(probe.entries))),
         },
         "chosen_on": _compare(probe, uniform, divided, pages.size, progress),
@@ -80,9 +91,7 @@ def passes(layers: int, vary: Mapping[str, Sequence[float]], held_out: bool) -> 
     return layers * sum(map(len, vary.values())) + 2 * (1 + held_out)
 
 
-def choices(
-    name: str, settings: Mapping[str, object], vary: Mapping[str, Sequence[float]] | None,
-) -> dict[str, list[float]]:
+def choices(name: str, settings: Mapping[str, object], vary: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
     """What is varied and at which values each layer is measured; see `recommend`.
 
     Raises:
@@ -146,7 +155,7 @@ class _Pages:
 
 
 def _measured(
-    probe: Probe, pages: _Pages, setting: str, values: Sequence[float], progress: Callable[[int], object],
+    probe: Probe, pages: _Pages, setting: str, values: Sequence[float], progress: Callable[[int], object]
 ) -> list[list[float]]:
     """KL with one layer encoded, at each value: ``[L][values]``."""
     part = next((part for part in ("key", "value") if setting.startswith(part)), "both")

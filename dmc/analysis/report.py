@@ -21,8 +21,13 @@ _SPANS = 40_000  # tokens of coloured text in the page, all heads together
 def write(found: Inspection, directory: Path) -> None:
     """Fills a directory: report.html, inspect.json, PNGs, and layers.json if settings of layers were asked for."""
     page = render(
-        "report.html", title=f"dmc inspect: {found.about['model']}", findings=findings(found), facts=_facts(found),
-        compression=_compression(found, directory), ranks=_ranks(found, directory), attention=_attention(found, directory),
+        "report.html",
+        title=f"dmc inspect: {found.about['model']}",
+        findings=findings(found),
+        facts=_facts(found),
+        compression=_compression(found, directory),
+        ranks=_ranks(found, directory),
+        attention=_attention(found, directory),
         settings=None if found.recommendation is None else divided(found.recommendation, directory),
         segments=_segments(found) if found.merging else None,
     )
@@ -36,8 +41,13 @@ def _facts(found: Inspection) -> list[tuple[str, list[str]]]:
     rows = [(name.replace("_", " "), [_fact(value)]) for name, value in found.about.items()]
     return rows + [
         ("windows", [f"{found.measures.windows} of {found.measures.tokens:,} tokens"]),
-        ("cache", [f"{cache['policy']} x {cache['codec']}, pages of {cache['page_size']} entries, {cache['sink_tokens']} sinks, "
-                   f"window {cache['window']}"]),
+        (
+            "cache",
+            [
+                f"{cache['policy']} x {cache['codec']}, pages of {cache['page_size']} entries, {cache['sink_tokens']} sinks, "
+                f"window {cache['window']}"
+            ],
+        ),
         ("entries", [f"{cache['entries']:,} for {cache['tokens']:,} tokens in all layers and heads: CR {cache['cr']:.2f}"]),
         ("bytes held", [f"{cache['held_bytes']:,} ({', '.join(f'{kind} {size:,}' for kind, size in cache['held'].items())})"]),
         ("dense bf16", [f"{cache['dense_bytes']:,} bytes: {cache['byte_ratio']:.2f} times what is held"]),
@@ -62,20 +72,24 @@ def _compression(found: Inspection, directory: Path) -> dict:
 def _ranks(found: Inspection, directory: Path) -> dict:
     measured, kinds, curves = found.measures, [], []
     for name, file, ranks in (
-        ("Effective rank", "ranks.png", measured.rank), ("Stable rank", "stable_ranks.png", measured.stable),
+        ("Effective rank", "ranks.png", measured.rank),
+        ("Stable rank", "stable_ranks.png", measured.stable),
     ):
         panels = [Panel(KIND_NAMES[kind], listed(rank), _heads(kind)) for kind, rank in ranks.items()]
         heat_maps(panels, directory / file, label=name.lower())
         kinds.append((name, [heat_table(panel) for panel in panels]))
     for kind, values in measured.spectrum.items():
         share = (values / values[..., :1]).nanmean(1)
-        curves.append(Curves(
-            KIND_NAMES[kind], range(1, share.shape[-1] + 1), listed(share), "singular value", "share of the largest", log=True,
-        ))
+        curves.append(
+            Curves(
+                KIND_NAMES[kind], range(1, share.shape[-1] + 1), listed(share), "singular value", "share of the largest", log=True
+            )
+        )
     svg = draw(curves, "spectra", directory / "spectra.png")
     tables = [table_of(curve, f"Spectrum of {curve.title}") for curve in curves]
     return {
-        "tokens": measured.spectrum["attention"].shape[-1], "kinds": kinds,
+        "tokens": measured.spectrum["attention"].shape[-1],
+        "kinds": kinds,
         "figure": figure(svg, "Singular values of keys, values and attention", *tables),
     }
 

@@ -27,10 +27,15 @@ def divided(recommendation: dict, directory: Path) -> dict:
         losses = [f"{kl:.2e}" for found in measured.values() for kl in found["kl"][number]]
         rows.append((f"layer {number}", [*(f"{own[setting]:g}" for setting in measured), *losses]))
     return {
-        "codec": recommendation["codec"], "base": _settings(recommendation["base"]), "bits": recommendation["bits_per_element"],
-        "verdict": verdict(recommendation), "file": FILE, "compared_columns": _COMPARED, "compared": _compared(recommendation),
+        "codec": recommendation["codec"],
+        "base": _settings(recommendation["base"]),
+        "bits": recommendation["bits_per_element"],
+        "verdict": verdict(recommendation),
+        "file": FILE,
+        "compared_columns": _COMPARED,
+        "compared": _compared(recommendation),
         "figure": figure(
-            svg, "KL with one layer encoded", table("Settings and KL of each layer", "Settings and KL", columns, rows),
+            svg, "KL with one layer encoded", table("Settings and KL of each layer", "Settings and KL", columns, rows)
         ),
     }
 

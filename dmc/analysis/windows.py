@@ -25,9 +25,7 @@ def cut(texts: Sequence[Sequence[int]], length: int, count: int, *, prefix: Sequ
     room = length - len(prefix)
     if room < 2:
         raise ValueError(f"a window of {length} tokens is too short; give it at least {len(prefix) + 2}")
-    pieces = [
-        [*prefix, *text[start : start + room]] for text in texts for start in range(0, len(text) - room + 1, room)
-    ]
+    pieces = [[*prefix, *text[start : start + room]] for text in texts for start in range(0, len(text) - room + 1, room)]
     if not pieces:
         longest = max((len(text) for text in texts), default=0) + len(prefix)
         raise ValueError(

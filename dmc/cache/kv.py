@@ -67,9 +67,19 @@ class KVCache:
     """
 
     def __init__(
-        self, shape: Shape, policy: Policy, codec: Codec | Sequence[Codec], *, slots: int, memory: int | None = None,
-        page_size: int | None = None, sink_tokens: int | None = None, window: int | None = None, exact_dtype: str | None = None,
-        key_bias: KeyBias | None = None, device: torch.device | str = "cpu",
+        self,
+        shape: Shape,
+        policy: Policy,
+        codec: Codec | Sequence[Codec],
+        *,
+        slots: int,
+        memory: int | None = None,
+        page_size: int | None = None,
+        sink_tokens: int | None = None,
+        window: int | None = None,
+        exact_dtype: str | None = None,
+        key_bias: KeyBias | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         codecs = without_key_bias(_per_layer(codec, shape), key_bias)
         check_names(policy, *codecs)
@@ -77,7 +87,10 @@ class KVCache:
         sink_tokens = _SINK_TOKENS * lossy if sink_tokens is None else sink_tokens
         window = max(one.window for one in codecs) if window is None else window
         for name, value, least in (
-            ("page_size", page_size, 1), ("sink_tokens", sink_tokens, 0), ("window", window, 0), ("slots", slots, 1),
+            ("page_size", page_size, 1),
+            ("sink_tokens", sink_tokens, 0),
+            ("window", window, 0),
+            ("slots", slots, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -89,16 +102,21 @@ class KVCache:
         dtype = _exact_dtype(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
         with_positions = policy.evicts_later or any(one.needs_positions for one in codecs)
         storage = Storage(
-            sink_tokens, window, dtype, with_positions, policy.evicts_later and policy.scored, policy.evicts_later, policy.ring,
-            1 + policy.merges, policy.max_entries,
+            sink_tokens,
+            window,
+            dtype,
+            with_positions,
+            policy.evicts_later and policy.scored,
+            policy.evicts_later,
+            policy.ring,
+            1 + policy.merges,
+            policy.max_entries,
         )
         self.shape, self.policy, self.codec, self.key_bias = shape, policy, codec, key_bias
         self.model_shape = shape
         self.rows = Rows(shape, storage, codecs, page_size=page_size, slots=slots, memory=memory, device=device)
         if self.rows.pool.capacity < 1:
-            raise ValueError(
-                f"kv memory of {memory} bytes holds no page of {self.rows.pool.page_bytes} bytes; give it more"
-            )
+            raise ValueError(f"kv memory of {memory} bytes holds no page of {self.rows.pool.page_bytes} bytes; give it more")
         self.backend, self.readers = choose_readers(self.rows, policy.statistics)
         self._slots = list(range(slots - 1, -1, -1))  # free ones, the next one last
 
@@ -174,12 +192,19 @@ class KVCache:
         return Prompt(self.shape.layers, self.policy, self.backend)
 
     def step(
-        self, slots: Tensor, positions: Tensor, chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *,
-        merges: bool = True, trace: bool = False, closed: Tensor | None = None,
+        self,
+        slots: Tensor,
+        positions: Tensor,
+        chunks: Sequence[tuple[Prompt | LatePrompt, int]],
+        rope: Rope,
+        *,
+        merges: bool = True,
+        trace: bool = False,
+        closed: Tensor | None = None,
     ) -> Step:
         """A step over new tokens of sequences and chunks of prompts; see `Step`."""
         return Step(
-            self.rows, self.policy, self.readers, slots, positions, chunks, rope, merges=merges, trace=trace, closed=closed,
+            self.rows, self.policy, self.readers, slots, positions, chunks, rope, merges=merges, trace=trace, closed=closed
         )
 
     def load(self, prompt: Prompt | LatePrompt, *, donor: int | None = None, common: int = 0) -> int:
@@ -208,15 +233,20 @@ class KVCache:
         return self._slots.pop()
 
     def _fill(
-        self, prompt: Prompt | LatePrompt, slot: int, layers: list[tuple[Any, Tensor]], donor: int | None, shared: list[Tensor],
+        self, prompt: Prompt | LatePrompt, slot: int, layers: list[tuple[Any, Tensor]], donor: int | None, shared: list[Tensor]
     ) -> None:
         """Writes a prompt's layers (each with its entries per head) into a slot, whose pages are known to be free."""
         for number, (layer, counts) in enumerate(layers):
             index = self._index(number, slot)
             metadata = {"position": layer.positions, "score": layer.scores}
             self.rows.load(
-                index, layer.keys, layer.values, counts, {name: metadata[name] for name in self.rows.storage.metadata},
-                donors=None if donor is None else self._index(number, donor), shared=shared[number],
+                index,
+                layer.keys,
+                layer.values,
+                counts,
+                {name: metadata[name] for name in self.rows.storage.metadata},
+                donors=None if donor is None else self._index(number, donor),
+                shared=shared[number],
             )
             self.rows.numerators[index], self.rows.z[index] = layer.numerators, layer.z
             if self.rows.storage.scored:

@@ -16,8 +16,12 @@ _CONTEXT = {False: 512, True: 1024}
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("directory", metavar="DIR", help="Hugging Face directory of the model")
-    parser.add_argument("--text", required=True, metavar="FILE",
-                        help="UTF-8 text similar to the text to be served; with --decisions also .jsonl, .xz, or stdlib")
+    parser.add_argument(
+        "--text",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text similar to the text to be served; with --decisions also .jsonl, .xz, or stdlib",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write, such as eigen.safetensors")
     parser.add_argument("--context", type=int, help="tokens per window or sequence (512; with --decisions 1024)")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (a GPU if there is one)")
@@ -30,12 +34,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     decisions.add_argument("--window", type=int, metavar="W", help="newest tokens, always kept (64)")
     decisions.add_argument("--sinks", type=int, metavar="S", help="first tokens of a document, always kept (4)")
     decisions.add_argument("--sequences", type=int, metavar="N", help="sequences of the text (as many as it has, at most 100)")
-    decisions.add_argument("--target", metavar="NAME",
-                           help="attention that the heads predict: later (default), of later tokens of the text; repeat, of a "
-                           "second copy of the text; or both")
+    decisions.add_argument(
+        "--target",
+        metavar="NAME",
+        help="attention that the heads predict: later (default), of later tokens of the text; repeat, of a "
+        "second copy of the text; or both",
+    )
     decisions.add_argument("--ridge", type=float, help="strength of the ridge regression (0.001)")
-    decisions.add_argument("--arrival-only", action="store_true", default=None,
-                           help="decide when a token arrives, not W tokens later")
+    decisions.add_argument(
+        "--arrival-only", action="store_true", default=None, help="decide when a token arrives, not W tokens later"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,8 +90,16 @@ def _find_bases(options: argparse.Namespace, out: Path, context: int, *, budget:
 
 
 def _fit_decisions(
-    options: argparse.Namespace, out: Path, context: int, *, window: int, sinks: int, sequences: int | None, ridge: float,
-    arrival_only: bool, target: str,
+    options: argparse.Namespace,
+    out: Path,
+    context: int,
+    *,
+    window: int,
+    sinks: int,
+    sequences: int | None,
+    ridge: float,
+    arrival_only: bool,
+    target: str,
 ) -> None:
     from dmc.engine.llm import resolve
     from dmc.evaluation.fit_decisions import FitSettings, fit_decisions
@@ -96,8 +112,7 @@ def _fit_decisions(
     device, dtype = resolve(options.device, options.dtype, config.dtype)
     text = read_sequences(options.text, options.directory, length=context, count=sequences)
     fitted = fit_decisions(
-        options.directory, text, settings, out, device=device, dtype=dtype,
-        meta={"command": shlex.join(["dmc", *sys.argv[1:]])},
+        options.directory, text, settings, out, device=device, dtype=dtype, meta={"command": shlex.join(["dmc", *sys.argv[1:]])}
     )
     print("layer   R2")
     for number, value in enumerate(fitted.meta["r2"]):

@@ -10,12 +10,22 @@ from dmc.commands.common import check_output, write_whole
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its flags."""
-    parser.add_argument("reports", nargs="+", metavar="REPORT",
-                        help="reports of dmc eval --json, or folders (or results.jsonl) of dmc frontier, whose rows are caches")
-    parser.add_argument("--to", metavar="NAME", help="which one the others are compared with: a report's name without .json, or "
-                        "'POLICY x CODEC' of a row (the first)")
-    parser.add_argument("--across-models", action="store_true",
-                        help="also compare different models, such as a retrofit and its base, on equal samples")
+    parser.add_argument(
+        "reports",
+        nargs="+",
+        metavar="REPORT",
+        help="reports of dmc eval --json, or folders (or results.jsonl) of dmc frontier, whose rows are caches",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="NAME",
+        help="which one the others are compared with: a report's name without .json, or 'POLICY x CODEC' of a row (the first)",
+    )
+    parser.add_argument(
+        "--across-models",
+        action="store_true",
+        help="also compare different models, such as a retrofit and its base, on equal samples",
+    )
     parser.add_argument("--json", metavar="OUT", help="file for the differences")
 
 

@@ -33,8 +33,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_tasks(parser)
     out = parser.add_argument_group("all")
     out.add_argument("--seed", type=int, default=0, help="seed of needles, few-shot examples and sampling (0)")
-    out.add_argument("--seeds", type=int, metavar="N", help="with --suite quick, retrieval or long: N seeds, from --seed on: "
-                     "more samples, and other draws of a policy with a seed, such as random (1)")
+    out.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="with --suite quick, retrieval or long: N seeds, from --seed on: "
+        "more samples, and other draws of a policy with a seed, such as random (1)",
+    )
     out.add_argument("--json", metavar="OUT", help="file for all figures, with hashes, commit, versions and settings")
     out.add_argument("--no-progress", action="store_true", help="no progress bars (off anyway if stderr is not a terminal)")
 
@@ -45,10 +50,17 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: if nothing was asked for, or something cannot be measured; one sentence.
     """
-    asked = [(name, measure) for name, wanted, measure in (
-        ("text", options.text, _text), ("needle", options.needle, _needle), ("retrieval", _own_suite(options), _retrieval),
-        ("long", options.suite == _LONG, _long), ("tasks", options.tasks or _harness_suite(options), _tasks),
-    ) if wanted]
+    asked = [
+        (name, measure)
+        for name, wanted, measure in (
+            ("text", options.text, _text),
+            ("needle", options.needle, _needle),
+            ("retrieval", _own_suite(options), _retrieval),
+            ("long", options.suite == _LONG, _long),
+            ("tasks", options.tasks or _harness_suite(options), _tasks),
+        )
+        if wanted
+    ]
     if not asked:
         raise ValueError("nothing to measure: give --text FILE, --needle, --tasks NAME,NAME or --suite NAME")
     for flag in ("json", "plot"):
@@ -170,10 +182,14 @@ def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows,
         with _bar(options, f"text {Path(file).name}", len(windows.tokens) * windows.scored, " tokens") as bar:
             done = measure(llm, windows, reference=wanted, progress=bar.update)
         figures.append(asdict(done))
-        compared = " (no --base: no KL)" if done.kl is None else (
-            f" (uncompressed {done.base_perplexity:.4f}), KL {done.kl:.5f}"
-            f"{'' if done.kl_stderr is None else f' ± {done.kl_stderr:.5f}'} nats/token, "
-            f"same most likely token {done.agreement:.1%}"
+        compared = (
+            " (no --base: no KL)"
+            if done.kl is None
+            else (
+                f" (uncompressed {done.base_perplexity:.4f}), KL {done.kl:.5f}"
+                f"{'' if done.kl_stderr is None else f' ± {done.kl_stderr:.5f}'} nats/token, "
+                f"same most likely token {done.agreement:.1%}"
+            )
         )
         print(
             f"{file}: {done.windows} windows of {done.prompt_tokens} + {done.scored_tokens} tokens, perplexity "
@@ -186,15 +202,25 @@ def _text(options: argparse.Namespace, llm: LLM, texts: list[tuple[str, Windows,
 def _add_needle(parser: argparse.ArgumentParser) -> None:
     hay = parser.add_argument_group("needle in a haystack")
     hay.add_argument("--needle", action="store_true", help="retrieve a needle from a haystack, at lengths x depths")
-    hay.add_argument("--haystack", nargs="+", action="extend", default=[], metavar="FILE",
-                     help="UTF-8 texts (the Python standard library's prose)")
+    hay.add_argument(
+        "--haystack",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 texts (the Python standard library's prose)",
+    )
     hay.add_argument("--kinds", type=_list(str), help="passkey,fact (default), constant; with --suite: its kinds (all)")
     hay.add_argument("--lengths", type=_list(int), help="tokens of the prompts (256,512,1024; with --suite: its own)")
     hay.add_argument("--depths", type=_list(float), default=(0, 25, 50, 75, 100), help="needle depths in %% (0,25,50,75,100)")
     hay.add_argument("--trials", type=int, help="prompts of each kind, length and depth (4; with --suite: its own)")
     hay.add_argument("--choices", type=int, default=10, help="number of answers compared, including the right one (10)")
-    hay.add_argument("--new-tokens", type=int, metavar="N", help="with --suite long: generated tokens of each text (1000, or as "
-                     "many as the model's positions leave)")
+    hay.add_argument(
+        "--new-tokens",
+        type=int,
+        metavar="N",
+        help="with --suite long: generated tokens of each text (1000, or as many as the model's positions leave)",
+    )
     hay.add_argument("--plot", metavar="PNG", help="file for a heat map")
 
 
@@ -264,8 +290,15 @@ def _written(options: argparse.Namespace) -> list[Written]:
     settings, tokenizer = _long_settings(options), Tokenizer(options.directory, read_config(options.directory).vocab_size)
     with _bar(options, "texts of the full cache", settings.seeds * len(settings.lengths) * settings.trials, " texts") as bar:
         return write_full(
-            _base(options), tokenizer, read_haystack(options.haystack), settings, store=options.references or default_store(),
-            device=options.device, dtype=options.dtype, max_batch=options.max_batch, progress=bar.update,
+            _base(options),
+            tokenizer,
+            read_haystack(options.haystack),
+            settings,
+            store=options.references or default_store(),
+            device=options.device,
+            dtype=options.dtype,
+            max_batch=options.max_batch,
+            progress=bar.update,
         )
 
 
@@ -301,14 +334,25 @@ def _needle(options: argparse.Namespace, llm: LLM) -> dict:
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of the lm-evaluation-harness (pip install -e '.[eval]')")
     tasks.add_argument("--tasks", type=_list(str), default=(), metavar="NAME,NAME", help="names of the harness, or of --task-dir")
-    tasks.add_argument("--suite", metavar="NAME", help="choice (mmlu, arc_easy, ...) or standard (the usual ones); without the "
-                       "harness: quick or retrieval (needles, key-value pairs, several turns, written out), long (text "
-                       "against what the full cache writes)")
+    tasks.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="choice (mmlu, arc_easy, ...) or standard (the usual ones); without the "
+        "harness: quick or retrieval (needles, key-value pairs, several turns, written out), long (text "
+        "against what the full cache writes)",
+    )
     tasks.add_argument("--task-dir", metavar="DIR", help="your own task files (YAML; data paths relative to DIR)")
     tasks.add_argument("--limit", type=int, metavar="N", help="use only the first N examples of each task")
     tasks.add_argument("--fewshot", type=int, metavar="N", help="solved examples before each question (the task's default)")
-    tasks.add_argument("--apply-chat-template", "--apply_chat_template", nargs="?", const=True, default=False, metavar="NAME",
-                       help="format prompts with the tokenizer's chat template (the one called NAME, if it has several)")
+    tasks.add_argument(
+        "--apply-chat-template",
+        "--apply_chat_template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="format prompts with the tokenizer's chat template (the one called NAME, if it has several)",
+    )
     tasks.add_argument("--system-instruction", "--system_instruction", metavar="TEXT", help="system message before each prompt")
     tasks.add_argument("--allow-code", action="store_true", help="let tasks execute code of the model on this machine")
 
@@ -317,9 +361,16 @@ def _tasks(options: argparse.Namespace, llm: LLM) -> dict:
     from dmc.evaluation.tasks import as_text, run_tasks, task_names
 
     figures = run_tasks(
-        llm, task_names(options.tasks, _harness_suite(options)), task_dir=options.task_dir, limit=options.limit,
-        fewshot=options.fewshot, chat_template=options.apply_chat_template, system=options.system_instruction, seed=options.seed,
-        allow_code=options.allow_code, progress=not options.no_progress,
+        llm,
+        task_names(options.tasks, _harness_suite(options)),
+        task_dir=options.task_dir,
+        limit=options.limit,
+        fewshot=options.fewshot,
+        chat_template=options.apply_chat_template,
+        system=options.system_instruction,
+        seed=options.seed,
+        allow_code=options.allow_code,
+        progress=not options.no_progress,
     )
     print(as_text(figures))
     return figures
@@ -333,10 +384,17 @@ def _origin(options: argparse.Namespace, llm: LLM) -> dict:
 
     arguments = {name: value for name, value in vars(options).items() if name not in ("command", "json", "no_progress")}
     return {
-        "dmc": __version__, "commit": commit(), "versions": versions(),
-        "model": llm.path.resolve().name, "model_hash": model_hash(llm.path),
-        "policy": llm.cache.policy.name, "codec": llm.cache.codec_name, "settings": cache_settings(llm),
-        "device": llm.model.device.type, "dtype": str(llm.model.dtype).removeprefix("torch."), "arguments": arguments,
+        "dmc": __version__,
+        "commit": commit(),
+        "versions": versions(),
+        "model": llm.path.resolve().name,
+        "model_hash": model_hash(llm.path),
+        "policy": llm.cache.policy.name,
+        "codec": llm.cache.codec_name,
+        "settings": cache_settings(llm),
+        "device": llm.model.device.type,
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "arguments": arguments,
     }
 
 
@@ -348,9 +406,11 @@ def _bar(options: argparse.Namespace, what: str, total: int, unit: str) -> tqdm:
 
 def _list(kind: type) -> Callable[[str], tuple]:
     """``"a,b"`` → (a, b); an argparse type."""
+
     def parse(text: str) -> tuple:
         try:
             return tuple(kind(part.strip()) for part in text.split(","))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 1,2") from error
+
     return parse

@@ -27,9 +27,7 @@ from dmc.training.config import recorded
 
 def make_parser(program: str = "dmc export") -> argparse.ArgumentParser:
     """The flags of the command, whose name in help and errors is ``program``."""
-    parser = argparse.ArgumentParser(
-        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="directory of a training checkpoint")
     parser.add_argument("out", help="directory to create; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in training)")
@@ -71,7 +69,12 @@ def _write(args: argparse.Namespace, limit: int) -> str:
         title = by_type(meta["hf_config"].get("model_type", "llama"), args.checkpoint).title
         card = plain_card(Path(args.out).name, meta, policy)
         out = export_plain(
-            tensors, meta["hf_config"], out=args.out, tokenizer_dir=meta["tokenizer_dir"], card=card, dtype=dtype,
+            tensors,
+            meta["hf_config"],
+            out=args.out,
+            tokenizer_dir=meta["tokenizer_dir"],
+            card=card,
+            dtype=dtype,
             max_shard_bytes=limit,
         )
         return f"wrote {out}: an ordinary {title}, " + (
@@ -80,14 +83,26 @@ def _write(args: argparse.Namespace, limit: int) -> str:
     names = ("method", "window", "looks_ahead", "decision", "offset", "gain", "target_cr", "measured_cr", "tokenizer_dir")
     settings, adapter = recorded(meta["config"]["dmc"]), None
     if settings.train == "lora":
+
         def adapter(directory: Path) -> None:
             peft.write(
-                directory, tensors.updates(), base=meta["config"]["run"]["model"], rank=settings.lora_rank,
-                alpha=settings.lora_alpha, dtype=dtype,
+                directory,
+                tensors.updates(),
+                base=meta["config"]["run"]["model"],
+                rank=settings.lora_rank,
+                alpha=settings.lora_alpha,
+                dtype=dtype,
             )
+
     out = export(
-        tensors, meta["hf_config"], out=args.out, **{name: meta[name] for name in names},
-        card={"step": meta["step"], **meta["results"]}, dtype=dtype, max_shard_bytes=limit, adapter=adapter,
+        tensors,
+        meta["hf_config"],
+        out=args.out,
+        **{name: meta[name] for name in names},
+        card={"step": meta["step"], **meta["results"]},
+        dtype=dtype,
+        max_shard_bytes=limit,
+        adapter=adapter,
     )
     return f"wrote {out}" + (f", its low-rank updates also as an adapter in {out / peft.FOLDER}" if adapter else "")
 

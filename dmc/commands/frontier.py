@@ -63,7 +63,7 @@ _HELP = {
     "windows": "number of windows of the text (8)",
     "policies": "such as full h2o streaming:sinks=4,recent=252 (all registered ones)",
     "codecs": "such as int8 gear-4bit tcq:bits=2,page_size=32; also takes page_size, sink_tokens, window, exact_dtype (all "
-              "registered ones)",
+    "registered ones)",
     "budgets": "shares of the tokens that evicting policies keep (1/2 1/4 1/8 1/16)",
     "max_entries": "hard budgets of late merging, dms and gate: maximum of entries per head behind the window (no bound)",
     "device": "cpu, cuda:0, ... (a GPU if there is one)",
@@ -73,10 +73,16 @@ _HELP = {
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its flags."""
-    parser.add_argument("config", metavar="CONFIG", nargs="?", type=Path,
-                        help="YAML file with the settings below, which flags override")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True,
-                        help="results.jsonl, report.md and frontier.png; rows of results.jsonl are not measured again")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", type=Path, help="YAML file with the settings below, which flags override"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="results.jsonl, report.md and frontier.png; rows of results.jsonl are not measured again",
+    )
     for field in fields(Plan):
         many = isinstance(field.default, tuple)
         kind = int if isinstance(field.default, int) else str
@@ -103,8 +109,9 @@ def run(options: argparse.Namespace) -> int:
     resolve(plan.device, plan.dtype, config.dtype)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n")
-    rows = frontier.run(cells, windows, base, options.out, device=plan.device, dtype=plan.dtype,
-                        after=lambda rows: _write(rows, options.out))
+    rows = frontier.run(
+        cells, windows, base, options.out, device=plan.device, dtype=plan.dtype, after=lambda rows: _write(rows, options.out)
+    )
     _write(rows, options.out)
     if measured(rows):
         from dmc.evaluation.plot import plot_frontier

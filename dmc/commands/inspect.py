@@ -28,10 +28,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--windows", type=int, default=4, help="number of windows of the texts, evenly spaced (4)")
     report.add_argument("--window-tokens", type=int, default=1024, help="tokens per window (1024)")
     report.add_argument("--attention-tokens", type=int, default=512, help="first tokens of a window for attention's rank (512)")
-    report.add_argument("--recommend", action="store_true",
-                        help="divide the bytes of --codec among the layers by loss; writes layers.json, for --codec-layers")
-    report.add_argument("--vary", action="append", default=[], metavar="SETTING=VALUE,...",
-                        help="setting and values to measure per layer (key_bits and value_bits, one less and more); may repeat")
+    report.add_argument(
+        "--recommend",
+        action="store_true",
+        help="divide the bytes of --codec among the layers by loss; writes layers.json, for --codec-layers",
+    )
+    report.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE,...",
+        help="setting and values to measure per layer (key_bits and value_bits, one less and more); may repeat",
+    )
     report.add_argument("--precision", default="fp64", help="precision of the singular values: fp64 (default) or fp32")
 
 
@@ -101,7 +109,11 @@ def _inspect(options: argparse.Namespace, texts: list[str], vary: dict[str, list
         choices(*codec_choice(options), vary)  # what is wrong is said before anything is measured
     with _progress(len(chosen), "windows") as bar:
         measures, merges = measure(
-            llm.model, llm.cache.policy, chosen, leading=options.attention_tokens, precision=options.precision,
+            llm.model,
+            llm.cache.policy,
+            chosen,
+            leading=options.attention_tokens,
+            precision=options.precision,
             progress=bar.update,
         )
     cache = inspect.report(llm, chosen, max_tokens=options.max_tokens)
@@ -111,7 +123,7 @@ def _inspect(options: argparse.Namespace, texts: list[str], vary: dict[str, list
 
 
 def _recommend(
-    options: argparse.Namespace, llm: LLM, chosen: list[list[int]], others: list[list[int]], vary: dict[str, list[float]] | None,
+    options: argparse.Namespace, llm: LLM, chosen: list[list[int]], others: list[list[int]], vary: dict[str, list[float]] | None
 ) -> dict:
     from dmc.analysis.recommend import choices, passes, recommend
 
@@ -134,7 +146,9 @@ def _about(options: argparse.Namespace, texts: list[str], tokens: list[list[int]
             {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16], "tokens": len(own)}
             for name, text, own in zip(names, texts, tokens, strict=True)
         ],
-        "precision": options.precision, "commit": commit(), "versions": versions(),
+        "precision": options.precision,
+        "commit": commit(),
+        "versions": versions(),
     }
 
 

@@ -14,10 +14,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", metavar="FRONTIER", help="folders of dmc frontier, or results.jsonl: one panel each")
     parser.add_argument("--out", required=True, metavar="FILE", help="the figure: .pdf, .svg or .png")
     parser.add_argument("--measure", default="kl", help="kl (default), perplexity or disagreement")
-    parser.add_argument("--curves", action="store_true",
-                        help="a line for each evicting policy and codec over its shares, not the best rows of each method")
-    parser.add_argument("--labels", action="store_true",
-                        help="number the points that no other point beats; the legend has their budget and codec")
+    parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="a line for each evicting policy and codec over its shares, not the best rows of each method",
+    )
+    parser.add_argument(
+        "--labels", action="store_true", help="number the points that no other point beats; the legend has their budget and codec"
+    )
     parser.add_argument("--most", type=int, default=12, help="lines of a panel at most, those of the lowest loss (12)")
     parser.add_argument("--width", metavar="WIDTH", help="inches, or column, paper, wide (5.6 inches for each panel)")
 

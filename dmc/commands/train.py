@@ -45,9 +45,10 @@ STOPPED = "stopped"  # file in run.output: a signal ended the run; a job script 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(
-        prog="dmc train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configuration (section.key, default, meaning; more in docs/training.md):\n"
-        + configuration.describe(),
+        prog="dmc train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="configuration (section.key, default, meaning; more in docs/training.md):\n" + configuration.describe(),
     )
     parser.add_argument("--config", help="YAML recipe, see configs/")
     parser.add_argument("--target-cr", help="compression ratio to reach, tokens per cache entry (dmc.target_cr)")
@@ -73,8 +74,13 @@ def parse(argv: list[str]) -> Config:
         known = ", ".join(sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--")))
         raise ValueError(f"unknown flag {unknown[0]}; known: {known}; configuration keys go as section.key=value")
     flags = {
-        "dmc.target_cr": args.target_cr, "dmc.method": args.method, "run.model": args.model, "run.output": args.output,
-        "run.resume": args.resume, "run.dry_run": args.dry_run, "plan.world": args.world,
+        "dmc.target_cr": args.target_cr,
+        "dmc.method": args.method,
+        "run.model": args.model,
+        "run.output": args.output,
+        "run.resume": args.resume,
+        "run.dry_run": args.dry_run,
+        "plan.world": args.world,
     }
     extra = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     return configuration.load(args.config, [*args.overrides, *extra])
@@ -107,7 +113,12 @@ def build(config: Config) -> Trainer:
         check_names(hf, list(weights), model)
     begin = opening.opening(tokenizer, config.data.bos)
     training, held_out = tokens.corpora(
-        config.data.text, config.data.held_out, tokenizer, config.data.cache, config.data.bos, chat=config.data.chat,
+        config.data.text,
+        config.data.held_out,
+        tokenizer,
+        config.data.cache,
+        config.data.bos,
+        chat=config.data.chat,
         loss_on=config.data.loss_on,
     )
     source = batches.Source(training, held_out, config.data.sequence_length, config.optim, config.log, config.run.seed)
@@ -117,19 +128,30 @@ def build(config: Config) -> Trainer:
     rank = torch.distributed.get_rank()
     prepare_output(output, config, resume=resume is not None, rank=rank)
     meta = {
-        "config": configuration.to_dict(config), "hf_config": dict(hf.fields), "corpus_hash": training.hash,
-        "held_out_hash": held_out.hash, "model_hash": model_hash(model, config.run.init, together=True),
-        "tokenizer_dir": str(model.resolve()), "model_name": hub.shown(config.run.model),
-        "tokenizer_hash": tokens.tokenizer_hash(tokenizer), "corpora": mixture.describe(training),
+        "config": configuration.to_dict(config),
+        "hf_config": dict(hf.fields),
+        "corpus_hash": training.hash,
+        "held_out_hash": held_out.hash,
+        "model_hash": model_hash(model, config.run.init, together=True),
+        "tokenizer_dir": str(model.resolve()),
+        "model_name": hub.shown(config.run.model),
+        "tokenizer_hash": tokens.tokenizer_hash(tokenizer),
+        "corpora": mixture.describe(training),
         "begin": begin,
     }
     if fitted is not None:
         fitted.check(meta["model_hash"], hf.num_hidden_layers, hf.num_key_value_heads, hf.hidden_size, config.dmc.recent)
     reporter = Reporter(config.log, output, meta["config"], rank=rank, steps=Schedule(config).steps)
     trainer = Trainer(
-        config, hf, batches=source, store=checkpoints, reporter=reporter, meta=meta,
+        config,
+        hf,
+        batches=source,
+        store=checkpoints,
+        reporter=reporter,
+        meta=meta,
         loader=weights and convert.loader(hf, weights),
-        teacher_loader=teacher and convert.loader(teacher_hf, teacher), teacher_hf=teacher_hf,
+        teacher_loader=teacher and convert.loader(teacher_hf, teacher),
+        teacher_hf=teacher_hf,
     )
     characters = held_out.characters_per_token
     reporter.say(

@@ -77,8 +77,10 @@ class Engine:
         pages = self.predictor.pages(sequence.most_tokens)
         if limit is not None and pages > limit:
             bound = self.cache.policy.max_entries
-            about, at, lower = ("about", f"a compression ratio of {self.predictor.cr:.2f}", "max_tokens") if bound is None else (
-                "up to", f"max_entries={bound}", "max_entries or max_tokens"
+            about, at, lower = (
+                ("about", f"a compression ratio of {self.predictor.cr:.2f}", "max_tokens")
+                if bound is None
+                else ("up to", f"max_entries={bound}", "max_entries or max_tokens")
             )
             raise ValueError(
                 f"{prompt} prompt tokens + max_tokens {new} need {about} {pages} pages of {self.cache.page_bytes} bytes at "
@@ -162,8 +164,11 @@ class Engine:
         ]
         traced = any(sequence.trace is not None for sequence in (*fed, *readers))
         hidden, parts = self.runner.step(
-            [sequence.slot for sequence in fed], [sequence.tokens[-1] for sequence in fed],
-            [sequence.position for sequence in fed], chunks, trace=traced,
+            [sequence.slot for sequence in fed],
+            [sequence.tokens[-1] for sequence in fed],
+            [sequence.position for sequence in fed],
+            chunks,
+            trace=traced,
         )
         if traced:
             sizes = [*(1 for _ in fed), *(len(chunk.tokens) for chunk in chunks)]

@@ -29,15 +29,24 @@ def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 
         raise ValueError("kv_memory is too small for these texts; give it more")
     stats, cache = total_stats(outputs, 0.0), llm.cache
     return {
-        "policy": cache.policy.name, "codec": cache.codec_name,
-        "page_size": cache.page_size, "page_bytes": cache.page_bytes,
-        "sink_tokens": cache.sink_tokens, "window": cache.window,
-        "tokens": stats.cached_tokens, "entries": int(stats.entries.sum()), "cr": stats.cr,
+        "policy": cache.policy.name,
+        "codec": cache.codec_name,
+        "page_size": cache.page_size,
+        "page_bytes": cache.page_bytes,
+        "sink_tokens": cache.sink_tokens,
+        "window": cache.window,
+        "tokens": stats.cached_tokens,
+        "entries": int(stats.entries.sum()),
+        "cr": stats.cr,
         "pages": (stats.held["pages"] + stats.held["exact"]) // cache.page_bytes,
-        "held": stats.held, "held_bytes": stats.held_bytes, "shared_bytes": stats.shared_bytes,
-        "dense_bytes": stats.dense_bytes, "byte_ratio": stats.ratio,
+        "held": stats.held,
+        "held_bytes": stats.held_bytes,
+        "shared_bytes": stats.shared_bytes,
+        "dense_bytes": stats.dense_bytes,
+        "byte_ratio": stats.ratio,
         "codec_error": dict(zip(("keys", "values"), stats.codec_error, strict=True)),
-        "cr_per_layer": stats.cr_per_layer, "cr_per_head": stats.cr_per_head,
+        "cr_per_layer": stats.cr_per_layer,
+        "cr_per_head": stats.cr_per_head,
     }
 
 
@@ -60,7 +69,8 @@ def as_text(figures: dict) -> str:
         f"held {figures['held_bytes']:,} bytes ({held}); dense bf16 {figures['dense_bytes']:,} bytes: "
         f"{figures['byte_ratio']:.2f} x",
         f"codec error (relative, sampled): keys {error['keys']:.4f}, values {error['values']:.4f}",
-        "", "CR per layer and key/value head (tokens / entries)",
+        "",
+        "CR per layer and key/value head (tokens / entries)",
         "layer    all " + "".join(f"{f'head {head}':>9}" for head in range(len(figures["cr_per_head"][0]))),
     ]
     for layer, (mean, heads) in enumerate(zip(figures["cr_per_layer"], figures["cr_per_head"], strict=True)):

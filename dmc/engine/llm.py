@@ -68,13 +68,27 @@ class LLM:
     """
 
     def __init__(
-        self, path: str | Path, *, policy: str | Policy | None = None, policy_settings: dict | None = None,
-        decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None,
+        self,
+        path: str | Path,
+        *,
+        policy: str | Policy | None = None,
+        policy_settings: dict | None = None,
+        decisions: str | Path | FittedDecisions | None = None,
+        target_cr: float | None = None,
         max_entries: int | None = None,
-        codec: str | Codec = "dense", codec_settings: dict | None = None, codec_layers: str | Path | None = None,
-        kv_memory: int | str | None = None, max_batch: int = 16, page_size: int | None = None, sink_tokens: int | None = None,
-        window: int | None = None, exact_dtype: str | None = None,
-        prefill_tokens: int = 512, dtype: str = "auto", device: str = "auto", tensor_parallel: int = 1,
+        codec: str | Codec = "dense",
+        codec_settings: dict | None = None,
+        codec_layers: str | Path | None = None,
+        kv_memory: int | str | None = None,
+        max_batch: int = 16,
+        page_size: int | None = None,
+        sink_tokens: int | None = None,
+        window: int | None = None,
+        exact_dtype: str | None = None,
+        prefill_tokens: int = 512,
+        dtype: str = "auto",
+        device: str = "auto",
+        tensor_parallel: int = 1,
         rank_timeout: float = 120.0,
     ) -> None:
         self.path = path = hub.located(path)
@@ -84,12 +98,24 @@ class LLM:
         memory.check(kv_memory)
         store, config = codec_for(codec, codec_settings, codec_layers, self.path), read_config(path)
         chosen = policy_for(
-            config, path, policy, policy_settings, decisions=decisions, target_cr=target_cr, max_entries=max_entries,
+            config, path, policy, policy_settings, decisions=decisions, target_cr=target_cr, max_entries=max_entries
         )
         place, precision = resolve(device, dtype, config.dtype)
-        parts = Parts(self.path, precision, chosen, store, max_batch, prefill_tokens, {
-            "memory": kv_memory, "page_size": page_size, "sink_tokens": sink_tokens, "window": window, "exact_dtype": exact_dtype,
-        })
+        parts = Parts(
+            self.path,
+            precision,
+            chosen,
+            store,
+            max_batch,
+            prefill_tokens,
+            {
+                "memory": kv_memory,
+                "page_size": page_size,
+                "sink_tokens": sink_tokens,
+                "window": window,
+                "exact_dtype": exact_dtype,
+            },
+        )
         self.engine: Engine = (
             parts.engine(place) if tensor_parallel == 1 else launch.start(parts, place, tensor_parallel, rank_timeout)
         )
@@ -105,7 +131,7 @@ class LLM:
         return Tokenizer(self.path, self.model.config.vocab_size)
 
     def generate(
-        self, prompts: str | List[str] | List[List[int]], params: SamplingParams | List[SamplingParams] | None = None,
+        self, prompts: str | List[str] | List[List[int]], params: SamplingParams | List[SamplingParams] | None = None
     ) -> list[Output]:
         """Continues prompts, all together.
 
@@ -124,9 +150,7 @@ class LLM:
         each = [params] * len(every) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(every):
             raise ValueError(f"{len(every)} prompts need one SamplingParams or as many, got {len(each)}")
-        sequences = [
-            sequence for prompt, own in zip(every, each, strict=True) for sequence in self.sequences(prompt, own)
-        ]
+        sequences = [sequence for prompt, own in zip(every, each, strict=True) for sequence in self.sequences(prompt, own)]
         for sequence in sequences:
             self.engine.add(sequence)
         try:
@@ -241,8 +265,14 @@ def _nothing(engine: Engine, own: None) -> None:
 
 
 def policy_for(
-    config: ModelConfig, path: str | Path, chosen: str | Policy | None, settings: dict | None = None, *,
-    decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None, max_entries: int | None = None,
+    config: ModelConfig,
+    path: str | Path,
+    chosen: str | Policy | None,
+    settings: dict | None = None,
+    *,
+    decisions: str | Path | FittedDecisions | None = None,
+    target_cr: float | None = None,
+    max_entries: int | None = None,
 ) -> Policy:
     """The policy to serve a model with; rejects one that would take its decisions for what they are not.
 
@@ -316,9 +346,7 @@ def _with_decisions(chosen: str | Policy | None, settings: dict | None, given: d
     return (settings or {}) | given
 
 
-def _with_budget(
-    config: ModelConfig, chosen: str | Policy | None, settings: dict | None, max_entries: int | None,
-) -> dict | None:
+def _with_budget(config: ModelConfig, chosen: str | Policy | None, settings: dict | None, max_entries: int | None) -> dict | None:
     """Settings of the policy with ``max_entries``, which only policies with a window of recent tokens take."""
     if max_entries is None:
         return settings
@@ -351,9 +379,7 @@ def resolve(device: str, dtype: str, saved: str | None) -> tuple[torch.device, t
     return place, _dtype(dtype, place, saved)
 
 
-def codec_for(
-    chosen: str | Codec, settings: dict | None, layers: str | Path | None, model: Path,
-) -> Codec | list[Codec]:
+def codec_for(chosen: str | Codec, settings: dict | None, layers: str | Path | None, model: Path) -> Codec | list[Codec]:
     """The codec, or that of each layer; one that was made for a certain model must have been made for this one."""
     if layers is None:
         made = _made("codec", chosen, settings)

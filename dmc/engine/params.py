@@ -66,8 +66,11 @@ class SamplingParams:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
-            ("logit_bias", all(isinstance(token, int) and token >= 0 and -100 <= value <= 100 for token, value in bias),
-             "token ids with values from -100 to 100"),
+            (
+                "logit_bias",
+                all(isinstance(token, int) and token >= 0 and -100 <= value <= 100 for token, value in bias),
+                "token ids with values from -100 to 100",
+            ),
             ("n", 1 <= self.n <= 128, "from 1 to 128"),
             ("stop", all(isinstance(text, str) and text for text in stop), "texts that are not empty"),
             ("stop_token_ids", all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids), "token ids"),

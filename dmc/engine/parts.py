@@ -89,6 +89,6 @@ class Parts:
         if isinstance(self.policy, GatePolicy):
             work = torch.float64 if self.dtype == torch.float64 else torch.float32
             model.fitted = FittedHeads.of(
-                self.policy.fitted, self.policy.threshold, dtype=work, device=model.device, rank=rank, ranks=ranks,
+                self.policy.fitted, self.policy.threshold, dtype=work, device=model.device, rank=rank, ranks=ranks
             )
         return model

@@ -79,8 +79,7 @@ class Ranks:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, ranks: int, *, key: bytes, timeout: float,
-        children: Sequence[subprocess.Popen] = (),
+        self, store: dist.Store, rank: int, ranks: int, *, key: bytes, timeout: float, children: Sequence[subprocess.Popen] = ()
     ) -> None:
         self.rank, self.ranks, self.children = rank, ranks, children
         self.failure: str | None = None

@@ -36,8 +36,13 @@ class Runner:
 
     @torch.no_grad()
     def step(
-        self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int], chunks: Sequence[Chunk] = (),
-        *, trace: bool = False,
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        chunks: Sequence[Chunk] = (),
+        *,
+        trace: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Feeds one token to each running sequence, and a chunk to each of some prompts, in one pass of the model.
 
@@ -49,8 +54,12 @@ class Runner:
         flat = [*tokens, *(token for chunk in chunks for token in chunk.tokens)]
         parts = [(chunk.prompt, len(chunk.tokens)) for chunk in chunks]
         attend = self.cache.step(
-            self._ints(slots), self._ints(positions), parts, self.model.rope,
-            merges=self.model.config.decision is not None, trace=trace,
+            self._ints(slots),
+            self._ints(positions),
+            parts,
+            self.model.rope,
+            merges=self.model.config.decision is not None,
+            trace=trace,
         )
         hidden = self.model.hidden(self._ints(flat), attend)
         if trace:

@@ -53,7 +53,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, cache: KVCache, predictor: Predictor, device: torch.device, *, max_batch: int, prefill_tokens: int,
+        self, cache: KVCache, predictor: Predictor, device: torch.device, *, max_batch: int, prefill_tokens: int
     ) -> None:
         self.cache, self.predictor, self.device = cache, predictor, device
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
@@ -259,8 +259,12 @@ class Scheduler:
         sequence.times["finished"] = time.perf_counter()
         if sequence.slot is not None:
             sequence.stats = measure(
-                self.cache, sequence.slot, prompt_tokens=len(sequence.prompt), generated=len(sequence.tokens),
-                cached_tokens=sequence.position, seconds=sequence.times["finished"] - sequence.times["added"],
+                self.cache,
+                sequence.slot,
+                prompt_tokens=len(sequence.prompt),
+                generated=len(sequence.tokens),
+                cached_tokens=sequence.position,
+                seconds=sequence.times["finished"] - sequence.times["added"],
                 preemptions=sequence.preemptions,
             )
             self.predictor.learn(sequence.slot, sequence.position)

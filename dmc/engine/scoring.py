@@ -53,7 +53,7 @@ class Fed:
 
 
 def prefill(
-    runner: Runner, tokens: Sequence[int], chunk: int, take: Callable[[int, Tensor], None] | None = None,
+    runner: Runner, tokens: Sequence[int], chunk: int, take: Callable[[int, Tensor], None] | None = None
 ) -> Prompt | LatePrompt:
     """Feeds tokens as a prompt, ``chunk`` at a time; its pages are not encoded yet.
 
@@ -72,8 +72,7 @@ def prefill(
 
 
 def feed(
-    runner: Runner, sequences: Sequence[Fed], take: Callable[[list[Fed], Tensor], None],
-    after: Callable[[], None] | None = None,
+    runner: Runner, sequences: Sequence[Fed], take: Callable[[list[Fed], Tensor], None], after: Callable[[], None] | None = None
 ) -> None:
     """Feeds one token to each sequence per step, until all are fed; called on all ranks.
 
@@ -144,7 +143,11 @@ def score_batch(engine: Engine, sequences: Sequence[list[int]], prompt_tokens: i
         for each in running:
             first = min(prompt_tokens, each.until)
             stats = measure(
-                runner.cache, each.slot, prompt_tokens=first, cached_tokens=each.until, generated=each.until - first,
+                runner.cache,
+                each.slot,
+                prompt_tokens=first,
+                cached_tokens=each.until,
+                generated=each.until - first,
                 seconds=seconds,
             )
             scores.append(Score(logprobs[each.slot], stats))

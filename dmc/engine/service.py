@@ -106,8 +106,13 @@ class Stream:
         until = max(until, characters)
         self._seen[index] = [until, len(sequence.tokens)]
         return Progress(
-            index, sequence.text.text[characters:until], sequence.tokens[tokens:], sequence.pieces[tokens:],
-            sequence.logprobs[tokens:], sequence.output() if done else None, *self._traced(sequence),
+            index,
+            sequence.text.text[characters:until],
+            sequence.tokens[tokens:],
+            sequence.pieces[tokens:],
+            sequence.logprobs[tokens:],
+            sequence.output() if done else None,
+            *self._traced(sequence),
         )
 
     def _traced(self, sequence: Sequence) -> tuple[list[Tensor], int, int]:
@@ -133,7 +138,11 @@ class Service:
     """
 
     def __init__(
-        self, llm: LLM, *, max_waiting: int = 256, on_step: Callable[[list[Sequence]], None] | None = None,
+        self,
+        llm: LLM,
+        *,
+        max_waiting: int = 256,
+        on_step: Callable[[list[Sequence]], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.llm, self.max_waiting, self.on_step, self.on_death = llm, max_waiting, on_step, on_death

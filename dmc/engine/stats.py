@@ -71,7 +71,7 @@ class Stats:
 
 
 def measure(
-    cache: KVCache, slot: int, *, prompt_tokens: int, cached_tokens: int, generated: int, seconds: float, preemptions: int = 0,
+    cache: KVCache, slot: int, *, prompt_tokens: int, cached_tokens: int, generated: int, seconds: float, preemptions: int = 0
 ) -> Stats:
     """The figures of a sequence that is about to be closed."""
     return Stats(

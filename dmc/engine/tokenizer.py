@@ -142,4 +142,3 @@ def _checked(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not valid Unicode at character {error.start}: half a surrogate pair") from error
     return text
-

@@ -17,8 +17,7 @@ See = Callable[[Tensor, int], None]
 
 
 def attend_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, *, block: int, see: See | None = None, gone: Tensor | None = None,
-    window: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, *, block: int, see: See | None = None, gone: Tensor | None = None, window: int = 0
 ) -> Tensor:
     """Attention of one sequence, ``block`` queries at a time.
 

@@ -56,7 +56,7 @@ class Calibrated:
 
 
 def calibrate(
-    directory: Path, windows: Windows, out: Path, *, budget: float, device: str = "cpu", dtype: torch.dtype = torch.float32,
+    directory: Path, windows: Windows, out: Path, *, budget: float, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Calibrated]:
     """Makes the file for `EigenCodec`.
 
@@ -79,9 +79,7 @@ def calibrate(
     model = Decoder.load(directory, dtype=dtype, device=device)
     length = windows.tokens.shape[1]
     if length > model.config.positions:
-        raise ValueError(
-            f"windows of {length} tokens are longer than the model's {model.config.positions} positions"
-        )
+        raise ValueError(f"windows of {length} tokens are longer than the model's {model.config.positions} positions")
     seen = gather(model, windows.tokens)
     table = model.rope(torch.arange(length, device=model.device))
     layers, results = [], []
@@ -90,7 +88,10 @@ def calibrate(
         layers.append(bases)
         results.append(found)
     notes = {
-        "budget": str(budget), "text": windows.name, "text_hash": windows.text_hash, "tokens": str(windows.tokens.numel()),
+        "budget": str(budget),
+        "text": windows.name,
+        "text_hash": windows.text_hash,
+        "tokens": str(windows.tokens.numel()),
         "errors": json.dumps([found.error for found in results]),
     }
     write(Path(out), EigenFile(model_hash(directory), model.rope.frequencies, model.rope.scaling, layers, notes))

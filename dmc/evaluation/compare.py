@@ -219,16 +219,22 @@ def _retrieval(figures: dict) -> list[Series]:
 
 def _needle(figures: dict) -> list[Series]:
     return [
-        Series(f"needle {name}", _origin(figures, "lengths", "depths", "kinds", "trials", "choices", "seed"), [
-            (f"{one['kind']} {one['length']}", (one["depth"], one["needle_at"], one["answer"]), float(one[name]))
-            for one in figures["trials"]
-        ]) for name in ("exact", "choice", "margin")
+        Series(
+            f"needle {name}",
+            _origin(figures, "lengths", "depths", "kinds", "trials", "choices", "seed"),
+            [
+                (f"{one['kind']} {one['length']}", (one["depth"], one["needle_at"], one["answer"]), float(one[name]))
+                for one in figures["trials"]
+            ],
+        )
+        for name in ("exact", "choice", "margin")
     ]
 
 
 def _long(figures: dict) -> list[Series]:
     origin = _origin(figures, "lengths", "trials", "new_tokens", "seed", "seeds") | {
-        "the uncompressed model's hash": figures["base_hash"], "the hash of its texts": figures["samples_hash"],
+        "the uncompressed model's hash": figures["base_hash"],
+        "the hash of its texts": figures["samples_hash"],
     }
 
     def series(name: str, value: Callable[[dict], float]) -> Series:

@@ -163,7 +163,11 @@ def _take(running: list[_Running], predicted: Tensor) -> None:
 def _scored(runner: Runner, each: _Running) -> Scored:
     prefilled = max(1, len(each.request.context) - 1)
     stats = measure(
-        runner.cache, each.slot, prompt_tokens=prefilled, cached_tokens=each.fed, generated=each.fed - prefilled,
+        runner.cache,
+        each.slot,
+        prompt_tokens=prefilled,
+        cached_tokens=each.fed,
+        generated=each.fed - prefilled,
         seconds=time.perf_counter() - each.started,
     )
     return Scored(each.tokens[each.request.before :], torch.tensor(each.logprobs), each.greedy, stats)

@@ -28,8 +28,19 @@ MEASURES = {
     "disagreement": ("tokens whose most likely successor differs", None),
 }
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 3)))  # of curves, by codec
-_NEEDED = {"share", "kl", "perplexity", "agreement", "base", "model", "settings", "text", "windows", "prompt_tokens",
-           "scored_tokens"}
+_NEEDED = {
+    "share",
+    "kl",
+    "perplexity",
+    "agreement",
+    "base",
+    "model",
+    "settings",
+    "text",
+    "windows",
+    "prompt_tokens",
+    "scored_tokens",
+}
 _LEAST = 1e-5  # a loss below this is rounding; drawn here
 
 
@@ -154,8 +165,11 @@ def draw(files: Sequence[str | Path], out: str | Path, look: Look) -> int:
         figure.draw_without_rendering()  # the layout: numbers are placed by what they would cover
         figure.set_layout_engine("none")
         for axis, mine, said in zip(axes[0], drawn, numbers, strict=True):
-            place(axis, [(point.share, point.loss, str(number)) for number, point in said.items()],
-                  [(point.share, point.loss) for points in mine.values() for point in points])
+            place(
+                axis,
+                [(point.share, point.loss, str(number)) for number, point in said.items()],
+                [(point.share, point.loss) for points in mine.values() for point in points],
+            )
     figure.savefig(out, dpi=200)
     plt.close(figure)
     return left

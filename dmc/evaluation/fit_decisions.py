@@ -143,8 +143,14 @@ class LargestAttention:
 
 @torch.no_grad()
 def fit_decisions(
-    directory: str | Path, text: Sequences, settings: FitSettings, out: Path | None = None, *,
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, meta: dict | None = None,
+    directory: str | Path,
+    text: Sequences,
+    settings: FitSettings,
+    out: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    meta: dict | None = None,
 ) -> FittedDecisions:
     """Decision heads of a model, fitted on a text.
 
@@ -193,7 +199,7 @@ def fit_decisions(
             raise
     pairs = [[level, round(share, 4)] for level, share in zip(LEVELS, done.dropped, strict=True)]
     fitted = replace(
-        fitted, quantiles=with_eviction(fitted.quantiles, done.dropped), meta=fitted.meta | {"dropped_with_eviction": pairs},
+        fitted, quantiles=with_eviction(fitted.quantiles, done.dropped), meta=fitted.meta | {"dropped_with_eviction": pairs}
     )
     if out is not None:
         fitted.save(out)
@@ -202,7 +208,7 @@ def fit_decisions(
 
 
 def _decisions(
-    done: FitState, text: Sequences, settings: FitSettings, config: ModelConfig, digest: str, meta: dict,
+    done: FitState, text: Sequences, settings: FitSettings, config: ModelConfig, digest: str, meta: dict
 ) -> FittedDecisions:
     """Heads of all layers, with the quantiles of the full model's scores."""
     layers = config.num_hidden_layers
@@ -210,19 +216,31 @@ def _decisions(
     weights = torch.stack(done.weights).mT  # [L, H, F]
     late = weights[..., hidden:-1] if settings.look_ahead else torch.zeros(layers, heads, hidden)
     about = {
-        "text": text.name, "text_hash": text.text_hash, "tokens": text.tokens.numel(), "length": text.tokens.shape[1],
+        "text": text.name,
+        "text_hash": text.text_hash,
+        "tokens": text.tokens.numel(),
+        "length": text.tokens.shape[1],
         "target": f"log({FLOOR:g} + largest attention from {TARGETS[settings.target].format(window=settings.window)})",
-        "look_ahead": settings.look_ahead, "ridge": settings.ridge, "min_queries": settings.min_queries,
-        "r2": [round(value, 4) for value in done.r2], "version": __version__,
+        "look_ahead": settings.look_ahead,
+        "ridge": settings.ridge,
+        "min_queries": settings.min_queries,
+        "r2": [round(value, 4) for value in done.r2],
+        "version": __version__,
     }
     return FittedDecisions(
-        weights[..., :hidden].contiguous(), late.contiguous(), weights[..., -1].contiguous(), settings.window, settings.sinks,
-        quantiles(torch.cat([part.flatten() for part in done.scores])), digest, about | meta,
+        weights[..., :hidden].contiguous(),
+        late.contiguous(),
+        weights[..., -1].contiguous(),
+        settings.window,
+        settings.sinks,
+        quantiles(torch.cat([part.flatten() for part in done.scores])),
+        digest,
+        about | meta,
     )
 
 
 def _fit_layer(
-    model: Decoder, hidden: Tensor, index: int, settings: FitSettings, bar: tqdm,
+    model: Decoder, hidden: Tensor, index: int, settings: FitSettings, bar: tqdm
 ) -> tuple[Tensor, Tensor, float, Tensor]:
     """One layer on all sequences ``[N, T, hidden]``: weights ``[F, H]``, scores ``[N n, H]``, R2, the block's output.
 

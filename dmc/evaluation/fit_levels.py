@@ -26,7 +26,12 @@ class NotFiniteError(ValueError):
 
 @torch.no_grad()
 def dropped_share(
-    model: Decoder, fitted: FittedDecisions, tokens: Tensor, threshold: float, *, block: int,
+    model: Decoder,
+    fitted: FittedDecisions,
+    tokens: Tensor,
+    threshold: float,
+    *,
+    block: int,
     tick: Callable[[], None] = lambda: None,
 ) -> float:
     """Share of the tokens outside sinks and window that eviction at a threshold drops, over all layers and heads.

@@ -28,8 +28,15 @@ SCHEMA = 1
 
 
 def run(
-    cells: Sequence[Cell], windows: Windows, base: Path, out: Path, *, device: str = "auto", dtype: str = "auto",
-    store: Path | None = None, after: Callable[[list[dict]], None] | None = None,
+    cells: Sequence[Cell],
+    windows: Windows,
+    base: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    store: Path | None = None,
+    after: Callable[[list[dict]], None] | None = None,
 ) -> list[dict]:
     """Measures what ``out/results.jsonl`` does not hold yet.
 
@@ -56,9 +63,7 @@ def run(
         if all(_done(known.get(key)) for key in keys):
             return [known[key] for key in keys]
         llm = LLM(base, policy="full", device=device, dtype=dtype, max_batch=1)
-        wanted = reference(
-            base, windows, store=store or out / "references", dtype=llm.model.dtype, device=llm.model.device
-        )
+        wanted = reference(base, windows, store=store or out / "references", dtype=llm.model.dtype, device=llm.model.device)
         del llm
         todo = [(cell, key) for cell, key in zip(cells, keys, strict=True) if not _done(known.get(key))]
         for row in _measured(todo, windows, wanted, device, dtype, skipped=len(cells) - len(todo)):
@@ -72,7 +77,7 @@ def run(
 
 
 def _measured(
-    todo: list[tuple[Cell, str]], windows: Windows, wanted: Reference, device: str, dtype: str, *, skipped: int,
+    todo: list[tuple[Cell, str]], windows: Windows, wanted: Reference, device: str, dtype: str, *, skipped: int
 ) -> Iterator[dict]:
     """Rows of cells; what fails becomes a row that says so."""
     steps = len(windows.tokens) * windows.scored
@@ -81,7 +86,10 @@ def _measured(
         for number, (cell, key) in enumerate(todo):
             bar.set_description(f"{skipped + number + 1}/{skipped + len(todo)} {cell.model.name} {cell.policy} {cell.codec}")
             row: dict = {
-                "schema": SCHEMA, "key": key, "model": cell.model.resolve().name, "policy": str(cell.policy),
+                "schema": SCHEMA,
+                "key": key,
+                "model": cell.model.resolve().name,
+                "policy": str(cell.policy),
                 "codec": str(cell.codec),
             }
             started = time.perf_counter()
@@ -104,8 +112,15 @@ def _measured(
 def _load(cell: Cell, device: str, dtype: str, batch: int) -> LLM:
     own, cache = codec_settings(cell.codec)
     return LLM(
-        cell.model, policy=cell.policy.name, policy_settings=dict(cell.policy.settings), codec=cell.codec.name,
-        codec_settings=own, device=device, dtype=dtype, max_batch=batch, **cache,
+        cell.model,
+        policy=cell.policy.name,
+        policy_settings=dict(cell.policy.settings),
+        codec=cell.codec.name,
+        codec_settings=own,
+        device=device,
+        dtype=dtype,
+        max_batch=batch,
+        **cache,
     )
 
 

@@ -72,8 +72,12 @@ def codec_choices() -> list[Choice]:
 
 
 def cells(
-    models: Sequence[Path], *, policies: Sequence[Choice] | None = None, codecs: Sequence[Choice] | None = None,
-    budgets: Sequence[float] = BUDGETS, max_entries: Sequence[int] = (),
+    models: Sequence[Path],
+    *,
+    policies: Sequence[Choice] | None = None,
+    codecs: Sequence[Choice] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    max_entries: Sequence[int] = (),
 ) -> list[Cell]:
     """All measurements of a grid, those with the same model and policy one after the other.
 

@@ -31,8 +31,15 @@ def place(axis: Axes, labels: Sequence[tuple[float, float, str]], taken: Sequenc
     boxes = [_around(axis.transData.transform(at), _MARKER * unit) for at in taken]
     made = []
     for x, y, text in labels:
-        label = axis.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=6, zorder=5,
-                              arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#777777", "shrinkA": 0, "shrinkB": 2})
+        label = axis.annotate(
+            text,
+            (x, y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=6,
+            zorder=5,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#777777", "shrinkA": 0, "shrinkB": 2},
+        )
         free = None
         for offset, anchor in _offsets():
             label.set(position=offset, ha=anchor[0], va=anchor[1])

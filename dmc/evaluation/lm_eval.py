@@ -76,8 +76,11 @@ class CompressedLM(TemplateLM):
         """What the harness writes into its results: the model, its cache, and what the cache held so far."""
         cache = self.llm.cache
         return {
-            "dmc_model_hash": model_hash(self.llm.path), "dmc_policy": cache.policy.name, "dmc_codec": cache.codec_name,
-            "dmc_settings": cache_settings(self.llm), "dmc_cache": self.usage.as_dict(),
+            "dmc_model_hash": model_hash(self.llm.path),
+            "dmc_policy": cache.policy.name,
+            "dmc_codec": cache.codec_name,
+            "dmc_settings": cache_settings(self.llm),
+            "dmc_cache": self.usage.as_dict(),
         }
 
     @property
@@ -126,7 +129,10 @@ class CompressedLM(TemplateLM):
         template = self._template or choose_template(self.tokenizer, True)
         try:
             return self.tokenizer.apply_chat_template(
-                chat_history, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
+                chat_history,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
         except Exception as error:  # templates raise what they like
@@ -153,8 +159,10 @@ class CompressedLM(TemplateLM):
         for number, request in enumerate(requests):
             (text,) = request.args
             rolling = get_rolling_token_windows(
-                self.tok_encode(text, add_special_tokens=False), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
+                self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
             )
             own = [(None, *make_disjoint_window(window)) for window in rolling]
             windows += own
@@ -216,12 +224,15 @@ class CompressedLM(TemplateLM):
         if not sample:
             sampling = {"temperature": 0.0} | {name: sampling[name] for name in ("repetition_penalty",) if name in sampling}
         return SamplingParams(
-            max_tokens=most, stop=[text for text in until if text], stop_token_ids=(self._end,), seed=self.seed + number,
+            max_tokens=most,
+            stop=[text for text in until if text],
+            stop_token_ids=(self._end,),
+            seed=self.seed + number,
             **sampling,
         )
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object,
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
         """(pair of texts, context, continuation) → (log-likelihood, whether greedy generation gives the continuation)."""
         asked = []

@@ -66,7 +66,8 @@ class LongSettings:
         """Checks the ranges."""
         for name, fine, allowed in (
             ("lengths", self.lengths and min(self.lengths) >= 2, "at least one number of tokens, each at least 2"),
-            ("trials", self.trials >= 1, "at least 1"), ("seeds", self.seeds >= 1, "at least 1"),
+            ("trials", self.trials >= 1, "at least 1"),
+            ("seeds", self.seeds >= 1, "at least 1"),
             ("new_tokens", self.new_tokens is None or self.new_tokens >= 1, "at least 1"),
         ):
             if not fine:
@@ -142,8 +143,16 @@ class Continued:
 
 
 def write_full(
-    base: str | Path, tokenizer: Tokenizer, haystack: Haystack, settings: LongSettings, *, store: str | Path | None = None,
-    device: str = "auto", dtype: str = "auto", max_batch: int = 16, progress: Callable[[int], None] | None = None,
+    base: str | Path,
+    tokenizer: Tokenizer,
+    haystack: Haystack,
+    settings: LongSettings,
+    *,
+    store: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_batch: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Written]:
     """Draws the prompts and lets the uncompressed model continue them over a full dense cache.
 
@@ -229,11 +238,17 @@ def report(continued: Sequence[Continued], written: Sequence[Written], haystack:
     for one in continued:
         groups.setdefault(one.length, []).append(one)
     return {
-        "schema": 1, "base": written[0].reference.model, "base_hash": written[0].reference.model_hash,
-        "haystack": haystack.name, "haystack_hash": haystack.hash, "samples_hash": [one.windows.hash for one in written],
-        "settings": asdict(settings) | {"new_tokens": count}, "segments": segments(count),
+        "schema": 1,
+        "base": written[0].reference.model,
+        "base_hash": written[0].reference.model_hash,
+        "haystack": haystack.name,
+        "haystack_hash": haystack.hash,
+        "samples_hash": [one.windows.hash for one in written],
+        "settings": asdict(settings) | {"new_tokens": count},
+        "segments": segments(count),
         "cells": [{"length": length} | summary(group, count) for length, group in groups.items()],
-        "all": summary(continued, count), "samples": [asdict(one) for one in continued],
+        "all": summary(continued, count),
+        "samples": [asdict(one) for one in continued],
     }
 
 
@@ -249,18 +264,22 @@ def as_text(figures: dict) -> str:
             f"{row['length']:>6} {row['n']:>3}  {_with_error(row, 'same_tokens', '.1f'):>24} {row['same_tokens_median']:>6.0f} "
             f"{row['unchanged']:>9}  {_with_error(row, 'equal', '.3f'):>15}"
         )
-    lines += ["along the full cache's text: KL in nats/token, and how often the same token is most likely",
-              f"{'prompt':>6} {'n':>3}  {'tokens':>11}  KL"]
+    lines += [
+        "along the full cache's text: KL in nats/token, and how often the same token is most likely",
+        f"{'prompt':>6} {'n':>3}  {'tokens':>11}  KL",
+    ]
     for row in rows:
-        for (first, end), kl, error in zip(
-            figures["segments"], row["kl_segments"], row["kl_segments_stderr"], strict=True
-        ):
+        for (first, end), kl, error in zip(figures["segments"], row["kl_segments"], row["kl_segments_stderr"], strict=True):
             lines.append(f"{row['length']:>6} {row['n']:>3}  {f'{first + 1}-{end}':>11}  {_number(kl, error, 'z.5f')}")
-        lines.append(f"{row['length']:>6} {row['n']:>3}  {'all':>11}  {_with_error(row, 'kl', 'z.5f')}; same most likely token "
-                     f"{_with_error(row, 'agreement', '.1%')}")
+        lines.append(
+            f"{row['length']:>6} {row['n']:>3}  {'all':>11}  {_with_error(row, 'kl', 'z.5f')}; same most likely token "
+            f"{_with_error(row, 'agreement', '.1%')}"
+        )
     whole = figures["all"]
-    lines.append(f"at the end of the own texts (n {whole['n']}): CR {whole['cr']:.2f}, held {whole['held_bytes']:,.0f} bytes per "
-                 f"text, dense bf16 / held {whole['byte_ratio']:.2f}")
+    lines.append(
+        f"at the end of the own texts (n {whole['n']}): CR {whole['cr']:.2f}, held {whole['held_bytes']:,.0f} bytes per "
+        f"text, dense bf16 / held {whole['byte_ratio']:.2f}"
+    )
     return "\n".join(lines)
 
 
@@ -292,10 +311,19 @@ def _continued(llm: LLM, one: Written, number: int, scored: Scored, kl: Tensor, 
     full, own, stats = one.texts[number], torch.tensor(scored.tokens), scored.stats
     different = (own != full).nonzero()
     return Continued(
-        one.length, number, int(different[0]) if len(different) else len(full), (own == full).double().mean().item(),
-        same.mean().item(), [kl[first:end].mean().item() for first, end in segments(len(full))], stats.cached_tokens,
-        int(stats.entries.sum()) / stats.entries.numel(), stats.held_bytes, stats.dense_bytes,
-        llm.tokenizer.decode(full.tolist()), llm.tokenizer.decode(scored.tokens), one.seed,
+        one.length,
+        number,
+        int(different[0]) if len(different) else len(full),
+        (own == full).double().mean().item(),
+        same.mean().item(),
+        [kl[first:end].mean().item() for first, end in segments(len(full))],
+        stats.cached_tokens,
+        int(stats.entries.sum()) / stats.entries.numel(),
+        stats.held_bytes,
+        stats.dense_bytes,
+        llm.tokenizer.decode(full.tolist()),
+        llm.tokenizer.decode(scored.tokens),
+        one.seed,
     )
 
 

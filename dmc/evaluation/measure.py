@@ -97,7 +97,11 @@ class Measurement:
 
 
 def measure(
-    llm: LLM, windows: Windows, *, reference: Reference | None = None, prompts: list[Prompt] | None = None,
+    llm: LLM,
+    windows: Windows,
+    *,
+    reference: Reference | None = None,
+    prompts: list[Prompt] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Measurement:
     """Measures a model under its policy and codec.
@@ -119,7 +123,11 @@ def measure(
 
 
 def forced(
-    llm: LLM, windows: Windows, *, reference: Reference | None = None, prompts: list[Prompt] | None = None,
+    llm: LLM,
+    windows: Windows,
+    *,
+    reference: Reference | None = None,
+    prompts: list[Prompt] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Run]:
     """What `measure` averages: every scored step of every window. Arguments and errors are those of `measure`.
@@ -219,7 +227,11 @@ def _feed(engine: Engine, slots: list[int], windows: Tensor, first: int, own: _O
     scoring.feed(engine.runner, fed, take, after)
     compared = {name: kept[name] if reference else None for name in ("kl", "same", "base")}
     return Run(
-        kept["logprobs"], kept["held"], kept["dense"], **compared, held_end=[cache.held(slot) for slot in slots],
+        kept["logprobs"],
+        kept["held"],
+        kept["dense"],
+        **compared,
+        held_end=[cache.held(slot) for slot in slots],
         entries=torch.stack([cache.entries(slot).cpu() for slot in slots]).sum(0),
     )
 
@@ -264,22 +276,41 @@ def _result(llm: LLM, windows: Windows, reference: Reference | None, runs: list[
     entries = torch.stack([run.entries for run in runs]).sum(0)
     cache = llm.cache
     return Measurement(
-        model=llm.path.resolve().name, model_hash=model_hash(llm.path),
-        base=reference and reference.model, base_hash=reference and reference.model_hash,
-        text=windows.name, text_hash=windows.text_hash, windows_hash=windows.hash,
-        windows=count, prompt_tokens=windows.prompt, scored_tokens=windows.scored,
-        policy=cache.policy.name, codec=cache.codec_name, settings=cache_settings(llm),
-        perplexity=_perplexity(logprobs), base_perplexity=base, kl=kl, kl_stderr=error,
-        kl_windows=each if each is None else each.tolist(), agreement=same,
-        held_bytes=held.mean().item(), dense_bytes=dense.mean().item(), ratio=(dense.mean() / held.mean()).item(),
+        model=llm.path.resolve().name,
+        model_hash=model_hash(llm.path),
+        base=reference and reference.model,
+        base_hash=reference and reference.model_hash,
+        text=windows.name,
+        text_hash=windows.text_hash,
+        windows_hash=windows.hash,
+        windows=count,
+        prompt_tokens=windows.prompt,
+        scored_tokens=windows.scored,
+        policy=cache.policy.name,
+        codec=cache.codec_name,
+        settings=cache_settings(llm),
+        perplexity=_perplexity(logprobs),
+        base_perplexity=base,
+        kl=kl,
+        kl_stderr=error,
+        kl_windows=each if each is None else each.tolist(),
+        agreement=same,
+        held_bytes=held.mean().item(),
+        dense_bytes=dense.mean().item(),
+        ratio=(dense.mean() / held.mean()).item(),
         share=held.mean().item() / uncompressed,
-        held_bytes_end=held[:, -1].mean().item(), dense_bytes_end=dense[:, -1].mean().item(),
+        held_bytes_end=held[:, -1].mean().item(),
+        dense_bytes_end=dense[:, -1].mean().item(),
         ratio_end=(dense[:, -1].mean() / held[:, -1].mean()).item(),
         held_end={kind: sum(end[kind] for end in ends) / count for kind in ends[0]},
         cr=count * tokens * entries.numel() / int(entries.sum()),
         cr_per_layer=(count * tokens * entries.shape[1] / entries.sum(1)).tolist(),
-        codec_error=cache.codec_error, seconds=seconds, device=llm.model.device.type,
-        dtype=str(llm.model.dtype).removeprefix("torch."), commit=commit(), versions=versions(),
+        codec_error=cache.codec_error,
+        seconds=seconds,
+        device=llm.model.device.type,
+        dtype=str(llm.model.dtype).removeprefix("torch."),
+        commit=commit(),
+        versions=versions(),
     )
 
 
@@ -291,10 +322,16 @@ def cache_settings(llm: LLM) -> dict[str, dict | list[dict]]:
     """What policy and codec (or each layer's) were made with, where it is a number or a word, and the cache's own."""
     cache, codec = llm.cache, llm.cache.codec
     made = _plain(codec) if isinstance(codec, Codec) else [_plain(one) for one in codec]
-    return {"policy": _plain(cache.policy), "codec": made, "cache": {
-        "page_size": cache.page_size, "sink_tokens": cache.sink_tokens, "window": cache.window,
-        "exact_dtype": str(cache.exact_dtype).removeprefix("torch."),
-    }}
+    return {
+        "policy": _plain(cache.policy),
+        "codec": made,
+        "cache": {
+            "page_size": cache.page_size,
+            "sink_tokens": cache.sink_tokens,
+            "window": cache.window,
+            "exact_dtype": str(cache.exact_dtype).removeprefix("torch."),
+        },
+    }
 
 
 def _plain(thing: Policy | Codec) -> dict[str, float | int | str | None]:

@@ -57,7 +57,8 @@ class NeedleSettings:
             ("lengths", self.lengths and min(self.lengths) >= 1, "at least one number of tokens"),
             ("depths", self.depths and 0 <= min(self.depths) <= max(self.depths) <= 1, "numbers from 0 to 1"),
             ("kinds", self.kinds, f"some of {', '.join(KINDS)}"),
-            ("trials", self.trials >= 1, "at least 1"), ("choices", self.choices >= 2, "at least 2"),
+            ("trials", self.trials >= 1, "at least 1"),
+            ("choices", self.choices >= 2, "at least 2"),
         ):
             if not fine:
                 raise ValueError(f"needle {name} must be {allowed}, got {getattr(self, name)!r}")
@@ -99,9 +100,7 @@ class Trial:
     dense_bytes: int
 
 
-def needle(
-    llm: LLM, haystack: Haystack, settings: NeedleSettings, progress: Callable[[int], None] | None = None,
-) -> list[Trial]:
+def needle(llm: LLM, haystack: Haystack, settings: NeedleSettings, progress: Callable[[int], None] | None = None) -> list[Trial]:
     """Tries every kind, length and depth.
 
     Args:
@@ -144,8 +143,11 @@ def summary(trials: Sequence[Trial]) -> dict:
     means = {name: fmean(getattr(trial, name) for trial in trials) for name in METRICS}
     sums = {name: sum(getattr(trial, name) for trial in trials) for name in ("tokens", "entries", "held_bytes", "dense_bytes")}
     return means | {
-        "trials": len(trials), "cr": sums["tokens"] / sums["entries"], "held_bytes": sums["held_bytes"] / len(trials),
-        "encoded_bytes": fmean(trial.encoded_bytes for trial in trials), "byte_ratio": sums["dense_bytes"] / sums["held_bytes"],
+        "trials": len(trials),
+        "cr": sums["tokens"] / sums["entries"],
+        "held_bytes": sums["held_bytes"] / len(trials),
+        "encoded_bytes": fmean(trial.encoded_bytes for trial in trials),
+        "byte_ratio": sums["dense_bytes"] / sums["held_bytes"],
     }
 
 
@@ -153,8 +155,12 @@ def report(trials: Sequence[Trial], haystack: Haystack, settings: NeedleSettings
     """All figures, ready for JSON."""
     kinds = {kind: summary([trial for trial in trials if trial.kind == kind]) for kind in settings.kinds}
     return {
-        "haystack": haystack.name, "haystack_hash": haystack.hash, "settings": asdict(settings), "kinds": kinds,
-        "cells": cells(trials), "trials": [asdict(trial) for trial in trials],
+        "haystack": haystack.name,
+        "haystack_hash": haystack.hash,
+        "settings": asdict(settings),
+        "kinds": kinds,
+        "cells": cells(trials),
+        "trials": [asdict(trial) for trial in trials],
     }
 
 
@@ -163,8 +169,10 @@ def as_text(figures: dict) -> str:
     depths = figures["settings"]["depths"]
     title = "  ".join(f"{f'{depth:.0%}':>18}" for depth in depths)
     trials = figures["settings"]["trials"]
-    lines = [f"exact / choice / margin in nats, by depth of the needle (n {trials} in each cell)",
-             f"{'kind':<9} {'length':>6}  {title}"]
+    lines = [
+        f"exact / choice / margin in nats, by depth of the needle (n {trials} in each cell)",
+        f"{'kind':<9} {'length':>6}  {title}",
+    ]
     rows: dict[tuple[str, int], list[dict]] = {}
     for cell in figures["cells"]:
         rows.setdefault((cell["kind"], cell["length"]), []).append(cell)
@@ -181,7 +189,7 @@ def as_text(figures: dict) -> str:
 
 
 def _try(
-    llm: LLM, haystack: Haystack, settings: NeedleSettings, kind: str, length: int, depth: float, draw: random.Random,
+    llm: LLM, haystack: Haystack, settings: NeedleSettings, kind: str, length: int, depth: float, draw: random.Random
 ) -> Trial:
     made = draw_needle(kind, llm.tokenizer, draw, settings.choices)
     context, place = _prompt(llm, haystack, made, length, depth, draw)
@@ -190,9 +198,7 @@ def _try(
     return _trial(llm, made, free, [each.logprob for each in scored], kind=kind, length=length, depth=depth, needle_at=place)
 
 
-def _prompt(
-    llm: LLM, haystack: Haystack, made: Needle, length: int, depth: float, draw: random.Random,
-) -> tuple[list[int], int]:
+def _prompt(llm: LLM, haystack: Haystack, made: Needle, length: int, depth: float, draw: random.Random) -> tuple[list[int], int]:
     """Token ids ``[length]``, and where the needle begins."""
     first = llm.tokenizer.encode("")  # what this tokenizer puts before a text
     hay = length - len(first) - len(made.needle) - len(made.question)
@@ -211,8 +217,16 @@ def _trial(llm: LLM, made: Needle, free: Scored, logprobs: list[float], **where:
     after = said[len(made.answer) : len(made.answer) + 1]
     stats = free.stats
     return Trial(
-        **where, answer=made.answer, generated=said, exact=said.startswith(made.answer) and not after.isalnum(),
-        choice=right > max(wrong), margin=right - fmean(wrong), logprob=right / len(made.choices[0]),
-        tokens=stats.cached_tokens, entries=int(stats.entries.sum()) / stats.entries.numel(),
-        held_bytes=stats.held_bytes, encoded_bytes=stats.held["pages"], dense_bytes=stats.dense_bytes,
+        **where,
+        answer=made.answer,
+        generated=said,
+        exact=said.startswith(made.answer) and not after.isalnum(),
+        choice=right > max(wrong),
+        margin=right - fmean(wrong),
+        logprob=right / len(made.choices[0]),
+        tokens=stats.cached_tokens,
+        entries=int(stats.entries.sum()) / stats.entries.numel(),
+        held_bytes=stats.held_bytes,
+        encoded_bytes=stats.held["pages"],
+        dense_bytes=stats.dense_bytes,
     )

@@ -44,7 +44,8 @@ def _digits(draw: random.Random) -> str:
 
 KINDS = {
     "passkey": Kind(
-        subject=lambda draw: "", value=_digits,
+        subject=lambda draw: "",
+        value=_digits,
         needle="The pass key is {value}. Remember it. {value} is the pass key.\n",
         question="\nWhat is the pass key? The pass key is",
         source="passkey retrieval, Mohtashami and Jaggi, arXiv 2305.16300, appendix",
@@ -57,7 +58,8 @@ KINDS = {
         source="needle in a haystack, Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack",
     ),
     "constant": Kind(
-        subject=lambda draw: f"DEFAULT_{draw.choice(_NAMES)}_{draw.choice(_NAMES)}", value=_digits,
+        subject=lambda draw: f"DEFAULT_{draw.choice(_NAMES)}_{draw.choice(_NAMES)}",
+        value=_digits,
         needle="{subject} = {value}\n",
         question="\nassert {subject} ==",
         source="this project's, for models of code",

@@ -43,8 +43,15 @@ def plot_frontier(rows: Sequence[dict], out_png: str | Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
     for row in done:
         share, kl = point(row)
-        axes.plot(share, max(kl, _LEAST), shapes[family(row, base)], color=colors[row["result"]["codec"]],
-                  markersize=8, markeredgecolor="white", markeredgewidth=0.6)
+        axes.plot(
+            share,
+            max(kl, _LEAST),
+            shapes[family(row, base)],
+            color=colors[row["result"]["codec"]],
+            markersize=8,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
     best = [(share, max(kl, _LEAST)) for share, kl in map(point, frontier(done))]
     axes.step(*zip(*best, strict=True), where="post", color="#444444", linewidth=1, zorder=0)
     _axes(axes, [point(row)[0] for row in done], done[0]["result"])
@@ -67,7 +74,10 @@ def _axes(axes: Axes, shares: Sequence[float], first: dict) -> None:
     axes.minorticks_off()
     axes.set_xlabel("bytes held / dense bf16 bytes (log)")
     axes.set_ylabel(f"KL to the uncompressed {first['base']}, nats/token (log)")
-    axes.set_title(f"{first['base']} on {first['text']}: {first['windows']} windows of {first['prompt_tokens']} + "
-                   f"{first['scored_tokens']} tokens", fontsize=11)
+    axes.set_title(
+        f"{first['base']} on {first['text']}: {first['windows']} windows of {first['prompt_tokens']} + "
+        f"{first['scored_tokens']} tokens",
+        fontsize=11,
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -58,7 +58,11 @@ def default_store() -> Path:
 
 
 def reference(
-    directory: str | Path, windows: Windows, *, store: str | Path | None, dtype: torch.dtype = torch.float32,
+    directory: str | Path,
+    windows: Windows,
+    *,
+    store: str | Path | None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Reference:
     """Predictions of a plain model for the scored tokens of windows, from ``store`` if it has them.

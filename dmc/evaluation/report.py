@@ -63,9 +63,19 @@ def report(rows: Sequence[dict], *, command: str, plot: str) -> str:
         raise ValueError("no cell could be measured, so there is nothing to report; see results.jsonl for the reasons")
     first = done[0]["result"]
     parts = [
-        f"# Quality for bytes: {first['base']} on {first['text']}", _setup(done), f"```bash\n{command}\n```",
-        "## Who leads", leaders(done), _BETWEEN, sizes(done), words(done), f"![KL against bytes held]({plot})",
-        "## The frontier", table(frontier(done)), "## All rows", table(sorted(done, key=point, reverse=True)),
+        f"# Quality for bytes: {first['base']} on {first['text']}",
+        _setup(done),
+        f"```bash\n{command}\n```",
+        "## Who leads",
+        leaders(done),
+        _BETWEEN,
+        sizes(done),
+        words(done),
+        f"![KL against bytes held]({plot})",
+        "## The frontier",
+        table(frontier(done)),
+        "## All rows",
+        table(sorted(done, key=point, reverse=True)),
     ]
     failed = [row for row in rows if "error" in row]
     if failed:
@@ -123,15 +133,18 @@ def words(rows: Sequence[dict]) -> str:
         own = family(lead, base)
         others = [row for row in rows if family(row, base) != own]
         other = leader(others, [point(row) for row in others], share)
-        lines.append(f"- At {Fraction(share)} of dense bf16: {_name(lead)} leads with a KL of {_figure(lead['result']['kl'])}"
-                     + (f"; {_compared(lead, other)}." if other else "; no other family is that small."))
+        lines.append(
+            f"- At {Fraction(share)} of dense bf16: {_name(lead)} leads with a KL of {_figure(lead['result']['kl'])}"
+            + (f"; {_compared(lead, other)}." if other else "; no other family is that small.")
+        )
     return "\n".join([*lines, *_retrofits(rows, base), *_presets(rows, base)])
 
 
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table, one line per row."""
     lines = [
-        "| model | policy | codec | held / dense | dense / held | CR | KL | ± | n | perplexity | same token |", "|---" * 11 + "|",
+        "| model | policy | codec | held / dense | dense / held | CR | KL | ± | n | perplexity | same token |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         r = row["result"]
@@ -186,11 +199,14 @@ def _retrofits(rows: Sequence[dict], base: str) -> list[str]:
         leads = {share: _best(rows, share, base) for share in SHARES}
         won = [share for share, row in leads.items() if row and row["result"]["policy"] == name]
         equal = [
-            share for share, values in exact.items()
+            share
+            for share, values in exact.items()
             if values[name] is not None and values[name] <= min(value for value in values.values() if value is not None)
         ]
-        lines.append(f"- **{name.upper()} x its best codec has the lowest KL of all rows {_where(won)}; interpolated to exactly "
-                     f"equal bytes, {_where(equal)}.**")
+        lines.append(
+            f"- **{name.upper()} x its best codec has the lowest KL of all rows {_where(won)}; interpolated to exactly "
+            f"equal bytes, {_where(equal)}.**"
+        )
     return lines
 
 
@@ -217,8 +233,9 @@ def _presets(rows: Sequence[dict], base: str) -> list[str]:
         row = min(own, key=lambda each: each["result"]["kl"])
         better = next(each for each in best if point(each)[0] <= point(row)[0] and point(each)[1] <= point(row)[1])
         ours, theirs = (f"{share:.4f} of dense at a KL of {_figure(kl)}" for share, kl in (point(row), point(better)))
-        lines.append(f"- Among codecs alone (policy full), {name} is not on the frontier: it holds {ours}, and {_name(better)} "
-                     f"{theirs}.")
+        lines.append(
+            f"- Among codecs alone (policy full), {name} is not on the frontier: it holds {ours}, and {_name(better)} {theirs}."
+        )
     return lines
 
 

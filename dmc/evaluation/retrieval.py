@@ -167,8 +167,16 @@ def _turns(count: int) -> Callable[[random.Random], _Plan]:
 
 
 KINDS: dict[str, Callable[[random.Random], _Plan]] = {
-    "single": _single, "multikey": _multikey, "multivalue": _multivalue, "multiquery": _multiquery, "tracking": _tracking,
-    "common": _common, "frequent": _frequent, "pairs": _pairs, "two-turns": _turns(2), "three-turns": _turns(3),
+    "single": _single,
+    "multikey": _multikey,
+    "multivalue": _multivalue,
+    "multiquery": _multiquery,
+    "tracking": _tracking,
+    "common": _common,
+    "frequent": _frequent,
+    "pairs": _pairs,
+    "two-turns": _turns(2),
+    "three-turns": _turns(3),
 }
 """Name → what is drawn. Of the last two only the last turn counts: its question comes when the cache has been compressed."""
 

@@ -24,9 +24,19 @@ STYLES = {  # method: colour, marker
     "KVzap": ("#674ea7", "p"),
 }
 POLICIES = {
-    "full": "every token, codes alone", "h2o": "H2O", "tova": "TOVA", "streaming": "StreamingLLM", "dms": "DMS",
-    "gate": "fitted decisions, nothing trained", "snapkv": "SnapKV", "pyramidkv": "PyramidKV", "adakv": "AdaKV",
-    "expected": "Expected Attention", "merged": "merging on eviction", "knorm": "KNorm", "random": "random",
+    "full": "every token, codes alone",
+    "h2o": "H2O",
+    "tova": "TOVA",
+    "streaming": "StreamingLLM",
+    "dms": "DMS",
+    "gate": "fitted decisions, nothing trained",
+    "snapkv": "SnapKV",
+    "pyramidkv": "PyramidKV",
+    "adakv": "AdaKV",
+    "expected": "Expected Attention",
+    "merged": "merging on eviction",
+    "knorm": "KNorm",
+    "random": "random",
     "kvzap": "KVzap",
 }
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")

@@ -52,7 +52,8 @@ class SuiteSettings:
             raise ValueError(f"unknown kind of retrieval {unknown[0]!r}; known: {', '.join(KINDS)}")
         for name, fine, allowed in (
             ("lengths", self.lengths and min(self.lengths) >= 1, "at least one number of tokens"),
-            ("kinds", self.kinds, f"some of {', '.join(KINDS)}"), ("trials", self.trials >= 1, "at least 1"),
+            ("kinds", self.kinds, f"some of {', '.join(KINDS)}"),
+            ("trials", self.trials >= 1, "at least 1"),
             ("seeds", self.seeds >= 1, "at least 1"),
         ):
             if not fine:
@@ -107,17 +108,30 @@ def run(llm: LLM, haystack: Haystack, settings: SuiteSettings, progress: Callabl
     for seed in range(settings.seed, settings.seed + settings.seeds):
         samples = [
             (length, draw_sample(kind, llm.tokenizer, haystack, length, random.Random(f"{seed} {kind} {length} {number}")))
-            for kind in settings.kinds for length in settings.lengths for number in range(settings.trials)
+            for kind in settings.kinds
+            for length in settings.lengths
+            for number in range(settings.trials)
         ]
         requests = [_request(sample) for _, sample in samples]
         with policy_seed(llm, seed - settings.seed):
             done = follow(llm, requests, progress)
         for (length, sample), request, scored in zip(samples, requests, done, strict=True):
             said, answers, stats = llm.tokenizer.decode(scored.tokens), sample.turns[-1].answers, scored.stats
-            answered.append(Answered(
-                sample.kind, length, answers, said, fmean(answer in said for answer in answers), stats.cached_tokens,
-                int(stats.entries.sum()) / stats.entries.numel(), stats.held_bytes, stats.dense_bytes, seed, _hash(request),
-            ))
+            answered.append(
+                Answered(
+                    sample.kind,
+                    length,
+                    answers,
+                    said,
+                    fmean(answer in said for answer in answers),
+                    stats.cached_tokens,
+                    int(stats.entries.sum()) / stats.entries.numel(),
+                    stats.held_bytes,
+                    stats.dense_bytes,
+                    seed,
+                    _hash(request),
+                )
+            )
     return answered
 
 
@@ -140,7 +154,9 @@ def summary(answered: Sequence[Answered]) -> dict:
     """Mean and standard error of what was found; ``cr`` is tokens / entries, ``byte_ratio`` dense bf16 bytes / held bytes."""
     found, error = mean([one.found for one in answered])
     return {
-        "found": found, "stderr": error, "n": len(answered),
+        "found": found,
+        "stderr": error,
+        "n": len(answered),
         "cr": sum(one.tokens for one in answered) / sum(one.entries for one in answered),
         "held_bytes": fmean(one.held_bytes for one in answered),
         "byte_ratio": sum(one.dense_bytes for one in answered) / sum(one.held_bytes for one in answered),
@@ -157,8 +173,13 @@ def report(answered: Sequence[Answered], haystack: Haystack, settings: SuiteSett
     for one in answered:
         seeds[one.seed].append(one)
     return {
-        "schema": 1, "haystack": haystack.name, "haystack_hash": haystack.hash, "settings": asdict(settings), "cells": cells,
-        "all": summary(answered), "seeds": [{"seed": seed} | summary(some) for seed, some in seeds.items()],
+        "schema": 1,
+        "haystack": haystack.name,
+        "haystack_hash": haystack.hash,
+        "settings": asdict(settings),
+        "cells": cells,
+        "all": summary(answered),
+        "seeds": [{"seed": seed} | summary(some) for seed, some in seeds.items()],
         "samples": [asdict(one) for one in answered],
     }
 
@@ -169,8 +190,10 @@ def as_text(figures: dict) -> str:
     for cell in figures["cells"]:
         lines.append(f"{cell['kind']:<12} {cell['length']:>6}  {_found(cell)}")
     whole = figures["all"]
-    lines.append(f"all: {_found(whole)}; CR {whole['cr']:.2f}, held {whole['held_bytes']:,.0f} bytes per text, dense bf16 / held "
-                 f"{whole['byte_ratio']:.2f}")
+    lines.append(
+        f"all: {_found(whole)}; CR {whole['cr']:.2f}, held {whole['held_bytes']:,.0f} bytes per text, dense bf16 / held "
+        f"{whole['byte_ratio']:.2f}"
+    )
     if len(figures["seeds"]) > 1:
         lines.append("by seed: " + "; ".join(f"{one['seed']}: {_found(one)}" for one in figures["seeds"]))
     return "\n".join(lines)

@@ -33,8 +33,17 @@ def task_names(names: Sequence[str], suite: str | None) -> list[str]:
 
 
 def run_tasks(
-    llm: LLM, names: Sequence[str], *, task_dir: str | Path | None = None, limit: int | None = None, fewshot: int | None = None,
-    chat_template: bool | str = False, system: str | None = None, seed: int = 0, allow_code: bool = False, progress: bool = True,
+    llm: LLM,
+    names: Sequence[str],
+    *,
+    task_dir: str | Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    chat_template: bool | str = False,
+    system: str | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+    progress: bool = True,
 ) -> dict:
     """Runs tasks through the compressed cache.
 
@@ -79,9 +88,19 @@ def run_tasks(
         with contextlib.chdir(folder or "."):
             loaded = [thing for name in names for thing in _loaded(known, name)]
         results = lm_eval.simple_evaluate(
-            model=model, tasks=loaded, task_manager=known, limit=limit, num_fewshot=fewshot, confirm_run_unsafe_code=allow_code,
-            apply_chat_template=chat_template, system_instruction=system,
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, log_samples=True,
+            model=model,
+            tasks=loaded,
+            task_manager=known,
+            limit=limit,
+            num_fewshot=fewshot,
+            confirm_run_unsafe_code=allow_code,
+            apply_chat_template=chat_template,
+            system_instruction=system,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=True,
         )
     groups = {thing.name for thing in loaded if isinstance(thing, Group)}
     return _figures(results, groups) | {"cache": model.usage.as_dict(), "lm_eval": lm_eval.__version__}
@@ -198,8 +217,12 @@ def _figures(results: dict, asked: set[str]) -> dict:
         samples = results.get("samples", {}).get(name, [])
         examples = len({sample["doc_id"] for sample in samples}) or _count(results, name)
         tasks[name] = {
-            "metrics": metrics, "stderr": errors, "examples": examples, "hash": _hash(samples),
-            "version": results.get("versions", {}).get(name), "fewshot": results.get("n-shot", {}).get(name),
+            "metrics": metrics,
+            "stderr": errors,
+            "examples": examples,
+            "hash": _hash(samples),
+            "version": results.get("versions", {}).get(name),
+            "fewshot": results.get("n-shot", {}).get(name),
         }
     return {"tasks": tasks}
 

@@ -29,7 +29,11 @@ class Usage:
             return {"requests": 0}
         held = sum(self.held.values())
         return {
-            "requests": self.requests, "tokens": self.tokens / self.requests, "cr": self.tokens / self.entries,
-            "held_bytes": held / self.requests, "held": {kind: size / self.requests for kind, size in self.held.items()},
-            "dense_bytes": self.dense_bytes / self.requests, "byte_ratio": self.dense_bytes / held,
+            "requests": self.requests,
+            "tokens": self.tokens / self.requests,
+            "cr": self.tokens / self.entries,
+            "held_bytes": held / self.requests,
+            "held": {kind: size / self.requests for kind, size in self.held.items()},
+            "dense_bytes": self.dense_bytes / self.requests,
+            "byte_ratio": self.dense_bytes / held,
         }

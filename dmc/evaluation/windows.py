@@ -67,9 +67,7 @@ def read_windows(text: str | Path, tokenizer: str | Path, *, prompt: int, scored
     return cut_windows([_read(Path(text))], tokenizer, prompt=prompt, scored=scored, count=count, name=Path(text).name)
 
 
-def cut_windows(
-    texts: Sequence[str], tokenizer: str | Path, *, prompt: int, scored: int, count: int, name: str,
-) -> Windows:
+def cut_windows(texts: Sequence[str], tokenizer: str | Path, *, prompt: int, scored: int, count: int, name: str) -> Windows:
     """`read_windows` of several texts: each window is from one of them, and long texts give more of them than short ones.
 
     Args:

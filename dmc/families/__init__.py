@@ -9,6 +9,15 @@ from dmc.families.read import by_type, families, known, read_fields, read_shape,
 from dmc.families.tensors import check_names, count, tensors
 
 __all__ = [
-    "Family", "ModelShape", "by_type", "check_names", "count", "families", "known", "read_fields", "read_shape", "shape_of",
+    "Family",
+    "ModelShape",
+    "by_type",
+    "check_names",
+    "count",
+    "families",
+    "known",
+    "read_fields",
+    "read_shape",
+    "shape_of",
     "tensors",
 ]

@@ -119,12 +119,20 @@ def shape_of(fields: Mapping, *, where: str | Path = "the configuration", export
         return bool(getattr(config, name, False)) if of_family is None else of_family
 
     return ModelShape(
-        family, **{name: getattr(config, name) for name in _NEEDED}, num_key_value_heads=heads,
+        family,
+        **{name: getattr(config, name) for name in _NEEDED},
+        num_key_value_heads=heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // queries,
-        max_position_embeddings=config.max_position_embeddings, rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.initializer_range, rope=rope, tie_word_embeddings=bool(config.tie_word_embeddings),
-        qkv_bias=bias(family.qkv_bias, "attention_bias"), output_bias=bias(family.output_bias, "attention_bias"),
-        mlp_bias=bias(family.mlp_bias, "mlp_bias"), qk_norm=family.qk_norm, fields=config.to_dict(),
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        initializer_range=config.initializer_range,
+        rope=rope,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=bias(family.qkv_bias, "attention_bias"),
+        output_bias=bias(family.output_bias, "attention_bias"),
+        mlp_bias=bias(family.mlp_bias, "mlp_bias"),
+        qk_norm=family.qk_norm,
+        fields=config.to_dict(),
     )
 
 

@@ -17,9 +17,12 @@ def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     queries, keys = shape.num_attention_heads * size, shape.num_key_value_heads * size
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     for name, rows, columns, bias in (
-        ("self_attn.q_proj", queries, hidden, shape.qkv_bias), ("self_attn.k_proj", keys, hidden, shape.qkv_bias),
-        ("self_attn.v_proj", keys, hidden, shape.qkv_bias), ("self_attn.o_proj", hidden, queries, shape.output_bias),
-        ("mlp.gate_proj", inner, hidden, shape.mlp_bias), ("mlp.up_proj", inner, hidden, shape.mlp_bias),
+        ("self_attn.q_proj", queries, hidden, shape.qkv_bias),
+        ("self_attn.k_proj", keys, hidden, shape.qkv_bias),
+        ("self_attn.v_proj", keys, hidden, shape.qkv_bias),
+        ("self_attn.o_proj", hidden, queries, shape.output_bias),
+        ("mlp.gate_proj", inner, hidden, shape.mlp_bias),
+        ("mlp.up_proj", inner, hidden, shape.mlp_bias),
         ("mlp.down_proj", hidden, inner, shape.mlp_bias),
     ):
         layer[f"{name}.weight"] = (rows, columns)

@@ -83,8 +83,12 @@ def _decisions(path: Path, raw: Mapping, *, retrofitted: bool) -> dict:
     if decide == "late" and (not window or settings["decision"] != "head"):
         raise ValueError(f"{path}: dmc.decide late needs dmc.window of at least 1 and dmc.decision head")
     return {
-        "method": method, "decision": settings["decision"], "offset": float(settings.get("offset", 5.0)), "window": window,
-        "looks_ahead": decide == "late", "measured_cr": settings.get("measured_cr"),
+        "method": method,
+        "decision": settings["decision"],
+        "offset": float(settings.get("offset", 5.0)),
+        "window": window,
+        "looks_ahead": decide == "late",
+        "measured_cr": settings.get("measured_cr"),
     }
 
 

@@ -11,7 +11,7 @@ from dmc.model.config import ModelConfig
 
 
 def decide(
-    config: ModelConfig, weight: Tensor | None, bias: Tensor | None, x: Tensor, query: Tensor, key: Tensor,
+    config: ModelConfig, weight: Tensor | None, bias: Tensor | None, x: Tensor, query: Tensor, key: Tensor
 ) -> tuple[Tensor, ...]:
     """Decisions of N tokens.
 

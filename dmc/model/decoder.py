@@ -65,9 +65,7 @@ class Decoder:
         ValueError: if a tensor is missing, has the wrong shape, or is one that the model has not.
     """
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str,
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.part = config
         check_names(config, list(weights), weights.directory, added=_decision_names(config))
@@ -136,8 +134,7 @@ class Decoder:
         query, key, value = states.split([query_heads, heads, heads], dim=1)
         if layer.query_norm is not None:
             query, key = (
-                rms_norm(part, weight, config.rms_norm_eps)
-                for part, weight in ((query, layer.query_norm), (key, layer.key_norm))
+                rms_norm(part, weight, config.rms_norm_eps) for part, weight in ((query, layer.query_norm), (key, layer.key_norm))
             )
         read = {"hidden": x} if getattr(attend, "reads_hidden", False) else {}
         out = attend(index, query, key, value, *self._decide(index, layer, x, query, key), **read)
@@ -184,9 +181,7 @@ def _layer(config: ModelConfig, tensor: Callable[..., Tensor], name: str) -> Lay
             decision_bias = tensor(f"{name}.self_attn.decision.bias", decision.shape[0]).to(decision.dtype)
     return Layer(
         input_norm=tensor(f"{name}.input_layernorm.weight", hidden),
-        qkv=linear(config.qkv_bias, hidden, **{
-            "self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys,
-        }),
+        qkv=linear(config.qkv_bias, hidden, **{"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}),
         query_norm=tensor(f"{name}.self_attn.q_norm.weight", size) if config.qk_norm else None,
         key_norm=tensor(f"{name}.self_attn.k_norm.weight", size) if config.qk_norm else None,
         decision=decision,

@@ -27,7 +27,13 @@ class FittedHeads:
 
     @classmethod
     def of(
-        cls, fitted: FittedDecisions, threshold: float, *, dtype: torch.dtype, device: torch.device | str, rank: int = 0,
+        cls,
+        fitted: FittedDecisions,
+        threshold: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        rank: int = 0,
         ranks: int = 1,
     ) -> FittedHeads:
         """Heads of one of several ranks, each with consecutive key/value heads.

@@ -11,7 +11,7 @@ from dmc.weights import Weights
 
 
 def key_bias(
-    config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str, rank: int = 0, ranks: int = 1,
+    config: ModelConfig, weights: Weights, *, dtype: torch.dtype, device: torch.device | str, rank: int = 0, ranks: int = 1
 ) -> KeyBias | None:
     """Key bias of one rank's key/value heads; None if keys have no bias, or a norm after it, which does not let it apart.
 

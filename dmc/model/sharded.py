@@ -21,8 +21,18 @@ from dmc.model.group import Group
 from dmc.model.linear import Linear
 from dmc.weights import Weights
 
-_ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight",
-         "q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.bias", "up_proj.bias")
+_ROWS = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+    "gate_proj.weight",
+    "up_proj.weight",
+    "q_proj.bias",
+    "k_proj.bias",
+    "v_proj.bias",
+    "gate_proj.bias",
+    "up_proj.bias",
+)
 _COLUMNS = ("o_proj.weight", "down_proj.weight")
 _ONCE = ("o_proj.bias", "down_proj.bias")  # added after the all-reduce, hence by one of them
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -55,8 +65,10 @@ def shard_config(config: ModelConfig, ranks: int) -> ModelConfig:
     """
     check_split(config, ranks)
     return replace(
-        config, num_attention_heads=config.num_attention_heads // ranks,
-        num_key_value_heads=config.num_key_value_heads // ranks, intermediate_size=config.intermediate_size // ranks,
+        config,
+        num_attention_heads=config.num_attention_heads // ranks,
+        num_key_value_heads=config.num_key_value_heads // ranks,
+        intermediate_size=config.intermediate_size // ranks,
     )
 
 
@@ -74,7 +86,7 @@ class ShardedDecoder(Decoder):
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, group: Group, dtype: torch.dtype, device: torch.device | str,
+        self, config: ModelConfig, weights: Weights, *, group: Group, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.group = group
         local, rows = shard_config(config, group.ranks), -(-config.vocab_size // group.ranks)
@@ -131,9 +143,9 @@ class ShardWeights:
             return self._weights.part(name, (shape[0], shape[1] * ranks), 1, _nth(rank, shape[1]))
         if name.endswith(("decision.weight", "decision.bias")):  # rows of one kind for all heads, then of the next kind
             heads, whole = shape[0] // self._logits, (shape[0] * ranks, *shape[1:])
-            return torch.cat([
-                self._weights.part(name, whole, 0, _nth(kind * ranks + rank, heads)) for kind in range(self._logits)
-            ])
+            return torch.cat(
+                [self._weights.part(name, whole, 0, _nth(kind * ranks + rank, heads)) for kind in range(self._logits)]
+            )
         tensor = self._weights.get(name, shape)
         return torch.zeros_like(tensor) if rank and name.endswith(_ONCE) else tensor
 

@@ -16,7 +16,8 @@ _REASONS = {"length": "length", "memory": "length", "eos": "stop", "stop": "stop
 def usage(prompt_tokens: int, completion_tokens: int) -> dict:
     """OpenAI's count of tokens."""
     return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
 
@@ -102,7 +103,9 @@ class Completion:
             at += len(piece)
         self._offsets[part.index] = at
         return {
-            "tokens": tokens, "token_logprobs": [one.logprob for one in part.logprobs], "text_offset": offsets,
+            "tokens": tokens,
+            "token_logprobs": [one.logprob for one in part.logprobs],
+            "text_offset": offsets,
             "top_logprobs": [self._top(one, text) for one, text in zip(part.logprobs, tokens, strict=True)],
         }
 

@@ -65,14 +65,16 @@ class Api:
     def _check_model(self, asked: Sampling) -> None:
         if asked.model != self.settings.name:
             raise RequestError(
-                f"the model {asked.model!r} is not served here; {self.settings.name!r} is", status=404, param="model",
+                f"the model {asked.model!r} is not served here; {self.settings.name!r} is",
+                status=404,
+                param="model",
                 code="model_not_found",
             )
         if asked.stream_options.include_usage and not asked.stream:
             raise RequestError("stream_options need stream to be true", param="stream_options")
 
     async def _sequences(
-        self, prompts: list[str] | list[list[int]], asked: Sampling, *, max_tokens: int, logprobs: int | None,
+        self, prompts: list[str] | list[list[int]], asked: Sampling, *, max_tokens: int, logprobs: int | None
     ) -> list[Sequence]:
         if len(prompts) * asked.n > self.service.max_waiting:
             raise RequestError(
@@ -99,7 +101,8 @@ class Api:
         request.state.figures = figures = {}
         if asked.stream:
             return StreamingResponse(
-                self._pieces(form, stream, asked.stream_options.include_usage, figures), media_type="text/event-stream",
+                self._pieces(form, stream, asked.stream_options.include_usage, figures),
+                media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
         listening = asyncio.ensure_future(_gone(request))
@@ -147,8 +150,10 @@ class Api:
         if stats:
             figures["held_bytes"] = sum(one.held_bytes for one in stats)
             figures["dense_bytes"] = sum(one.dense_bytes for one in stats)
-            figures["cr"] = round(sum(one.cached_tokens for one in stats) * stats[0].entries.numel() / sum(
-                int(one.entries.sum()) for one in stats), 3)
+            figures["cr"] = round(
+                sum(one.cached_tokens for one in stats) * stats[0].entries.numel() / sum(int(one.entries.sum()) for one in stats),
+                3,
+            )
         if left:
             figures["cancelled"] = len(left)
 
@@ -180,9 +185,9 @@ def create_app(llm: LLM, settings: Settings, service: Service | None = None) -> 
 
 
 def _routes(app: FastAPI, api: Api) -> None:
-    generating = errors.documented(404, 422, 429, 503) | {200: {
-        "description": "The answer; a stream of events where stream is true", "content": {"text/event-stream": {}},
-    }}
+    generating = errors.documented(404, 422, 429, 503) | {
+        200: {"description": "The answer; a stream of events where stream is true", "content": {"text/event-stream": {}}}
+    }
 
     @app.post("/v1/completions", response_model=None, responses=generating)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
@@ -226,7 +231,10 @@ def _routes(app: FastAPI, api: Api) -> None:
 
 def _model(api: Api) -> dict:
     return {
-        "id": api.settings.name, "object": "model", "created": api.started, "owned_by": "dmc",
+        "id": api.settings.name,
+        "object": "model",
+        "created": api.started,
+        "owned_by": "dmc",
         "max_model_len": api.llm.model.config.positions,
     }
 

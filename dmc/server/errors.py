@@ -14,8 +14,15 @@ from starlette.exceptions import HTTPException
 from dmc.engine.service import EngineDead, QueueFull, ShuttingDown
 from dmc.server import validation
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 408: "timeout_error",
-          413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 
 class RequestError(Exception):
@@ -62,7 +69,7 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
 
 
 def response(
-    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None,
+    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """The error object as a response."""
     return JSONResponse(error_body(status, message, param=param, code=code), status_code=status, headers=headers)

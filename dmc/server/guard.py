@@ -49,24 +49,37 @@ class Guard:
             await self._guarded(scope, receive, named)
         finally:
             seconds = time.perf_counter() - started
-            logs.event("request", id=name, method=scope["method"], path=scope["path"], status=status,
-                       seconds=round(seconds, 4), **scope["state"].get("figures", {}))
+            logs.event(
+                "request",
+                id=name,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=round(seconds, 4),
+                **scope["state"].get("figures", {}),
+            )
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._allowed(scope):
             scheme = 'Basic realm="dmc", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
-            answer = errors.response(401, "an API key is needed: send it as Authorization: Bearer KEY", code="invalid_api_key",
-                                     headers={"WWW-Authenticate": scheme})
+            answer = errors.response(
+                401,
+                "an API key is needed: send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": scheme},
+            )
             await answer(scope, receive, send)
             return
         try:
             body = await asyncio.wait_for(self._body(scope, receive), self.settings.body_timeout)
         except _TooLarge:
-            answer = errors.response(413, f"the body is larger than {self.settings.max_body} bytes",
-                                     headers={"Connection": "close"})
+            answer = errors.response(
+                413, f"the body is larger than {self.settings.max_body} bytes", headers={"Connection": "close"}
+            )
         except TimeoutError:
-            answer = errors.response(408, f"the body was not there after {self.settings.body_timeout:g} seconds",
-                                     headers={"Connection": "close"})
+            answer = errors.response(
+                408, f"the body was not there after {self.settings.body_timeout:g} seconds", headers={"Connection": "close"}
+            )
         else:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)

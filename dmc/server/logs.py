@@ -14,7 +14,9 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(), "logger": record.name, "event": record.getMessage(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:

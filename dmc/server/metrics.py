@@ -91,13 +91,15 @@ class _Gauges:
             ("num_requests_running", "Sequences that decode or prefill.", len(running) + len(scheduler.prefilling)),
             ("num_requests_waiting", "Sequences that wait to be admitted.", self.service.waiting),
             ("num_requests_swapped", "Sequences in host memory.", len(scheduler.swapped)),
-            ("kv_cache_usage_perc", "Pages in use / pages of the pool (now, if the pool grows).",
-             used / pages),
+            ("kv_cache_usage_perc", "Pages in use / pages of the pool (now, if the pool grows).", used / pages),
             ("kv_held_bytes", "Bytes of pages in use, shared ones counted once.", held),
             ("kv_dense_bytes", "Bytes of an uncompressed bf16 cache of the running sequences.", dense),
             ("kv_byte_ratio", "kv_dense_bytes / kv_held_bytes; 0 while nothing runs.", dense / held if held else 0.0),
-            ("kv_prompt_bytes", "Bytes of full-precision entries of prompts that are prefilling, outside the pool.",
-             engine.prompt_bytes),
+            (
+                "kv_prompt_bytes",
+                "Bytes of full-precision entries of prompts that are prefilling, outside the pool.",
+                engine.prompt_bytes,
+            ),
             ("compression_ratio", "Tokens / entries of recent sequences, over all layers and heads.", engine.predictor.cr),
             ("codec_error_keys", "Relative error of encoded keys, on a sample of pages.", keys),
             ("codec_error_values", "Relative error of encoded values, on a sample of pages.", values),
@@ -106,7 +108,8 @@ class _Gauges:
             yield self._gauge(name, text, [], [([], value)])
         heads = [
             ([str(layer), str(head)], ratio)
-            for layer, row in enumerate(engine.predictor.cr_per_head) for head, ratio in enumerate(row)
+            for layer, row in enumerate(engine.predictor.cr_per_head)
+            for head, ratio in enumerate(row)
         ]
         yield self._gauge("head_compression_ratio", "Tokens / entries of recent sequences, per head.", ["layer", "head"], heads)
 

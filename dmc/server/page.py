@@ -60,14 +60,18 @@ async def _events(service: Service, stream: Stream) -> AsyncIterator[bytes]:
     yield _event({"layers": shape.layers, "heads": shape.heads, "pieces": tokenizer.pieces(sequence.prompt)})
     try:
         async for progress in stream:
-            yield _event({
-                "pieces": [
-                    piece or (tokenizer.name(token) if token in tokenizer.special else "")
-                    for token, piece in zip(progress.tokens, progress.pieces, strict=True)
-                ],
-                "merges": [_bits(merges) for merges in progress.merges],
-                "held": progress.held_bytes, "dense": progress.dense_bytes, "finish": _finish(progress),
-            })
+            yield _event(
+                {
+                    "pieces": [
+                        piece or (tokenizer.name(token) if token in tokenizer.special else "")
+                        for token, piece in zip(progress.tokens, progress.pieces, strict=True)
+                    ],
+                    "merges": [_bits(merges) for merges in progress.merges],
+                    "held": progress.held_bytes,
+                    "dense": progress.dense_bytes,
+                    "finish": _finish(progress),
+                }
+            )
     except (EngineDead, ShuttingDown) as error:
         yield _event(error_body(503, str(error)))
     finally:

@@ -70,7 +70,10 @@ class _TimedHead(H11Protocol):
         if begun and self.conn.our_state is h11.IDLE:  # who has sent nothing gets no answer
             body = json.dumps(errors.error_body(408, f"the head of the request was not there after {self.seconds:g} seconds"))
             head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-            for event in (h11.Response(status_code=408, headers=head, reason=b"Request Timeout"),
-                          h11.Data(data=body.encode()), h11.EndOfMessage()):
+            for event in (
+                h11.Response(status_code=408, headers=head, reason=b"Request Timeout"),
+                h11.Data(data=body.encode()),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event))
         self.transport.close()

@@ -149,9 +149,14 @@ def build(arguments: Arguments) -> serve.Application:
         ValueError: if a setting is unknown or out of range.
     """
     settings = arguments.settings()
-    return serve.deployment(serve.ingress(_application)(Replica)).options(
-        name=Replica.__name__, num_replicas=arguments.replicas,
-        max_ongoing_requests=arguments.max_batch + arguments.max_waiting + _MORE_REQUESTS,
-        health_check_period_s=arguments.health_period,
-        graceful_shutdown_timeout_s=settings.drain_timeout,
-    ).bind(arguments)
+    return (
+        serve.deployment(serve.ingress(_application)(Replica))
+        .options(
+            name=Replica.__name__,
+            num_replicas=arguments.replicas,
+            max_ongoing_requests=arguments.max_batch + arguments.max_waiting + _MORE_REQUESTS,
+            health_check_period_s=arguments.health_period,
+            graceful_shutdown_timeout_s=settings.drain_timeout,
+        )
+        .bind(arguments)
+    )

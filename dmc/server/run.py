@@ -43,8 +43,16 @@ def serve(llm: LLM, settings: Settings) -> int:
 def config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="off", server_header=False,
-        timeout_graceful_shutdown=5, http=protocol(settings.head_timeout), h11_max_incomplete_event_size=64 * 1024,
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        http=protocol(settings.head_timeout),
+        h11_max_incomplete_event_size=64 * 1024,
     )
 
 

@@ -30,11 +30,33 @@ Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
 Likeliest = Annotated[int, Field(ge=0, le=20), WHOLE]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
-NOT_SERVED = frozenset({
-    "annotations", "audio", "best_of", "echo", "function_call", "functions", "metadata", "modalities", "moderation",
-    "prediction", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "response_format", "service_tier",
-    "store", "suffix", "tool_call_id", "tool_calls", "tool_choice", "tools", "verbosity", "web_search_options",
-})
+NOT_SERVED = frozenset(
+    {
+        "annotations",
+        "audio",
+        "best_of",
+        "echo",
+        "function_call",
+        "functions",
+        "metadata",
+        "modalities",
+        "moderation",
+        "prediction",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "response_format",
+        "service_tier",
+        "store",
+        "suffix",
+        "tool_call_id",
+        "tool_calls",
+        "tool_choice",
+        "tools",
+        "verbosity",
+        "web_search_options",
+    }
+)
 """Fields of OpenAI's requests that no value makes do anything here; the error for one of them says so."""
 
 FORMS = {
@@ -101,10 +123,24 @@ class Sampling(Strict):
         """
         if wrong := [key for key in self.logit_bias if not (key.isascii() and key.isdigit())]:
             raise ValueError(f"logit_bias: {wrong[0]!r} is not a token id")
-        same = ("temperature", "top_p", "n", "stop", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
-                "repetition_penalty", "stop_token_ids", "ignore_eos")
+        same = (
+            "temperature",
+            "top_p",
+            "n",
+            "stop",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "stop_token_ids",
+            "ignore_eos",
+        )
         return SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, logit_bias={int(key): value for key, value in self.logit_bias.items()},
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            logit_bias={int(key): value for key, value in self.logit_bias.items()},
             **{name: getattr(self, name) for name in same},
         )
 
@@ -112,8 +148,11 @@ class Sampling(Strict):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)] | Annotated[list[Token], Field(min_length=1)] | (
-        Annotated[list[list[Token]], Field(min_length=1, max_length=128)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | (Annotated[list[list[Token]], Field(min_length=1, max_length=128)])
     )
     max_tokens: Count = 16
     logprobs: Likeliest | None = None

@@ -53,9 +53,7 @@ def _path(error: dict, body: object) -> Path:
     """
     path, value = [], body
     for part in error["loc"][1:]:
-        if isinstance(value, dict) and part in value or (
-            isinstance(value, list) and isinstance(part, int) and part < len(value)
-        ):
+        if isinstance(value, dict) and part in value or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             path.append(part)
             value = value[part]
     if error["type"] == "missing" and path[-1:] != [error["loc"][-1]] and len(error["loc"]) > 1:  # or it is there as null

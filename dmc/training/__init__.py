@@ -10,7 +10,10 @@ from dmc.training import cpu
 
 # megatron-core says once a module that the optional packages are missing; `kernels_in_use` says it once a run.
 for _message in (
-    ".*Transformer Engine.*", ".*Apex.*", ".*model_parallel_group. deprecated.*", ".*load_state_dict.*deprecated.*",
+    ".*Transformer Engine.*",
+    ".*Apex.*",
+    ".*model_parallel_group. deprecated.*",
+    ".*load_state_dict.*deprecated.*",
     ".*will be deprecated.*",
 ):
     warnings.filterwarnings("ignore", message=_message)

@@ -49,8 +49,13 @@ class DmcSelfAttention(SelfAttention):
             # Rows interleaved per head (`Settings.logits_per_head`), so that a tensor-parallel rank holds its own heads'.
             settings = self.state.settings
             self.decision = ColumnParallelLinear(
-                config.hidden_size, settings.logits_per_head * config.num_query_groups, config=config,
-                bias=settings.looks_ahead, gather_output=False, init_method=torch.nn.init.zeros_, skip_bias_add=False,
+                config.hidden_size,
+                settings.logits_per_head * config.num_query_groups,
+                config=config,
+                bias=settings.looks_ahead,
+                gather_output=False,
+                init_method=torch.nn.init.zeros_,
+                skip_bias_add=False,
                 tp_group=self.tp_group,
             )
 
@@ -117,12 +122,16 @@ class DmcSelfAttention(SelfAttention):
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
         key, value = (context.gather(x, 2) for x in (key, value))
-        return plain_attention(
-            query, key, value, rope=self._tables(key), starts=starts, spans=context.my_spans(key.shape[2])
-        )
+        return plain_attention(query, key, value, rope=self._tables(key), starts=starts, spans=context.my_spans(key.shape[2]))
 
     def _compressed(
-        self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, weights: Tensor | None, samples: Tensor,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logits: Tensor | None,
+        weights: Tensor | None,
+        samples: Tensor,
         starts: Tensor,
     ) -> Tensor:
         alpha, log_keep, omega = self._decisions(logits, weights, samples, starts)
@@ -137,15 +146,22 @@ class DmcSelfAttention(SelfAttention):
         return late_attention(query, key, value, alpha, omega, window=self.state.settings.window, **options)
 
     def _evicting(
-        self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, log_keep: Tensor | None, starts: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, log_keep: Tensor | None, starts: Tensor
     ) -> Tensor:
         """DMS: soft decisions reach attention as ``log_keep`` alone, so the loss's gradient hangs on the keys."""
         key = AttachGradient.apply(key, alpha, self.state.alpha_gradient)
         key, value, alpha = (context.gather(x, 2) for x in (key, value, alpha))
         log_keep = None if log_keep is None else context.gather(log_keep, 2)
         return dms_attention(
-            query, key, value, alpha, window=self._window, rope=self._tables(key), starts=starts,
-            log_keep=log_keep, spans=context.my_spans(key.shape[2]),
+            query,
+            key,
+            value,
+            alpha,
+            window=self._window,
+            rope=self._tables(key),
+            starts=starts,
+            log_keep=log_keep,
+            spans=context.my_spans(key.shape[2]),
         )
 
     @property
@@ -172,7 +188,7 @@ class DmcSelfAttention(SelfAttention):
         return context.my_part(kept, 1)[:, None]
 
     def _decisions(
-        self, logits: Tensor | None, weights: Tensor | None, samples: Tensor, starts: Tensor,
+        self, logits: Tensor | None, weights: Tensor | None, samples: Tensor, starts: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Alpha of this rank's positions ``[B, H, T]``, log(1 - alpha) where they are soft, and omega but with DMS.
 

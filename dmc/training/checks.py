@@ -44,30 +44,59 @@ def _check_fields(config: Config) -> None:
     _one_of("run.init", r.init, ("pretrained", "random"))
     if not (math.isfinite(d.target_cr) and d.target_cr >= 1):
         raise ValueError(f"dmc.target_cr is {d.target_cr}: it must be a finite number of at least 1 (tokens per entry)")
-    _at_least(0, {
-        "dmc.repurpose_steps": d.repurpose_steps, "dmc.ramp_steps_per_unit": d.ramp_steps_per_unit,
-        "dmc.hold_steps": d.hold_steps, "dmc.integer_hold_steps": d.integer_hold_steps, "dmc.cr_weight": d.cr_weight,
-        "distill.weight": config.distill.weight,
-        "distill.lm_weight": config.distill.lm_weight, "optim.weight_decay": o.weight_decay, "run.seed": r.seed,
-        "optim.min_lr": o.min_lr, "optim.decay_steps": o.decay_steps, "optim.warmup_steps": o.warmup_steps,
-        "run.save_every": r.save_every, "run.keep_last": r.keep_last, "run.peer_timeout": r.peer_timeout,
-        "guard.max_norm_ratio": config.guard.max_norm_ratio, "guard.max_skips": config.guard.max_skips,
-        "run.threads": r.threads,
-        "log.eval_every": config.log.eval_every,
-        "log.peak_tflops": config.log.peak_tflops, "plan.world": config.plan.world,
-    })
+    _at_least(
+        0,
+        {
+            "dmc.repurpose_steps": d.repurpose_steps,
+            "dmc.ramp_steps_per_unit": d.ramp_steps_per_unit,
+            "dmc.hold_steps": d.hold_steps,
+            "dmc.integer_hold_steps": d.integer_hold_steps,
+            "dmc.cr_weight": d.cr_weight,
+            "distill.weight": config.distill.weight,
+            "distill.lm_weight": config.distill.lm_weight,
+            "optim.weight_decay": o.weight_decay,
+            "run.seed": r.seed,
+            "optim.min_lr": o.min_lr,
+            "optim.decay_steps": o.decay_steps,
+            "optim.warmup_steps": o.warmup_steps,
+            "run.save_every": r.save_every,
+            "run.keep_last": r.keep_last,
+            "run.peer_timeout": r.peer_timeout,
+            "guard.max_norm_ratio": config.guard.max_norm_ratio,
+            "guard.max_skips": config.guard.max_skips,
+            "run.threads": r.threads,
+            "log.eval_every": config.log.eval_every,
+            "log.peak_tflops": config.log.peak_tflops,
+            "plan.world": config.plan.world,
+        },
+    )
     if d.window is not None:
         _at_least(1 if d.method == "dms" else 0, {"dmc.window": d.window})
-    _at_least(1, {
-        "dmc.sinks": d.sinks, "dmc.lora_rank": d.lora_rank, "data.sequence_length": config.data.sequence_length,
-        "optim.micro_batch": o.micro_batch,
-        "optim.global_batch": o.global_batch, "parallel.tensor": p.tensor, "parallel.pipeline": p.pipeline,
-        "parallel.virtual": p.virtual, "parallel.context": p.context, "log.every": config.log.every,
-        "guard.window": config.guard.window, "log.eval_sequences": config.log.eval_sequences, "run.steps": r.steps,
-    })
+    _at_least(
+        1,
+        {
+            "dmc.sinks": d.sinks,
+            "dmc.lora_rank": d.lora_rank,
+            "data.sequence_length": config.data.sequence_length,
+            "optim.micro_batch": o.micro_batch,
+            "optim.global_batch": o.global_batch,
+            "parallel.tensor": p.tensor,
+            "parallel.pipeline": p.pipeline,
+            "parallel.virtual": p.virtual,
+            "parallel.context": p.context,
+            "log.every": config.log.every,
+            "guard.window": config.guard.window,
+            "log.eval_sequences": config.log.eval_sequences,
+            "run.steps": r.steps,
+        },
+    )
     for name, value in {
-        "optim.lr": o.lr, "optim.clip": o.clip, "dmc.gain": d.gain, "dmc.temperature": d.temperature,
-        "dmc.init_scale": d.init_scale, "dmc.lora_alpha": d.lora_alpha,
+        "optim.lr": o.lr,
+        "optim.clip": o.clip,
+        "dmc.gain": d.gain,
+        "dmc.temperature": d.temperature,
+        "dmc.init_scale": d.init_scale,
+        "dmc.lora_alpha": d.lora_alpha,
     }.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: it must be a positive number")

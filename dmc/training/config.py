@@ -31,8 +31,23 @@ from dmc.training.settings import (
 )
 
 __all__ = [
-    "DMS_WINDOW", "Config", "DataConfig", "DistillConfig", "DmcConfig", "GuardConfig", "LogConfig", "OptimConfig",
-    "ParallelConfig", "PlanConfig", "RunConfig", "check", "describe", "keys", "load", "recorded", "to_dict",
+    "DMS_WINDOW",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "DmcConfig",
+    "GuardConfig",
+    "LogConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PlanConfig",
+    "RunConfig",
+    "check",
+    "describe",
+    "keys",
+    "load",
+    "recorded",
+    "to_dict",
 ]
 
 

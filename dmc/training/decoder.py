@@ -45,7 +45,12 @@ class RMSNorm(nn.Module):
 
 
 def build(
-    hf: ModelShape, parallel: ParallelConfig, state: LayerState, *, sequence_length: int, dtype: torch.dtype,
+    hf: ModelShape,
+    parallel: ParallelConfig,
+    state: LayerState,
+    *,
+    sequence_length: int,
+    dtype: torch.dtype,
     layers: Layers | None = None,
 ) -> list[Stage]:
     """The chunks of the model that this rank holds, with random weights: one, or ``parallel.virtual`` of them.
@@ -71,18 +76,22 @@ def build(
     ]
 
 
-def _chunk(
-    hf: ModelShape, config: TransformerConfig, state: LayerState, tokens: int, index: int | None, layers: Layers,
-) -> Stage:
+def _chunk(hf: ModelShape, config: TransformerConfig, state: LayerState, tokens: int, index: int | None, layers: Layers) -> Stage:
     spec = TransformerBlockSubmodules(
         layer_specs=[_layer_spec(layers, hf)] * get_num_layers_to_build(config, vp_stage=index), layer_norm=RMSNorm
     )
     stage = Stage(
-        config, spec, vocab_size=hf.vocab_size, max_sequence_length=tokens, parallel_output=True,
+        config,
+        spec,
+        vocab_size=hf.vocab_size,
+        max_sequence_length=tokens,
+        parallel_output=True,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=index),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=index),
-        position_embedding_type="none", share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
-        vp_stage=index, state=state,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+        vp_stage=index,
+        state=state,
     )
     return stage.to(cpu.device())
 
@@ -95,8 +104,10 @@ def check_layout(hf: ModelShape, parallel: ParallelConfig) -> None:
     """
     tensor, pipeline = parallel.tensor, parallel.pipeline
     for name, value in (
-        ("num_key_value_heads", hf.num_key_value_heads), ("num_attention_heads", hf.num_attention_heads),
-        ("intermediate_size", hf.intermediate_size), ("vocab_size", hf.vocab_size),
+        ("num_key_value_heads", hf.num_key_value_heads),
+        ("num_attention_heads", hf.num_attention_heads),
+        ("intermediate_size", hf.intermediate_size),
+        ("vocab_size", hf.vocab_size),
     ):
         if value % tensor:
             raise ValueError(f"parallel.tensor {tensor} does not divide the model's {name} {value}: use a divisor")
@@ -120,21 +131,43 @@ def transformer_config(hf: ModelShape, parallel: ParallelConfig, dtype: torch.dt
         recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     spread = hf.initializer_range
     return TransformerConfig(
-        num_layers=hf.num_hidden_layers, hidden_size=hf.hidden_size, ffn_hidden_size=hf.intermediate_size,
-        num_attention_heads=hf.num_attention_heads, num_query_groups=hf.num_key_value_heads,
-        kv_channels=hf.head_dim, normalization="RMSNorm", layernorm_epsilon=hf.rms_norm_eps,
-        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=hf.qkv_bias, qk_layernorm=hf.qk_norm,
-        hidden_dropout=0.0, attention_dropout=0.0, init_method_std=spread,
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf.qkv_bias,
+        qk_layernorm=hf.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=spread,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         # With the batched form two ranks mismatch the messages of an interleaved schedule, without an error.
-        overlap_p2p_comm=parallel.virtual > 1, batch_p2p_comm=parallel.virtual == 1,
-        context_parallel_size=parallel.context, sequence_parallel=parallel.sequence, params_dtype=dtype, pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16, use_cpu_initialization=not torch.cuda.is_available(),
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=parallel.virtual == 1,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
         # Losses and the compression gradient are sums over tokens; megatron divides by the global token count.
         calculate_per_token_loss=True,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
-        persist_layer_norm=False, gradient_accumulation_fusion=False, apply_rope_fusion=False, **recompute,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        **recompute,
     )
 
 
@@ -168,16 +201,19 @@ def _layer_spec(layers: Layers, hf: ModelShape) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=DmcSelfAttention, params={"attn_mask_type": AttnMaskType.causal},
+                module=DmcSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=layers.column, core_attention=_NoCore, linear_proj=layers.row,
-                    q_layernorm=head_norm, k_layernorm=head_norm,
+                    linear_qkv=layers.column,
+                    core_attention=_NoCore,
+                    linear_proj=layers.row,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=layers.column, linear_fc2=layers.row)
-            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=layers.column, linear_fc2=layers.row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

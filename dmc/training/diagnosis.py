@@ -48,9 +48,7 @@ def examine(chunks: list[nn.Module], optimizer: MegatronOptimizer, samples: Tens
     return {
         "samples": sorted({index for _, _, indices in everyone for index in indices}),
         "gradient_norms": {group: math.sqrt(sum(parts.get(group, 0.0) for parts, _, _ in everyone)) for group in groups},
-        "nonfinite": {
-            kind: sorted({name for _, names, _ in everyone for name in names[kind]}, key=_natural) for kind in broken
-        },
+        "nonfinite": {kind: sorted({name for _, names, _ in everyone for name in names[kind]}, key=_natural) for kind in broken},
     }
 
 
@@ -72,7 +70,7 @@ def _own_gradient(weight: nn.Parameter, optimizer: MegatronOptimizer) -> Tensor:
         shards = getattr(part, "model_param_gbuf_map", None)  # of the distributed optimizer
         if shards is not None and weight in shards:
             own = part._get_model_param_range_map(weight)["param"]
-            return weight.main_grad.view(-1)[own.start:own.end]
+            return weight.main_grad.view(-1)[own.start : own.end]
     distributed = any(hasattr(p, "model_param_gbuf_map") for p in getattr(optimizer, "chained_optimizers", [optimizer]))
     first = mpu.get_data_parallel_rank(with_context_parallel=True) == 0 and not distributed
     return weight.main_grad if first else weight.main_grad.view(-1)[:0]

@@ -57,8 +57,10 @@ def _memory_lines(config: Config, hf: ModelShape, layout: Layout) -> Iterator[st
         memory = planning.memory(config, hf, layout, stage, on_gpu=on_gpu)
         worst = max(worst, memory.total)
         where = f" of stage {stage}" if layout.pipeline > 1 else ""
-        parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in (
-            "weights", "gradients", "optimizer", "teacher", "activations", "logits", "reserve"))
+        parts = ", ".join(
+            f"{name} {getattr(memory, name) / GIB:.2f}"
+            for name in ("weights", "gradients", "optimizer", "teacher", "activations", "logits", "reserve")
+        )
         yield f"memory     GiB per rank{where}: {parts}; total {memory.total / GIB:.2f}"
     yield (
         f"           activations with parallel.recompute={config.parallel.recompute}, the loss's temporaries in logits"

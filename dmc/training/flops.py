@@ -21,9 +21,14 @@ class Gpu:
 
 # The order matters where one pattern holds another.
 GPUS = {
-    "a100-40gb": Gpu("a100-sxm4-40gb", 39, 312), "a100-80gb": Gpu("a100", 79, 312),
-    "h100-pcie": Gpu("h100 pcie", 79, 756), "h100": Gpu("h100", 79, 989), "h200": Gpu("h200", 139, 989),
-    "b200": Gpu("b200", 178, 2250), "l40s": Gpu("l40s", 44, 362), "l4": Gpu("nvidia l4", 22, 121),
+    "a100-40gb": Gpu("a100-sxm4-40gb", 39, 312),
+    "a100-80gb": Gpu("a100", 79, 312),
+    "h100-pcie": Gpu("h100 pcie", 79, 756),
+    "h100": Gpu("h100", 79, 989),
+    "h200": Gpu("h200", 139, 989),
+    "b200": Gpu("b200", 178, 2250),
+    "l40s": Gpu("l40s", 44, 362),
+    "l4": Gpu("nvidia l4", 22, 121),
     "a10": Gpu("nvidia a10", 22, 125),
 }
 

@@ -56,7 +56,7 @@ class Guard:
         reason = self._wrong(sound, norm, metrics["loss"])
         if reason is None:
             self._apply(own)
-            self._norms = [*self._norms, norm][-self._config.window:]
+            self._norms = [*self._norms, norm][-self._config.window :]
             self._skipped = 0
             return True
         self._skipped += 1

@@ -24,8 +24,10 @@ from dmc.training.state import LayerState
 
 # module within a layer: (its linear layer, the name of its update, whether its outputs are cut, tensors that it fuses)
 TARGETS = (
-    ("self_attention", "linear_qkv", "lora_qkv", True, 1), ("self_attention", "linear_proj", "lora_proj", False, 1),
-    ("mlp", "linear_fc1", "lora_fc1", True, 2), ("mlp", "linear_fc2", "lora_fc2", False, 1),
+    ("self_attention", "linear_qkv", "lora_qkv", True, 1),
+    ("self_attention", "linear_proj", "lora_proj", False, 1),
+    ("mlp", "linear_fc1", "lora_fc1", True, 2),
+    ("mlp", "linear_fc2", "lora_fc2", False, 1),
 )
 
 
@@ -48,8 +50,17 @@ class LowRank(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, inputs: int, outputs: int, *, rank: int, scale: float, outputs_cut: bool, parts: int,
-        start: Tensor, group: torch.distributed.ProcessGroup,
+        self,
+        config: TransformerConfig,
+        inputs: int,
+        outputs: int,
+        *,
+        rank: int,
+        scale: float,
+        outputs_cut: bool,
+        parts: int,
+        start: Tensor,
+        group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__()
         self.scale, self.outputs_cut, self.group, self.sequence = scale, outputs_cut, group, config.sequence_parallel
@@ -102,7 +113,14 @@ def install(chunk: Stage, state: LayerState, *, rank: int, alpha: float, mlp: bo
             generator = torch.Generator().manual_seed((seed * 100_003 + layer.layer_number) * len(TARGETS) + index)
             start = (2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)  # as in peft
             made = LowRank(
-                chunk.config, inputs, outputs, rank=rank, scale=alpha / rank, outputs_cut=outputs_cut, parts=parts, start=start,
+                chunk.config,
+                inputs,
+                outputs,
+                rank=rank,
+                scale=alpha / rank,
+                outputs_cut=outputs_cut,
+                parts=parts,
+                start=start,
                 group=group,
             )
             module.add_module(update, made)
@@ -111,7 +129,8 @@ def install(chunk: Stage, state: LayerState, *, rank: int, alpha: float, mlp: bo
 
 def _adding(update: LowRank, state: LayerState):  # noqa: ANN202
     """A forward hook of a linear layer, which returns (output, bias)."""
+
     def hook(_: nn.Module, inputs: tuple, output: tuple) -> tuple | None:
         return (output[0] + update(inputs[0]), *output[1:]) if state.adapted else None
-    return hook
 
+    return hook

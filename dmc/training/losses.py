@@ -7,8 +7,14 @@ from torch import Tensor
 
 
 def language_and_distillation(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, *, lm_weight: float, kl_weight: float,
-    group: torch.distributed.ProcessGroup, scored: Tensor | None = None,
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    lm_weight: float,
+    kl_weight: float,
+    group: torch.distributed.ProcessGroup,
+    scored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``lm_weight * CE(labels) + kl_weight * KL(teacher || model)``, summed over tokens.
 

@@ -21,9 +21,16 @@ def build(config: OptimConfig, parallel: ParallelConfig, ddp: list[DistributedDa
     """The configured optimizer over the parameters of ``ddp``; clips the global gradient norm."""
     transformer = ddp[0].module.config
     settings = OptimizerConfig(
-        optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
-        adam_beta1=config.beta1, adam_beta2=config.beta2, clip_grad=config.clip, bf16=transformer.bf16,
-        params_dtype=transformer.params_dtype, use_distributed_optimizer=parallel.distributed_optimizer,
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        clip_grad=config.clip,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
     )
     if config.name == "muon":
@@ -40,12 +47,13 @@ def _muon(config: OptimConfig, settings: OptimizerConfig, ddp: list[DistributedD
         target.append(weight)
     # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both
     muon = torch.optim.Muon(
-        [_group(matrices)], lr=config.lr, weight_decay=config.weight_decay, momentum=config.beta2,
-        adjust_lr_fn="match_rms_adamw",
+        [_group(matrices)], lr=config.lr, weight_decay=config.weight_decay, momentum=config.beta2, adjust_lr_fn="match_rms_adamw"
     )
     adamw = torch.optim.AdamW(
-        [_group(embeddings), _group(vectors, wd_mult=0.0) | {"weight_decay": 0.0}], lr=config.lr,
-        betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        [_group(embeddings), _group(vectors, wd_mult=0.0) | {"weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
     )
     pairs = ((muon, _init_muon), (adamw, _init_adamw))
     if settings.bf16:  # fp32 main weights next to the bf16 ones

@@ -48,7 +48,13 @@ class Layout:
         p, o = config.parallel, config.optim
         data = world // (p.tensor * p.pipeline * p.context)
         return cls(
-            world, p.tensor, p.pipeline, p.context, p.virtual, p.sequence, p.distributed_optimizer,
+            world,
+            p.tensor,
+            p.pipeline,
+            p.context,
+            p.virtual,
+            p.sequence,
+            p.distributed_optimizer,
             o.global_batch // (o.micro_batch * data),
         )
 
@@ -101,10 +107,13 @@ def memory(config: Config, hf: ModelShape, layout: Layout, stage: int, *, on_gpu
     # A frozen base model is its own teacher.
     copies = flops.distils(config) and not (frozen and not config.distill.teacher)
     return Memory(
-        weights=own.total * size, gradients=trained.total * 4, optimizer=optimizer_bytes(config, trained, layout),
+        weights=own.total * size,
+        gradients=trained.total * 4,
+        optimizer=optimizer_bytes(config, trained, layout),
         teacher=copies * parameters(config, hf, layout, stage, decisions=False).total * size,
         activations=activations(config, hf, layout, stage, on_gpu=on_gpu),
-        logits=logits(config, hf, layout) if stage == layout.pipeline - 1 else 0, reserve=RESERVE if on_gpu else 0,
+        logits=logits(config, hf, layout) if stage == layout.pipeline - 1 else 0,
+        reserve=RESERVE if on_gpu else 0,
     )
 
 
@@ -124,7 +133,8 @@ def cost(config: Config, hf: ModelShape, layout: Layout, *, peak_tflops: float |
     length = config.data.sequence_length
     tokens = schedule.steps * config.optim.global_batch * length
     again = {
-        "none": 0, "selective": hf.num_hidden_layers * flops.attention_flops(hf, length),
+        "none": 0,
+        "selective": hf.num_hidden_layers * flops.attention_flops(hf, length),
         "full": flops.forward_flops(hf, length) - 2 * hf.vocab_size * hf.hidden_size,
     }[config.parallel.recompute]
     work = float(tokens * (flops.model_flops(config, hf) + again))

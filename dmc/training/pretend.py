@@ -67,8 +67,14 @@ def one_step(config: Config, hf: ModelShape, size: int, rank: int, *, batch: Cal
     with world(config, size, rank):
         random = lambda *_: {}  # noqa: E731 - loads nothing: the teacher keeps its random weights
         trainer = _Pretender(
-            config, hf, batches=Noise(config, hf.vocab_size, batch), store=None, meta={}, loader=None,
-            reporter=Reporter(config.log, Path(), {}, rank=1, steps=1), teacher_loader=random if flops.distils(config) else None,
+            config,
+            hf,
+            batches=Noise(config, hf.vocab_size, batch),
+            store=None,
+            meta={},
+            loader=None,
+            reporter=Reporter(config.log, Path(), {}, rank=1, steps=1),
+            teacher_loader=random if flops.distils(config) else None,
         )
         for step in range(trainer.schedule.steps):
             phase = trainer.schedule.phase(step)
@@ -91,11 +97,18 @@ def shrunken(config: Config, hf: ModelShape, size: int) -> tuple[Config, ModelSh
         if given := fields["rope_parameters"].get(name):
             fields["rope_parameters"][name] = [given[i * len(given) // (depth // 2)] for i in range(depth // 2)]
     queries = heads * groups
-    shape = shape_of(fields | {
-        "num_hidden_layers": p.pipeline * p.virtual, "num_key_value_heads": heads, "num_attention_heads": queries,
-        "head_dim": depth, "hidden_size": -(-32 * p.tensor // queries) * queries,  # a multiple, as transformers wants it
-        "intermediate_size": 64 * p.tensor, "vocab_size": 64 * p.tensor,
-    })
+    shape = shape_of(
+        fields
+        | {
+            "num_hidden_layers": p.pipeline * p.virtual,
+            "num_key_value_heads": heads,
+            "num_attention_heads": queries,
+            "head_dim": depth,
+            "hidden_size": -(-32 * p.tensor // queries) * queries,  # a multiple, as transformers wants it
+            "intermediate_size": 64 * p.tensor,
+            "vocab_size": 64 * p.tensor,
+        }
+    )
     small.data.sequence_length = 8 * p.tensor * p.context
     data = size // (p.tensor * p.pipeline * p.context)
     small.optim.global_batch = small.optim.micro_batch * data * (2 if p.pipeline == 1 else p.pipeline)

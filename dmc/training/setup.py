@@ -45,8 +45,14 @@ def init_distributed(config: Config) -> None:
     Raises:
         ValueError: if the layout does not divide the number of processes.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"),
-                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("LOCAL_WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
         os.environ.setdefault(name, value)
     world = int(os.environ["WORLD_SIZE"])
     check_world(config, world)
@@ -59,7 +65,8 @@ def init_distributed(config: Config) -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(cpu.backend())
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor, pipeline_model_parallel_size=config.parallel.pipeline,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=config.parallel.virtual if config.parallel.virtual > 1 else None,
         context_parallel_size=config.parallel.context,
     )
@@ -108,8 +115,15 @@ def layer_settings(config: Config) -> Settings:
     """What the layers of a run's model need of its configuration."""
     dmc = config.dmc
     return Settings(
-        dmc.decision if dmc.compresses else "neuron", dmc.gain, dmc.offset, dmc.temperature, config.run.seed, dmc.method,
-        dmc.recent, dmc.looks_ahead and dmc.compresses, dmc.rule(config.data.sequence_length),
+        dmc.decision if dmc.compresses else "neuron",
+        dmc.gain,
+        dmc.offset,
+        dmc.temperature,
+        config.run.seed,
+        dmc.method,
+        dmc.recent,
+        dmc.looks_ahead and dmc.compresses,
+        dmc.rule(config.data.sequence_length),
     )
 
 
@@ -121,18 +135,13 @@ def build_student(config: Config, hf: ModelShape, loader: WeightLoader | None) -
     """
     check_decisions(config, hf)
     dmc = config.dmc
-    state = LayerState(
-        layer_settings(config),
-        decisions=DecisionCounts(hf.num_hidden_layers, hf.num_key_value_heads),
-    )
+    state = LayerState(layer_settings(config), decisions=DecisionCounts(hf.num_hidden_layers, hf.num_key_value_heads))
     torch.manual_seed(config.run.seed)
     chunks = _model(config, hf, state, loader)
     if dmc.frozen:
         for chunk in chunks:
             if dmc.train == "lora":
-                lora.install(
-                    chunk, state, rank=dmc.lora_rank, alpha=dmc.lora_alpha, mlp=dmc.lora_mlp, seed=config.run.seed
-                )
+                lora.install(chunk, state, rank=dmc.lora_rank, alpha=dmc.lora_alpha, mlp=dmc.lora_mlp, seed=config.run.seed)
             freeze_base(chunk)
     ddp = [_data_parallel(config, chunk, first=i == 0) for i, chunk in enumerate(chunks)]
     optimizer = optimizer_module.build(config.optim, config.parallel, ddp)
@@ -158,7 +167,9 @@ def check_decisions(config: Config, hf: ModelShape) -> None:
 def _data_parallel(config: Config, chunk: Stage, *, first: bool) -> DistributedDataParallel:
     p = config.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=p.distributed_optimizer, overlap_grad_reduce=p.overlap,
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=p.distributed_optimizer,
+        overlap_grad_reduce=p.overlap,
         overlap_param_gather=p.overlap and p.distributed_optimizer,
     )
     # Of an interleaved stage only the first chunk's gradients arrive last: the others are one bucket.
@@ -166,9 +177,10 @@ def _data_parallel(config: Config, chunk: Stage, *, first: bool) -> DistributedD
 
 
 def _connect(
-    config: Config, transformer: TransformerConfig, ddp: list[DistributedDataParallel], optimizer: MegatronOptimizer,
+    config: Config, transformer: TransformerConfig, ddp: list[DistributedDataParallel], optimizer: MegatronOptimizer
 ) -> None:
     """What megatron's pipeline schedule calls on the way: one function, or one a chunk."""
+
     def each(functions: list[Callable]) -> Callable | list[Callable]:
         return functions[0] if len(functions) == 1 else functions
 
@@ -226,7 +238,11 @@ def freeze_base(chunk: Stage) -> None:
 
 def _model(config: Config, hf: ModelShape, state: LayerState, loader: WeightLoader | None) -> list[Stage]:
     chunks = decoder.build(
-        hf, config.parallel, state, sequence_length=config.data.sequence_length, dtype=dtype_of(config),
+        hf,
+        config.parallel,
+        state,
+        sequence_length=config.data.sequence_length,
+        dtype=dtype_of(config),
         layers=backends.layers(config.run.transformer_engine),
     )
     if loader is not None:

@@ -26,9 +26,23 @@ from dmc.training.signals import Stopped, StopSignals
 
 # What a resumed run must share with the checkpoint's; layout, the lengths of ramp and final hold, and reports may change.
 SAME_RUN = (
-    "data.sequence_length", "dmc.method", "dmc.window", "dmc.decide", "dmc.decision", "dmc.sinks", "dmc.gain", "dmc.offset",
-    "dmc.temperature", "optim.name", "dmc.train", "dmc.lora_rank", "dmc.lora_alpha", "dmc.lora_mlp", "optim.global_batch",
-    "parallel.distributed_optimizer", "run.seed",
+    "data.sequence_length",
+    "dmc.method",
+    "dmc.window",
+    "dmc.decide",
+    "dmc.decision",
+    "dmc.sinks",
+    "dmc.gain",
+    "dmc.offset",
+    "dmc.temperature",
+    "optim.name",
+    "dmc.train",
+    "dmc.lora_rank",
+    "dmc.lora_alpha",
+    "dmc.lora_mlp",
+    "optim.global_batch",
+    "parallel.distributed_optimizer",
+    "run.seed",
     "dmc.integer_hold_steps",
 )
 # Settings that came later: what a checkpoint without them was trained with, where it is not today's default.
@@ -71,8 +85,16 @@ class Trainer:
     """Runs a configured training on this rank. Construct after `setup.init_distributed`."""
 
     def __init__(
-        self, config: Config, hf: ModelShape, *, batches: Batches, store: Store, reporter: Reporter, meta: dict,
-        loader: setup.WeightLoader | None, teacher_loader: setup.WeightLoader | None,
+        self,
+        config: Config,
+        hf: ModelShape,
+        *,
+        batches: Batches,
+        store: Store,
+        reporter: Reporter,
+        meta: dict,
+        loader: setup.WeightLoader | None,
+        teacher_loader: setup.WeightLoader | None,
         teacher_hf: ModelShape | None = None,
     ) -> None:
         self.config, self.hf, self.batches, self.store, self.reporter = config, hf, batches, store, reporter
@@ -155,7 +177,9 @@ class Trainer:
             soft, hard = (sums.sum((1, 2)) / self._per_step).tolist()
             self.kept = hard if dmc.cr_loss == "hard" else soft
             metrics |= {
-                "target_cr": plan.target_cr, "measured_cr": 1 / hard, "soft_cr": 1 / soft,
+                "target_cr": plan.target_cr,
+                "measured_cr": 1 / hard,
+                "soft_cr": 1 / soft,
                 "cr_loss": max(0.0, self.kept - 1 / plan.target_cr),
                 "cr_layer": (self._per_step / self.hf.num_hidden_layers / sums[1].sum(1)).tolist(),
             }
@@ -191,9 +215,14 @@ class Trainer:
     def save(self, name: str, evaluation: Evaluation) -> None:
         """A complete checkpoint: weights, optimizer, position, and the numbers measured at it."""
         meta = self.meta | {
-            "step": self.step, "kept": self.kept, "target_cr": self.schedule.target_cr(self.step - 1),
-            "measured_cr": evaluation.cr, "perplexity": evaluation.perplexity, "heads": evaluation.heads,
-            "compressed": self.schedule.phase(self.step - 1) in ("ramp", "hold"), "guard": self.guard.state(),
+            "step": self.step,
+            "kept": self.kept,
+            "target_cr": self.schedule.target_cr(self.step - 1),
+            "measured_cr": evaluation.cr,
+            "perplexity": evaluation.perplexity,
+            "heads": evaluation.heads,
+            "compressed": self.schedule.phase(self.step - 1) in ("ramp", "hold"),
+            "guard": self.guard.state(),
         }
         self.store.save(name, self._sharded_state(loading=False), meta, background=self.config.run.async_save)
 
@@ -237,9 +266,7 @@ class Trainer:
         model = {name: chunk.sharded_state_dict(metadata=dict(group)) for name, chunk in self._named_chunks().items()}
         # megatron looks for one chunk's parameters at the top level, for several chunks' below their names.
         parameters = model if len(model) > 1 else model["model"]
-        optimizer = self.student.optimizer.sharded_state_dict(
-            parameters, is_loading=loading, metadata=sharded.METADATA | group
-        )
+        optimizer = self.student.optimizer.sharded_state_dict(parameters, is_loading=loading, metadata=sharded.METADATA | group)
         return model | {"optimizer": optimizer}
 
     def _named_chunks(self) -> dict[str, setup.Stage]:
@@ -259,9 +286,7 @@ class Trainer:
         return 1.0 if alone else self.config.distill.lm_weight
 
     def _training_data(self) -> list:
-        data = self.batches.micro_batches(
-            self.step, rank=mpu.get_data_parallel_rank(), ranks=mpu.get_data_parallel_world_size()
-        )
+        data = self.batches.micro_batches(self.step, rank=mpu.get_data_parallel_rank(), ranks=mpu.get_data_parallel_world_size())
         return [batch.to(cpu.device()) for batch in data]
 
     def _scored_share(self, data: list) -> float:
@@ -280,8 +305,12 @@ class Trainer:
             rows *= 2  # of the hidden states between stages: the teacher's travel with the student's
         return self._forward_backward(
             forward_step_func=lambda iterator, model: self._forward(next(iterator), model, loss),
-            data_iterator=iterators if len(chunks) > 1 else iterators[0], model=chunks, num_microbatches=len(batches),
-            seq_length=self.config.data.sequence_length, micro_batch_size=rows, forward_only=forward_only,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=len(batches),
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
         )
 
     def _forward(self, batch, model, loss: Callable) -> tuple[Tensor, Callable]:  # noqa: ANN001
@@ -295,21 +324,21 @@ class Trainer:
             output = torch.cat([output, teacher], dim=1)
         return output, lambda logits: loss(logits, labels, teacher, scored)
 
-    def _loss(
-        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, scored: Tensor | None,
-    ) -> tuple[Tensor, Tensor, dict]:
+    def _loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None, scored: Tensor | None) -> tuple[Tensor, Tensor, dict]:
         loss, language, divergence = language_and_distillation(
-            logits, labels, teacher, lm_weight=self._lm_weight,
-            kl_weight=self.config.distill.weight, group=mpu.get_tensor_model_parallel_group(),
+            logits,
+            labels,
+            teacher,
+            lm_weight=self._lm_weight,
+            kl_weight=self.config.distill.weight,
+            group=mpu.get_tensor_model_parallel_group(),
             scored=scored,
         )
         tokens = torch.tensor(labels.numel(), dtype=torch.int, device=logits.device)
         counted = tokens if scored is None else scored.sum(dtype=torch.int)
         return loss, counted, {"sums": torch.stack([language, divergence, counted.float(), tokens.float()])}
 
-    def _evaluation_loss(
-        self, logits: Tensor, labels: Tensor, _: None, scored: Tensor | None,
-    ) -> tuple[Tensor, Tensor, dict]:
+    def _evaluation_loss(self, logits: Tensor, labels: Tensor, _: None, scored: Tensor | None) -> tuple[Tensor, Tensor, dict]:
         return self._loss(logits, labels, None, scored)
 
     def _sum_losses(self, losses: list[dict]) -> Tensor:
@@ -346,10 +375,15 @@ class Trainer:
             self.save(name, evaluation)
 
     def _report_evaluation(self, name: str, evaluation: Evaluation) -> None:
-        self.reporter.evaluation({
-            "step": self.step, "name": name, "eval_perplexity": evaluation.perplexity, "eval_cr": evaluation.cr,
-            "eval_heads": evaluation.heads,
-        })
+        self.reporter.evaluation(
+            {
+                "step": self.step,
+                "name": name,
+                "eval_perplexity": evaluation.perplexity,
+                "eval_cr": evaluation.cr,
+                "eval_heads": evaluation.heads,
+            }
+        )
 
 
 def _check_setting(path: str, then: dict, now: dict, name: str) -> None:

@@ -18,8 +18,15 @@ BASE = Path(__file__).parents[2] / "checkpoints/base"
 def _random_gqa(directory):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.3,
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory

@@ -127,7 +127,9 @@ def test_windows_are_even_and_apart():
     assert everything == [*range(100), *range(200, 230)]
     assert cut(texts, 11, 99, prefix=[7])[1] == []
     for arguments, said in (
-        ((texts, 101, 1), "the longest has 100"), ((texts, 1, 1), "too short"), ((texts, 10, 0), "at least 1"),
+        ((texts, 101, 1), "the longest has 100"),
+        ((texts, 1, 1), "too short"),
+        ((texts, 10, 0), "at least 1"),
     ):
         with pytest.raises(ValueError, match=said):
             cut(*arguments)

@@ -40,10 +40,15 @@ def test_lines_that_lack_keys_are_skipped(tmp_path):
     _drawn(tmp_path / "loss.png")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("", "no line with a step and a loss"), ('{"step": 1}\n', "no line with a step and a loss"),
-    ('{"step": 1, "loss": 2}\n{"step"', "line 2, is not JSON"), ("[1]\n", "line 1, is not a JSON object"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no line with a step and a loss"),
+        ('{"step": 1}\n', "no line with a step and a loss"),
+        ('{"step": 1, "loss": 2}\n{"step"', "line 2, is not JSON"),
+        ("[1]\n", "line 1, is not a JSON object"),
+    ],
+)
 def test_bad_metrics_are_refused(tmp_path, text, words):
     (tmp_path / "run.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -58,10 +63,17 @@ def test_heads_grow_with_the_model(tmp_path):
     assert large[0] > small[0] and large[1] > small[1]
 
 
-@pytest.mark.parametrize(("cr", "words"), [
-    ([], "at least one"), ([[]], "at least one"), ([[1.0], [1.0, 2.0]], "same number"), ([[0.5]], "at least 1"),
-    ([[float("inf")]], "finite"), ([[float("nan")]], "finite"),
-])
+@pytest.mark.parametrize(
+    ("cr", "words"),
+    [
+        ([], "at least one"),
+        ([[]], "at least one"),
+        ([[1.0], [1.0, 2.0]], "same number"),
+        ([[0.5]], "at least 1"),
+        ([[float("inf")]], "finite"),
+        ([[float("nan")]], "finite"),
+    ],
+)
 def test_bad_ratios_are_refused(tmp_path, cr, words):
     with pytest.raises(ValueError, match=words):
         plot_heads(cr, tmp_path / "heads.png")

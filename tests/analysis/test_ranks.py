@@ -24,11 +24,17 @@ def test_spectrum_is_numpys(rows, columns):
     assert longer.shape == (3, 10) and not longer[:, 8:].any()
 
 
-@pytest.mark.parametrize("values, effective, stable", [
-    ([1.0] * 100, 99, 100.0),  # exactly 99 % of the energy in 99 of 100 equal ones
-    ([5.0], 1, 1.0), ([10.0, 1.01], 2, 1.010201), ([10.0, 0.99], 1, 1.009801), ([3.0, 3.0, 0.1], 2, 2 + 1 / 900),
-    ([7.0] * 5 + [1e-6] * 20, 5, 5.0),
-])
+@pytest.mark.parametrize(
+    "values, effective, stable",
+    [
+        ([1.0] * 100, 99, 100.0),  # exactly 99 % of the energy in 99 of 100 equal ones
+        ([5.0], 1, 1.0),
+        ([10.0, 1.01], 2, 1.010201),
+        ([10.0, 0.99], 1, 1.009801),
+        ([3.0, 3.0, 0.1], 2, 2 + 1 / 900),
+        ([7.0] * 5 + [1e-6] * 20, 5, 5.0),
+    ],
+)
 def test_ranks_of_known_spectra(values, effective, stable):
     found = spectrum(_with_spectrum(values, 128, 100))
     assert int(effective_rank(found)) == effective and float(stable_rank(found)) == pytest.approx(stable, rel=1e-9)

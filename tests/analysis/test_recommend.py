@@ -53,6 +53,7 @@ def test_entries_come_back_as_from_pages():
     made, counts = codec("tcq", bits=2), torch.tensor([40, 3, 21])
     new = through(made, keys, values, counts, 8, 4)
     for part, (exact, got) in enumerate(zip((keys, values), new, strict=True)):
+
         def page(head, start, end, exact=exact, part=part):
             return made.decode(made.encode(keys[head : head + 1, start:end], values[head : head + 1, start:end]))[part][0]
 
@@ -162,8 +163,10 @@ def test_what_is_varied():
     assert choices("gear", {"bits": 2, "backbone": "kivi"}, None) == {"key_bits": [1, 3], "value_bits": [1, 3]}
     assert choices("gear", {"backbone": "kivi"}, {"rank": [4, 1]}) == {"rank": [1, 4]}
     for name, own, vary, said in (
-        ("dense", {}, None, "loses nothing"), ("int8", {}, None, "choose another --codec"),
-        ("tcq", {}, {"colour": [1]}, "no setting colour"), ("tcq", {}, {"key_bits": [2.1]}, "quarters of a bit"),
+        ("dense", {}, None, "loses nothing"),
+        ("int8", {}, None, "choose another --codec"),
+        ("tcq", {}, {"colour": [1]}, "no setting colour"),
+        ("tcq", {}, {"key_bits": [2.1]}, "quarters of a bit"),
     ):
         with pytest.raises(ValueError, match=said):
             choices(name, own, vary)
@@ -179,8 +182,26 @@ def run(capsys, *arguments):
 
 
 def test_command(capsys, llms, tmp_path):
-    common = ("inspect", llms["head"].path, "--prompt", "Pack-my-box-with-five-dozen-liquor-jugs." * 5, "--device", "cpu",
-              "--codec", "tcq", "--bits", 2, "--page-size", 8, "--windows", 1, "--window-tokens", 60, "--attention-tokens", 20)
+    common = (
+        "inspect",
+        llms["head"].path,
+        "--prompt",
+        "Pack-my-box-with-five-dozen-liquor-jugs." * 5,
+        "--device",
+        "cpu",
+        "--codec",
+        "tcq",
+        "--bits",
+        2,
+        "--page-size",
+        8,
+        "--windows",
+        1,
+        "--window-tokens",
+        60,
+        "--attention-tokens",
+        20,
+    )
     out = tmp_path / "report"
     code, printed, err = run(capsys, *common, "--out", out, "--recommend", "--vary", "key_bits=2,3.5")
     assert (code, err) == (0, "") and "On 1 other windows they are" in printed

@@ -69,8 +69,22 @@ def common(directory, tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT)
     return (
-        "inspect", directory, "--prompt-file", file, "--device", "cpu", "--codec", "tcq", "--page-size", 8, "--windows", 2,
-        "--window-tokens", 80, "--attention-tokens", 40,
+        "inspect",
+        directory,
+        "--prompt-file",
+        file,
+        "--device",
+        "cpu",
+        "--codec",
+        "tcq",
+        "--page-size",
+        8,
+        "--windows",
+        2,
+        "--window-tokens",
+        80,
+        "--attention-tokens",
+        40,
     )
 
 
@@ -140,11 +154,18 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert (out / output.REPORT).read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
-@pytest.mark.parametrize("changed, said", [
-    (("--windows", 0), "windows must be at least 1"), (("--window-tokens", 2000), "more than the model's 256 positions"),
-    (("--window-tokens", 1), "too short"), (("--precision", "fp16"), "fp32, fp64"), (("--attention-tokens", 1), "at least 2"),
-    (("--prompt-file", "/no/such/file"), "cannot be read"), (("--policy", "lru"), "known: full, dmc"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        (("--windows", 0), "windows must be at least 1"),
+        (("--window-tokens", 2000), "more than the model's 256 positions"),
+        (("--window-tokens", 1), "too short"),
+        (("--precision", "fp16"), "fp32, fp64"),
+        (("--attention-tokens", 1), "at least 2"),
+        (("--prompt-file", "/no/such/file"), "cannot be read"),
+        (("--policy", "lru"), "known: full, dmc"),
+    ],
+)
 def test_wrong_use(capsys, common, tmp_path, changed, said):
     code, out, err = run(capsys, *common, "--out", tmp_path / "report", *changed)
     assert code == 2 and out == "" and said in err and err.count("\n") == 1
@@ -152,8 +173,9 @@ def test_wrong_use(capsys, common, tmp_path, changed, said):
 
 
 def test_short_text_and_missing_parent(capsys, directory, tmp_path):
-    code, _, err = run(capsys, "inspect", directory, "--prompt", "short", "--out", tmp_path / "report", "--device", "cpu",
-                       "--window-tokens", 100)
+    code, _, err = run(
+        capsys, "inspect", directory, "--prompt", "short", "--out", tmp_path / "report", "--device", "cpu", "--window-tokens", 100
+    )
     assert code == 2 and "the longest has 5" in err
     code, _, err = run(capsys, "inspect", directory, "--prompt", "x", "--out", tmp_path / "no/report", "--device", "cpu")
     assert code == 2 and "not a writable directory" in err
@@ -166,9 +188,10 @@ def test_segments_of_a_text():
     assert text.count('title="entry 0: 2 tokens"') == text.count('title="entry 1: 2 tokens"') == 1
 
 
-@pytest.mark.parametrize("value, shown", [
-    (1, "1.00"), (9.994, "9.99"), (9.996, "10.0"), (99.96, "100"), (1024.0, "1024"), (None, "–"), (float("nan"), "–"),
-])
+@pytest.mark.parametrize(
+    "value, shown",
+    [(1, "1.00"), (9.994, "9.99"), (9.996, "10.0"), (99.96, "100"), (1024.0, "1024"), (None, "–"), (float("nan"), "–")],
+)
 def test_numbers_as_cells_show_them(value, shown):
     assert number(value) == shown
 

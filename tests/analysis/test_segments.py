@@ -28,10 +28,16 @@ def test_page_is_safe_and_needs_no_network(tmp_path):
     assert "http" not in page and "src=" not in page and "innerHTML" not in page
 
 
-@pytest.mark.parametrize(("alpha", "words"), [
-    (torch.zeros(1, 1, 4), r"\[L, H, 5\]"), (torch.zeros(1, 5), r"\[L, H, 5\]"), (torch.zeros(0, 1, 5), r"\[L, H, 5\]"),
-    (torch.full((1, 1, 5), 0.5), "0 or 1"), (torch.full((1, 1, 5), float("nan")), "0 or 1"),
-])
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        (torch.zeros(1, 1, 4), r"\[L, H, 5\]"),
+        (torch.zeros(1, 5), r"\[L, H, 5\]"),
+        (torch.zeros(0, 1, 5), r"\[L, H, 5\]"),
+        (torch.full((1, 1, 5), 0.5), "0 or 1"),
+        (torch.full((1, 1, 5), float("nan")), "0 or 1"),
+    ],
+)
 def test_bad_decisions_are_refused(tmp_path, alpha, words):
     with pytest.raises(ValueError, match=words):
         _page(tmp_path, alpha)

@@ -10,8 +10,13 @@ def random_decisions(*, layers=2, heads=2, hidden=32, window=5, sinks=2, ahead=T
     draw = torch.Generator().manual_seed(seed)
     arrival, late = torch.randn(2, layers, heads, hidden, generator=draw) / hidden**0.5
     return FittedDecisions(
-        arrival, late if ahead else torch.zeros_like(late), torch.randn(layers, heads, generator=draw) / 4, window, sinks,
-        torch.linspace(-2, 2, 100), model,
+        arrival,
+        late if ahead else torch.zeros_like(late),
+        torch.randn(layers, heads, generator=draw) / 4,
+        window,
+        sinks,
+        torch.linspace(-2, 2, 100),
+        model,
     )
 
 

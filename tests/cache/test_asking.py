@@ -49,7 +49,8 @@ def runs(llm):
     return {
         "generate": lambda: llm.generate(PROMPTS, SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)),
         "score": lambda: llm.score(PROMPTS, prompt_tokens=5),
-        "follow": lambda: follow(llm, [Request(prompt, 6) for prompt in PROMPTS]), "measure": lambda: measure(llm, windows),
+        "follow": lambda: follow(llm, [Request(prompt, 6) for prompt in PROMPTS]),
+        "measure": lambda: measure(llm, windows),
     }
 
 
@@ -107,8 +108,11 @@ def test_after_an_exception_the_cache_serves_as_before(directory):
 
 
 WRONG = {
-    "positions": (dict(keep=lambda self, e: e.positions), r"keep of the policy mine must return bool \[2, 19\], True for what "
-                  r"stays or is seen: not positions, not indices; it returned int32 \[2, 19\]"),
+    "positions": (
+        dict(keep=lambda self, e: e.positions),
+        r"keep of the policy mine must return bool \[2, 19\], True for what "
+        r"stays or is seen: not positions, not indices; it returned int32 \[2, 19\]",
+    ),
     "indices": (dict(keep=lambda self, e: torch.tensor([[0, 99]])), r"it returned int64 \[1, 2\]"),
     "one row": (dict(keep=lambda self, e: (e.positions >= 0)[0]), r"it returned bool \[19\]"),
     "a list": (dict(keep=lambda self, e: [True]), "it returned list"),
@@ -119,8 +123,11 @@ WRONG = {
     "decisions": (dict(decide=lambda self, a, o: a), r"decide .* must return \(alpha, omega\), not float32"),
     "merged": (dict(rewrite=lambda self, p, k: p.keys), r"rewrite .* must return \(keys, values\) or None"),
     "merged values": (dict(rewrite=lambda self, p, k: (p.keys, p.values[:1])), r"rewrite .* return fp32 \[2, 19, 8\]"),
-    "budget": (dict(most_entries=lambda self, tokens: min(tokens, 6)), "keep of the policy mine keeps 20 entries of a "
-               "head after 20 tokens, the newest included, and its most_entries allows 6: keep fewer, or allow more"),
+    "budget": (
+        dict(most_entries=lambda self, tokens: min(tokens, 6)),
+        "keep of the policy mine keeps 20 entries of a "
+        "head after 20 tokens, the newest included, and its most_entries allows 6: keep fewer, or allow more",
+    ),
 }
 
 

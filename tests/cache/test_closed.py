@@ -52,14 +52,21 @@ def test_closed_rows_decide_as_the_model_could(kind):
         generator = torch.Generator().manual_seed(number + 1)
         for layer in range(LAYERS):
             query, key, value = (torch.randn(1, HEADS, SIZE, generator=generator) for _ in range(3))
-            decided = (logits, torch.ones(1, HEADS), 9.0 * closed[layer, None]) if ring else (
-                closed[layer, None].float(), torch.ones(1, HEADS),
+            decided = (
+                (logits, torch.ones(1, HEADS), 9.0 * closed[layer, None])
+                if ring
+                else (closed[layer, None].float(), torch.ones(1, HEADS))
             )
             out = want(layer, query, key, value, *decided)
             assert torch.equal(got[layer], out)
-    assert counts(cache, slots) == counts(other, slots) == [
-        [n + 6 * (not shut) for n, shut in zip(row, line, strict=True)] for row, line in zip(before, closed.tolist(), strict=True)
-    ]
+    assert (
+        counts(cache, slots)
+        == counts(other, slots)
+        == [
+            [n + 6 * (not shut) for n, shut in zip(row, line, strict=True)]
+            for row, line in zip(before, closed.tolist(), strict=True)
+        ]
+    )
     cache.check_integrity()
 
 

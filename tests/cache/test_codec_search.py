@@ -22,9 +22,11 @@ def text(tmp_path):
 
 def search(monkeypatch, capsys, text, *options):
     results = text.with_suffix(".jsonl")
-    monkeypatch.setattr(sys, "argv", [
-        "codec_search.py", BASE, "--text", str(text), "--prompt", "100", "--scored", "40", "--results", str(results), *options,
-    ])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["codec_search.py", BASE, "--text", str(text), "--prompt", "100", "--scored", "40", "--results", str(results), *options],
+    )
     codec_search.main()
     return capsys.readouterr().out, [json.loads(line) for line in results.read_text().splitlines()]
 

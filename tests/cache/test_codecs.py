@@ -149,9 +149,7 @@ def test_values_beyond_fp16(backbone):
 def test_bytes_are_what_the_formula_says():
     """bits + 32 / group + 16 rank (1/D + 1/N) + 24 c / n, as documented; and GEAR-L and the bare backbone."""
     keys, values = page(7, 64, 64)
-    cases = (
-        ({}, 6.875), ({"rank": 1}, 5.375), ({"rank": 2, "outliers": 0}, 5.5), ({"outliers": 0, "rank": 0, "bits": 3}, 3.5),
-    )
+    cases = (({}, 6.875), ({"rank": 1}, 5.375), ({"rank": 2, "outliers": 0}, 5.5), ({"outliers": 0, "rank": 0, "bits": 3}, 3.5))
     for settings_, bits in cases:
         made = codec("gear", backbone="kivi", **settings_)
         blocks = made.encode(keys, values)
@@ -206,11 +204,19 @@ def test_dense_is_lossless():
     assert all(map(torch.equal, made.decode(made.encode(keys, values)), (keys, values)))
 
 
-@pytest.mark.parametrize("settings_, said", [
-    ({"bits": 5}, "2, 3, 4, 8"), ({"backbone": "kv"}, "kcvt, kivi, token, trellis, lloyd, got"), ({"rank": -1}, "rank=-1"),
-    ({"outliers": 0.5}, "outliers=0.5"), ({"scale_dtype": "fp16"}, "bf16, fp32"), ({"levels": 3}, "no setting levels"),
-    ({"bits": True}, "bits must be a whole number, got True"), ({"group": 2.5}, "group must be a whole number, got 2.5"),
-])
+@pytest.mark.parametrize(
+    "settings_, said",
+    [
+        ({"bits": 5}, "2, 3, 4, 8"),
+        ({"backbone": "kv"}, "kcvt, kivi, token, trellis, lloyd, got"),
+        ({"rank": -1}, "rank=-1"),
+        ({"outliers": 0.5}, "outliers=0.5"),
+        ({"scale_dtype": "fp16"}, "bf16, fp32"),
+        ({"levels": 3}, "no setting levels"),
+        ({"bits": True}, "bits must be a whole number, got True"),
+        ({"group": 2.5}, "group must be a whole number, got 2.5"),
+    ],
+)
 def test_settings_that_are_refused(settings_, said):
     with pytest.raises(ValueError, match=said):
         codec("gear", **settings_)

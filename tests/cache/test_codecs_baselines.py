@@ -128,8 +128,14 @@ def test_svd_never_forms_a_page(monkeypatch):
     assert len(shapes) == 4 and all(shape[-2] == 5 for shape in shapes)
 
 
-ALL = [("kivi", {"bits": 2}), ("kivi", {"bits": 4, "group": 7}), ("rotated", {"bits": 2}), ("rotated", {"bits": 4, "mean": 1}),
-       ("svd", {"rank": 5}), ("svd", {"rank": 99, "factors": "int8"})]
+ALL = [
+    ("kivi", {"bits": 2}),
+    ("kivi", {"bits": 4, "group": 7}),
+    ("rotated", {"bits": 2}),
+    ("rotated", {"bits": 4, "mean": 1}),
+    ("svd", {"rank": 5}),
+    ("svd", {"rank": 99, "factors": "int8"}),
+]
 
 
 @pytest.mark.parametrize("name, own", ALL)
@@ -159,11 +165,20 @@ def test_constant_pages_and_the_range_of_bf16(name, own, value):
         assert torch.isfinite(y).all() and error(x.double(), y.double()) < 0.9
 
 
-@pytest.mark.parametrize("name, own, said", [
-    ("kivi", {"bits": 1}, "2, 3, 4, 8"), ("kivi", {"group": 0}, "got 0"), ("kivi", {"rank": 1}, "no setting rank"),
-    ("rotated", {"bits": 8}, "1, 2, 3, 4, 5, 6"), ("rotated", {"mean": 2}, "got 2"), ("rotated", {"rotation": "dct"}, "hadamard"),
-    ("rotated", {"seed": -1}, "got -1"), ("svd", {"rank": 0}, "got 0"), ("svd", {"factors": "int4"}, "bf16, fp16, int8"),
-])
+@pytest.mark.parametrize(
+    "name, own, said",
+    [
+        ("kivi", {"bits": 1}, "2, 3, 4, 8"),
+        ("kivi", {"group": 0}, "got 0"),
+        ("kivi", {"rank": 1}, "no setting rank"),
+        ("rotated", {"bits": 8}, "1, 2, 3, 4, 5, 6"),
+        ("rotated", {"mean": 2}, "got 2"),
+        ("rotated", {"rotation": "dct"}, "hadamard"),
+        ("rotated", {"seed": -1}, "got -1"),
+        ("svd", {"rank": 0}, "got 0"),
+        ("svd", {"factors": "int4"}, "bf16, fp16, int8"),
+    ],
+)
 def test_settings_that_are_refused(name, own, said):
     with pytest.raises(ValueError, match=said):
         codec(name, **own)

@@ -74,7 +74,7 @@ def test_gear_takes_any_backbone(backbone):
     made, bare = codec("gear", bits=2, backbone=backbone), codec("gear", bits=2, backbone=backbone, rank=0, outliers=0)
     assert (made.rank, made.outliers, made.backbone) == (4, 0.02, backbone)
     for before, ours, alone in zip(
-        (keys, values), made.decode(made.encode(keys, values)), bare.decode(bare.encode(keys, values)), strict=True,
+        (keys, values), made.decode(made.encode(keys, values)), bare.decode(bare.encode(keys, values)), strict=True
     ):
         assert (before - ours).norm() < 0.95 * (before - alone).norm()
 
@@ -125,8 +125,10 @@ def test_held_bytes_of_the_published_recipe():
 
 OLD = [
     # what version 0.1 was given, and what that is now
-    ("gear", {}, "tcq", {}, 32), ("gear", {"bits": 3}, "tcq", {"bits": 3}, 32),
-    ("gear-4bit", {}, "tcq-4bit", {}, 64), ("gear-2bit", {"value_bits": 3}, "tcq-2bit", {"value_bits": 3}, 64),
+    ("gear", {}, "tcq", {}, 32),
+    ("gear", {"bits": 3}, "tcq", {"bits": 3}, 32),
+    ("gear-4bit", {}, "tcq-4bit", {}, 64),
+    ("gear-2bit", {"value_bits": 3}, "tcq-2bit", {"value_bits": 3}, 64),
     ("gear-3bit", {"group": 32, "rank": 0, "rounds": 2}, "tcq-3bit", {}, 64),
     ("gear", {"key_bits": 2.5, "value_bits": 1.5}, "tcq", {"key_bits": 2.5, "value_bits": 1.5}, 32),
     ("gear", {"backbone": "rotated", "bits": 2}, "tcq", {"bits": 2}, 32),
@@ -155,13 +157,16 @@ def test_a_file_of_today_is_read_with_the_names_of_today(tmp_path, said):
     assert [one.key_bits for one in layers.read_layers(file)] == [4.5, 3.25] and not said()
 
 
-@pytest.mark.parametrize("name, settings, new, expected", [
-    ("gear-3bit", {}, "tcq-3bit", {"key_bits": 3.25}),
-    ("gear-3bit", {"rank": 2}, "gear", {"rank": 2, "backbone": "trellis", "bits": 3}),
-    ("gear", {"backbone": "rotated", "bits": 2}, "tcq", {"bits": 2}),
-    ("gear-4bit", {"backbone": "rotated"}, "tcq-4bit", {"bits": 4}),
-    ("gear", {"key_bits": 3.75, "value_bits": 3}, "tcq", {"key_bits": 3.75, "value_bits": 3}),
-])
+@pytest.mark.parametrize(
+    "name, settings, new, expected",
+    [
+        ("gear-3bit", {}, "tcq-3bit", {"key_bits": 3.25}),
+        ("gear-3bit", {"rank": 2}, "gear", {"rank": 2, "backbone": "trellis", "bits": 3}),
+        ("gear", {"backbone": "rotated", "bits": 2}, "tcq", {"bits": 2}),
+        ("gear-4bit", {"backbone": "rotated"}, "tcq-4bit", {"bits": 4}),
+        ("gear", {"key_bits": 3.75, "value_bits": 3}, "tcq", {"key_bits": 3.75, "value_bits": 3}),
+    ],
+)
 def test_names_and_settings_that_are_gone_keep_their_meaning(name, settings, new, expected, said):
     for _ in range(3):
         made = codec(name, **settings)
@@ -170,10 +175,16 @@ def test_names_and_settings_that_are_gone_keep_their_meaning(name, settings, new
     assert text.startswith(f"dmc: the codec {name}") and f"is now called {new}" in text
 
 
-@pytest.mark.parametrize("name, settings, words", [
-    ("gear", {}, "now called tcq"), ("gear", {"bits": 2}, "now called tcq"), ("gear-4bit", {}, "now called tcq-4bit"),
-    ("gear-2bit", {"rank": 2}, "now called tcq-2bit"), ("gear", {"backbone": "kivi"}, "over kivi has rank 4, as published"),
-])
+@pytest.mark.parametrize(
+    "name, settings, words",
+    [
+        ("gear", {}, "now called tcq"),
+        ("gear", {"bits": 2}, "now called tcq"),
+        ("gear-4bit", {}, "now called tcq-4bit"),
+        ("gear-2bit", {"rank": 2}, "now called tcq-2bit"),
+        ("gear", {"backbone": "kivi"}, "over kivi has rank 4, as published"),
+    ],
+)
 def test_names_that_mean_something_else_now_say_so_once(name, settings, words, said):
     for _ in range(3):
         assert isinstance(codec(name, **settings), GearCodec)
@@ -181,19 +192,23 @@ def test_names_that_mean_something_else_now_say_so_once(name, settings, words, s
     assert text.startswith(f"dmc: the codec {name} ") and words in text
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("gear", {"backbone": "trellis"}), ("gear", {"bits": 2, "backbone": "kivi", "rank": 4}), ("tcq-4bit", {}), ("kivi", {}),
-])
+@pytest.mark.parametrize(
+    "name, settings",
+    [("gear", {"backbone": "trellis"}), ("gear", {"bits": 2, "backbone": "kivi", "rank": 4}), ("tcq-4bit", {}), ("kivi", {})],
+)
 def test_what_was_never_another_thing_says_nothing(name, settings, said):
     assert codec(name, **settings).name == name and not said()
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"group": 32}, "group=32 is a setting of the backbones kivi, token: leave it out with kcvt"),
-    ({"backbone": "trellis", "scale_dtype": "fp32"}, "scale_dtype=fp32 is a setting of the backbones kcvt, kivi, token"),
-    ({"backbone": "lloyd", "bits": 8}, "bits must be whole bits from 1 to 6 with the backbone lloyd, got 8"),
-    ({"backbone": "kivi", "key_bits": 2.5}, "key_bits must be whole bits from 1 to 8 with the backbone kivi, got 2.5"),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"group": 32}, "group=32 is a setting of the backbones kivi, token: leave it out with kcvt"),
+        ({"backbone": "trellis", "scale_dtype": "fp32"}, "scale_dtype=fp32 is a setting of the backbones kcvt, kivi, token"),
+        ({"backbone": "lloyd", "bits": 8}, "bits must be whole bits from 1 to 6 with the backbone lloyd, got 8"),
+        ({"backbone": "kivi", "key_bits": 2.5}, "key_bits must be whole bits from 1 to 8 with the backbone kivi, got 2.5"),
+    ],
+)
 def test_settings_that_would_do_nothing_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         codec("gear", **settings)

@@ -79,8 +79,12 @@ def test_rotation_is_orthogonal_and_spreads_every_channel(size):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from(PRESETS), st.integers(1, 80), st.integers(1, 100), st.integers(0, 2**31),
-    st.sampled_from((0, 0.02)), st.integers(0, 2),
+    st.sampled_from(PRESETS),
+    st.integers(1, 80),
+    st.integers(1, 100),
+    st.integers(0, 2**31),
+    st.sampled_from((0, 0.02)),
+    st.integers(0, 2),
 )
 def test_any_block_and_any_head_size(name, entries, size, seed, outliers, rank):
     """Attention over blocks is attention over what they decode to, and fp64 agrees."""
@@ -188,10 +192,15 @@ def test_sinks_stay_exact_under_every_preset():
         assert KVCache(shape, policy("full"), codec(name), slots=1).rows.storage.sink_tokens == 4
 
 
-@pytest.mark.parametrize("settings_, said", [
-    ({"key_bits": 9}, "key_bits must be quarters of a bit from 1 to 8"), ({"value_bits": 2.1}, "value_bits"),
-    ({"rank": 2}, "the tcq.* codec has no setting rank; it has: bits, key_bits, value_bits"), ({"bits": 5}, "2, 3, 4, 8"),
-])
+@pytest.mark.parametrize(
+    "settings_, said",
+    [
+        ({"key_bits": 9}, "key_bits must be quarters of a bit from 1 to 8"),
+        ({"value_bits": 2.1}, "value_bits"),
+        ({"rank": 2}, "the tcq.* codec has no setting rank; it has: bits, key_bits, value_bits"),
+        ({"bits": 5}, "2, 3, 4, 8"),
+    ],
+)
 def test_settings_that_are_refused(settings_, said):
     with pytest.raises(ValueError, match=said):
         codec("tcq", **settings_)

@@ -154,8 +154,9 @@ def test_a_model_with_an_attention_factor_is_calibrated_and_served(tmp_path):
     assert read(tmp_path / "e").scaling == Decoder.load(directory, dtype=torch.float32).rope.scaling > 1.1
     settings = {"eigen": {"codec_settings": {"file": str(tmp_path / "e")}}, "dense": {}}
     exact, stored = (
-        LLM(directory, device="cpu", dtype="fp32", codec=name, page_size=4, **own).score(
-            windows.tokens[:1].tolist(), prompt_tokens=20)[0].logprobs
+        LLM(directory, device="cpu", dtype="fp32", codec=name, page_size=4, **own)
+        .score(windows.tokens[:1].tolist(), prompt_tokens=20)[0]
+        .logprobs
         for name, own in reversed(settings.items())
     )
     assert (exact - stored).abs().max() < 0.1
@@ -203,9 +204,13 @@ def test_settings_for_each_layer_from_a_file(directory, tmp_path, capsys):
     write(layers=[{"bits": 4}] * 2)
     assert len({id(one) for one in read_layers(file)}) == 1
     for change, said in (
-        ({"format": "x"}, "not a file of layers"), ({"codec": 3}, "lacks a codec's name"), ({"layers": []}, "list of layers"),
-        ({"more": 1}, "unknown key 'more'"), ({"layers": [{}, {"bits": 9}]}, "layer 1: tcq codec: bits must be"),
-        ({"layers": [3]}, "layer 0: settings must be an object"), ({"layers": [{}]}, "1 codecs were given"),
+        ({"format": "x"}, "not a file of layers"),
+        ({"codec": 3}, "lacks a codec's name"),
+        ({"layers": []}, "list of layers"),
+        ({"more": 1}, "unknown key 'more'"),
+        ({"layers": [{}, {"bits": 9}]}, "layer 1: tcq codec: bits must be"),
+        ({"layers": [3]}, "layer 0: settings must be an object"),
+        ({"layers": [{}]}, "1 codecs were given"),
     ):
         write(**change)
         assert cli.main(["generate", str(directory), "--prompt", "a", "--codec-layers", str(file), "--device", "cpu"]) == 2

@@ -43,8 +43,14 @@ def dense(parts, window, sinks, merge, power=1.0):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 50), st.data(), st.booleans(), st.integers(0, 20), st.integers(0, 9), st.booleans(),
-    st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 999),
+    st.integers(1, 50),
+    st.data(),
+    st.booleans(),
+    st.integers(0, 20),
+    st.integers(0, 9),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.integers(0, 999),
 )
 def test_queries_see_what_the_definition_says(length, data, merge, window, sinks, ahead, power, seed):
     """Any split of a text into prompt chunks and generated tokens gives the dense result, and as many entries."""
@@ -83,17 +89,25 @@ def test_settings():
     assert not policy("gate", decisions=fitted, target_cr=3).merges
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"decisions": None}, "policy gate needs decisions: give a file that `dmc calibrate MODEL --decisions` has made"),
-    ({"target_cr": None}, "policy gate needs target_cr"), ({"target_cr": "x"}, "target_cr=x must be a number"),
-    ({"target_cr": 0.5}, "at least 1, got 0.5"), ({"target_cr": 200}, "target CR 200 is impossible at 1024 tokens"),
-    ({"target_cr": 3, "length": 20}, "impossible at 20 tokens"), ({"length": 1.5}, "length=1.5 must be a whole number"),
-    ({"merge": 1}, "merge=1 must be true or false"), ({"merge": "yes"}, "merge=yes must be true or false"),
-    ({"power": 1}, "give merge=true"), ({"merge": True, "power": -1}, "power=-1 must be a finite number"),
-    ({"merge": True, "power": float("inf")}, "power=inf must be"),
-    ({"decisions": "none.safetensors"}, "none.safetensors is missing"),
-    ({"window": 4}, "no setting window"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decisions": None}, "policy gate needs decisions: give a file that `dmc calibrate MODEL --decisions` has made"),
+        ({"target_cr": None}, "policy gate needs target_cr"),
+        ({"target_cr": "x"}, "target_cr=x must be a number"),
+        ({"target_cr": 0.5}, "at least 1, got 0.5"),
+        ({"target_cr": 200}, "target CR 200 is impossible at 1024 tokens"),
+        ({"target_cr": 3, "length": 20}, "impossible at 20 tokens"),
+        ({"length": 1.5}, "length=1.5 must be a whole number"),
+        ({"merge": 1}, "merge=1 must be true or false"),
+        ({"merge": "yes"}, "merge=yes must be true or false"),
+        ({"power": 1}, "give merge=true"),
+        ({"merge": True, "power": -1}, "power=-1 must be a finite number"),
+        ({"merge": True, "power": float("inf")}, "power=inf must be"),
+        ({"decisions": "none.safetensors"}, "none.safetensors is missing"),
+        ({"window": 4}, "no setting window"),
+    ],
+)
 def test_bad_settings(changes, words):
     with pytest.raises(ValueError, match=words):
         policy("gate", **{"decisions": random_decisions(window=9), "target_cr": 3} | changes)

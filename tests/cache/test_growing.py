@@ -184,7 +184,10 @@ def test_no_layer_waits_for_the_device(merges, monkeypatch):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(1, 7), st.integers(0, 3), st.integers(0, 4),
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    st.integers(1, 7),
+    st.integers(0, 3),
+    st.integers(0, 4),
     st.integers(0, 99),
 )
 def test_a_step_needs_no_more_than_was_counted(lengths, page, sinks, window, seed):

@@ -26,8 +26,16 @@ NOBODY, LAYERS, HEADS, QUERIES, SIZE, TOKENS, START = torch.empty(0, dtype=torch
 LONG = [1, SIZE // 2 - 2, SIZE // 2 - 1, SIZE // 2 + 1, SIZE - 2, SIZE - 1]
 ROPE = Rope(frequencies(SIZE, 1e6))
 CODECS = {
-    "int8": {}, "fp8": {}, "tcq-4bit": {}, "tcq-3bit": {}, "tcq-2bit": {}, "gear-4bit": {}, "gear-2bit": {}, "kivi": {"bits": 2},
-    "rotated": {}, "svd": {},
+    "int8": {},
+    "fp8": {},
+    "tcq-4bit": {},
+    "tcq-3bit": {},
+    "tcq-2bit": {},
+    "gear-4bit": {},
+    "gear-2bit": {},
+    "kivi": {"bits": 2},
+    "rotated": {},
+    "svd": {},
 }
 
 
@@ -51,8 +59,15 @@ def inputs(bias):
         query = normal(TOKENS, QUERIES, SIZE)
         query[..., LONG] /= 100  # as trained models have it: the bias decides little, it is only long
         merge = (normal(TOKENS, HEADS) > 0).float()
-        layers.append((query, normal(TOKENS, HEADS, SIZE) + bias[layer], normal(TOKENS, HEADS, SIZE), merge,
-                       normal(TOKENS, HEADS).sigmoid()))
+        layers.append(
+            (
+                query,
+                normal(TOKENS, HEADS, SIZE) + bias[layer],
+                normal(TOKENS, HEADS, SIZE),
+                merge,
+                normal(TOKENS, HEADS).sigmoid(),
+            )
+        )
     return layers
 
 
@@ -60,8 +75,14 @@ def outs(name, policy_name, bias, *, apart=True, backend="auto", page_size=8, st
     """Outputs of a prompt and single steps of a sequence that is forked and swapped on the way, fp32."""
     with using(backend):
         cache = KVCache(
-            Shape(LAYERS, HEADS, SIZE, torch.float32), policy(policy_name, **POLICIES[policy_name]),
-            codec(name, **CODECS.get(name, {})), slots=2, page_size=page_size, sink_tokens=1, window=1, exact_dtype="fp32",
+            Shape(LAYERS, HEADS, SIZE, torch.float32),
+            policy(policy_name, **POLICIES[policy_name]),
+            codec(name, **CODECS.get(name, {})),
+            slots=2,
+            page_size=page_size,
+            sink_tokens=1,
+            window=1,
+            exact_dtype="fp32",
             key_bias=KeyBias(bias, ROPE) if apart else None,
         )
         prompt, found = cache.prompt(), []

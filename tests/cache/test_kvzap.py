@@ -101,15 +101,21 @@ def test_it_reads_fitted_decisions_without_a_look_ahead(tmp_path):
         policy("kvzap", file=str(tmp_path / "True.safetensors"))
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    (dict(file="/no/such"), "/no/such does not hold the tensors weight and bias"),
-    (dict(file="WRONG"), "does not hold the tensors weight and bias"), (dict(window=1), "window=1 must be a whole number"),
-    (dict(budget=20), "budget=20 must be at least the window of 32"),
-    (dict(threshold="low"), "threshold=low must be a finite number"),
-    (dict(threshold=math.nan), "threshold=nan must be a finite number"), (dict(threshold=[1]), "must be a finite number"),
-    (dict(threshold=1, share=0.25), "threshold=1 and share=0.25 are two budgets"), (dict(file=3), "file=3 must be the path"),
-    (dict(file="NAN"), "has weights that are not finite"),
-])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(file="/no/such"), "/no/such does not hold the tensors weight and bias"),
+        (dict(file="WRONG"), "does not hold the tensors weight and bias"),
+        (dict(window=1), "window=1 must be a whole number"),
+        (dict(budget=20), "budget=20 must be at least the window of 32"),
+        (dict(threshold="low"), "threshold=low must be a finite number"),
+        (dict(threshold=math.nan), "threshold=nan must be a finite number"),
+        (dict(threshold=[1]), "must be a finite number"),
+        (dict(threshold=1, share=0.25), "threshold=1 and share=0.25 are two budgets"),
+        (dict(file=3), "file=3 must be the path"),
+        (dict(file="NAN"), "has weights that are not finite"),
+    ],
+)
 def test_bad_settings_are_one_sentence(heads, tmp_path, settings, said):
     save_file({"weights": torch.zeros(2)}, tmp_path / "wrong")
     if settings.get("file") == "NAN":

@@ -24,8 +24,12 @@ def make(codec_name="dense", *, name="dmc", window=5, slots=3, memory=None, dtyp
     sizes = {"page_size": 4, "sink_tokens": 2, "window": 1} | changes
     made = policy(name, window=window, **({} if most is None else {"max_entries": most}))
     return KVCache(
-        Shape(LAYERS, HEADS, SIZE, dtype), made, stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE), slots=slots,
-        memory=memory, **sizes,
+        Shape(LAYERS, HEADS, SIZE, dtype),
+        made,
+        stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE),
+        slots=slots,
+        memory=memory,
+        **sizes,
     )
 
 
@@ -105,8 +109,16 @@ def held(parts, window, name, most=None):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 60), st.data(), st.sampled_from(["dmc", "dms"]), st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 70)),
-    st.booleans(), st.sampled_from([None, 1, 2, 5]), st.integers(1, 7), st.integers(0, 5), st.integers(0, 4), st.integers(0, 999),
+    st.integers(1, 60),
+    st.data(),
+    st.sampled_from(["dmc", "dms"]),
+    st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, 70)),
+    st.booleans(),
+    st.sampled_from([None, 1, 2, 5]),
+    st.integers(1, 7),
+    st.integers(0, 5),
+    st.integers(0, 4),
+    st.integers(0, 999),
 )
 def test_queries_see_what_the_definition_says(length, data, name, window, ahead, most, page_size, sinks, recent, seed):
     """Any split of a text into prompt chunks and generated tokens gives the dense result, and as many entries."""
@@ -215,11 +227,16 @@ def test_a_bound_needs_an_entry_behind_the_sinks(sinks):
         make("int8", most=sinks, sink_tokens=sinks)
 
 
-@pytest.mark.parametrize(("settings_", "words"), [
-    (dict(window=-1), "window=-1 must be a whole number, at least 0"), (dict(window=4, max_entries=0), "max_entries=0 must be"),
-    (dict(max_entries=4), "merging at once has no window"), (dict(window=2.5), "window=2.5 must be"),
-    (dict(window=4, max_entries=True), "max_entries=True must be"),
-])
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        (dict(window=-1), "window=-1 must be a whole number, at least 0"),
+        (dict(window=4, max_entries=0), "max_entries=0 must be"),
+        (dict(max_entries=4), "merging at once has no window"),
+        (dict(window=2.5), "window=2.5 must be"),
+        (dict(window=4, max_entries=True), "max_entries=True must be"),
+    ],
+)
 def test_settings_out_of_range(settings_, words):
     with pytest.raises(ValueError, match=words):
         policy("dmc", **settings_)

@@ -37,12 +37,18 @@ def run(backend, name, codec, window, *, most=None, prompt=10, length=16, ahead=
     return cache, slots, texts, [[torch.cat(out) for out in each] for each in outs]
 
 
-@pytest.mark.parametrize(("name", "window", "most", "ahead"), [
-    ("dmc", 5, None, True), ("dms", 5, None, False), ("dmc", 3, 4, False),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("dms", 3, 4, True), ("dmc", 0, None, False), ("dms", 0, None, False), ("dmc", 20, None, True),
-    )),
-])
+@pytest.mark.parametrize(
+    ("name", "window", "most", "ahead"),
+    [
+        ("dmc", 5, None, True),
+        ("dms", 5, None, False),
+        ("dmc", 3, 4, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dms", 3, 4, True), ("dmc", 0, None, False), ("dms", 0, None, False), ("dmc", 20, None, True))
+        ),
+    ],
+)
 def test_decode_is_the_dense_definition(name, window, most, ahead):
     cache, slots, texts, outs = run("triton", name, "dense", window, most=most, ahead=ahead)
     for n, text in enumerate(texts):
@@ -51,9 +57,14 @@ def test_decode_is_the_dense_definition(name, window, most, ahead):
             assert torch.equal(cache.entries(slots[n])[layer].float(), held(parts, window, name, most).float())
 
 
-@pytest.mark.parametrize(("name", "codec"), [
-    ("dmc", "int8"), pytest.param("dms", "int8", marks=pytest.mark.slow), pytest.param("dmc", "tcq-4bit", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("dmc", "int8"),
+        pytest.param("dms", "int8", marks=pytest.mark.slow),
+        pytest.param("dmc", "tcq-4bit", marks=pytest.mark.slow),
+    ],
+)
 def test_encoded_pages_are_those_of_pytorch(name, codec):
     """Same outputs as by PyTorch, over pages that were encoded on the way."""
     length = 70 if "tcq" in codec else 20
@@ -114,10 +125,16 @@ def test_an_engine_gives_the_same_tokens(kind, tmp_path):
     }.get(kind)
     fields = tiny.config("head", dmc=made) if made else tiny.config()
     directory = tiny.write(tmp_path / "model", fields, tiny.weights(fields))
-    given = {} if made else {
-        "policy": "gate", "decisions": random_decisions(window=window, model=model_hash(directory)), "target_cr": 2,
-        "policy_settings": {"merge": True, "length": 40},
-    }
+    given = (
+        {}
+        if made
+        else {
+            "policy": "gate",
+            "decisions": random_decisions(window=window, model=model_hash(directory)),
+            "target_cr": 2,
+            "policy_settings": {"merge": True, "length": 40},
+        }
+    )
     both, params = [], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     for backend in ("triton", "torch"):
         with using(backend):

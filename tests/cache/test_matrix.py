@@ -11,7 +11,10 @@ from tests.cache.decisions import random_decisions, random_heads
 from tests.cache.test_rows import HEADS, LAYERS, SIZE, decode, make, prefill, tokens
 
 SETTINGS = {
-    "streaming": {"sinks": 2, "recent": 12}, "h2o": {"heavy": 6, "recent": 6}, "tova": {"budget": 12}, "dms": {"window": 4},
+    "streaming": {"sinks": 2, "recent": 12},
+    "h2o": {"heavy": 6, "recent": 6},
+    "tova": {"budget": 12},
+    "dms": {"window": 4},
     "gate": {"decisions": random_decisions(window=4), "target_cr": 2},
 }
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "matrix.md"

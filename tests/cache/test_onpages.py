@@ -23,9 +23,9 @@ def outs(name, layers, prompt, chunk, backend, **settings):
 SLOW = [pytest.param(name, policy, marks=pytest.mark.slow) for name in READ for policy in ("dmc", "full")]
 
 
-@pytest.mark.parametrize(("name", "policy_name"), [
-    ("dense", "dmc"), ("gear-4bit", "dmc"), ("tcq-4bit", "dmc"), ("int8", "full"), *SLOW,
-])
+@pytest.mark.parametrize(
+    ("name", "policy_name"), [("dense", "dmc"), ("gear-4bit", "dmc"), ("tcq-4bit", "dmc"), ("int8", "full"), *SLOW]
+)
 def test_prompts_and_generated_tokens_come_out_the_same(name, policy_name):
     """Chunks of a prompt (some of whose queries see merged entries) and tokens after it, pages closed on the way."""
     layers = tokens(40, seed=5)
@@ -33,10 +33,13 @@ def test_prompts_and_generated_tokens_come_out_the_same(name, policy_name):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(backbone="kivi"),
-    *(pytest.param(dict(backbone=name, bits=2, outliers=0.1), marks=pytest.mark.slow) for name in ("kcvt", "token")),
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(backbone="kivi"),
+        *(pytest.param(dict(backbone=name, bits=2, outliers=0.1), marks=pytest.mark.slow) for name in ("kcvt", "token")),
+    ],
+)
 def test_every_backbone_of_gear(settings, monkeypatch):
     monkeypatch.setattr("tests.cache.test_rows.stored", lambda name, **_: codec(name, **settings))
     layers = tokens(36, seed=6)

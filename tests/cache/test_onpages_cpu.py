@@ -14,7 +14,11 @@ from tests.cache.stored import frequencies
 
 NOBODY, HEADS, QUERIES, SIZE, SEQUENCES = torch.empty(0, dtype=torch.int64), 2, 4, 8, 3
 POLICIES = {
-    "dmc": {}, "full": {}, "streaming": dict(sinks=1, recent=11), "h2o": dict(heavy=7, recent=6), "tova": dict(budget=13),
+    "dmc": {},
+    "full": {},
+    "streaming": dict(sinks=1, recent=11),
+    "h2o": dict(heavy=7, recent=6),
+    "tova": dict(budget=13),
     "dms": dict(window=7),
 }
 CODECS = {"dense": {}, "int8": {}, "fp8": {}, "tcq": {"bits": 4}, "tcq-3bit": {}, "tcq-2bit": {}, "gear": {}, "kivi": {}}
@@ -35,15 +39,30 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
     with using(backend):
         chosen, codecs = policy(policy_name, **POLICIES[policy_name]), [codec(name, **CODECS[name]) for name in names]
         cache = KVCache(
-            Shape(len(names), HEADS, SIZE, torch.float32), chosen, codecs,
-            slots=2 * SEQUENCES, memory=memory, page_size=page_size, sink_tokens=2, window=1, exact_dtype=exact,
+            Shape(len(names), HEADS, SIZE, torch.float32),
+            chosen,
+            codecs,
+            slots=2 * SEQUENCES,
+            memory=memory,
+            page_size=page_size,
+            sink_tokens=2,
+            window=1,
+            exact_dtype=exact,
         )
         assert all(reader.on_pages == (backend == "auto") for reader in cache.readers)
         g = torch.Generator().manual_seed(3)
         normal = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
         texts = [
-            [(normal(tokens, QUERIES, SIZE), normal(tokens, HEADS, SIZE), normal(tokens, HEADS, SIZE),
-              (normal(tokens, HEADS) > 0).float(), normal(tokens, HEADS).sigmoid()) for _ in names]
+            [
+                (
+                    normal(tokens, QUERIES, SIZE),
+                    normal(tokens, HEADS, SIZE),
+                    normal(tokens, HEADS, SIZE),
+                    (normal(tokens, HEADS) > 0).float(),
+                    normal(tokens, HEADS).sigmoid(),
+                )
+                for _ in names
+            ]
             for _ in range(SEQUENCES)
         ]
         slots, places, found = [], [3, 9, 21], []
@@ -69,8 +88,11 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3), st.sampled_from(list(POLICIES)),
-    st.sampled_from([None, 1, 4, 12, 16]), st.sampled_from([None, "fp32", "bf16"]), st.booleans(),
+    st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3),
+    st.sampled_from(list(POLICIES)),
+    st.sampled_from([None, 1, 4, 12, 16]),
+    st.sampled_from([None, "fp32", "bf16"]),
+    st.booleans(),
 )
 @example(["tcq"], "dmc", 4, None, False)
 @example(["dense", "tcq-2bit", "int8"], "full", 12, "fp32", True)

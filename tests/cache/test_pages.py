@@ -71,13 +71,13 @@ TestPool.settings = settings(max_examples=40, stateful_step_count=25, deadline=N
 def test_layout_packs_fields_and_keeps_them_aligned():
     assert LAYOUT.nbytes == 40  # 24 + 6 + 5, up to a multiple of 8
     views = LAYOUT.views(torch.zeros(3, 40, dtype=torch.uint8))
-    assert {name: tuple(view.shape) for name, view in views.items()} == {
-        "marks": (3, 2, 3), "bytes": (3, 5), "halves": (3, 3),
-    }
+    assert {name: tuple(view.shape) for name, view in views.items()} == {"marks": (3, 2, 3), "bytes": (3, 5), "halves": (3, 3)}
 
 
-FIELDS = st.tuples(st.sampled_from([torch.uint8, torch.int8, torch.bfloat16, torch.int32, torch.float32, torch.float64]),
-                   st.tuples(st.integers(1, 9), st.integers(1, 70)))
+FIELDS = st.tuples(
+    st.sampled_from([torch.uint8, torch.int8, torch.bfloat16, torch.int32, torch.float32, torch.float64]),
+    st.tuples(st.integers(1, 9), st.integers(1, 70)),
+)
 
 
 @given(st.dictionaries(st.text("abcdef", min_size=1), FIELDS, min_size=1, max_size=9))

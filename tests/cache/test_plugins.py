@@ -16,7 +16,7 @@ from dmc.evaluation.spec import named
 from dmc.kernels.backend import using
 from tests.model import tiny
 
-MODULE = '''
+MODULE = """
 from dmc.cache.codecs.int8 import Int8Codec
 from dmc.cache.policies.streaming import StreamingPolicy
 
@@ -51,7 +51,7 @@ class Failing(Int8Codec):
 
 
 nothing = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -93,7 +93,8 @@ def test_the_names(package):
         ("oldest", "unknown policy 'oldest'; known: full, .*gate, .*newest.*; or module:Class of your own"),
         ("lost", "the policy lost .acme_kv:Lost. cannot be imported: AttributeError"),
         ("acme_nothing:Newest", "cannot be imported: ModuleNotFoundError"),
-        ("acme_kv:nothing", "is not a subclass of dmc.cache.policies.base.Policy"), ("acme_kv:Mine", "is not a subclass of"),
+        ("acme_kv:nothing", "is not a subclass of dmc.cache.policies.base.Policy"),
+        ("acme_kv:Mine", "is not a subclass of"),
     ):
         with pytest.raises(ValueError, match=words):
             policy_class(name)
@@ -153,10 +154,16 @@ class Zeros(Int8Codec):
         return Blocks(blocks.tensors | {"k_zero": blocks.tensors["k_scale"]}, blocks.entries, blocks.head_size)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (Halves, r"int8 pages: the kernels read k_scale as bfloat16 \[16\], and the codec stores float16 \[16\]; without make_page"),
-    (Zeros, "int8 pages: the kernels do not read the field k_zero; without make_page_format in the codec, PyTorch reads"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (
+            Halves,
+            r"int8 pages: the kernels read k_scale as bfloat16 \[16\], and the codec stores float16 \[16\]; without make_page",
+        ),
+        (Zeros, "int8 pages: the kernels do not read the field k_zero; without make_page_format in the codec, PyTorch reads"),
+    ],
+)
 def test_pages_that_kernels_would_misread_are_rejected(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         wrong().page_format(16, 8, torch.float32)

@@ -82,14 +82,15 @@ def dense(parts, kind, budget=14):
 def evicting(made, codec_name="dense", **changes):
     sizes = {"page_size": 4, "sink_tokens": 2, "window": 1} | changes
     return KVCache(
-        Shape(LAYERS, HEADS, SIZE, torch.float32), made, stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE), slots=3,
-        **sizes
+        Shape(LAYERS, HEADS, SIZE, torch.float32),
+        made,
+        stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE),
+        slots=3,
+        **sizes,
     )
 
 
-POLICIES = {
-    "streaming": lambda: policy("streaming", sinks=3, recent=12), "heavy": Heavy, "latest": Latest,
-}
+POLICIES = {"streaming": lambda: policy("streaming", sinks=3, recent=12), "heavy": Heavy, "latest": Latest}
 
 
 @pytest.mark.parametrize("kind", POLICIES)
@@ -140,9 +141,14 @@ def test_a_fork_of_an_evicting_sequence_lives_alone():
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"recent": 0}, "recent=0"), ({"sinks": -1}, "sinks=-1"), ({"budget": 3}, "no setting budget; it has: sinks, recent, share"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"recent": 0}, "recent=0"),
+        ({"sinks": -1}, "sinks=-1"),
+        ({"budget": 3}, "no setting budget; it has: sinks, recent, share"),
+    ],
+)
 def test_settings_that_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         policy("streaming", **settings)

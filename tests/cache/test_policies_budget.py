@@ -37,7 +37,7 @@ def check_row(made, held, following):
 
 def run(made, length, prompt, page_size, sinks, codec_name):
     cache = KVCache(
-        Shape(LAYERS, HEADS, SIZE, torch.float32), made, codec(codec_name), slots=2, page_size=page_size, sink_tokens=sinks,
+        Shape(LAYERS, HEADS, SIZE, torch.float32), made, codec(codec_name), slots=2, page_size=page_size, sink_tokens=sinks
     )
     layers = tokens(length, seed=length)
     slot = cache.load(prefill(cache, layers, prompt, chunk=7))
@@ -57,9 +57,10 @@ def run(made, length, prompt, page_size, sinks, codec_name):
     assert cache.rows.pool.used == 0
 
 
-@pytest.mark.parametrize("name, chosen, marks", [
-    ("h2o", {"heavy": 14, "recent": 12}, 8), ("tova", {"budget": 26}, 8), ("streaming", {"sinks": 4, "recent": 22}, 4),
-])
+@pytest.mark.parametrize(
+    "name, chosen, marks",
+    [("h2o", {"heavy": 14, "recent": 12}, 8), ("tova", {"budget": 26}, 8), ("streaming", {"sinks": 4, "recent": 22}, 4)],
+)
 def test_bytes_are_those_of_the_formula(name, chosen, marks):
     """(budget - 2) entries of 2 D b bytes and their marks, up to whole pages: 16 encoded entries, the rest exact."""
     made = policy(name, **chosen)
@@ -77,13 +78,12 @@ def test_bytes_are_those_of_the_formula(name, chosen, marks):
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    st.data(), st.integers(2, 45), st.integers(1, 5), st.integers(0, 3), st.sampled_from(["dense", "tcq"]), SHARES,
-)
+@given(st.data(), st.integers(2, 45), st.integers(1, 5), st.integers(0, 3), st.sampled_from(["dense", "tcq"]), SHARES)
 @pytest.mark.parametrize("name", ["h2o", "tova", "streaming"])
 def test_promises(name, data, length, page_size, sinks, codec_name, share):
     chosen = {
-        "h2o": {"heavy": st.integers(1, 12), "recent": st.integers(2, 12)}, "tova": {"budget": st.integers(2, 24)},
+        "h2o": {"heavy": st.integers(1, 12), "recent": st.integers(2, 12)},
+        "tova": {"budget": st.integers(2, 24)},
         "streaming": {"sinks": st.integers(0, 6), "recent": st.integers(2, 12)},
     }[name]
     made = policy(name, **{setting: data.draw(values) for setting, values in chosen.items()}, share=share)
@@ -111,13 +111,20 @@ def test_a_share_is_one_number_for_counts_and_tensors(share, count):
     assert budget.of_tokens(share, count + 1) - whole in (0, 1)
 
 
-@pytest.mark.parametrize("name, settings_, said", [
-    ("h2o", {"heavy": 0}, "heavy=0 must be a whole number, at least 1"), ("h2o", {"recent": 1}, "recent=1 .* at least 2"),
-    ("tova", {"budget": 1}, "budget=1 .* at least 2"), ("tova", {"budget": 12.5}, "budget=12.5 must be a whole number"),
-    ("h2o", {"share": 0}, "share=0 must be above 0 and at most 1"), ("tova", {"share": "half"}, "share=half must be above 0"),
-    ("streaming", {"recent": 1}, "recent=1 .* at least 2"), ("streaming", {"sinks": 15, "share": 0.5}, "sinks=15 .* at most 14"),
-    ("tova", {"heavy": 3}, "no setting heavy; it has: budget, share"),
-])
+@pytest.mark.parametrize(
+    "name, settings_, said",
+    [
+        ("h2o", {"heavy": 0}, "heavy=0 must be a whole number, at least 1"),
+        ("h2o", {"recent": 1}, "recent=1 .* at least 2"),
+        ("tova", {"budget": 1}, "budget=1 .* at least 2"),
+        ("tova", {"budget": 12.5}, "budget=12.5 must be a whole number"),
+        ("h2o", {"share": 0}, "share=0 must be above 0 and at most 1"),
+        ("tova", {"share": "half"}, "share=half must be above 0"),
+        ("streaming", {"recent": 1}, "recent=1 .* at least 2"),
+        ("streaming", {"sinks": 15, "share": 0.5}, "sinks=15 .* at most 14"),
+        ("tova", {"heavy": 3}, "no setting heavy; it has: budget, share"),
+    ],
+)
 def test_settings_that_are_refused(name, settings_, said):
     with pytest.raises(ValueError, match=said):
         policy(name, **settings_)

@@ -17,8 +17,12 @@ from tests.model import tiny
 
 COUNT, PROMPT, BUDGET, WINDOW, GROUP = 56, 40, 14, 6, QUERY_HEADS // HEADS
 SETTINGS = {
-    "snapkv": dict(window=WINDOW, kernel=3), "pyramidkv": dict(window=WINDOW, kernel=3, beta=4),
-    "adakv": dict(window=WINDOW, kernel=3, least=0.25), "expected": dict(future=9, sinks=2), "knorm": {}, "random": dict(seed=3),
+    "snapkv": dict(window=WINDOW, kernel=3),
+    "pyramidkv": dict(window=WINDOW, kernel=3, beta=4),
+    "adakv": dict(window=WINDOW, kernel=3, least=0.25),
+    "expected": dict(future=9, sinks=2),
+    "knorm": {},
+    "random": dict(seed=3),
     "merged": dict(budget=36),
 }
 
@@ -83,9 +87,7 @@ def chosen_expected(parts, layer, size):
                 turns.append(rotate(torch.eye(SIZE).double()[:, None], tuple(x.expand(SIZE, 1, -1) for x in table))[:, 0].T)
             turn = torch.stack(turns).mean(0)
             mean, covariance = turn @ mine.mean(0), turn @ torch.cov(mine.T, correction=0) @ turn.T
-            logits = torch.stack([
-                k @ mean / math.sqrt(SIZE) + k @ covariance @ k / (2 * SIZE) for k in key[head, : PROMPT - 1]
-            ])
+            logits = torch.stack([k @ mean / math.sqrt(SIZE) + k @ covariance @ k / (2 * SIZE) for k in key[head, : PROMPT - 1]])
             weights += logits.softmax(-1) / GROUP
         scores = weights * value[head, : PROMPT - 1].norm(dim=-1)
         scores[:2] = math.inf
@@ -102,7 +104,10 @@ def held_by(cache, prompt, number):
 
 def cache_of(one, codec="dense", **sizes):
     return KVCache(
-        Shape(LAYERS, HEADS, SIZE, torch.float32), one, stored(codec, layers=LAYERS, heads=HEADS, size=SIZE), slots=3,
+        Shape(LAYERS, HEADS, SIZE, torch.float32),
+        one,
+        stored(codec, layers=LAYERS, heads=HEADS, size=SIZE),
+        slots=3,
         **{"page_size": 4, "sink_tokens": 2, "window": 1} | sizes,
     )
 
@@ -232,7 +237,8 @@ def test_alone_and_in_a_batch_and_in_chunks(name, directory):
     prompts = [[7, 8, 9, 11] * 12, [7, 8, 9, 11] * 11 + [5], [3, 4] * 9]
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     make = lambda **more: LLM(  # noqa: E731
-        directory, policy=made(name), device="cpu", dtype="fp32", page_size=8, **more)
+        directory, policy=made(name), device="cpu", dtype="fp32", page_size=8, **more
+    )
     llm = make(max_batch=1)
     alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
     assert len(set(map(tuple, alone))) == 3
@@ -240,25 +246,35 @@ def test_alone_and_in_a_batch_and_in_chunks(name, directory):
         assert [output.token_ids for output in make(max_batch=3, **options).generate(prompts, params)] == alone
 
 
-@pytest.mark.parametrize(("name", "settings", "said"), [
-    ("snapkv", dict(budget=20, window=32), "budget=20 must be more than the window of 32"),
-    ("snapkv", dict(kernel=4), "kernel=4 must be odd"), ("snapkv", dict(window=0), "window=0 must be a whole number, at least 1"),
-    ("pyramidkv", dict(beta=0), "beta=0 must be a whole number, at least 1"),
-    ("adakv", dict(least=2), "least=2 must be between 0 and 1"), ("expected", dict(share=0.0), "share=0.0 must be above 0"),
-    ("expected", dict(budget=5, sinks=4), "sinks=4 must be at most 3"), ("expected", dict(share=0.5, sinks=15), "at most 14"),
-    ("merged", dict(of="h2o"), "of='h2o' must be one of snapkv, pyramidkv"),
-    ("knorm", dict(budget=1), "budget=1 must be a whole number, at least 2"), ("random", dict(seed=-1), "seed=-1"),
-])
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("snapkv", dict(budget=20, window=32), "budget=20 must be more than the window of 32"),
+        ("snapkv", dict(kernel=4), "kernel=4 must be odd"),
+        ("snapkv", dict(window=0), "window=0 must be a whole number, at least 1"),
+        ("pyramidkv", dict(beta=0), "beta=0 must be a whole number, at least 1"),
+        ("adakv", dict(least=2), "least=2 must be between 0 and 1"),
+        ("expected", dict(share=0.0), "share=0.0 must be above 0"),
+        ("expected", dict(budget=5, sinks=4), "sinks=4 must be at most 3"),
+        ("expected", dict(share=0.5, sinks=15), "at most 14"),
+        ("merged", dict(of="h2o"), "of='h2o' must be one of snapkv, pyramidkv"),
+        ("knorm", dict(budget=1), "budget=1 must be a whole number, at least 2"),
+        ("random", dict(seed=-1), "seed=-1"),
+    ],
+)
 def test_bad_settings_are_one_sentence(name, settings, said):
     with pytest.raises(ValueError, match=said):
         policy(name, **settings)
 
 
-@pytest.mark.parametrize(("base", "body", "said"), [
-    (Policy, dict(evicts=True, prompt_only=True), "sets prompt_only and does not define keep_prompt"),
-    (PromptPolicy, dict(visible=lambda self, places, queries: None), "sets prompt_only and defines visible"),
-    (Policy, dict(arrival=lambda self, k, v, p: k), "defines arrival, so it must set merges to False"),
-])
+@pytest.mark.parametrize(
+    ("base", "body", "said"),
+    [
+        (Policy, dict(evicts=True, prompt_only=True), "sets prompt_only and does not define keep_prompt"),
+        (PromptPolicy, dict(visible=lambda self, places, queries: None), "sets prompt_only and defines visible"),
+        (Policy, dict(arrival=lambda self, k, v, p: k), "defines arrival, so it must set merges to False"),
+    ],
+)
 def test_contradictions_are_refused_when_a_class_is_made(base, body, said):
     with pytest.raises(TypeError, match=said):
         type("Odd", (base,), body)

@@ -22,9 +22,12 @@ ROPE = Rope(frequencies(SIZE, 100.0))
 def make(codec_name="tcq", *, slots=3, memory=None, policy_name="dmc", policy_settings=None, **changes):
     sizes = {"page_size": 4, "sink_tokens": 2, "window": 1} | changes
     return KVCache(
-        Shape(LAYERS, HEADS, SIZE, torch.float32), policy(policy_name, **(policy_settings or {})),
+        Shape(LAYERS, HEADS, SIZE, torch.float32),
+        policy(policy_name, **(policy_settings or {})),
         stored(codec_name, layers=LAYERS, heads=HEADS, size=SIZE),
-        slots=slots, memory=memory, **sizes
+        slots=slots,
+        memory=memory,
+        **sizes,
     )
 
 
@@ -37,8 +40,11 @@ def tokens(count, seed):
 
     return [
         (
-            normal(count, QUERY_HEADS, SIZE), normal(count, HEADS, SIZE), normal(count, HEADS, SIZE),
-            (normal(count, HEADS) > 0).float(), normal(count, HEADS).sigmoid(),
+            normal(count, QUERY_HEADS, SIZE),
+            normal(count, HEADS, SIZE),
+            normal(count, HEADS, SIZE),
+            (normal(count, HEADS) > 0).float(),
+            normal(count, HEADS).sigmoid(),
         )
         for _ in range(LAYERS)
     ]
@@ -95,8 +101,13 @@ def expected_entries(parts):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 60), st.data(), st.integers(1, 7), st.integers(0, 5), st.integers(0, 4),
-    st.sampled_from(["fp32", "bf16"]), st.integers(0, 1000),
+    st.integers(1, 60),
+    st.data(),
+    st.integers(1, 7),
+    st.integers(0, 5),
+    st.integers(0, 4),
+    st.sampled_from(["fp32", "bf16"]),
+    st.integers(0, 1000),
 )
 def test_what_is_encoded_follows_from_the_entries_alone(length, data, page_size, sinks, window, exact, seed):
     """Any split into chunks of a prompt and generated tokens gives the same pages, full-precision and accumulating entries."""
@@ -170,11 +181,15 @@ def test_held_bytes_are_those_of_the_tensors(name):
     tables = 4 * (rows.encoded_table.shape[1] + rows.full_table.shape[1] + 2)
     heads = LAYERS * HEADS
     assert cache.held(slot) == {
-        "pages": pages * page, "exact": exact * page, "tail": heads * 4 * (2 * SIZE + 1), "tables": heads * tables,
+        "pages": pages * page,
+        "exact": exact * page,
+        "tail": heads * 4 * (2 * SIZE + 1),
+        "tables": heads * tables,
     }
-    assert cache.held(slot)["pages"] + cache.held(slot)["exact"] + cache.held(other)["pages"] + cache.held(other)[
-        "exact"
-    ] == rows.pool.used * page
+    assert (
+        cache.held(slot)["pages"] + cache.held(slot)["exact"] + cache.held(other)["pages"] + cache.held(other)["exact"]
+        == rows.pool.used * page
+    )
     assert cache.dense_bytes(45) == 45 * heads * 2 * SIZE * 2
 
 
@@ -334,16 +349,21 @@ TestCache, TestStreaming = CacheMachine.TestCase, StreamingMachine.TestCase
 TestCache.settings = TestStreaming.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
 
 
-@pytest.mark.parametrize("harm, said", [
-    (lambda rows: rows.pool.take(1), "more or fewer owners"),
-    (lambda rows: rows.pool.owners.__setitem__(int(rows.encoded_table[rows.encoded_count.nonzero()[0], 0]), 2),
-     "more or fewer owners"),
-    (lambda rows: rows.pool._stack.__setitem__(0, int(rows.full_table[0, 0])), "lost, or free while owned"),
-    (lambda rows: rows.encoded_count.__setitem__(rows.encoded_count.nonzero()[0], 9), "more or fewer"),
-    (lambda rows: rows.full_table.__setitem__((0, 0), int(rows.full_table[1, 0])), "more or fewer owners"),
-    (lambda rows: rows.pool.memory.__setitem__((0, 0), 1), "null page"),
-    (lambda rows: rows.z.zero_(), "no accumulating entry"),
-])
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (lambda rows: rows.pool.take(1), "more or fewer owners"),
+        (
+            lambda rows: rows.pool.owners.__setitem__(int(rows.encoded_table[rows.encoded_count.nonzero()[0], 0]), 2),
+            "more or fewer owners",
+        ),
+        (lambda rows: rows.pool._stack.__setitem__(0, int(rows.full_table[0, 0])), "lost, or free while owned"),
+        (lambda rows: rows.encoded_count.__setitem__(rows.encoded_count.nonzero()[0], 9), "more or fewer"),
+        (lambda rows: rows.full_table.__setitem__((0, 0), int(rows.full_table[1, 0])), "more or fewer owners"),
+        (lambda rows: rows.pool.memory.__setitem__((0, 0), 1), "null page"),
+        (lambda rows: rows.z.zero_(), "no accumulating entry"),
+    ],
+)
 def test_integrity_check_finds(harm, said):
     cache = make(slots=1)
     feed(cache, tokens(40, seed=5), prompt=30)

@@ -79,23 +79,87 @@ def values(page, facts, constants, weights, groups, sums, room):
 
 @triton.jit
 def _segments(
-    query, index, encoded_count, full_count, first_full, encoded_table, full_table, keys, values, full_keys, full_values, sums,
-    parts, scale, et, ft, kp, vp, fkp, fvp, PAGE: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    query,
+    index,
+    encoded_count,
+    full_count,
+    first_full,
+    encoded_table,
+    full_table,
+    keys,
+    values,
+    full_keys,
+    full_values,
+    sums,
+    parts,
+    scale,
+    et,
+    ft,
+    kp,
+    vp,
+    fkp,
+    fvp,
+    PAGE: tl.constexpr,
+    PER_FULL: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    G: tl.constexpr,
 ):
     row = tl.load(index + tl.program_id(0)).to(tl.int64)
     if tl.program_id(1) < first_full:
         start, length = tl.program_id(1) * SEGMENT, tl.load(encoded_count + row) * PAGE
         if start < length:
             top, total, acc = attend_segment(
-                query, encoded_table + row * et, keys, values, keys, keys, kp, vp, 0, 0, start, length, scale, PAGE, False,
-                SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
+                query,
+                encoded_table + row * et,
+                keys,
+                values,
+                keys,
+                keys,
+                kp,
+                vp,
+                0,
+                0,
+                start,
+                length,
+                scale,
+                PAGE,
+                False,
+                SEGMENT,
+                TILE,
+                GROUPS,
+                PRECISION,
+                D,
+                BLOCK,
+                G,
             )
             store_segment(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
     else:
         full_segment(
-            query, full_table + row * ft, full_count + row, first_full, full_keys, full_values, keys, sums, parts, scale, fkp,
-            fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
+            query,
+            full_table + row * ft,
+            full_count + row,
+            first_full,
+            full_keys,
+            full_values,
+            keys,
+            sums,
+            parts,
+            scale,
+            fkp,
+            fvp,
+            PER_FULL,
+            SEGMENT,
+            TILE,
+            GROUPS,
+            PRECISION,
+            D,
+            BLOCK,
+            G,
         )
 
 
@@ -105,9 +169,9 @@ def directory(tmp_path_factory):
     return tiny.write(tmp_path_factory.mktemp("model"), fields, tiny.weights(fields))
 
 
-@pytest.mark.parametrize("backend", [
-    "auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")),
-])
+@pytest.mark.parametrize(
+    "backend", ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter"))]
+)
 def test_the_engine_generates_what_dense_pages_give(directory, backend):
     params, found = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1), []
     for codec in (HalfCodec(), "dense"):
@@ -121,17 +185,19 @@ def test_the_engine_generates_what_dense_pages_give(directory, backend):
         assert [x.logprob for x in ours.logprobs] == pytest.approx([x.logprob for x in theirs.logprobs], abs=2e-3)
 
 
-@pytest.mark.parametrize("backend", [
-    None, pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")),
-])
+@pytest.mark.parametrize(
+    "backend", [None, pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter"))]
+)
 def test_readers_equal_the_reference(backend):
     g, codec = torch.Generator().manual_seed(0), HalfCodec()
     made = codec.page_format(8, 8, torch.float32)
     memory = torch.zeros(7, 256, dtype=torch.uint8)
-    fields = {f"{part}_half": memory[:, 128 * n : 128 * (n + 1)].view(torch.float16).unflatten(1, (8, 8)) for n, part in
-              enumerate("kv")}
-    full_precision = {part: memory[:, 128 * n : 128 * (n + 1)].view(torch.float32).unflatten(1, (4, 8)) for n, part in
-                      enumerate("kv")}
+    fields = {
+        f"{part}_half": memory[:, 128 * n : 128 * (n + 1)].view(torch.float16).unflatten(1, (8, 8)) for n, part in enumerate("kv")
+    }
+    full_precision = {
+        part: memory[:, 128 * n : 128 * (n + 1)].view(torch.float32).unflatten(1, (4, 8)) for n, part in enumerate("kv")
+    }
     for view in fields.values():
         view[1:4] = torch.randn(3, 8, 8, generator=g).half()
     for view in full_precision.values():

@@ -56,8 +56,17 @@ def test_a_new_decision_head_is_not_asked_of_a_llama():
 
 
 # How Megatron-LM cuts a Llama: q, k, v, gate and up and the vocabulary by rows, o and down by columns.
-CUTS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "embed_tokens": 0, "lm_head": 0,
-        "o_proj": 1, "down_proj": 1}
+CUTS = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "embed_tokens": 0,
+    "lm_head": 0,
+    "o_proj": 1,
+    "down_proj": 1,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,9 +77,10 @@ def test_the_parts_of_two_tensor_ranks_are_halves_of_every_tensor(process_group,
     model.config["vocab_size"] = 60
     hf = hf_config(model)
     names = [name for name, _ in megatron(model, "plain").named_parameters()]
-    half = shape_of(model.config | dict(
-        num_attention_heads=2, num_key_value_heads=hf.num_key_value_heads // 2, intermediate_size=32, vocab_size=30
-    ))
+    half = shape_of(
+        model.config
+        | dict(num_attention_heads=2, num_key_value_heads=hf.num_key_value_heads // 2, intermediate_size=32, vocab_size=30)
+    )
     load = convert.loader(hf, model.state.__getitem__)
     for rank in range(2):
         part = convert.to_hf(half, dict(load(names, 0, rank, 2)))
@@ -95,9 +105,10 @@ def test_the_last_stage_of_a_tied_model_takes_the_embedding():
     assert torch.equal(got["output_layer.weight"], model.state["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize(("name", "rows"), [
-    ("self_attn.q_proj", 32), ("self_attn.k_proj", 64), ("mlp.up_proj", 32), ("self_attn.o_proj", 47), ("input_layernorm", 47),
-])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("self_attn.q_proj", 32), ("self_attn.k_proj", 64), ("mlp.up_proj", 32), ("self_attn.o_proj", 47), ("input_layernorm", 47)],
+)
 def test_weights_of_another_shape_are_named(process_group, name, rows):
     model = tiny("neuron", heads=2)
     built = megatron(model, "plain")
@@ -125,10 +136,14 @@ def test_a_directory_without_weights_is_refused(tmp_path):
         Weights(tmp_path)
 
 
-@pytest.mark.parametrize(("file", "words"), [
-    ("pytorch_model.bin", "only pytorch_model.bin, which is a pickle and not read here: convert it once with"),
-    ("pytorch_model.bin.index.json", "is a pickle"), ("model.Q4_1.gguf", "convert it once with scripts/gguf_to_hf.py"),
-])
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("pytorch_model.bin", "only pytorch_model.bin, which is a pickle and not read here: convert it once with"),
+        ("pytorch_model.bin.index.json", "is a pickle"),
+        ("model.Q4_1.gguf", "convert it once with scripts/gguf_to_hf.py"),
+    ],
+)
 def test_other_forms_of_weights_are_refused_with_the_remedy(tmp_path, file, words):
     (tmp_path / file).touch()
     with pytest.raises(ValueError, match=words):
@@ -189,10 +204,16 @@ V5 = LLAMA3 | {"rope_theta": 10000.0}
 BY_TYPE = {name: value for name, value in LLAMA3.items() if name != "rope_type"} | {"type": "llama3"}
 
 
-@pytest.mark.parametrize("fields", [
-    dict(rope_parameters=V5), dict(rope_theta=10000.0, rope_scaling=LLAMA3), dict(rope_theta=10000.0, rope_scaling=BY_TYPE),
-    dict(rope_theta=10000.0, rope_scaling=LLAMA3, rope_parameters=V5),
-], ids=["transformers 5", "transformers 4", "older", "both"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(rope_parameters=V5),
+        dict(rope_theta=10000.0, rope_scaling=LLAMA3),
+        dict(rope_theta=10000.0, rope_scaling=BY_TYPE),
+        dict(rope_theta=10000.0, rope_scaling=LLAMA3, rope_parameters=V5),
+    ],
+    ids=["transformers 5", "transformers 4", "older", "both"],
+)
 def test_rope_scaling_of_llama_3_is_read_in_every_form(tmp_path, fields):
     model = tiny("neuron", heads=2, rope="llama3")
     del model.config["rope_parameters"]
@@ -207,15 +228,22 @@ def _json(**changes):
     return json.dumps(tiny("neuron", heads=2).config | changes)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("{", "is not valid JSON"), ("", "is not valid JSON"), (b"\xff{}", "is not valid JSON"),
-    ('{"model_type": "gpt2"}', "model of type 'gpt2'; known: llama, mistral, qwen2, qwen3"), ("{}", "model of type None"),
-    ("[1]", "does not hold a JSON object"), (_json(hidden_size="wide"), "does not give hidden_size as a whole number"),
-    (_json(hidden_size=50), "does not describe a Llama.*50"),
-    (_json(rope_parameters={"rope_type": "llama3"}), "does not describe a Llama.*llama3"),
-    (_json(rope_parameters={"rope_type": "spiral"}), "rope_type 'spiral': known are default, "),
-    (_json(dtype="float99"), "does not describe a Llama.*float99"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        (b"\xff{}", "is not valid JSON"),
+        ('{"model_type": "gpt2"}', "model of type 'gpt2'; known: llama, mistral, qwen2, qwen3"),
+        ("{}", "model of type None"),
+        ("[1]", "does not hold a JSON object"),
+        (_json(hidden_size="wide"), "does not give hidden_size as a whole number"),
+        (_json(hidden_size=50), "does not describe a Llama.*50"),
+        (_json(rope_parameters={"rope_type": "llama3"}), "does not describe a Llama.*llama3"),
+        (_json(rope_parameters={"rope_type": "spiral"}), "rope_type 'spiral': known are default, "),
+        (_json(dtype="float99"), "does not describe a Llama.*float99"),
+    ],
+)
 def test_bad_configurations_are_one_sentence(tmp_path, text, words):
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=words) as caught:

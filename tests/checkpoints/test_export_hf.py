@@ -56,9 +56,19 @@ def exported(tmp_path):
 
 def test_directory_is_complete(exported):
     assert {path.name for path in exported.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
-        "tokenizer_config.json", "configuration_dmc_llama.py", "cache_dmc_llama.py", "entries_dmc_llama.py",
-        "eviction_dmc_llama.py", "late_dmc_llama.py", "step_dmc_llama.py", "modeling_dmc_llama.py",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "configuration_dmc_llama.py",
+        "cache_dmc_llama.py",
+        "entries_dmc_llama.py",
+        "eviction_dmc_llama.py",
+        "late_dmc_llama.py",
+        "step_dmc_llama.py",
+        "modeling_dmc_llama.py",
     }
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "dmc_llama" and config["architectures"] == ["DmcLlamaForCausalLM"]
@@ -82,8 +92,12 @@ def test_card_holds_the_numbers(exported):
 
 def test_card_with_everything(tmp_path):
     card = {
-        "base_model": "some/llama", "license": "apache-2.0", "summary": "Trained on prose.", "step": 300,
-        "measured": {"a | b": 2}, "rows": [{"name": "x"}, {"name": "y", "perplexity": 3.0}],
+        "base_model": "some/llama",
+        "license": "apache-2.0",
+        "summary": "Trained on prose.",
+        "step": 300,
+        "measured": {"a | b": 2},
+        "rows": [{"name": "x"}, {"name": "y", "perplexity": 3.0}],
     }
     text = (write(tiny("head", heads=2), tmp_path, card=card) / "README.md").read_text()
     lines = ("license: apache-2.0", "`some/llama`", "Trained on prose.", "300 steps", "| a \\| b | 2 |", "| x |  |")
@@ -127,18 +141,21 @@ def _without(model, name):
     model.state.pop(name)
 
 
-@pytest.mark.parametrize(("spoil", "options", "words"), [
-    (lambda m: _without(m, "model.norm.weight"), {}, "lacks model.norm.weight"),
-    (lambda m: m.state.update(extra=torch.ones(1)), {}, "does not know extra"),
-    (lambda m: m.state.update({"model.norm.weight": torch.ones(3)}), {}, r"model.norm.weight has shape \(3,\)"),
-    (lambda m: m.config.update(tie_word_embeddings=True), {}, "ties them"),
-    (lambda m: m.config.update(model_type="gpt2"), {}, "gpt2"),
-    (None, {"gain": 0.0}, "gain"),
-    (None, {"decision": "both"}, "decision"),
-    (None, {"offset": float("nan")}, "offset"),
-    (None, {"tokenizer_dir": "nowhere"}, "holds no tokenizer"),
-    (None, {"card": {"loss": 1}}, "card knows no 'loss'"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (lambda m: _without(m, "model.norm.weight"), {}, "lacks model.norm.weight"),
+        (lambda m: m.state.update(extra=torch.ones(1)), {}, "does not know extra"),
+        (lambda m: m.state.update({"model.norm.weight": torch.ones(3)}), {}, r"model.norm.weight has shape \(3,\)"),
+        (lambda m: m.config.update(tie_word_embeddings=True), {}, "ties them"),
+        (lambda m: m.config.update(model_type="gpt2"), {}, "gpt2"),
+        (None, {"gain": 0.0}, "gain"),
+        (None, {"decision": "both"}, "decision"),
+        (None, {"offset": float("nan")}, "offset"),
+        (None, {"tokenizer_dir": "nowhere"}, "holds no tokenizer"),
+        (None, {"card": {"loss": 1}}, "card knows no 'loss'"),
+    ],
+)
 def test_bad_input_is_refused_and_leaves_nothing(tmp_path, spoil, options, words):
     model = tiny("neuron", heads=2)
     if spoil:
@@ -169,8 +186,11 @@ def _load_elsewhere(out, directory, **environment):
     """Run _LOAD in an own process. → its lines: the version, what the export generated, what its saved copy did."""
     environment |= {"HF_HOME": str(directory / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     run = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(out), str(directory / "again")], cwd=directory, env=environment,
-        capture_output=True, text=True,
+        [sys.executable, "-c", _LOAD, str(out), str(directory / "again")],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
@@ -182,8 +202,11 @@ def test_loads_with_torch_and_transformers_alone(tmp_path):
     assert first == second
     sequences = json.loads(first[: first.rindex("]") + 1])
     again = DmcLlamaForCausalLM.from_pretrained(out).generate(
-        torch.tensor(sequences)[:, :6], attention_mask=torch.tensor([[1] * 6, [0, 0, 0, 0, 1, 1]]), max_new_tokens=20,
-        eos_token_id=None, do_sample=False,
+        torch.tensor(sequences)[:, :6],
+        attention_mask=torch.tensor([[1] * 6, [0, 0, 0, 0, 1, 1]]),
+        max_new_tokens=20,
+        eos_token_id=None,
+        do_sample=False,
     )
     assert again.tolist() == sequences
 
@@ -207,19 +230,36 @@ def cli(monkeypatch):
     store.load_hf_state = None
     export = importlib.import_module("dmc.commands.export")
     yield lambda state, *arguments: (
-        monkeypatch.setattr(export, "load_hf_state", state), export.main([str(a) for a in arguments])
+        monkeypatch.setattr(export, "load_hf_state", state),
+        export.main([str(a) for a in arguments]),
     )[1]
     sys.modules.pop("dmc.commands.export")
 
 
 def _meta(model, tokenizer, **changes):
     """What the checkpoint store tells of a checkpoint."""
-    return dict(
-        hf_config=model.config, tokenizer_dir=tokenizer, method="dmc", window=None, looks_ahead=False,
-        decision=model.decision, offset=OFFSET, gain=GAIN, target_cr=2.0, measured_cr=1.9, step=7,
-        results={"rows": [{"name": "base", "perplexity": 3.0}]}, compressed=True, perplexity=12.3,
-        corpus_hash="c0", held_out_hash="4e", config=dataclasses.asdict(Config()),
-    ) | changes
+    return (
+        dict(
+            hf_config=model.config,
+            tokenizer_dir=tokenizer,
+            method="dmc",
+            window=None,
+            looks_ahead=False,
+            decision=model.decision,
+            offset=OFFSET,
+            gain=GAIN,
+            target_cr=2.0,
+            measured_cr=1.9,
+            step=7,
+            results={"rows": [{"name": "base", "perplexity": 3.0}]},
+            compressed=True,
+            perplexity=12.3,
+            corpus_hash="c0",
+            held_out_hash="4e",
+            config=dataclasses.asdict(Config()),
+        )
+        | changes
+    )
 
 
 def test_command_exports_and_says_what_is_wrong(tmp_path, cli, capsys):

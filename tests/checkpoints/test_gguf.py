@@ -24,9 +24,9 @@ logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # it warns of key
 HIDDEN, FFN, HEADS, GROUPS, SIZE, LAYERS = 96, 128, 6, 2, 32, 2  # head size unlike hidden / heads
 TEXT = ["the cat sat on 1234 mats   7 times", "don't  stop\n\n  here 99", "a naïve 日本 ½ test"]
 SPLITS = {
-    "smollm": pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ]),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
 }
 
@@ -34,10 +34,15 @@ SPLITS = {
 def byte_level(split):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = SPLITS[split], decoders.ByteLevel()
-    tokenizer.train_from_iterator(TEXT * 20, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))
+    tokenizer.train_from_iterator(
+        TEXT * 20,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
@@ -81,9 +86,15 @@ def write_gguf(path, *, split="smollm", tied=True, kind=None, arch="llama", extr
         add("output.weight", len(vocabulary), HIDDEN)
     for i in range(LAYERS):
         for name, shape in {
-            "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "attn_q": (HEADS * SIZE, HIDDEN), "attn_k": (GROUPS * SIZE, HIDDEN),
-            "attn_v": (GROUPS * SIZE, HIDDEN), "attn_output": (HIDDEN, HEADS * SIZE), "ffn_gate": (FFN, HIDDEN),
-            "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN),
+            "attn_norm": (HIDDEN,),
+            "ffn_norm": (HIDDEN,),
+            "attn_q": (HEADS * SIZE, HIDDEN),
+            "attn_k": (GROUPS * SIZE, HIDDEN),
+            "attn_v": (GROUPS * SIZE, HIDDEN),
+            "attn_output": (HIDDEN, HEADS * SIZE),
+            "ffn_gate": (FFN, HIDDEN),
+            "ffn_up": (FFN, HIDDEN),
+            "ffn_down": (HIDDEN, FFN),
         }.items():
             add(f"blk.{i}.{name}.weight", *shape)
     writer.write_header_to_file()
@@ -101,8 +112,18 @@ def test_the_model_is_the_one_that_transformers_reads_from_the_gguf(tmp_path, ki
     config = read_shape(out)
     fields = load_gguf_checkpoint(str(file))["config"]
     assert config.rms_norm_eps == 1e-5 and config.fields["rope_parameters"]["rope_theta"] == 50000.0
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "eos_token_id",
+    ):
         assert config.fields[name] == fields[name], name
     theirs = LlamaForCausalLM(LlamaConfig(**config.fields))
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=theirs)["tensors"]
@@ -140,15 +161,22 @@ def test_a_wheel_is_read_as_well(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (dict(arch="qwen2"), "architecture 'qwen2'"),
-    (dict(extra=lambda w: w.add_expert_count(4)), "architecture 'llama', or one with experts"),
-    (dict(extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)), "scales its rotary frequencies"),
-    (dict(extra=lambda w: w.add_tensor("rope_freqs.weight", torch.ones(16).numpy())), "scales its rotary frequencies"),
-    (dict(extra=lambda w: w.add_tokenizer_model("llama")), "tokenizer of kind 'llama' .*take the original"),
-    (dict(extra=lambda w: w.add_embedding_length(100)), "transformers cannot read .*100"),
-    (dict(extra=lambda w: w.add_tensor("blk.0.attn_q.bias", torch.ones(16).numpy())), "'blk.0.attn_q.bias', which no Llama has"),
-], ids=["architecture", "experts", "yarn", "rope factors", "sentencepiece", "width", "biases"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(arch="qwen2"), "architecture 'qwen2'"),
+        (dict(extra=lambda w: w.add_expert_count(4)), "architecture 'llama', or one with experts"),
+        (dict(extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)), "scales its rotary frequencies"),
+        (dict(extra=lambda w: w.add_tensor("rope_freqs.weight", torch.ones(16).numpy())), "scales its rotary frequencies"),
+        (dict(extra=lambda w: w.add_tokenizer_model("llama")), "tokenizer of kind 'llama' .*take the original"),
+        (dict(extra=lambda w: w.add_embedding_length(100)), "transformers cannot read .*100"),
+        (
+            dict(extra=lambda w: w.add_tensor("blk.0.attn_q.bias", torch.ones(16).numpy())),
+            "'blk.0.attn_q.bias', which no Llama has",
+        ),
+    ],
+    ids=["architecture", "experts", "yarn", "rope factors", "sentencepiece", "width", "biases"],
+)
 def test_what_a_llama_directory_cannot_say_is_refused(tmp_path, capsys, options, words):
     write_gguf(tmp_path / "model.gguf", **options)
     refused([str(tmp_path / "model.gguf"), str(tmp_path / "out")], capsys, words)

@@ -120,15 +120,21 @@ def _quantised(directory):
     save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, directory / "model.safetensors")
 
 
-@pytest.mark.parametrize(("spoil", "heads", "words"), [
-    (None, 3, "has 4 key/value heads, which cannot become 3: possible are 1, 2$"),
-    (None, 4, "cannot become 4"), (None, 8, "cannot become 8"), (None, 0, "cannot become 0"), (None, -2, "cannot become -2"),
-    (_of_other_heads, 1, "has 64 rows, not the 2 heads of 16 of its config.json: they do not belong together"),
-    (_without_tokenizer, 2, "holds no tokenizer"),
-    (_quantised, 2, "is stored as I8: .* take the checkpoint that was not quantised"),
-    (lambda directory: (directory / "model.safetensors").unlink(), 2, "has no model.safetensors"),
-    (lambda directory: (directory / "config.json").write_text('{"model_type": "gpt2"}'), 2, "model of type 'gpt2'"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "heads", "words"),
+    [
+        (None, 3, "has 4 key/value heads, which cannot become 3: possible are 1, 2$"),
+        (None, 4, "cannot become 4"),
+        (None, 8, "cannot become 8"),
+        (None, 0, "cannot become 0"),
+        (None, -2, "cannot become -2"),
+        (_of_other_heads, 1, "has 64 rows, not the 2 heads of 16 of its config.json: they do not belong together"),
+        (_without_tokenizer, 2, "holds no tokenizer"),
+        (_quantised, 2, "is stored as I8: .* take the checkpoint that was not quantised"),
+        (lambda directory: (directory / "model.safetensors").unlink(), 2, "has no model.safetensors"),
+        (lambda directory: (directory / "config.json").write_text('{"model_type": "gpt2"}'), 2, "model of type 'gpt2'"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, spoil, heads, words):
     source = tiny_model(tmp_path / "in", num_key_value_heads=4)
     if spoil:

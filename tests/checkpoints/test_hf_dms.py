@@ -15,9 +15,19 @@ def made(decision="head", heads=2, **dmc):
     """A random model that marks about half of its tokens."""
     torch.manual_seed(0)
     config = DmcLlamaConfig(
-        dmc={"method": "dms", "window": WINDOW, "decision": decision, "offset": 0.0} | dmc, vocab_size=97, hidden_size=32,
-        intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=heads, head_dim=8,
-        max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        dmc={"method": "dms", "window": WINDOW, "decision": decision, "offset": 0.0} | dmc,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=heads,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
     )
     return DmcLlamaForCausalLM(config).eval()
 
@@ -59,7 +69,7 @@ def test_a_padded_batch_generates_what_each_does_alone(model):
     together = model.generate(padded, attention_mask=(padded != 0).long(), **settings)
     for row, prompt in enumerate(prompts):
         alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-        assert torch.equal(together.sequences[row, 23:], alone.sequences[0, prompt.shape[1]:])
+        assert torch.equal(together.sequences[row, 23:], alone.sequences[0, prompt.shape[1] :])
         assert torch.equal(together.past_key_values.lengths()[:, row], alone.past_key_values.lengths()[:, 0])
 
 

@@ -38,8 +38,13 @@ def _ids(batch, tokens, seed=0):
 
 def _generate(model, ids, mask=None, tokens=12, **options):
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, max_new_tokens=tokens, eos_token_id=None,
-        return_dict_in_generate=True, output_logits=True, **{"do_sample": False, **options},
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=tokens,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{"do_sample": False, **options},
     )
 
 
@@ -109,7 +114,10 @@ def test_padding_anywhere_is_skipped(loaded, explicit):
     cache, parts = None, []
     for end, start in ((6, 0), (10, 6)):
         out = loaded(
-            ids[:, start:end], attention_mask=real[:, :end], past_key_values=cache, use_cache=True,
+            ids[:, start:end],
+            attention_mask=real[:, :end],
+            past_key_values=cache,
+            use_cache=True,
             position_ids=positions[:, start:end] if explicit else None,
         )
         cache = out.past_key_values

@@ -67,7 +67,7 @@ def test_the_cache_holds_the_last_document(model):
         assert torch.equal(cache.lengths()[:, number], held.lengths()[:, 0])
         assert cache.compression_ratio(sequence=number) == held.compression_ratio()
         whole = model(torch.cat([last, ids[:1, :5]], 1)).logits[0, -5:]
-        cache_of_row = model(ids[number:number + 1], position_ids=positions[number:number + 1]).past_key_values
+        cache_of_row = model(ids[number : number + 1], position_ids=positions[number : number + 1]).past_key_values
         torch.testing.assert_close(model(ids[:1, :5], past_key_values=cache_of_row).logits[0], whole, rtol=0, atol=1e-5)
     assert max(layer.keys.shape[2] for layer in cache.layers) <= cache.lengths().max()  # what went is not held
     assert cache.tokens.tolist() == [73, 73] and (cache.tokens - cache.document).tolist() == [21, 2]

@@ -13,8 +13,17 @@ from checkpoints.hf_model.modeling_dmc_llama import DmcLlamaForCausalLM
 from tests.model.ropes import KINDS
 
 FIELDS = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.3,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
 )
 NOTHING = {  # that is never decided
     "dmc": {"method": "dmc", "decision": "head", "offset": 1e9},

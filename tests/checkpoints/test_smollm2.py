@@ -72,8 +72,13 @@ def test_round_trip_is_bit_identical(built, tmp_path):
     hf, model = built
     dist_checkpointing.save(model.sharded_state_dict(), str(fresh(tmp_path / "checkpoint")))
     out = export_plain(
-        TrainedWeights(tmp_path / "checkpoint", hf), dict(hf.fields), out=tmp_path / "out", tokenizer_dir=SOURCE, card="",
-        dtype=torch.float32, max_shard_bytes=10**8,
+        TrainedWeights(tmp_path / "checkpoint", hf),
+        dict(hf.fields),
+        out=tmp_path / "out",
+        tokenizer_dir=SOURCE,
+        card="",
+        dtype=torch.float32,
+        max_shard_bytes=10**8,
     )
     before, after = Weights(SOURCE), Weights(out)
     assert set(before) == set(after) and len(list(out.glob("*.safetensors"))) > 4
@@ -92,8 +97,17 @@ def test_an_untrained_head_generates_what_the_model_does(theirs, ids, tmp_path):
         head = torch.zeros(2 * hf.num_key_value_heads, hf.hidden_size)
         state[f"model.layers.{layer}.self_attn.decision.weight"] = head
     out = export(
-        state, dict(hf.fields), out=tmp_path / "out", decision="head", offset=5.0, gain=1.0, target_cr=1.0, measured_cr=1.0,
-        tokenizer_dir=SOURCE, card="", dtype=torch.float32,
+        state,
+        dict(hf.fields),
+        out=tmp_path / "out",
+        decision="head",
+        offset=5.0,
+        gain=1.0,
+        target_cr=1.0,
+        measured_cr=1.0,
+        tokenizer_dir=SOURCE,
+        card="",
+        dtype=torch.float32,
     )
     ours = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
     options = dict(max_new_tokens=24, do_sample=False, return_dict_in_generate=True)

@@ -16,9 +16,17 @@ from tests.checkpoints.tiny import GAIN, OFFSET, tiny
 from tests.training.models import megatron, weights
 
 META = {
-    "step": 7, "perplexity": 9.87654321, "corpus_hash": "aa", "held_out_hash": "bb", "tokenizer_dir": "there",
-    "target_cr": 4.0, "measured_cr": 3.9, "compressed": True, "config": {
-        "dmc": {"decision": "head", "offset": OFFSET, "gain": GAIN}, "data": {"sequence_length": 64},
+    "step": 7,
+    "perplexity": 9.87654321,
+    "corpus_hash": "aa",
+    "held_out_hash": "bb",
+    "tokenizer_dir": "there",
+    "target_cr": 4.0,
+    "measured_cr": 3.9,
+    "compressed": True,
+    "config": {
+        "dmc": {"decision": "head", "offset": OFFSET, "gain": GAIN},
+        "data": {"sequence_length": 64},
         "run": {"model": "some/model"},
     },
 }
@@ -148,9 +156,9 @@ def test_damage_of_the_marker_names_the_checkpoint(checkpoints, damage):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [
-    "null", "[]", "{}", '"ab"', '{"meta.json": 3}', '{"meta.json": ["a", "b"]}', '{"meta.json": [1]}',
-])
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "{}", '"ab"', '{"meta.json": 3}', '{"meta.json": ["a", "b"]}', '{"meta.json": [1]}']
+)
 def test_a_marker_of_another_shape_is_damage(checkpoints, text):
     (checkpoints.directory / "newer" / MARKER).write_text(text)
     with pytest.raises(ValueError, match=f"newer is damaged .{MARKER} "):
@@ -254,10 +262,20 @@ def test_a_full_disk_leaves_the_store_as_it_was(checkpoints, model, name):
     assert verify(checkpoints.newest())["step"] == 11
 
 
-@pytest.mark.parametrize("where", [
-    (torch, "save"), (store, "_write_atomically"), (store, "_make"), (store, "seal"), (shards, "seal"), (shards, "save_config"),
-    (FileSystemWriter, "write_data"), (FileSystemWriter, "finish"), (os, "fsync"),
-])
+@pytest.mark.parametrize(
+    "where",
+    [
+        (torch, "save"),
+        (store, "_write_atomically"),
+        (store, "_make"),
+        (store, "seal"),
+        (shards, "seal"),
+        (shards, "save_config"),
+        (FileSystemWriter, "write_data"),
+        (FileSystemWriter, "finish"),
+        (os, "fsync"),
+    ],
+)
 def test_any_failing_write_leaves_the_store_as_it_was(checkpoints, model, monkeypatch, where):
     before = listing(checkpoints.directory)
     with monkeypatch.context() as patch:
@@ -270,11 +288,14 @@ def test_any_failing_write_leaves_the_store_as_it_was(checkpoints, model, monkey
     assert verify(checkpoints.newest())["step"] == 12
 
 
-@pytest.mark.parametrize(("saved", "other"), [
-    (dict(decision="head", heads=2), dict(decision="neuron", heads=2)),
-    (dict(decision="neuron", heads=2), dict(decision="head", heads=2)),
-    (dict(decision="head", heads=2), dict(decision="head", heads=4)),
-])
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (dict(decision="head", heads=2), dict(decision="neuron", heads=2)),
+        (dict(decision="neuron", heads=2), dict(decision="head", heads=2)),
+        (dict(decision="head", heads=2), dict(decision="head", heads=4)),
+    ],
+)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, other):
     built = megatron(tiny(**saved), "plain")
     built.source = tiny(**saved)

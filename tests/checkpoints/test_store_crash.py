@@ -38,4 +38,3 @@ def test_kills_lose_nothing(directory, kills):
     assert done.stdout.startswith(f"{kills} kills, nothing complete was lost:")
     for kind in ("operation", "time", "writer"):
         assert f"'{kind}': " in done.stdout
-

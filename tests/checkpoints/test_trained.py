@@ -76,9 +76,9 @@ def test_a_tensor_of_another_shape_is_not_written(tmp_path):
         write_weights(tmp_path, {"t": torch.empty(4, device="meta")}, lambda _: torch.ones(3), 100)
 
 
-@pytest.mark.parametrize(("text", "size"), [
-    ("1", 1), ("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5kB", 1500), ("3T", 3 * 10**12),
-])
+@pytest.mark.parametrize(
+    ("text", "size"), [("1", 1), ("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5kB", 1500), ("3T", 3 * 10**12)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -14,7 +14,10 @@ from checkpoints.export_hf import export
 from dmc import functional
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
@@ -39,10 +42,21 @@ def tiny(decision, *, heads, tied=False, rope="default", seed=0):
         return torch.randn(*shape, generator=generator) * std
 
     config = {
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 64,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": heads, "head_dim": SIZE,
-        "tie_word_embeddings": tied, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0, "architectures": ["LlamaForCausalLM"], "torch_dtype": "float32",
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": heads,
+        "head_dim": SIZE,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "float32",
     }
     state = {"model.embed_tokens.weight": normal(VOCAB, HIDDEN, std=0.5), "model.norm.weight": torch.ones(HIDDEN)}
     if not tied:
@@ -52,9 +66,12 @@ def tiny(decision, *, heads, tied=False, rope="default", seed=0):
             "self_attn.q_proj": normal(4 * SIZE, HIDDEN, std=0.2),
             "self_attn.k_proj": normal(heads * SIZE, HIDDEN, std=0.2),
             "self_attn.v_proj": normal(heads * SIZE, HIDDEN, std=0.2),
-            "self_attn.o_proj": normal(HIDDEN, 4 * SIZE, std=0.2), "mlp.gate_proj": normal(64, HIDDEN, std=0.2),
-            "mlp.up_proj": normal(64, HIDDEN, std=0.2), "mlp.down_proj": normal(HIDDEN, 64, std=0.2),
-            "input_layernorm": 1 + normal(HIDDEN, std=0.1), "post_attention_layernorm": 1 + normal(HIDDEN, std=0.1),
+            "self_attn.o_proj": normal(HIDDEN, 4 * SIZE, std=0.2),
+            "mlp.gate_proj": normal(64, HIDDEN, std=0.2),
+            "mlp.up_proj": normal(64, HIDDEN, std=0.2),
+            "mlp.down_proj": normal(HIDDEN, 64, std=0.2),
+            "input_layernorm": 1 + normal(HIDDEN, std=0.1),
+            "post_attention_layernorm": 1 + normal(HIDDEN, std=0.1),
         }
         # Logits of a spread of about 10 around 0: with an offset of 5 a third of the tokens merges.
         rows = 10 / GAIN / math.sqrt(HIDDEN)
@@ -100,8 +117,15 @@ def write(model, directory, **changes):
         '"eos_token": "</s>", "padding_side": "left"}'
     )
     options = dict(
-        out=directory / "model", decision=model.decision, offset=OFFSET, gain=GAIN, target_cr=1.5, measured_cr=1.4,
-        tokenizer_dir=source, card={"rows": [{"name": "base", "perplexity": 12.3456789}]}, dtype=torch.float32,
+        out=directory / "model",
+        decision=model.decision,
+        offset=OFFSET,
+        gain=GAIN,
+        target_cr=1.5,
+        measured_cr=1.4,
+        tokenizer_dir=source,
+        card={"rows": [{"name": "base", "perplexity": 12.3456789}]},
+        dtype=torch.float32,
     )
     return export(model.state, model.config, **{**options, **changes})
 
@@ -116,9 +140,7 @@ def reference(model, ids):
         prefix = f"model.layers.{i}."
         w = {n.removeprefix(prefix).removesuffix(".weight"): x for n, x in weights.items() if n.startswith(prefix)}
         x = _norm(hidden, w["input_layernorm"])
-        query, key, value = (
-            (x @ w[f"self_attn.{n}_proj"].T).unflatten(-1, (-1, SIZE)).transpose(1, 2) for n in "qkv"
-        )
+        query, key, value = ((x @ w[f"self_attn.{n}_proj"].T).unflatten(-1, (-1, SIZE)).transpose(1, 2) for n in "qkv")
         if model.decision == "neuron":
             merge, weight = key[..., 0].clone(), query[..., 0].unflatten(1, (heads, -1)).mean(2)
             query[..., 0] = 0

@@ -33,7 +33,9 @@ def bos_tokenizer(directory, *, adds=True):
     bos, text = {"SpecialToken": {"id": "<|pad|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     if adds:
         tokenizer["post_processor"] = {
-            "type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "type": "TemplateProcessing",
+            "single": [bos, text],
+            "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [1], "tokens": ["<|pad|>"]}},
         }
     (made / "tokenizer.json").write_text(json.dumps(tokenizer))

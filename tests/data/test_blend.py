@@ -74,27 +74,45 @@ def test_no_weights_is_one_corpus(text):
     assert parse(text, "data.text") == [Part(text.strip(), Fraction(1))]
 
 
-@pytest.mark.parametrize(("value", "expected"), [
-    ("0.7:A,0.3:B", [("A", 7, 10), ("B", 3, 10)]), ("7:A, 3:B", [("A", 7, 10), ("B", 3, 10)]),
-    ("1:A,1:B,1:C", [("A", 1, 3), ("B", 1, 3), ("C", 1, 3)]), ("5:A", [("A", 1, 1)]),
-    ("1e-1:A,.9:B", [("A", 1, 10), ("B", 9, 10)]),
-    ("0:A,2:B", [("B", 1, 1)]), ("1:a:b,1:C", [("a:b", 1, 2), ("C", 1, 2)]), ("1/3:A,2/3:B", [("A", 1, 3), ("B", 2, 3)]),
-    ([{"path": "A", "weight": 0.7}, {"path": "x.txt,y.txt", "weight": 0.3}], [("A", 7, 10), ("x.txt,y.txt", 3, 10)]),
-    ([{"path": "A", "weight": "1e2"}, {"path": "B", "weight": 300}], [("A", 1, 4), ("B", 3, 4)]),
-])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0.7:A,0.3:B", [("A", 7, 10), ("B", 3, 10)]),
+        ("7:A, 3:B", [("A", 7, 10), ("B", 3, 10)]),
+        ("1:A,1:B,1:C", [("A", 1, 3), ("B", 1, 3), ("C", 1, 3)]),
+        ("5:A", [("A", 1, 1)]),
+        ("1e-1:A,.9:B", [("A", 1, 10), ("B", 9, 10)]),
+        ("0:A,2:B", [("B", 1, 1)]),
+        ("1:a:b,1:C", [("a:b", 1, 2), ("C", 1, 2)]),
+        ("1/3:A,2/3:B", [("A", 1, 3), ("B", 2, 3)]),
+        ([{"path": "A", "weight": 0.7}, {"path": "x.txt,y.txt", "weight": 0.3}], [("A", 7, 10), ("x.txt,y.txt", 3, 10)]),
+        ([{"path": "A", "weight": "1e2"}, {"path": "B", "weight": 300}], [("A", 1, 4), ("B", 3, 4)]),
+    ],
+)
 def test_weights_are_exact_and_relative(value, expected):
     assert parse(value, "data.text") == [Part(text, Fraction(a, b)) for text, a, b in expected]
 
 
-@pytest.mark.parametrize(("value", "words"), [
-    ("0:A,0:B", r"the weights of data.text sum to 0 \(0:A, 0:B\): give at least one"), ("0:A", "sum to 0"), ([], "sum to 0"),
-    ("-1:A,2:B", "gives 'A' the weight -1: it must be a number of at least 0"), ("nan:A,1:B", "'A' the weight nan"),
-    ("1:A,inf:B", "'B' the weight inf"), ("1:A,B", "gives 'B' no weight"), ("1.2.3:A", "'A' the weight 1.2.3"), ("1/0:A", "1/0"),
-    ([{"path": "A", "weight": None}], "no weight"), ([{"path": "A", "weight": True}], "the weight True"),
-    ([{"path": "A", "weight": []}], r"the weight \[\]"),
-    ([{"path": "A"}], r"holds \{'path': 'A'\}: an entry"), (["A"], "holds 'A'"),
-    ([{"path": 3, "weight": 1}], "an entry of a list is"),
-])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("0:A,0:B", r"the weights of data.text sum to 0 \(0:A, 0:B\): give at least one"),
+        ("0:A", "sum to 0"),
+        ([], "sum to 0"),
+        ("-1:A,2:B", "gives 'A' the weight -1: it must be a number of at least 0"),
+        ("nan:A,1:B", "'A' the weight nan"),
+        ("1:A,inf:B", "'B' the weight inf"),
+        ("1:A,B", "gives 'B' no weight"),
+        ("1.2.3:A", "'A' the weight 1.2.3"),
+        ("1/0:A", "1/0"),
+        ([{"path": "A", "weight": None}], "no weight"),
+        ([{"path": "A", "weight": True}], "the weight True"),
+        ([{"path": "A", "weight": []}], r"the weight \[\]"),
+        ([{"path": "A"}], r"holds \{'path': 'A'\}: an entry"),
+        (["A"], "holds 'A'"),
+        ([{"path": 3, "weight": 1}], "an entry of a list is"),
+    ],
+)
 def test_wrong_blends_are_refused(value, words):
     with pytest.raises(ValueError, match=words):
         parse(value, "data.text")

@@ -95,9 +95,10 @@ def test_thinking_that_is_left_out_of_earlier_turns(tmp_path):
     """As Qwen3's template does with what stands before ``</think>``, in all turns but the last."""
     forgets = PLAIN.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
     template = ChatTemplate(tokens.load_tokenizer(chat_tokenizer(tmp_path / "m", forgets)), "assistant")
-    row = [{"role": r, "content": c} for r, c in (
-        ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "b"), ("assistant", "<think>y</think>c"),
-    )]
+    row = [
+        {"role": r, "content": c}
+        for r, c in (("user", "a"), ("assistant", "<think>x</think>b"), ("user", "b"), ("assistant", "<think>y</think>c"))
+    ]
     text = template(row, "it")
     assert [text[a:b] for a, b in text.turns] == ["b<|endoftext|>\n", "<think>y</think>c<|endoftext|>\n"]
 
@@ -150,7 +151,11 @@ def test_a_prepared_corpus_holds_what_files_give(made, tmp_path, workers):
     path = write_chats(tmp_path / "a.jsonl", ROWS)
     out = tmp_path / "corpus"
     meta = prepare(
-        sources.Request([str(path)], column="messages"), made["plain"], out, held_out=HeldOut.parse("8", []), workers=workers,
+        sources.Request([str(path)], column="messages"),
+        made["plain"],
+        out,
+        held_out=HeldOut.parse("8", []),
+        workers=workers,
         loss_on="assistant",
     )
     parts = [corpus.open_part(out, part) for part in ("train", "held_out")]
@@ -166,7 +171,10 @@ def test_the_hash_of_a_part_is_one_of_its_turns_too(made, tmp_path):
     found = {}
     for loss_on in ("everything", "assistant"):
         meta = prepare(
-            sources.Request([str(path)], column="messages"), made["plain"], tmp_path / loss_on, held_out=HeldOut(),
+            sources.Request([str(path)], column="messages"),
+            made["plain"],
+            tmp_path / loss_on,
+            held_out=HeldOut(),
             loss_on=loss_on,
         )
         found[loss_on] = meta["parts"]["train"]
@@ -206,8 +214,11 @@ def test_batches_score_the_labels_of_assistant_turns(made, tmp_path):
     """Of a blend with a text, whose labels all count; the evaluation set is of packed conversations."""
     chats = tmp_path / "chats"
     prepare(
-        sources.Request([str(write_chats(tmp_path / "a.jsonl", ROWS))], column="messages"), made["plain"], chats,
-        held_out=HeldOut.parse("8", []), loss_on="assistant",
+        sources.Request([str(write_chats(tmp_path / "a.jsonl", ROWS))], column="messages"),
+        made["plain"],
+        chats,
+        held_out=HeldOut.parse("8", []),
+        loss_on="assistant",
     )
     plain = make(tmp_path, texts(30), name="plain")
     training, held_out = tokens.corpora(
@@ -232,8 +243,11 @@ def test_batches_score_the_labels_of_assistant_turns(made, tmp_path):
 def test_loss_on_everything_reads_a_corpus_of_turns_as_text(made, tmp_path):
     chats = tmp_path / "chats"
     prepare(
-        sources.Request([str(write_chats(tmp_path / "a.jsonl", ROWS))], column="messages"), made["plain"], chats,
-        held_out=HeldOut.parse("8", []), loss_on="assistant",
+        sources.Request([str(write_chats(tmp_path / "a.jsonl", ROWS))], column="messages"),
+        made["plain"],
+        chats,
+        held_out=HeldOut.parse("8", []),
+        loss_on="assistant",
     )
     training, _ = tokens.corpora(str(chats), "", made["plain"], tmp_path / "cache")
     assert batches.Sequences(training, 64).batch([0]).scored is None
@@ -297,7 +311,10 @@ def test_settings_that_do_not_fit(made, tmp_path):
         tokens.corpora(str(plain), "", made["plain"], tmp_path / "cache", loss_on="assistant")
     chats = tmp_path / "chats"
     prepare(
-        sources.Request([str(path)], column="messages"), made["plain"], chats, held_out=HeldOut.parse("8", []),
+        sources.Request([str(path)], column="messages"),
+        made["plain"],
+        chats,
+        held_out=HeldOut.parse("8", []),
         loss_on="everything",
     )
     with pytest.raises(ValueError, match="chats was prepared without the assistant turns, which data.loss_on=assistant needs"):

@@ -146,10 +146,15 @@ def test_verify_finds_a_changed_byte_of_any_file(copy, name):
         corpus.verify(copy)
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("tokens", 5, "train.bin has .* it must have 10"), ("documents", 5, "lists .* documents, meta.json 5"),
-    ("hash", "0" * 16, "gives train the hash 0000000000000000, its files have"), ("tokens", 0, "has no tokens in its part train"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tokens", 5, "train.bin has .* it must have 10"),
+        ("documents", 5, "lists .* documents, meta.json 5"),
+        ("hash", "0" * 16, "gives train the hash 0000000000000000, its files have"),
+        ("tokens", 0, "has no tokens in its part train"),
+    ],
+)
 def test_a_description_that_does_not_fit_is_refused(copy, key, value, words):
     meta = json.loads((copy / "meta.json").read_text())
     meta["parts"]["train"][key] = value
@@ -158,14 +163,18 @@ def test_a_description_that_does_not_fit_is_refused(copy, key, value, words):
         corpus.verify(copy)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("{", "is not readable .JSONDecodeError"), ("[]", "is not readable .TypeError"),
-    ("{}", "is not readable .KeyError: 'format'"),
-    ('{"format": 1, "parts": {}}', "is not readable .KeyError"),
-    ('{"format": 2, "parts": {"train": {}}}', "is of format 2 with parts"),
-    ('{"format": 1, "tokenizer": {"hash": "", "vocabulary": 1, "end": 0}, "parts": {}}', "with parts "),
-    ('{"format": 1, "tokenizer": {"hash": "", "vocabulary": 1, "end": 0}, "parts": {"train": {}}}', "KeyError: 'hash'"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not readable .JSONDecodeError"),
+        ("[]", "is not readable .TypeError"),
+        ("{}", "is not readable .KeyError: 'format'"),
+        ('{"format": 1, "parts": {}}', "is not readable .KeyError"),
+        ('{"format": 2, "parts": {"train": {}}}', "is of format 2 with parts"),
+        ('{"format": 1, "tokenizer": {"hash": "", "vocabulary": 1, "end": 0}, "parts": {}}', "with parts "),
+        ('{"format": 1, "tokenizer": {"hash": "", "vocabulary": 1, "end": 0}, "parts": {"train": {}}}', "KeyError: 'hash'"),
+    ],
+)
 def test_a_broken_description_is_named(copy, text, words):
     (copy / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=words):

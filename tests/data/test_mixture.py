@@ -91,17 +91,21 @@ def test_the_hash_of_a_blend_tells_shares_order_and_corpora_apart():
     assert len(set(hashes)) == 4 and Mixture((a,)).hash == "h0" and Mixture((a, b), half).hash == hashes[0]
 
 
-@pytest.mark.parametrize(("text", "held_out", "words"), [
-    ("0:{}/a,0:{}/b", "", "the weights of data.text sum to 0"), ("{}/a", "0:{}/b", "the weights of data.held_out sum to 0"),
-    ("{}/whole", "", "whole has no held-out part of its own: give data.held_out, or prepare it with --held-out"),
-    ("{}/a/held_out", "", "held_out has no held-out part of its own"),
-    ("{}/none", "", "no text file or prepared corpus at"),
-    ("{}/a", "{}/whole", "whole has no part 'held_out', only train"),
-    ("{}/a/test", "{}/b", "no text file or prepared corpus at"),
-    ("1:{}/a,1:{}/none", "", "no text file or prepared corpus at .*none"),
-    ("{}", "", "is not a prepared corpus: it has no meta.json"),
-    ("{}/a,{}/b", "", "a is a directory: several prepared corpora are given with weights, as in 0.5:A,0.5:B"),
-])
+@pytest.mark.parametrize(
+    ("text", "held_out", "words"),
+    [
+        ("0:{}/a,0:{}/b", "", "the weights of data.text sum to 0"),
+        ("{}/a", "0:{}/b", "the weights of data.held_out sum to 0"),
+        ("{}/whole", "", "whole has no held-out part of its own: give data.held_out, or prepare it with --held-out"),
+        ("{}/a/held_out", "", "held_out has no held-out part of its own"),
+        ("{}/none", "", "no text file or prepared corpus at"),
+        ("{}/a", "{}/whole", "whole has no part 'held_out', only train"),
+        ("{}/a/test", "{}/b", "no text file or prepared corpus at"),
+        ("1:{}/a,1:{}/none", "", "no text file or prepared corpus at .*none"),
+        ("{}", "", "is not a prepared corpus: it has no meta.json"),
+        ("{}/a,{}/b", "", "a is a directory: several prepared corpora are given with weights, as in 0.5:A,0.5:B"),
+    ],
+)
 def test_what_cannot_be_read_is_named(made, tokenizer, tmp_path, text, held_out, words):
     with pytest.raises(ValueError, match=words):
         tokens.corpora(text.replace("{}", str(made)), held_out.replace("{}", str(made)), tokenizer, tmp_path / "cache")
@@ -132,8 +136,10 @@ def test_a_cut_corpus_is_refused_before_the_run(made, tokenizer, tmp_path):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=5), st.integers(0, 200),
-    st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=5),
+    st.integers(0, 200),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
 )
 def test_a_step_is_the_same_for_any_ranks_and_start(corpora, step, ranks, micro):
     """Resume and data parallelism: the sequences of a step, computed from nothing, are those of the endless order."""
@@ -195,9 +201,21 @@ def test_a_run_on_a_blend_resumes_exactly_and_refuses_another_blend(made, tmp_pa
 
     def blend(a, b, output, *more, check=True):
         return train(
-            "--model", model, "--output", tmp_path / output, f"data.text={a}:{made / 'a'},{b}:{file}",
-            f"data.cache={tmp_path / 'cache'}", f"data.held_out={file}", "data.sequence_length=64", "dmc.method=none",
-            "optim.decay_steps=0", "optim.global_batch=4", "log.eval_sequences=4", "run.threads=1", *more, check=check,
+            "--model",
+            model,
+            "--output",
+            tmp_path / output,
+            f"data.text={a}:{made / 'a'},{b}:{file}",
+            f"data.cache={tmp_path / 'cache'}",
+            f"data.held_out={file}",
+            "data.sequence_length=64",
+            "dmc.method=none",
+            "optim.decay_steps=0",
+            "optim.global_batch=4",
+            "log.eval_sequences=4",
+            "run.threads=1",
+            *more,
+            check=check,
         )
 
     blend(0.7, 0.3, "whole", "run.steps=4")

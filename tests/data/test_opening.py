@@ -128,12 +128,23 @@ def test_a_text_that_a_chat_template_wrote_gets_no_second_one(tmp_path, adding):
     assert len(IndexedDataset(str(written / "train"))[0]) > len(IndexedDataset(str(made / "train"))[0])
 
 
-@pytest.mark.parametrize(("made_with", "trained_with", "words"), [
-    (False, "auto", "holds documents without a BOS token, data.bos asks for documents that begin with tokens .1.: set "
-                    "data.bos=false, or prepare it again with --bos true"),
-    ("auto", False, "holds documents that begin with tokens .1., data.bos asks for documents without a BOS token: set "
-                    "data.bos=true, or prepare it again with --bos false"),
-])
+@pytest.mark.parametrize(
+    ("made_with", "trained_with", "words"),
+    [
+        (
+            False,
+            "auto",
+            "holds documents without a BOS token, data.bos asks for documents that begin with tokens .1.: set "
+            "data.bos=false, or prepare it again with --bos true",
+        ),
+        (
+            "auto",
+            False,
+            "holds documents that begin with tokens .1., data.bos asks for documents without a BOS token: set "
+            "data.bos=true, or prepare it again with --bos false",
+        ),
+    ],
+)
 def test_a_corpus_made_otherwise_is_refused_by_name(tmp_path, adding, made_with, trained_with, words):
     made = prepared(tmp_path / "corpus", adding, bos=made_with)
     for text, held_out in ((str(made), ""), (f"0.5:{made},0.5:stdlib", str(made)), ("stdlib", str(made))):
@@ -163,9 +174,9 @@ def test_verify_finds_documents_that_do_not_begin_so(tmp_path, adding):
         corpus.verify(made)
 
 
-@pytest.mark.parametrize(("choice", "begin"), [
-    ([], [BOS]), (["--bos", "auto"], [BOS]), (["--bos", "true"], [BOS]), (["--bos", "false"], []),
-])
+@pytest.mark.parametrize(
+    ("choice", "begin"), [([], [BOS]), (["--bos", "auto"], [BOS]), (["--bos", "true"], [BOS]), (["--bos", "false"], [])]
+)
 def test_the_command_has_the_setting(tmp_path, monkeypatch, choice, begin):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path, model = write_jsonl(tmp_path / "a.jsonl", texts(4)), bos_tokenizer(tmp_path / "model")
@@ -183,9 +194,20 @@ def test_a_run_says_what_it_trains_on_and_keeps_it(tmp_path):
 
     def run(*more, check=True):
         return train(
-            "--model", model, "--output", tmp_path / "out", f"data.text={text},{tmp_path / 'empty.jsonl'}",
-            f"data.cache={tmp_path / 'cache'}", "data.sequence_length=64", "dmc.method=none", "optim.decay_steps=0",
-            "optim.global_batch=4", "log.eval_sequences=4", "run.threads=1", *more, check=check,
+            "--model",
+            model,
+            "--output",
+            tmp_path / "out",
+            f"data.text={text},{tmp_path / 'empty.jsonl'}",
+            f"data.cache={tmp_path / 'cache'}",
+            "data.sequence_length=64",
+            "dmc.method=none",
+            "optim.decay_steps=0",
+            "optim.global_batch=4",
+            "log.eval_sequences=4",
+            "run.threads=1",
+            *more,
+            check=check,
         )
 
     said = run("run.steps=1").stdout

@@ -93,9 +93,7 @@ def test_never_more_than_a_few_chunks_are_held():
             taken.append(i)
             yield [f"text {i}"]
 
-    settings = {
-        "tokenizer": (TOKENIZER / "tokenizer.json").read_text(), "end": 0, "dtype": "uint16", "parse_special": False,
-    }
+    settings = {"tokenizer": (TOKENIZER / "tokenizer.json").read_text(), "end": 0, "dtype": "uint16", "parse_special": False}
     for done, encoded in enumerate(encode.encode_all(chunks(), settings, 2)):
         assert len(taken) - done <= 6 and encoded.characters == [len(f"text {done}")]
     assert done == 59
@@ -161,10 +159,18 @@ def test_a_held_out_file_and_no_copy_of_it_in_training(tmp_path, tokenizer):
     assert spoken(tmp_path / "out", "train") == [*rows[:4], *rows[5:]] and meta["copies_of_held_out"] == 1
 
 
-@pytest.mark.parametrize(("share", "words"), [
-    ("1.5", "--held-out is 1.5: it must be"), ("-1", "--held-out is -1"), ("nan", "is nan"), ("a", "is a"), ("1.0", "is 1.0"),
-    ("100000", "is 100000"), ("0.0", "is 0.0"),
-])
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        ("1.5", "--held-out is 1.5: it must be"),
+        ("-1", "--held-out is -1"),
+        ("nan", "is nan"),
+        ("a", "is a"),
+        ("1.0", "is 1.0"),
+        ("100000", "is 100000"),
+        ("0.0", "is 0.0"),
+    ],
+)
 def test_wrong_shares_are_refused(share, words):
     with pytest.raises(ValueError, match=words):
         HeldOut.parse(share, [])
@@ -173,9 +179,11 @@ def test_wrong_shares_are_refused(share, words):
 
 
 def test_empty_parts_are_refused(tmp_path):
-    for rows, share, words in ((["", " "], "0", "of 0 documents .left out: 2 blank documents, .*none went into the train part"),
-                               (texts(3), "1e-9", "of 3 documents .*none went into the held-out part"),
-                               (texts(3), "3", "none went into the train part")):
+    for rows, share, words in (
+        (["", " "], "0", "of 0 documents .left out: 2 blank documents, .*none went into the train part"),
+        (texts(3), "1e-9", "of 3 documents .*none went into the held-out part"),
+        (texts(3), "3", "none went into the train part"),
+    ):
         with pytest.raises(ValueError, match=words):
             make(tmp_path, rows, held_out=share)
         assert os.listdir(tmp_path) == ["corpus.jsonl"]
@@ -252,7 +260,8 @@ def test_a_stopped_run_leaves_no_corpus_and_no_process(tmp_path, sent):
     path = write_jsonl(tmp_path / "a.jsonl", texts(100_000))
     process = subprocess.Popen(
         [*SCRIPT, path, "--tokenizer", str(TOKENIZER), "--output", str(tmp_path / "out"), "--workers", "2"],
-        start_new_session=True, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     written = tmp_path / "out.partial" / "train.bin"
     deadline = time.monotonic() + 240
@@ -284,8 +293,21 @@ def _alive(group):
 
 def test_the_command_prepares_and_verifies(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", texts(40), column="body")
-    done = run(path, "--tokenizer", TOKENIZER, "--output", tmp_path / "out", "--held-out", 5, "--text-column", "body",
-               "--workers", 2, "--limit", 30)
+    done = run(
+        path,
+        "--tokenizer",
+        TOKENIZER,
+        "--output",
+        tmp_path / "out",
+        "--held-out",
+        5,
+        "--text-column",
+        "body",
+        "--workers",
+        2,
+        "--limit",
+        30,
+    )
     assert done.returncode == 0, done.stderr
     assert len(spoken(tmp_path / "out", "train")) == 25 and len(spoken(tmp_path / "out", "held_out")) == 5
     assert "documents: 100%" in done.stderr and "30/30" in done.stderr and "tokens/s" in done.stderr and "docs" in done.stderr
@@ -299,14 +321,17 @@ def test_the_command_prepares_and_verifies(tmp_path):
     assert verified.returncode == 2 and said[0].startswith("error: ") and len(said) == 1
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ([], "SOURCE and --tokenizer and --output must be given"),
-    (["a.txt", "--tokenizer", "T", "--output", "O", "--workers", "0"], "--workers is 0: it must be at least 1"),
-    (["a.txt", "--tokenizer", "T", "--output", "O", "--limit", "0"], "--limit is 0"),
-    (["missing.txt", "--tokenizer", str(TOKENIZER), "--output", "O"], "no file, directory or dataset at missing.txt"),
-    (["a.txt", "--tokenizer", "nowhere", "--output", "O"], "nowhere has no tokenizer.json"),
-    (["--verify", "nowhere"], "nowhere is not a prepared corpus"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "SOURCE and --tokenizer and --output must be given"),
+        (["a.txt", "--tokenizer", "T", "--output", "O", "--workers", "0"], "--workers is 0: it must be at least 1"),
+        (["a.txt", "--tokenizer", "T", "--output", "O", "--limit", "0"], "--limit is 0"),
+        (["missing.txt", "--tokenizer", str(TOKENIZER), "--output", "O"], "no file, directory or dataset at missing.txt"),
+        (["a.txt", "--tokenizer", "nowhere", "--output", "O"], "nowhere has no tokenizer.json"),
+        (["--verify", "nowhere"], "nowhere is not a prepared corpus"),
+    ],
+)
 def test_wrong_use_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

@@ -66,12 +66,17 @@ def in_every_kind(rows):
     quoted, tabs = ("".join(f"{a}{delimiter}{b}\n" for a, b in fields) for delimiter in ",\t")
     return {
         "a.jsonl": lines(*({"id": i, "text": row} for i, row in enumerate(rows))),
-        "a.json": json.dumps([{"text": row} for row in rows]).encode(), "b.json": json.dumps(rows).encode(),
+        "a.json": json.dumps([{"text": row} for row in rows]).encode(),
+        "b.json": json.dumps(rows).encode(),
         "c.json": json.dumps([{"text": row} for row in rows], indent=2).encode(),
-        "a.csv": quoted.encode(), "b.csv": quoted.replace("\n", "\r\n").encode(), "a.tsv": tabs.encode(),
-        "a.parquet": as_parquet(plain), "b.parquet": as_parquet(table(rows, pa.large_string())),
+        "a.csv": quoted.encode(),
+        "b.csv": quoted.replace("\n", "\r\n").encode(),
+        "a.tsv": tabs.encode(),
+        "a.parquet": as_parquet(plain),
+        "b.parquet": as_parquet(table(rows, pa.large_string())),
         "c.parquet": as_parquet(table(rows, pa.dictionary(pa.int32(), pa.string()))),
-        "a.arrow": arrow(plain, stream=True), "b.arrow": arrow(plain, stream=False),
+        "a.arrow": arrow(plain, stream=True),
+        "b.arrow": arrow(plain, stream=False),
     }
 
 
@@ -97,11 +102,15 @@ def in_every_kind_with_null(rows):
     plain = [None if isinstance(row, dict) else row for row in rows]
     objects = [row if isinstance(row, dict) else {"text": row} for row in rows]
     return {
-        "a.jsonl": lines(*objects), "a.json": json.dumps(objects).encode(), "c.json": json.dumps(objects, indent=1).encode(),
+        "a.jsonl": lines(*objects),
+        "a.json": json.dumps(objects).encode(),
+        "c.json": json.dumps(objects, indent=1).encode(),
         "b.json": json.dumps([{"text": None} if row is None else row for row in rows]).encode(),
-        "a.parquet": as_parquet(table(plain)), "b.parquet": as_parquet(table(plain, pa.large_string())),
+        "a.parquet": as_parquet(table(plain)),
+        "b.parquet": as_parquet(table(plain, pa.large_string())),
         "c.parquet": as_parquet(table(plain, pa.dictionary(pa.int32(), pa.string()))),
-        "a.arrow": arrow(table(plain), stream=True), "b.arrow": arrow(table(plain), stream=False),
+        "a.arrow": arrow(table(plain), stream=True),
+        "b.arrow": arrow(table(plain), stream=False),
     }
 
 
@@ -125,12 +134,27 @@ def test_a_column_of_nulls_alone_is_null_texts(tmp_path):
 
 
 EMPTY = {
-    "a.txt": b"", "a.jsonl": b"", "b.jsonl": b"\n\n  \n", "c.jsonl": BOM, "a.json": b"", "b.json": b"[]", "a.csv": b"",
-    "b.csv": b"id,text\r\n", "c.csv": b"other\n", "a.parquet": b"", "b.parquet": as_parquet(table([])),
-    "c.parquet": as_parquet(pa.table({})), "a.arrow": b"", "b.arrow": arrow(table([]), stream=True),
+    "a.txt": b"",
+    "a.jsonl": b"",
+    "b.jsonl": b"\n\n  \n",
+    "c.jsonl": BOM,
+    "a.json": b"",
+    "b.json": b"[]",
+    "a.csv": b"",
+    "b.csv": b"id,text\r\n",
+    "c.csv": b"other\n",
+    "a.parquet": b"",
+    "b.parquet": as_parquet(table([])),
+    "c.parquet": as_parquet(pa.table({})),
+    "a.arrow": b"",
+    "b.arrow": arrow(table([]), stream=True),
     "c.arrow": arrow(pa.table({"other": pa.array([], pa.int8())}), stream=False),
-    "a.jsonl.xz": b"", "b.jsonl.xz": lzma.compress(b""), "a.jsonl.gz": b"", "b.jsonl.gz": gzip.compress(b"", mtime=0),
-    "a.jsonl.bz2": b"", "a.parquet.gz": gzip.compress(as_parquet(table([])), mtime=0),
+    "a.jsonl.xz": b"",
+    "b.jsonl.xz": lzma.compress(b""),
+    "a.jsonl.gz": b"",
+    "b.jsonl.gz": gzip.compress(b"", mtime=0),
+    "a.jsonl.bz2": b"",
+    "a.parquet.gz": gzip.compress(as_parquet(table([])), mtime=0),
     "d.parquet.gz": gzip.compress(b"", mtime=0),
 }
 
@@ -197,36 +221,45 @@ def test_only_line_feeds_end_a_line_of_json(tmp_path):
     assert read(tmp_path / "a.jsonl")[0] == [row]
 
 
-@pytest.mark.parametrize(("name", "data", "words"), [
-    ("a.txt", b"caf\xe9", "a.txt is not readable as UTF-8 .UnicodeDecodeError: .* convert it"),
-    ("a.txt", "one".encode("utf-16"), "a.txt is not readable as UTF-8"),
-    ("a.jsonl", lines({"text": "one"}) + b'{"text": "caf\xe9"}\n', "line 2 of .*a.jsonl is not UTF-8 .*convert the file"),
-    ("a.jsonl", '{"text": "one"}'.encode("utf-16"), "line 1 of .*a.jsonl is not UTF-8"),
-    ("a.csv", b"text\ncaf\xe9\n", "a.csv is not readable as UTF-8"),
-    ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}', "line 2 of .*a.jsonl has half a surrogate pair in column 'text'"),
-    ("a.json", b'["one", "\\udc00"]', "record 1 of .*a.json has half a surrogate pair"),
-    ("a.jsonl", lines({"text": "one"}) + b'\x00\x00\x00', "line 2 of .*a.jsonl is not JSON"),
-    ("a.jsonl", b'{"text": "one"}\n' + b"[" * 10**5, "line 2 of .*a.jsonl is not JSON .RecursionError"),
-    ("a.jsonl", b'\n{"text": "one"}\n\n{"text": "tw', "line 4 of .*a.jsonl is not JSON .JSONDecodeError.*fix or remove it"),
-    ("a.jsonl", b'{"text": "tw', "line 1 of .*a.jsonl is not JSON"),
-    ("a.jsonl", b'"text"', 'record 0 of .*a.jsonl is not an object|line 1 of .*a.jsonl is not an object such as ."text"'),
-    ("a.jsonl", b"3", "line 1 of .*a.jsonl is not an object"), ("a.jsonl", b"[3]", "record 0 of .*a.jsonl is not an object"),
-    ("a.jsonl", lines({"text": 5}), "line 1 of .*a.jsonl has a int in column 'text': it must be text"),
-    ("a.json", b"[{", "a.json is not JSON"), ("a.json", b'{"text":\n', "a.json is not JSON"),
-    ("a.csv", b'text\n"one\ntwo', "line 3 of .*a.csv is not CSV .unexpected end of data.: fix its quotes"),
-    ("a.csv", b"text,id\none,two,3\n", "line 2 of .*a.csv has 3 fields, the header 2: put texts that hold ',' in quotes"),
-    ("a.csv", b"body,id\none,2\n", "a.csv has no column 'text', it has body, id: choose one with --text-column"),
-    ("a.parquet", as_parquet(pa.table({"text": [1]})), "a.parquet has values of type int64 in column 'text': they must be text"),
-    ("a.parquet", as_parquet(pa.table({"body": ["one"]})), "a.parquet has no column 'text', it has body"),
-    ("a.arrow", arrow(pa.table({"body": ["one"]}), stream=True), "a.arrow has no column 'text', it has body"),
-    ("a.parquet", as_parquet(table(["one"]))[:-9], "a.parquet is not readable .ArrowInvalid"),
-    ("a.arrow", b"ARROW1 and no more", "a.arrow is not readable .ArrowInvalid"),
-    ("a.txt.xz", b"no xz", "a.txt.xz is not readable .LZMAError"),
-    ("a.txt.xz", lzma.compress(b"words" * 100)[:-20], "a.txt.xz is not readable .EOFError"),
-    ("a.txt.gz", gzip.compress(b"words" * 100, mtime=0)[:-9], "a.txt.gz is not readable .EOFError"),
-    ("a.txt.bz2", bz2.compress(b"words" * 100)[:-9], "a.txt.bz2 is not readable .EOFError"),
-    ("a.md", b"words", "a.md is of no kind that is read: .txt, .jsonl.*rename plain text to .txt"),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", b"caf\xe9", "a.txt is not readable as UTF-8 .UnicodeDecodeError: .* convert it"),
+        ("a.txt", "one".encode("utf-16"), "a.txt is not readable as UTF-8"),
+        ("a.jsonl", lines({"text": "one"}) + b'{"text": "caf\xe9"}\n', "line 2 of .*a.jsonl is not UTF-8 .*convert the file"),
+        ("a.jsonl", '{"text": "one"}'.encode("utf-16"), "line 1 of .*a.jsonl is not UTF-8"),
+        ("a.csv", b"text\ncaf\xe9\n", "a.csv is not readable as UTF-8"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud800"}', "line 2 of .*a.jsonl has half a surrogate pair in column 'text'"),
+        ("a.json", b'["one", "\\udc00"]', "record 1 of .*a.json has half a surrogate pair"),
+        ("a.jsonl", lines({"text": "one"}) + b"\x00\x00\x00", "line 2 of .*a.jsonl is not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n' + b"[" * 10**5, "line 2 of .*a.jsonl is not JSON .RecursionError"),
+        ("a.jsonl", b'\n{"text": "one"}\n\n{"text": "tw', "line 4 of .*a.jsonl is not JSON .JSONDecodeError.*fix or remove it"),
+        ("a.jsonl", b'{"text": "tw', "line 1 of .*a.jsonl is not JSON"),
+        ("a.jsonl", b'"text"', 'record 0 of .*a.jsonl is not an object|line 1 of .*a.jsonl is not an object such as ."text"'),
+        ("a.jsonl", b"3", "line 1 of .*a.jsonl is not an object"),
+        ("a.jsonl", b"[3]", "record 0 of .*a.jsonl is not an object"),
+        ("a.jsonl", lines({"text": 5}), "line 1 of .*a.jsonl has a int in column 'text': it must be text"),
+        ("a.json", b"[{", "a.json is not JSON"),
+        ("a.json", b'{"text":\n', "a.json is not JSON"),
+        ("a.csv", b'text\n"one\ntwo', "line 3 of .*a.csv is not CSV .unexpected end of data.: fix its quotes"),
+        ("a.csv", b"text,id\none,two,3\n", "line 2 of .*a.csv has 3 fields, the header 2: put texts that hold ',' in quotes"),
+        ("a.csv", b"body,id\none,2\n", "a.csv has no column 'text', it has body, id: choose one with --text-column"),
+        (
+            "a.parquet",
+            as_parquet(pa.table({"text": [1]})),
+            "a.parquet has values of type int64 in column 'text': they must be text",
+        ),
+        ("a.parquet", as_parquet(pa.table({"body": ["one"]})), "a.parquet has no column 'text', it has body"),
+        ("a.arrow", arrow(pa.table({"body": ["one"]}), stream=True), "a.arrow has no column 'text', it has body"),
+        ("a.parquet", as_parquet(table(["one"]))[:-9], "a.parquet is not readable .ArrowInvalid"),
+        ("a.arrow", b"ARROW1 and no more", "a.arrow is not readable .ArrowInvalid"),
+        ("a.txt.xz", b"no xz", "a.txt.xz is not readable .LZMAError"),
+        ("a.txt.xz", lzma.compress(b"words" * 100)[:-20], "a.txt.xz is not readable .EOFError"),
+        ("a.txt.gz", gzip.compress(b"words" * 100, mtime=0)[:-9], "a.txt.gz is not readable .EOFError"),
+        ("a.txt.bz2", bz2.compress(b"words" * 100)[:-9], "a.txt.bz2 is not readable .EOFError"),
+        ("a.md", b"words", "a.md is of no kind that is read: .txt, .jsonl.*rename plain text to .txt"),
+    ],
+)
 def test_both_readers_refuse_the_same_in_the_same_words(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=words) as prepared:

@@ -55,7 +55,8 @@ def test_text_files_by_file_paragraph_or_line(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"four\n"))
     expected = {
-        "file": ["one\ntwo\n\nthree\n", "four\n"], "line": ["one", "two", "three", "four"],
+        "file": ["one\ntwo\n\nthree\n", "four\n"],
+        "line": ["one", "two", "three", "four"],
         "paragraph": ["one\ntwo", "three\n", "four\n"],
     }
     for what, documents in expected.items():
@@ -124,10 +125,15 @@ def test_nothing_is_promised_before_anything_was_read():
 # ------------------------------------------------------------------------------------------- what is not there
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("nowhere.jsonl", "no file, directory or dataset at nowhere.jsonl: check the path"), ("./data", "at ./data: check"),
-    ("*.jsonl", "at .*jsonl: check the path"), ("a/b/c", "at a/b/c: check the path"),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.jsonl", "no file, directory or dataset at nowhere.jsonl: check the path"),
+        ("./data", "at ./data: check"),
+        ("*.jsonl", "at .*jsonl: check the path"),
+        ("a/b/c", "at a/b/c: check the path"),
+    ],
+)
 def test_missing_files_are_named(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
@@ -152,11 +158,17 @@ def test_a_dataset_that_is_not_there_is_one_sentence(monkeypatch, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("a.jsonl", b'{"text": "one"}\n{"text": "tw'), ("a.jsonl.xz", b"no xz"), ("a.jsonl.gz", b"no gz"),
-    ("a.parquet", b"no parquet"),
-    ("a.txt.xz", lzma.compress(b"words" * 10_000)[:-20]), ("a.txt", b"caf\xe9 \xff"),
-])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": "tw'),
+        ("a.jsonl.xz", b"no xz"),
+        ("a.jsonl.gz", b"no gz"),
+        ("a.parquet", b"no parquet"),
+        ("a.txt.xz", lzma.compress(b"words" * 10_000)[:-20]),
+        ("a.txt", b"caf\xe9 \xff"),
+    ],
+)
 def test_unreadable_files_are_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{name} is not (readable|JSON)") as caught:

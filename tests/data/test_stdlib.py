@@ -68,9 +68,10 @@ def test_the_split_goes_by_top_level_module(documents):
     assert 0.01 < share < 0.15
 
 
-@pytest.mark.parametrize(("name", "same_side_as"), [
-    ("src/json/decoder.py", "src/json/__init__.py"), ("api/_json", "src/json/tool.py"), ("src/_pydecimal.py", "api/pydecimal"),
-])
+@pytest.mark.parametrize(
+    ("name", "same_side_as"),
+    [("src/json/decoder.py", "src/json/__init__.py"), ("api/_json", "src/json/tool.py"), ("src/_pydecimal.py", "api/pydecimal")],
+)
 def test_a_module_and_its_accelerator_are_on_one_side(name, same_side_as):
     assert Document(name, "").held_out == Document(same_side_as, "something else").held_out
 
@@ -85,8 +86,12 @@ def test_the_split_is_a_fixed_choice(documents):
 def test_the_hash_changes_with_every_text_and_name():
     docs = [Document("a", "one"), Document("b", "two")]
     others = [
-        [replace(docs[0], text="One"), docs[1]], [replace(docs[0], name="c"), docs[1]], docs[:1], docs[::-1],
-        [Document("a", "onetwo"), Document("b", "")], [Document("a", "one\0b"), Document("two", "")],
+        [replace(docs[0], text="One"), docs[1]],
+        [replace(docs[0], name="c"), docs[1]],
+        docs[:1],
+        docs[::-1],
+        [Document("a", "onetwo"), Document("b", "")],
+        [Document("a", "one\0b"), Document("two", "")],
     ]
     hashes = {corpus_hash(d) for d in [docs, *others]}
     assert len(hashes) == 1 + len(others) and all(re.fullmatch("[0-9a-f]{16}", h) for h in hashes)
@@ -110,10 +115,16 @@ def library(monkeypatch, tmp_path):
     (tmp_path / "package" / "tests").mkdir(parents=True)
     (tmp_path / "site-packages").mkdir()
     for name, data in {
-        "good.py": b"x = 1\n", "latin.py": b"# -*- coding: latin-1 -*-\n# caf\xe9\n", "broken.py": b"\xff\xfe\x00",
-        "coding.py": b"# -*- coding: no-such -*-\n", "empty.py": b" \n",
-        "package/__init__.py": b'def f(x):\n    """What f is."""\n    return x\n', "syntax.py": b"def (:\n",
-        "package/tests/a.py": b"z = 3\n", "site-packages/b.py": b"z = 4\n", "_sysconfigdata_x.py": b"z = 5\n",
+        "good.py": b"x = 1\n",
+        "latin.py": b"# -*- coding: latin-1 -*-\n# caf\xe9\n",
+        "broken.py": b"\xff\xfe\x00",
+        "coding.py": b"# -*- coding: no-such -*-\n",
+        "empty.py": b" \n",
+        "package/__init__.py": b'def f(x):\n    """What f is."""\n    return x\n',
+        "syntax.py": b"def (:\n",
+        "package/tests/a.py": b"z = 3\n",
+        "site-packages/b.py": b"z = 4\n",
+        "_sysconfigdata_x.py": b"z = 5\n",
     }.items():
         (tmp_path / name).write_bytes(data)
     monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -121,16 +132,23 @@ def library(monkeypatch, tmp_path):
 
 def test_broken_and_empty_sources_are_skipped(library):
     assert {d.name: d.text for d in stdlib.documents(("src",))} == {
-        "src/good.py": "x = 1\n", "src/latin.py": "# -*- coding: latin-1 -*-\n# café\n", "src/syntax.py": "def (:\n",
+        "src/good.py": "x = 1\n",
+        "src/latin.py": "# -*- coding: latin-1 -*-\n# café\n",
+        "src/syntax.py": "def (:\n",
         "src/package/__init__.py": 'def f(x):\n    """What f is."""\n    return x\n',
     }
 
 
 def test_guides_stand_for_the_sources_with_definitions(library):
-    assert stdlib.documents(("guide",)) == [Document("guide/package/__init__.py", (
-        '# package/__init__.py: reference\n\ndef f(x):\n    """What f is."""\n\n'
-        '# package/__init__.py: source\n\ndef f(x):\n    """What f is."""\n    return x\n'
-    ))]
+    assert stdlib.documents(("guide",)) == [
+        Document(
+            "guide/package/__init__.py",
+            (
+                '# package/__init__.py: reference\n\ndef f(x):\n    """What f is."""\n\n'
+                '# package/__init__.py: source\n\ndef f(x):\n    """What f is."""\n    return x\n'
+            ),
+        )
+    ]
     assert {d.name.split("/")[0] for d in stdlib.documents()} <= {"guide", "topic", "api"}
 
 

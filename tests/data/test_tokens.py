@@ -18,7 +18,11 @@ from tests.training.helpers import TOKENIZER
 
 END = 0  # <|endoftext|> of the base model's tokenizer
 TEXTS = [
-    "def f(x):\n    return x + 1\n", "naïve café — 日本語 🙂\n\n\ttabs and  spaces  ", "a", "0123456789" * 50, "\n\n\n",
+    "def f(x):\n    return x + 1\n",
+    "naïve café — 日本語 🙂\n\n\ttabs and  spaces  ",
+    "a",
+    "0123456789" * 50,
+    "\n\n\n",
     "x = '''" + "word " * 300 + "'''",
 ]
 DOCUMENTS = [Document(f"d{i}", text) for i, text in enumerate(TEXTS)]
@@ -144,8 +148,7 @@ def test_the_hash_does_not_depend_on_where_the_files_lie(tmp_path):
         write_lines(tmp_path / place / "a.jsonl", {"text": "one"}, {"text": "two"})
         (tmp_path / place / "b.txt").write_text("three")
     hashes = {
-        corpus_hash(read_files(f"{tmp_path / place / 'a.jsonl'},{tmp_path / place / 'b.txt'}")[0])
-        for place in ("here", "there")
+        corpus_hash(read_files(f"{tmp_path / place / 'a.jsonl'},{tmp_path / place / 'b.txt'}")[0]) for place in ("here", "there")
     }
     assert len(hashes) == 1
     write_lines(tmp_path / "there" / "a.jsonl", {"text": "one"}, {"text": "too"})
@@ -178,7 +181,9 @@ def test_what_was_left_out_comes_with_the_text_that_it_was_left_out_of(tmp_path,
     (tmp_path / "empty.jsonl").write_text("")
     both, empty = Skipped(blank=1, null=1), f"{path},{tmp_path / 'empty.jsonl'}"
     for text, held_out, left_out in (
-        (path, "", (both, Skipped())), (empty, held, (both + Skipped(files=1), both)), ("stdlib", held, (Skipped(), both)),
+        (path, "", (both, Skipped())),
+        (empty, held, (both + Skipped(files=1), both)),
+        ("stdlib", held, (Skipped(), both)),
     ):
         found = tokens.corpora(text, held_out, tokenizer, tmp_path / "cache")
         assert tuple(mixture.corpora[0].skipped for mixture in found) == left_out
@@ -206,10 +211,14 @@ def test_the_standard_library_is_split_by_module_or_kept_whole(tmp_path, tokeniz
     assert (spoken(training.corpora[0], tokenizer), spoken(held_out.corpora[0], tokenizer)) == (names, ["held out"])
 
 
-@pytest.mark.parametrize(("documents", "held_out", "words"), [
-    (19, "", "the held-out text of data.text=.* is empty"), (0, "", "the training text of data.text=.* is empty"),
-    (5, "   \n", "the held-out text of data.text=.* is empty"),
-])
+@pytest.mark.parametrize(
+    ("documents", "held_out", "words"),
+    [
+        (19, "", "the held-out text of data.text=.* is empty"),
+        (0, "", "the training text of data.text=.* is empty"),
+        (5, "   \n", "the held-out text of data.text=.* is empty"),
+    ],
+)
 def test_empty_splits_are_refused(tmp_path, tokenizer, documents, held_out, words):
     path = write_lines(tmp_path / "a.jsonl", *({"text": "words"} for _ in range(documents)))
     if held_out:

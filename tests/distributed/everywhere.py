@@ -28,8 +28,10 @@ def preempt(engine, own):
 
 def states(engine, own):
     """Of each rank: a number for the state of every sequence, its tokens and its slot, as long as there are at most 64."""
-    rows = [[one.arrival, len(one.tokens), sum(one.tokens), -1 if one.slot is None else one.slot, *one.state.value.encode()[:4]]
-            for one in engine.scheduler.all]
+    rows = [
+        [one.arrival, len(one.tokens), sum(one.tokens), -1 if one.slot is None else one.slot, *one.state.value.encode()[:4]]
+        for one in engine.scheduler.all
+    ]
     found = torch.full((64, 8), -2)
     if rows:
         found[: len(rows)] = torch.tensor(rows)

@@ -34,13 +34,22 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_raylet_start_wait_time_s": str(PATIENCE),
-            "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "RAY_raylet_start_wait_time_s": str(PATIENCE),
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_worker_niceness": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
         }
         self.url, self.log = f"http://127.0.0.1:{port}", log
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.ray_cluster", str(directory), str(port)], cwd=ROOT, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
+            [sys.executable, "-m", "tests.distributed.ray_cluster", str(directory), str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
         )
         assert any(line.startswith('{"ready"') for line in self.process.stdout), log.read_text()
 

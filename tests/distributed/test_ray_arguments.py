@@ -31,8 +31,9 @@ def test_the_settings_of_the_engine():
     assert {name: value for name, value in arguments().items() if name in wanted} == wanted
 
 
-@pytest.mark.parametrize("field", [f for f in dataclasses.fields(Settings) if f.name not in ("name", "host", "port")],
-                         ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "field", [f for f in dataclasses.fields(Settings) if f.name not in ("name", "host", "port")], ids=lambda field: field.name
+)
 def test_the_settings_of_the_server(field):
     """Ray's proxy reads heads and listens: its own settings say how."""
     if field.name == "head_timeout":

@@ -79,14 +79,30 @@ def test_ranks_do_not_outlive_a_killed_server(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, said", [
-    (signal.SIGKILL, "rank 1 has ended"), (signal.SIGSTOP, "rank 1 has not answered for 4 seconds"),
-])
+@pytest.mark.parametrize(
+    "number, said", [(signal.SIGKILL, "rank 1 has ended"), (signal.SIGSTOP, "rank 1 has not answered for 4 seconds")]
+)
 def test_a_rank_of_torchrun_dies_or_hangs(directory, tmp_path, number, said):
     """The ranks are nobody's children here: those that are left find out who it was."""
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmc", "serve",
-               str(directory), "--port", "0", "--device", "cpu", "--rank-timeout", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dmc",
+        "serve",
+        str(directory),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--rank-timeout",
+        "4",
+    ]
     with log.open("w") as file:
         launcher = subprocess.Popen(
             command, cwd=ROOT, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -163,8 +163,11 @@ def test_parts_make_up_the_whole(tmp_path, decision):
     rows = -(-97 // ranks)
     name = "model.layers.1.self_attn."
     for tensor, shape, dim in (
-        ("model.embed_tokens.weight", (rows, 32), 0), (f"{name}q_proj.weight", (8, 32), 0), (f"{name}k_proj.bias", (8,), 0),
-        (f"{name}o_proj.weight", (32, 8), 1), ("model.layers.0.mlp.down_proj.weight", (32, 12), 1),
+        ("model.embed_tokens.weight", (rows, 32), 0),
+        (f"{name}q_proj.weight", (8, 32), 0),
+        (f"{name}k_proj.bias", (8,), 0),
+        (f"{name}o_proj.weight", (32, 8), 1),
+        ("model.layers.0.mlp.down_proj.weight", (32, 12), 1),
     ):
         got = [part.get(tensor, shape) for part in parts]
         assert all(tuple(one.shape) == shape for one in got)
@@ -178,10 +181,14 @@ def test_parts_make_up_the_whole(tmp_path, decision):
         assert torch.equal(rows.transpose(0, 1).flatten(0, 1), full)
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"tensor_parallel": 3}, "does not divide the model's 2 key/value heads"), ({"tensor_parallel": 0}, "at least 1"),
-    ({"tensor_parallel": 2, "rank_timeout": 0}, "rank_timeout must be above 0"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"tensor_parallel": 3}, "does not divide the model's 2 key/value heads"),
+        ({"tensor_parallel": 0}, "at least 1"),
+        ({"tensor_parallel": 2, "rank_timeout": 0}, "rank_timeout must be above 0"),
+    ],
+)
 def test_what_cannot_be_cut_is_refused(directory, settings, said):
     with pytest.raises(ValueError, match=said):
         LLM(directory, device="cpu", **settings)
@@ -204,9 +211,9 @@ def test_a_rank_that_cannot_start(directory, tmp_path, monkeypatch):
         LLM(directory, device="cpu", tensor_parallel=2)
 
 
-@pytest.mark.parametrize("number, said", [
-    (signal.SIGKILL, "rank 1 has ended by signal 9"), (signal.SIGSTOP, "rank 1 has not answered for 3 seconds"),
-])
+@pytest.mark.parametrize(
+    "number, said", [(signal.SIGKILL, "rank 1 has ended by signal 9"), (signal.SIGSTOP, "rank 1 has not answered for 3 seconds")]
+)
 def test_a_rank_that_dies_or_hangs(directory, number, said):
     """While it generates: an error that names the rank, in bounded time, now and ever after; no process is left."""
     llm = LLM(directory, device="cpu", tensor_parallel=2, rank_timeout=3)
@@ -242,8 +249,14 @@ def test_under_torchrun(directory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def said(*start, more=()):
-        done = subprocess.run([sys.executable, *start, "dmc", *arguments, *more], capture_output=True, text=True, timeout=200,
-                              env=environment, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, *start, "dmc", *arguments, *more],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=environment,
+            cwd=ROOT,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -328,11 +341,15 @@ def test_errors_of_commands(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, said", [
-    ((everywhere.signal_rank, 2, "SIGKILL"), "rank 2 has ended"), ((everywhere.fail, 3), "rank 3 has failed: KeyError"),
-    ((everywhere.signal_rank, 2, "SIGSTOP"), "rank 2 has not answered for 4 seconds"),
-    ((everywhere.late, 1), "rank 1 has not answered for 4 seconds"),
-])
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ((everywhere.signal_rank, 2, "SIGKILL"), "rank 2 has ended"),
+        ((everywhere.fail, 3), "rank 3 has failed: KeyError"),
+        ((everywhere.signal_rank, 2, "SIGSTOP"), "rank 2 has not answered for 4 seconds"),
+        ((everywhere.late, 1), "rank 1 has not answered for 4 seconds"),
+    ],
+)
 def test_the_one_of_four_ranks_is_named(wide, command, said):
     llm = LLM(wide, device="cpu", tensor_parallel=4, rank_timeout=4)
     started = time.monotonic()

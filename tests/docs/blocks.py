@@ -67,7 +67,7 @@ def commands(text: str) -> Iterator[Command]:
     for words in _simple(_OPTIONAL.sub(r"\1", text)):
         command = Command()
         while words and (name := re.match(r"([A-Za-z_]\w*)=", words[0])):
-            command.environment[name[1]] = words.pop(0)[name.end():]
+            command.environment[name[1]] = words.pop(0)[name.end() :]
         if words and words[0].removeprefix("$") in variables and words[0].startswith("$"):
             words[:1] = next(_simple(variables[words[0][1:]]))
         if not words:
@@ -95,7 +95,7 @@ def _words(text: str) -> Iterator[str]:
     """Words and separators; comments, quotes and continued lines are resolved as a shell does."""
     word, inside, place = "", False, 0
     while place < len(text):
-        char, two = text[place], text[place:place + 2]
+        char, two = text[place], text[place : place + 2]
         if two == "\\\n":
             place += 2
             continue
@@ -104,8 +104,8 @@ def _words(text: str) -> Iterator[str]:
             while end < len(text) and text[end] != char:
                 end += 2 if char == '"' and text[end] == "\\" else 1
             if end >= len(text):
-                raise ValueError(f"a quote that is not closed: {text[place:place + 30]!r}")
-            word, inside, place = word + text[place + 1:end], True, end + 1
+                raise ValueError(f"a quote that is not closed: {text[place : place + 30]!r}")
+            word, inside, place = word + text[place + 1 : end], True, end + 1
             continue
         if char == "#" and not inside:
             place = text.find("\n", place) if "\n" in text[place:] else len(text)

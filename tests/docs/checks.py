@@ -155,11 +155,15 @@ class _Captured(BaseException):
 @functools.cache
 def _parser(path: str) -> argparse.ArgumentParser:
     """The parser of a script in the repository."""
+
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise _Captured(parser)
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [path]), \
-            mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        mock.patch.object(sys, "argv", [path]),
+        mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
+    ):
         try:
             runpy.run_path(str(ROOT / path), run_name="__main__")
         except _Captured as captured:
@@ -190,7 +194,7 @@ def _train(arguments: list[str], files: Files) -> Iterator[str]:
     with contextlib.suppress(ValueError):  # a recipe of the reader's own
         place = given.index("--config") + 1
         if not (ROOT / given[place]).is_file() and not files.missing(given[place]):
-            del given[place - 1:place + 1]
+            del given[place - 1 : place + 1]
     dry = "--dry-run" in given
     with contextlib.chdir(ROOT):
         try:

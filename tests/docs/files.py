@@ -9,8 +9,21 @@ from tests.docs.blocks import ROOT
 
 # Files that a reader brings: texts of his own, and the models and texts of the results, whose pages say where they are from.
 YOURS = {
-    "text.txt", "other.txt", "mine.txt", "my.txt", "book.txt", "corpus.jsonl", "books/*.jsonl.xz", "novels.jsonl.xz", "plan.yaml",
-    "chats.jsonl", "model.gguf", "wikitext2-valid.txt", "wikitext2-train.txt", "argparse.py", "SmolLM2-135M",
+    "text.txt",
+    "other.txt",
+    "mine.txt",
+    "my.txt",
+    "book.txt",
+    "corpus.jsonl",
+    "books/*.jsonl.xz",
+    "novels.jsonl.xz",
+    "plan.yaml",
+    "chats.jsonl",
+    "model.gguf",
+    "wikitext2-valid.txt",
+    "wikitext2-train.txt",
+    "argparse.py",
+    "SmolLM2-135M",
 }
 
 

@@ -76,8 +76,11 @@ def _hf(arguments: list[str], files: Files) -> Iterator[str]:
     except (OSError, subprocess.CalledProcessError):
         yield f"there is no command hf {' '.join(arguments[:first])}"
         return
-    yield from (f"hf {' '.join(arguments[:first])}: unknown flag {word}" for word in arguments
-                if word.startswith("-") and word.partition("=")[0] not in flags)
+    yield from (
+        f"hf {' '.join(arguments[:first])}: unknown flag {word}"
+        for word in arguments
+        if word.startswith("-") and word.partition("=")[0] not in flags
+    )
     if "--local-dir" in arguments:
         files.written[arguments[arguments.index("--local-dir") + 1]] = True
 
@@ -94,8 +97,8 @@ def _pytest(arguments: list[str], files: Files) -> Iterator[str]:
 def _tail(arguments: list[str], files: Files) -> Iterator[str]:
     """The output of a job, as the scripts for SLURM name it."""
     text = (ROOT / "scripts/slurm/multi_node.sbatch").read_text()
-    name, = re.findall(r"^#SBATCH --job-name[= ](\S+)", text, re.MULTILINE)
-    out, = re.findall(r"^#SBATCH --output[= ](\S+)", text, re.MULTILINE)
+    (name,) = re.findall(r"^#SBATCH --job-name[= ](\S+)", text, re.MULTILINE)
+    (out,) = re.findall(r"^#SBATCH --output[= ](\S+)", text, re.MULTILINE)
     if arguments != ["-f", wanted := out.replace("%x", name).replace("%j", "JOB")]:
         yield f"tail {' '.join(arguments)}: jobs write {wanted}"
 
@@ -146,7 +149,7 @@ def _docker(arguments: list[str], files: Files) -> Iterator[str]:
             yield f"docker: there is no file {path}"
     image = next((place for place, word in enumerate(arguments) if word.startswith("dmc:")), None)
     if arguments[0] == "run" and image is not None:
-        _, unknown = cli._parsers()[0].parse_known_args(["serve", "/model", *arguments[image + 1:]])
+        _, unknown = cli._parsers()[0].parse_known_args(["serve", "/model", *arguments[image + 1 :]])
         yield from (f"dmc serve has no argument {word}" for word in unknown)
 
 
@@ -161,9 +164,18 @@ def _curl(arguments: list[str], files: Files) -> Iterator[str]:
 
 
 PROGRAMS: dict[str, Callable[[list[str], Files], Iterator[str]]] = {
-    "bash": _bash, "pip": _pip, "hf": _hf, "pytest": _pytest, "tail": _tail, "tensorboard": _tensorboard, "serve": _serve,
-    "source": _source, "docker": _docker, "curl": _curl,
-    "ray": _ignored, "scontrol": _ignored,  # of clusters, with nothing of this project in their arguments
+    "bash": _bash,
+    "pip": _pip,
+    "hf": _hf,
+    "pytest": _pytest,
+    "tail": _tail,
+    "tensorboard": _tensorboard,
+    "serve": _serve,
+    "source": _source,
+    "docker": _docker,
+    "curl": _curl,
+    "ray": _ignored,
+    "scontrol": _ignored,  # of clusters, with nothing of this project in their arguments
 }
 
 

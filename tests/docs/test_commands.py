@@ -35,9 +35,9 @@ def test_commands_and_flags_in_the_text_exist(page):
     assert [error for span in flags_of_text(page.read_text()) for error in check_span(span)] == []
 
 
-@pytest.mark.parametrize("block", [
-    pytest.param(block, marks=pytest.mark.slow if block.mark == "run slow" else (), id=str(block)) for block in RUN
-])
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, marks=pytest.mark.slow if block.mark == "run slow" else (), id=str(block)) for block in RUN]
+)
 def test_a_block_runs(block, tmp_path):
     """In a copy of the repository; where the page shows output below the block, it is what the block prints.
 
@@ -49,11 +49,11 @@ def test_a_block_runs(block, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy"), "PATH": path, "OMP_NUM_THREADS": "1"}
     environment["DMC_KERNELS"] = "torch"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text], cwd=tmp_path / "copy", env=environment, capture_output=True, text=True,
+        ["bash", "-euo", "pipefail", "-c", block.text], cwd=tmp_path / "copy", env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{block}:\n{done.stdout}\n{done.stderr}"
     found = BY_PAGE[block.page]
-    following = found[found.index(block) + 1:][:1]
+    following = found[found.index(block) + 1 :][:1]
     if following and following[0].language == "":
         assert done.stdout.splitlines() == following[0].text.splitlines(), f"{block} prints\n{done.stdout}"
 
@@ -61,7 +61,10 @@ def test_a_block_runs(block, tmp_path):
 def test_some_blocks_run():
     """The fast suite tries at least these pages."""
     assert {block.page for block in RUN if block.mark == "run"} >= {
-        "docs/cluster.md", "docs/serving.md", "docs/kernels.md", "docs/methods/gqa.md",
+        "docs/cluster.md",
+        "docs/serving.md",
+        "docs/kernels.md",
+        "docs/methods/gqa.md",
     }
 
 
@@ -138,11 +141,17 @@ def test_a_bad_block_is_found(text, said):
     assert len(errors) >= 1 and said in " ".join(errors), errors
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("from dmc import LLMs", "dmc has no LLMs"), ("LLM('DIR', kv_memori=3)", "LLM takes no kv_memori"),
-    ("LLM('DIR', codec='zip')", "unknown codec 'zip'"), ("SamplingParams(tokens=3)", "SamplingParams takes no tokens"),
-    ("LLM('my-model')", "where my-model comes from"), ("x = (", "no Python"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("from dmc import LLMs", "dmc has no LLMs"),
+        ("LLM('DIR', kv_memori=3)", "LLM takes no kv_memori"),
+        ("LLM('DIR', codec='zip')", "unknown codec 'zip'"),
+        ("SamplingParams(tokens=3)", "SamplingParams takes no tokens"),
+        ("LLM('my-model')", "where my-model comes from"),
+        ("x = (", "no Python"),
+    ],
+)
 def test_a_bad_python_block_is_found(text, said):
     assert said in " ".join(check(text, "python"))
 
@@ -155,7 +164,7 @@ GOOD = [
     "python scripts/prepare_data.py some/dataset --tokenizer DIR --output corpora/x\n"
     "torchrun train.py data.text=corpora/x --model DIR --output runs/b",
     'DMC_KERNELS=torch dmc generate DIR --prompt "a # b" \\\n    --codec int8 [--max-tokens 3]',
-    "torchrun ... train.py --config R.yaml --resume auto --output \"$out\" || { [ -e \"$out/stopped\" ] && scontrol requeue 1; }",
+    'torchrun ... train.py --config R.yaml --resume auto --output "$out" || { [ -e "$out/stopped" ] && scontrol requeue 1; }',
     "torchrun -m dmc.cli serve DIR --tensor-parallel 2",
 ]
 
@@ -184,11 +193,15 @@ def test_words_are_those_of_a_shell():
     assert two.words == ["u", "v#w", "--x=${y#*,}"] and three.words == ["z", "1\n2"]
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("run `dmc serv DIR`", "invalid choice: 'serv'"), ("set `--kv-memories` to", "no program has the flag --kv-memories"),
-    ("`pip install 'dmc[eval]'` brings", "would take whatever"),
-    ("`huggingface-cli download x`", "unknown program huggingface-cli"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run `dmc serv DIR`", "invalid choice: 'serv'"),
+        ("set `--kv-memories` to", "no program has the flag --kv-memories"),
+        ("`pip install 'dmc[eval]'` brings", "would take whatever"),
+        ("`huggingface-cli download x`", "unknown program huggingface-cli"),
+    ],
+)
 def test_bad_commands_in_the_text_are_found(text, said):
     assert said in " ".join(error for span in flags_of_text(text) for error in check_span(span))
 

@@ -12,8 +12,11 @@ from tests.docs.blocks import ROOT
 from tests.docs.test_tutorial import FILE
 
 EXAMPLES = ROOT / "examples"
-CELLS = ["".join(cell["source"]) for cell in json.loads((EXAMPLES / "own_policy.ipynb").read_text())["cells"]
-         if cell["cell_type"] == "code"]
+CELLS = [
+    "".join(cell["source"])
+    for cell in json.loads((EXAMPLES / "own_policy.ipynb").read_text())["cells"]
+    if cell["cell_type"] == "code"
+]
 
 
 def test_the_policy_is_that_of_the_tutorial():

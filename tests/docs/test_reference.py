@@ -35,6 +35,8 @@ def test_arguments_of_every_kind():
     positional, options = parser._action_groups
     assert make_reference._arguments(positional) == [("`DIR`", "of a|model")]
     assert make_reference._arguments(options) == [
-        ("`-k {a,b}`", "90 % of \\<x>, as `a_b` or a\\_b"), ("`--many MANY ...`", ""), ("`--quiet`", "says nothing"),
+        ("`-k {a,b}`", "90 % of \\<x>, as `a_b` or a\\_b"),
+        ("`--many MANY ...`", ""),
+        ("`--quiet`", "says nothing"),
     ]
     assert make_reference.table(("a", "b"), [("x|y", "z")]) == "| a | b |\n|---|---|\n| x\\|y | z |"

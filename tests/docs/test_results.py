@@ -16,8 +16,18 @@ PAGES = [path for path in sorted(RESULTS.parent.rglob("*.md")) if "<!-- table:" 
 
 def frontier_row(policy, share, windows, *, model="base", codec="int8"):
     result = {
-        "base": "base", "model": model, "model_hash": model, "base_hash": "base", "windows_hash": "w", "share": share, "cr": 2.0,
-        "kl": statistics.fmean(windows), "kl_stderr": 0.01, "kl_windows": windows, "perplexity": 7.0, "agreement": 0.9,
+        "base": "base",
+        "model": model,
+        "model_hash": model,
+        "base_hash": "base",
+        "windows_hash": "w",
+        "share": share,
+        "cr": 2.0,
+        "kl": statistics.fmean(windows),
+        "kl_stderr": 0.01,
+        "kl_windows": windows,
+        "perplexity": 7.0,
+        "agreement": 0.9,
         "settings": {"policy": {}},
     }
     return {"model": model, "policy": policy, "codec": codec, "result": result}
@@ -56,14 +66,17 @@ def test_every_data_file_is_used():
     assert {name for name in files if f"]({name})" not in pages} == set()
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("<!-- table: none x -->\n<!-- end -->\n", "unknown table 'none'; known: rows, frontier"),
-    ("<!-- table: frontier no.jsonl -->\n<!-- end -->\n", "page.md: table 'frontier no.jsonl': FileNotFoundError"),
-    ("<!-- table:  -->\n<!-- end -->\n", "page.md: unknown table ''"),
-    ("<!-- table: rows none.jsonl\nx := {x}\n-->\n<!-- end -->\n", "page.md: table 'rows none.jsonl': FileNotFoundError"),
-    ("<!-- table: retrieval frontier/base.jsonl -->\n<!-- end -->\n", "page.md: table 'retrieval frontier/base.jsonl'"),
-    ("<!-- table: runs late/runs.jsonl -->\n", "1 tables begin with '<!-- table: ... -->' and 0 of them end"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<!-- table: none x -->\n<!-- end -->\n", "unknown table 'none'; known: rows, frontier"),
+        ("<!-- table: frontier no.jsonl -->\n<!-- end -->\n", "page.md: table 'frontier no.jsonl': FileNotFoundError"),
+        ("<!-- table:  -->\n<!-- end -->\n", "page.md: unknown table ''"),
+        ("<!-- table: rows none.jsonl\nx := {x}\n-->\n<!-- end -->\n", "page.md: table 'rows none.jsonl': FileNotFoundError"),
+        ("<!-- table: retrieval frontier/base.jsonl -->\n<!-- end -->\n", "page.md: table 'retrieval frontier/base.jsonl'"),
+        ("<!-- table: runs late/runs.jsonl -->\n", "1 tables begin with '<!-- table: ... -->' and 0 of them end"),
+    ],
+)
 def test_a_block_that_cannot_be_filled_is_named(text, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")):
         make_results.filled("page.md", text)
@@ -122,8 +135,11 @@ def test_two_caches_are_compared_over_the_same_samples(data):
         return {"row": row, "policy": policy, "retrieval": {"all": whole, "samples": samples, "cells": [{"length": 64}]}}
 
     data(
-        report("full, bf16", 1.0, [1, 1, 1]), report("a", 3.9, [1, 0, 1]), report("d", 4.1, [0, 1, 1]),
-        report("b", 4.2, [0, 0, 1], "tova:share=0.2"), report("c", 8, [0, 0, 0]),
+        report("full, bf16", 1.0, [1, 1, 1]),
+        report("a", 3.9, [1, 0, 1]),
+        report("d", 4.1, [0, 1, 1]),
+        report("b", 4.2, [0, 0, 1], "tova:share=0.2"),
+        report("c", 8, [0, 0, 0]),
     )
     lines = results_tables.retrieval("rows.jsonl").splitlines()[2:]
     assert lines[1] == "| 64 | 1/4 | 1.00 | a (1/3.9), **0.67** | b (1/4.2), **0.33** | 0.33 ± 0.33 (n 3), not settled |"
@@ -145,14 +161,17 @@ def test_a_page_says_the_columns(data):
     assert make_results.filled("page.md", made) == made
 
 
-@pytest.mark.parametrize(("mark", "says"), [
-    ("rows.jsonl", "every line is a column"),
-    ("rows.jsonl\nx := {x}\ny {x}", "every line is a column"),
-    ("rows.jsonl [r for r in rows if r.x > 1]\nx := {x}", "selects no rows"),
-    ("rows.jsonl\nx := {y}", "NameError"),
-    ("rows.jsonl\nx := {row.y}", "no field 'y'; there are x"),
-    ("rows.jsonl rows.y\nx := {x}", "AttributeError"),
-])
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        ("rows.jsonl", "every line is a column"),
+        ("rows.jsonl\nx := {x}\ny {x}", "every line is a column"),
+        ("rows.jsonl [r for r in rows if r.x > 1]\nx := {x}", "selects no rows"),
+        ("rows.jsonl\nx := {y}", "NameError"),
+        ("rows.jsonl\nx := {row.y}", "no field 'y'; there are x"),
+        ("rows.jsonl rows.y\nx := {x}", "AttributeError"),
+    ],
+)
 def test_a_mark_that_is_wrong_is_named(data, mark, says):
     data({"x": 1})
     with pytest.raises(ValueError, match=says):
@@ -176,7 +195,8 @@ def test_interpolation_in_logarithms():
 def test_cr_is_that_of_the_samples_and_lengths_are_not_mixed(data):
     sample = {"kind": "single", "length": 64, "held_bytes": 50, "dense_bytes": 100}
     row = {
-        "row": "a", "retrieval": {
+        "row": "a",
+        "retrieval": {
             "settings": {"lengths": [64]},
             "samples": [sample | {"tokens": 10, "entries": 5.0}, sample | {"tokens": 90, "entries": 15.0}],
             "cells": [{"kind": "single", "length": 64, "found": 0.5, "stderr": None, "n": 2}],

@@ -53,11 +53,17 @@ echo '[no](../../configs/a.yaml)'
 `[code](../../configs/a.yaml)`, ![plot](../../p.png) and [away](https://x.y/../../z)."""
 
 
-@pytest.mark.parametrize(("address", "first"), [
-    (None, "See the recipe (`configs/a.yaml`),\n`tests/x.py`, rooms (`dmc`), [page](../method.md)."),
-    ("https://h.z/o/r/", "See [the recipe](https://h.z/o/r/blob/main/configs/a.yaml),\n[`tests/x.py`](https://h.z/o/r/blob/main/"
-     "tests/x.py), [rooms](https://h.z/o/r/tree/main/dmc#parts), [page](../method.md)."),
-])
+@pytest.mark.parametrize(
+    ("address", "first"),
+    [
+        (None, "See the recipe (`configs/a.yaml`),\n`tests/x.py`, rooms (`dmc`), [page](../method.md)."),
+        (
+            "https://h.z/o/r/",
+            "See [the recipe](https://h.z/o/r/blob/main/configs/a.yaml),\n[`tests/x.py`](https://h.z/o/r/blob/main/"
+            "tests/x.py), [rooms](https://h.z/o/r/tree/main/dmc#parts), [page](../method.md).",
+        ),
+    ],
+)
 def test_links_out_of_docs(address, first):
     done = rewrite(TEXT, "docs/results", address, ROOT)
     assert done.split("\n\n", 1) == [first, TEXT.split("\n\n", 1)[1]]
@@ -67,15 +73,18 @@ def test_a_link_out_of_the_repository_is_left_for_mkdocs_to_report():
     assert rewrite("[x](../../y)", "docs", None, ROOT) == "[x](../../y)"
 
 
-@pytest.mark.parametrize(("text", "made"), [
-    ("words\n- a\n  b\n- c", "words\n\n- a\n    b\n- c"),
-    ("- a\n  - b\n    c\n- d\n\nwords", "- a\n    - b\n        c\n- d\n\nwords"),
-    ("1. a\n\n   | t |\n   |---|\n   words\n2. b", "1. a\n\n    | t |\n    |---|\n    words\n\n2. b"),
-    ("- a\n\n  ```x\n  - y\n    z\n  ```\n# h", "- a\n\n    ```x\n    - y\n      z\n    ```\n# h"),
-    ("```x\nw\n- y\n  - z\n```\n\n    code - x", "```x\nw\n- y\n  - z\n```\n\n    code - x"),
-    ("a (b -\n2) c\n1. d\n2. e", "a (b -\n2) c\n\n1. d\n2. e"),
-    ("- a\nlazy\n\n  - b", "- a\n    lazy\n\n    - b"),
-])
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("words\n- a\n  b\n- c", "words\n\n- a\n    b\n- c"),
+        ("- a\n  - b\n    c\n- d\n\nwords", "- a\n    - b\n        c\n- d\n\nwords"),
+        ("1. a\n\n   | t |\n   |---|\n   words\n2. b", "1. a\n\n    | t |\n    |---|\n    words\n\n2. b"),
+        ("- a\n\n  ```x\n  - y\n    z\n  ```\n# h", "- a\n\n    ```x\n    - y\n      z\n    ```\n# h"),
+        ("```x\nw\n- y\n  - z\n```\n\n    code - x", "```x\nw\n- y\n  - z\n```\n\n    code - x"),
+        ("a (b -\n2) c\n1. d\n2. e", "a (b -\n2) c\n\n1. d\n2. e"),
+        ("- a\nlazy\n\n  - b", "- a\n    lazy\n\n    - b"),
+    ],
+)
 def test_lists(text, made):
     assert lists(text) == made
 
@@ -100,7 +109,11 @@ def test_it_builds_without_a_warning(tmp_path):
         pytest.skip("mkdocs is not installed: pip install -c constraints.txt -c constraints-docs.txt -e '.[docs]'")
     done = subprocess.run(
         [python, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
@@ -116,8 +129,10 @@ def test_wrong_links_are_found(tmp_path):
     (tmp_path / "b.html").write_text('<p id="z"><p id="z"><a href="a.html#x">a</a><a href="https://h.z/c">c</a>')
     found, links, away = problems(tmp_path)
     assert found == [
-        "a.html: the image p.png has no description", "a.html: b.html#y: that page has no such heading",
-        "a.html: p.png leads nowhere", "b.html: the id z is there 2 times",
+        "a.html: the image p.png has no description",
+        "a.html: b.html#y: that page has no such heading",
+        "a.html: p.png leads nowhere",
+        "b.html: the id z is there 2 times",
     ]
     assert (links, away) == (4, 1)
     with pytest.raises(ValueError, match="no pages"):

@@ -49,8 +49,14 @@ def test_the_python_of_the_page_runs(model, capsys):
 
 
 def test_the_commands_of_the_page_name_the_policy(model, capsys):
-    asked = [word for block in PAGE if block.language == "bash" for each in commands(block.text) for word in each.words
-             if word.startswith("strided:")]
+    asked = [
+        word
+        for block in PAGE
+        if block.language == "bash"
+        for each in commands(block.text)
+        for word in each.words
+        if word.startswith("strided:")
+    ]
     assert len(asked) == 3
     for text in asked:
         name, settings = named(text)

@@ -47,11 +47,31 @@ WORDS = {
     r"(?<![\w.])\.\d+": "a leading 0",
 }
 
-CODE_WORDS = {word: instead for word, instead in WORDS.items() if instead in {
-    "reference implementation", "CPU kernels", "all-reduce", "boundaries", "checkpoint", "baseline", "token-matched",
-    "most likely, more likely", "sinks and recent window in bf16", "full-precision entries", "again", "attention statistics",
-    "next to, in addition to", "atomically", "automatically", "automatically, alone, separately", "playground", "per",
-}}
+CODE_WORDS = {
+    word: instead
+    for word, instead in WORDS.items()
+    if instead
+    in {
+        "reference implementation",
+        "CPU kernels",
+        "all-reduce",
+        "boundaries",
+        "checkpoint",
+        "baseline",
+        "token-matched",
+        "most likely, more likely",
+        "sinks and recent window in bf16",
+        "full-precision entries",
+        "again",
+        "attention statistics",
+        "next to, in addition to",
+        "atomically",
+        "automatically",
+        "automatically, alone, separately",
+        "playground",
+        "per",
+    }
+}
 CODE_WORDS |= {
     r"open entr(?:y|ies)": "accumulating entry",
     r"(?<!there )(?<!There )is no (?!longer|more)\w+": "is not a",
@@ -111,32 +131,45 @@ def found_in_code(source, allowed=()):
     for sentence in allowed:
         assert sentence in source, f"nothing needs the exception {sentence!r} any more"
         source = source.replace(sentence, "")
-    return sorted({
-        f"line {line + number}: {hit.group()!r}; write: {instead}"
-        for line, text in in_code(source) if _ANY.search(text)
-        for number, prose in enumerate(re.sub(r"`+[^`\n]*`+", "", text).split("\n"))
-        for word, instead in CODE_WORDS.items() for hit in re.finditer(rf"(?<![\w-])(?:{word})(?![\w-])", prose)
-    })
+    return sorted(
+        {
+            f"line {line + number}: {hit.group()!r}; write: {instead}"
+            for line, text in in_code(source)
+            if _ANY.search(text)
+            for number, prose in enumerate(re.sub(r"`+[^`\n]*`+", "", text).split("\n"))
+            for word, instead in CODE_WORDS.items()
+            for hit in re.finditer(rf"(?<![\w-])(?:{word})(?![\w-])", prose)
+        }
+    )
 
 
 def test_texts_of_the_code_use_them_too():
-    wrong = {str(path.relative_to(ROOT)): found_in_code(path.read_text(), CODE_EXCEPTIONS.get(str(path.relative_to(ROOT)), ()))
-             for path in CODE}
+    wrong = {
+        str(path.relative_to(ROOT)): found_in_code(path.read_text(), CODE_EXCEPTIONS.get(str(path.relative_to(ROOT)), ()))
+        for path in CODE
+    }
     assert {name: lines for name, lines in wrong.items() if lines} == {}
 
 
 def test_docstrings_begin_with_what_they_describe():
     """'Number of entries in a page.', not 'Of a page.'"""
     nodes = (ast.AsyncFunctionDef, ast.ClassDef, ast.FunctionDef, ast.Module)
-    texts = [(path.name, ast.get_docstring(node)) for path in CODE for node in ast.walk(ast.parse(path.read_text()))
-             if isinstance(node, nodes)]
+    texts = [
+        (path.name, ast.get_docstring(node))
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, nodes)
+    ]
     assert [(name, text) for name, text in texts if text and text.startswith("Of ")] == []
 
 
 def test_words_are_found_in_texts_of_code():
     source = 'x = "made anew"  # a twin\n\n\ndef f():\n    """Of `twin`:\n\n    nats a token."""\n    return "all anew"\n'
     assert [line.split(";")[0] for line in found_in_code(source)] == [
-        "line 1: 'anew'", "line 1: 'twin'", "line 7: 'nats a token'", "line 8: 'anew'",
+        "line 1: 'anew'",
+        "line 1: 'twin'",
+        "line 7: 'nats a token'",
+        "line 8: 'anew'",
     ]
 
 
@@ -148,6 +181,10 @@ def test_pages_use_the_terms_of_the_field(page):
 def test_words_are_found_in_prose_alone():
     text = "A twin.\n\n```bash\ntwin anew\n```\n\n`twin` of [it](twin.md) costs .05, nats a token; there is none. It is no tail."
     assert [line.split(";")[0] for line in found(text)] == [
-        "line 1: 'twin'", "line 7: 'tail'", "line 7: 'nats a token'", "line 7: 'is no tail'", "line 7: '.05'",
+        "line 1: 'twin'",
+        "line 7: 'tail'",
+        "line 7: 'nats a token'",
+        "line 7: 'is no tail'",
+        "line 7: '.05'",
     ]
     assert found("A twin.", ["A twin"]) == []

@@ -23,12 +23,12 @@ def models(tmp_path_factory):
     late = {"method": "dmc", "window": WINDOW, "decide": "late", "decision": "head", "offset": tiny.OFFSET}
     dms = {"method": "dms", "window": WINDOW, "decision": "head", "offset": 0.0}
     fields = {
-        "late": tiny.config("head", dmc=late, **room), "dms": tiny.config("head", dmc=dms, **room),
-        "once": tiny.config("head"), "plain": tiny.config(**room),
+        "late": tiny.config("head", dmc=late, **room),
+        "dms": tiny.config("head", dmc=dms, **room),
+        "once": tiny.config("head"),
+        "plain": tiny.config(**room),
     }
-    return {
-        name: tiny.write(tmp_path_factory.mktemp("budget") / name, each, tiny.weights(each)) for name, each in fields.items()
-    }
+    return {name: tiny.write(tmp_path_factory.mktemp("budget") / name, each, tiny.weights(each)) for name, each in fields.items()}
 
 
 def load(models, kind, **settings):
@@ -97,14 +97,60 @@ def test_the_commands_take_the_flag(models, tmp_path, capsys):
     text.write_text("".join(chr(33 + i * i % 94) for i in range(200)))
     capsys.readouterr()
     sizes = ["--prompt-tokens", "40", "--scored-tokens", "8", "--windows", "1"]
-    assert main(["eval", str(models["late"]), "--text", str(text), "--max-entries", "9", "--base", str(base), "--references",
-                 str(tmp_path), "--json", str(tmp_path / "eval.json"), "--no-progress", *sizes, *common]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(models["late"]),
+                "--text",
+                str(text),
+                "--max-entries",
+                "9",
+                "--base",
+                str(base),
+                "--references",
+                str(tmp_path),
+                "--json",
+                str(tmp_path / "eval.json"),
+                "--no-progress",
+                *sizes,
+                *common,
+            ]
+        )
+        == 0
+    )
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert figures["settings"]["policy"]["max_entries"] == 9 and figures["text"][0]["cr"] > 47 / (WINDOW + 9)
     out = tmp_path / "out"
-    assert main(["frontier", "--base", str(base), "--models", str(models["late"]), "--text", str(text), "--out", str(out),
-                 "--prompt", "40", "--scored", "4", "--windows", "1", "--codecs", "dense", "--policies", "dmc", *common,
-                 "--max-entries", "9"]) == 0
+    assert (
+        main(
+            [
+                "frontier",
+                "--base",
+                str(base),
+                "--models",
+                str(models["late"]),
+                "--text",
+                str(text),
+                "--out",
+                str(out),
+                "--prompt",
+                "40",
+                "--scored",
+                "4",
+                "--windows",
+                "1",
+                "--codecs",
+                "dense",
+                "--policies",
+                "dmc",
+                *common,
+                "--max-entries",
+                "9",
+            ]
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in rows] == ["dmc", "dmc:max_entries=9"]
     assert rows[1]["result"]["cr"] > rows[0]["result"]["cr"] > 1
@@ -113,16 +159,19 @@ def test_the_commands_take_the_flag(models, tmp_path, capsys):
 WHO = "late merging \\(a model retrofitted with dmc.window\\), policy dms or policy gate"
 
 
-@pytest.mark.parametrize(("model", "given", "words"), [
-    ("plain", {}, f"max_entries=9 bounds .*and policy full has none for this model: leave it out, or use {WHO}"),
-    ("plain", {"policy": "h2o"}, f"policy h2o has none .*{WHO}"),
-    ("once", {}, f"policy dmc has none .*{WHO}"),
-    ("late", {"policy": "full"}, "policy full has none"),
-    ("late", {"policy_settings": {"max_entries": 9}}, "max_entries is given twice"),
-    ("late", {"max_entries": 0}, "max_entries=0 must be a whole number, at least 1"),
-    ("late", {"max_entries": 4, "codec": "int8"}, "holds nothing but the 4 sinks \\(sink_tokens\\): give at least 5"),
-    ("late", {"max_entries": 2.5}, "max_entries=2.5 must be a whole number"),
-])
+@pytest.mark.parametrize(
+    ("model", "given", "words"),
+    [
+        ("plain", {}, f"max_entries=9 bounds .*and policy full has none for this model: leave it out, or use {WHO}"),
+        ("plain", {"policy": "h2o"}, f"policy h2o has none .*{WHO}"),
+        ("once", {}, f"policy dmc has none .*{WHO}"),
+        ("late", {"policy": "full"}, "policy full has none"),
+        ("late", {"policy_settings": {"max_entries": 9}}, "max_entries is given twice"),
+        ("late", {"max_entries": 0}, "max_entries=0 must be a whole number, at least 1"),
+        ("late", {"max_entries": 4, "codec": "int8"}, "holds nothing but the 4 sinks \\(sink_tokens\\): give at least 5"),
+        ("late", {"max_entries": 2.5}, "max_entries=2.5 must be a whole number"),
+    ],
+)
 def test_wrong_use(models, model, given, words):
     with pytest.raises(ValueError, match=words):
         LLM(models[model], **{"max_entries": 9, "device": "cpu"} | given)
@@ -133,9 +182,10 @@ def test_a_policy_that_is_ready_made_has_its_own(models):
         LLM(models["late"], policy=LLM(models["late"], device="cpu").cache.policy, max_entries=9, device="cpu")
 
 
-@pytest.mark.parametrize(("model", "given", "words"), [
-    ("late", "0", "max_entries=0 must be"), ("plain", "9", "policy full has none"), ("late", "x", "invalid int value: 'x'"),
-])
+@pytest.mark.parametrize(
+    ("model", "given", "words"),
+    [("late", "0", "max_entries=0 must be"), ("plain", "9", "policy full has none"), ("late", "x", "invalid int value: 'x'")],
+)
 def test_commands_say_what_is_wrong_in_a_sentence(models, capsys, model, given, words):
     for command, *more in (("generate", "--prompt", "a"), ("serve",), ("inspect", "--prompt", "a"), ("eval", "--needle")):
         try:
@@ -146,9 +196,10 @@ def test_commands_say_what_is_wrong_in_a_sentence(models, capsys, model, given, 
         assert code == 2 and words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("names", "most", "words"), [
-    (("plain",), [9], "no policy of these has one"), (("plain", "late"), [0], "max_entries=0 must be"),
-])
+@pytest.mark.parametrize(
+    ("names", "most", "words"),
+    [(("plain",), [9], "no policy of these has one"), (("plain", "late"), [0], "max_entries=0 must be")],
+)
 def test_the_grid_says_what_is_wrong_at_the_start(models, names, most, words):
     with pytest.raises(ValueError, match=words):
         grid.cells([models[name] for name in names], max_entries=most)

@@ -29,8 +29,28 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("some-text-of-a-file")
     common = (
-        "--policy", "dmc", "--codec", "tcq", "--bits", "4", "--page-size", "8", "--max-tokens", 25, "--temperature", 0.9,
-        "--top-p", 0.9, "--top-k", 40, "--seed", 3, "--device", "cpu", "--dtype", "fp32",
+        "--policy",
+        "dmc",
+        "--codec",
+        "tcq",
+        "--bits",
+        "4",
+        "--page-size",
+        "8",
+        "--max-tokens",
+        25,
+        "--temperature",
+        0.9,
+        "--top-p",
+        0.9,
+        "--top-k",
+        40,
+        "--seed",
+        3,
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
     )
     code, out, err = run(capsys, "generate", directory, "--prompt", "hello", *common)
     assert code == 0 and err == ""
@@ -39,7 +59,8 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     assert re.search(r"measured CR [\d.]+ \(tokens / entries\)", out)
     held, *parts, dense, ratio = re.search(
         r"held ([\d,]+) bytes \(pages ([\d,]+), exact ([\d,]+), tail ([\d,]+), tables ([\d,]+)\); "
-        r"dense bf16 ([\d,]+) bytes: ([\d.]+) x", out,
+        r"dense bf16 ([\d,]+) bytes: ([\d.]+) x",
+        out,
     ).groups()
     held, dense, *parts = (int(number.replace(",", "")) for number in (held, dense, *parts))
     assert held == sum(parts) and float(ratio) == pytest.approx(dense / held, abs=0.01)
@@ -47,35 +68,44 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     assert code == 0 and out.startswith(f"--- 1\n{text}\n--- 2\n") and "of prompt" in out
 
 
-@pytest.mark.parametrize("policy, entries", [
-    ("h2o:heavy=9,recent=8", 16), ("tova:budget=17", 16), ("streaming:sinks=2,recent=15", 16), ("h2o:share=0.25", 17),
-])
+@pytest.mark.parametrize(
+    "policy, entries",
+    [("h2o:heavy=9,recent=8", 16), ("tova:budget=17", 16), ("streaming:sinks=2,recent=15", 16), ("h2o:share=0.25", 17)],
+)
 def test_evicting_policies_by_name(capsys, directory, policy, entries):
     """60 tokens and 10 more: between two steps a head holds what the next query may see, but itself."""
     code, out, err = run(
-        capsys, "inspect", directory, "--prompt", "a" * 60, "--policy", policy, "--max-tokens", 11, "--device", "cpu", "--json",
+        capsys, "inspect", directory, "--prompt", "a" * 60, "--policy", policy, "--max-tokens", 11, "--device", "cpu", "--json"
     )
     assert code == 0, err
     figures = json.loads(out)
     assert figures["tokens"] == 70 and figures["entries"] == entries * tiny.LAYERS * 2
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ((), "COMMAND"), (("serv",), "invalid choice: 'serv'"), (("generate",), "DIR"),
-    (("generate", "DIR"), "--prompt TEXT or --prompt-file FILE"),
-    (("generate", "DIR", "--prompt", "x", "--bites", "4"), "unknown argument --bites for generate; its flags: --help, --policy"),
-    (("generate", "DIR", "--prompt", "x", "--codec", "tcq", "--bits", "5"), "2, 3, 4, 8"),
-    (("generate", "DIR", "--prompt", "x", "--codec", "tcq", "--bits", "four"), "invalid int value: 'four'"),
-    (("generate", "DIR", "--prompt", "x", "--bits", "4"), "the dense codec has no setting bits"),
-    (("generate", "DIR", "--prompt", "x", "--policy", "lru"), "known: full, dmc"),
-    (("generate", "DIR", "--prompt", "x", "--policy", "h2o:heavy=none"), "heavy=none must be a whole number"),
-    (("generate", "DIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
-    (("generate", "DIR", "--prompt", "x", "--kv-memory", "5parsec"), "'5parsec' is not a size"),
-    (("generate", "DIR", "--prompt", "x", "--max-tokens", "9999"), "10000 are more than the 256 positions"),
-    (("generate", "DIR", "--prompt-file", "/no/such/file"), "/no/such/file cannot be read"),
-    (("generate", "/no/such/directory", "--prompt", "x"), "is not a model directory: it has no config.json"),
-    (("generate", "DIR", "--prompt", ""), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), "COMMAND"),
+        (("serv",), "invalid choice: 'serv'"),
+        (("generate",), "DIR"),
+        (("generate", "DIR"), "--prompt TEXT or --prompt-file FILE"),
+        (
+            ("generate", "DIR", "--prompt", "x", "--bites", "4"),
+            "unknown argument --bites for generate; its flags: --help, --policy",
+        ),
+        (("generate", "DIR", "--prompt", "x", "--codec", "tcq", "--bits", "5"), "2, 3, 4, 8"),
+        (("generate", "DIR", "--prompt", "x", "--codec", "tcq", "--bits", "four"), "invalid int value: 'four'"),
+        (("generate", "DIR", "--prompt", "x", "--bits", "4"), "the dense codec has no setting bits"),
+        (("generate", "DIR", "--prompt", "x", "--policy", "lru"), "known: full, dmc"),
+        (("generate", "DIR", "--prompt", "x", "--policy", "h2o:heavy=none"), "heavy=none must be a whole number"),
+        (("generate", "DIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("generate", "DIR", "--prompt", "x", "--kv-memory", "5parsec"), "'5parsec' is not a size"),
+        (("generate", "DIR", "--prompt", "x", "--max-tokens", "9999"), "10000 are more than the 256 positions"),
+        (("generate", "DIR", "--prompt-file", "/no/such/file"), "/no/such/file cannot be read"),
+        (("generate", "/no/such/directory", "--prompt", "x"), "is not a model directory: it has no config.json"),
+        (("generate", "DIR", "--prompt", ""), "at least 1"),
+    ],
+)
 def test_wrong_use(capsys, directory, arguments, said):
     code, out, err = run(capsys, *(directory if argument == "DIR" else argument for argument in arguments))
     assert code == 2 and out == ""

@@ -9,9 +9,7 @@ from dmc.engine.runner import Chunk
 from tests.model import tiny
 
 TOKENS = torch.randint(3, tiny.VOCAB, (48,), generator=torch.Generator().manual_seed(5)).tolist()
-SETTINGS = {
-    "h2o": {"heavy": 5, "recent": 7}, "tova": {"budget": 12}, "streaming": {"sinks": 3, "recent": 9},
-}
+SETTINGS = {"h2o": {"heavy": 5, "recent": 7}, "tova": {"budget": 12}, "streaming": {"sinks": 3, "recent": 9}}
 SHARES = {"h2o": {"heavy": 1, "recent": 2}, "tova": {}, "streaming": {"sinks": 3}}
 
 

@@ -64,7 +64,13 @@ def masked(model, fitted, threshold, tokens):
 def test_logits_and_entries_are_the_dense_ones(directory, ahead, prompt, chunk):
     fitted = random_decisions(window=WINDOW, sinks=SINKS, model=model_hash(directory), ahead=ahead)
     llm = LLM(
-        directory, policy="gate", decisions=fitted, target_cr=2, policy_settings={"length": LENGTH}, page_size=4, device="cpu",
+        directory,
+        policy="gate",
+        decisions=fitted,
+        target_cr=2,
+        policy_settings={"length": LENGTH},
+        page_size=4,
+        device="cpu",
         dtype="fp32",
     )
     tokens = torch.randint(3, 90, (LENGTH,), generator=torch.Generator().manual_seed(0))
@@ -85,16 +91,37 @@ def test_logits_and_entries_are_the_dense_ones(directory, ahead, prompt, chunk):
 def test_the_commands_take_the_file(directory, file, tmp_path, capsys):
     prompt = ["--prompt", "a b c d e f g h i j k l m n o p" * 2, "--device", "cpu", "--json"]
     figures = []
-    for given in (["--policy", "gate", "--decisions", str(file), "--target-cr", "3"],
-                  ["--policy", f"gate:decisions={file},target_cr=3,length=1024"]):
+    for given in (
+        ["--policy", "gate", "--decisions", str(file), "--target-cr", "3"],
+        ["--policy", f"gate:decisions={file},target_cr=3,length=1024"],
+    ):
         assert main(["inspect", str(directory), *given, *prompt]) == 0
         figures.append(json.loads(capsys.readouterr().out))
     assert figures[0] == figures[1] and figures[0]["policy"] == "gate" and figures[0]["cr"] > 1.1
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(33 + i * i % 94) for i in range(200)))
-    arguments = ["frontier", "--base", str(directory), "--text", str(text), "--out", str(tmp_path / "out"), "--prompt", "40",
-                 "--scored", "4", "--windows", "1", "--codecs", "dense", "--device", "cpu", "--policies", "full",
-                 f"gate:decisions={file},target_cr=3"]
+    arguments = [
+        "frontier",
+        "--base",
+        str(directory),
+        "--text",
+        str(text),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompt",
+        "40",
+        "--scored",
+        "4",
+        "--windows",
+        "1",
+        "--codecs",
+        "dense",
+        "--device",
+        "cpu",
+        "--policies",
+        "full",
+        f"gate:decisions={file},target_cr=3",
+    ]
     assert main(arguments) == 0
     full, gate = (json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert gate["policy"].startswith("gate:") and gate["result"]["cr"] > full["result"]["cr"] == 1
@@ -103,15 +130,18 @@ def test_the_commands_take_the_file(directory, file, tmp_path, capsys):
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize(("given", "words"), [
-    (["--policy", "gate"], "policy gate needs decisions"),
-    (["--policy", "gate", "--decisions", "FILE"], "policy gate needs target_cr"),
-    (["--decisions", "FILE", "--target-cr", "3"], "decisions and target_cr are for policy gate, and no policy was given"),
-    (["--policy", "h2o", "--target-cr", "3"], "target_cr is for policy gate, and policy h2o was given"),
-    (["--policy", "gate:decisions=FILE,target_cr=2", "--target-cr", "3"], "target_cr is given twice"),
-    (["--policy", "gate", "--decisions", "FILE", "--target-cr", "300"], "target CR 300 is impossible at 1024 tokens"),
-    (["--policy", "gate", "--decisions", "none", "--target-cr", "3"], "none is missing"),
-])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--policy", "gate"], "policy gate needs decisions"),
+        (["--policy", "gate", "--decisions", "FILE"], "policy gate needs target_cr"),
+        (["--decisions", "FILE", "--target-cr", "3"], "decisions and target_cr are for policy gate, and no policy was given"),
+        (["--policy", "h2o", "--target-cr", "3"], "target_cr is for policy gate, and policy h2o was given"),
+        (["--policy", "gate:decisions=FILE,target_cr=2", "--target-cr", "3"], "target_cr is given twice"),
+        (["--policy", "gate", "--decisions", "FILE", "--target-cr", "300"], "target CR 300 is impossible at 1024 tokens"),
+        (["--policy", "gate", "--decisions", "none", "--target-cr", "3"], "none is missing"),
+    ],
+)
 def test_wrong_use(directory, file, capsys, given, words):
     given = [part.replace("FILE", str(file)) for part in given]
     assert main(["generate", str(directory), "--prompt", "a", "--device", "cpu", *given]) == 2
@@ -137,12 +167,8 @@ def test_wrong_models(directory, retrofitted, file, capsys):
 def test_the_base_model_reaches_its_target(tmp_path_factory, merge):
     """The CR on the next part of the text is near the target; 4,096 tokens of calibration give 18 % more than asked for."""
     text = read_sequences("stdlib", BASE, length=512, count=9)
-    fitted = fit_decisions(
-        BASE, type(text)(text.tokens[:8], text.name, text.text_hash), FitSettings(window=32, min_queries=32),
-    )
-    llm = LLM(
-        BASE, policy="gate", decisions=fitted, target_cr=2.5, policy_settings={"merge": merge}, device="cpu", dtype="fp32",
-    )
+    fitted = fit_decisions(BASE, type(text)(text.tokens[:8], text.name, text.text_hash), FitSettings(window=32, min_queries=32))
+    llm = LLM(BASE, policy="gate", decisions=fitted, target_cr=2.5, policy_settings={"merge": merge}, device="cpu", dtype="fp32")
     (score,) = llm.score([text.tokens[8].tolist()], prompt_tokens=400)
     assert score.stats.cr == pytest.approx(2.5, rel=0.3)
     (full,) = LLM(BASE, device="cpu", dtype="fp32").score([text.tokens[8].tolist()], prompt_tokens=400)

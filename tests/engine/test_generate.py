@@ -45,14 +45,15 @@ def test_one_prompt_alone_is_the_same_in_a_batch(directory):
     """Also where slots and memory let only some run at a time, so that requests join and leave in between."""
     prompts = ["abc", "a longer prompt, for once", "Z", "0123456789" * 3]
     params = [
-        GREEDY, SamplingParams(max_tokens=12, seed=1), SamplingParams(max_tokens=20, seed=2, top_p=0.8, temperature=0.7),
+        GREEDY,
+        SamplingParams(max_tokens=12, seed=1),
+        SamplingParams(max_tokens=20, seed=2, top_p=0.8, temperature=0.7),
         SamplingParams(max_tokens=5, seed=3, top_k=5),
     ]
     narrow = LLM(directory, codec="tcq", page_size=8, max_batch=2, device="cpu")
     worst = max(narrow.cache.worst_pages(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
     tight = LLM(
-        directory, codec="tcq", page_size=8, device="cpu", kv_memory=worst * narrow.cache.rows.pool.page_bytes,
-        prefill_tokens=30,
+        directory, codec="tcq", page_size=8, device="cpu", kv_memory=worst * narrow.cache.rows.pool.page_bytes, prefill_tokens=30
     )
     for engine in (LLM(directory, codec="tcq", page_size=8, device="cpu"), narrow, tight):
         together = engine.generate(prompts, params)
@@ -125,7 +126,9 @@ def test_stats(llm):
 
 def test_requests_that_are_refused(llm, directory):
     for prompt, params, said in (
-        ("", GREEDY, "at least 1"), ([[]], GREEDY, "at least 1"), ([[97]], GREEDY, "token id 97"),
+        ("", GREEDY, "at least 1"),
+        ([[]], GREEDY, "at least 1"),
+        ([[97]], GREEDY, "token id 97"),
         ("x" * 240, GREEDY, "240 prompt tokens \\+ max_tokens 30 = 270 are more than the 256"),
         (["a", "b"], [GREEDY], "2 prompts"),
     ):
@@ -162,11 +165,27 @@ def test_a_failure_leaves_nothing_behind(llm, monkeypatch):
     assert len(llm.generate("one", GREEDY)[0].token_ids) == 30
 
 
-@pytest.mark.parametrize("setting, value", [
-    ("max_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5),
-    ("top_k", -1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("presence_penalty", 2.5), ("frequency_penalty", -3.0),
-    ("logit_bias", {3: 101.0}), ("n", 0), ("stop_token_ids", [-1]), ("stop", [""]), ("seed", -1), ("logprobs", -1),
-])
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("max_tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3.0),
+        ("logit_bias", {3: 101.0}),
+        ("n", 0),
+        ("stop_token_ids", [-1]),
+        ("stop", [""]),
+        ("seed", -1),
+        ("logprobs", -1),
+    ],
+)
 def test_params_out_of_range(setting, value):
     with pytest.raises(ValueError, match=setting):
         SamplingParams(**{setting: value})
@@ -200,8 +219,10 @@ def test_cuts_and_penalties_are_those_of_transformers():
     prompt, ids = [4, 9, 9, 30], torch.tensor([[4, 9, 9, 30]])
     for settings, warpers in (
         ({"min_p": 0.2}, [hf.MinPLogitsWarper(0.2)]),
-        ({"top_k": 9, "top_p": 0.7, "min_p": 0.15, "temperature": 0.6}, [
-            hf.TemperatureLogitsWarper(0.6), hf.TopKLogitsWarper(9), hf.TopPLogitsWarper(0.7), hf.MinPLogitsWarper(0.15)]),
+        (
+            {"top_k": 9, "top_p": 0.7, "min_p": 0.15, "temperature": 0.6},
+            [hf.TemperatureLogitsWarper(0.6), hf.TopKLogitsWarper(9), hf.TopPLogitsWarper(0.7), hf.MinPLogitsWarper(0.15)],
+        ),
         ({"repetition_penalty": 1.8}, [hf.RepetitionPenaltyLogitsProcessor(1.8)]),
     ):
         expected = logits[None].clone()
@@ -229,8 +250,15 @@ def test_a_choice_does_not_depend_on_the_batch():
     """Completions of all kinds at once, step by step, against each alone; flat rows need more than the sorted tokens."""
     generator = torch.Generator().manual_seed(0)
     kinds = [
-        {}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5},
-        {"min_p": 0.1}, {"top_p": 0.5, "top_k": 700}, {"temperature": 0, "frequency_penalty": 1.0}, {"logit_bias": {3: 20.0}},
+        {},
+        {"temperature": 0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"top_p": 0.5, "top_k": 700},
+        {"temperature": 0, "frequency_penalty": 1.0},
+        {"logit_bias": {3: 20.0}},
     ]
     params = [SamplingParams(seed=seed, **settings) for seed, settings in enumerate(kinds)]
     together, alone = ([Sampler(each, prompt=[1, 2]) for each in params] for _ in range(2))

@@ -34,13 +34,23 @@ def test_on_a_gpu_nine_tenths_of_what_is_free(monkeypatch):
     assert done == ["emptied", "cuda:1"]
 
 
-@pytest.mark.parametrize(("files", "left"), [
-    ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 600\ninactive_file 50\n"}, 350),
-    ({"memory.max": "max\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"}, None),
-    ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "900",
-      "memory/memory.stat": "total_inactive_file 20\n"}, 120),
-    ({"memory.max": "100", "memory.current": "700", "memory.stat": ""}, 0), ({}, None),
-])
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 600\ninactive_file 50\n"}, 350),
+        ({"memory.max": "max\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"}, None),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "900",
+                "memory/memory.stat": "total_inactive_file 20\n",
+            },
+            120,
+        ),
+        ({"memory.max": "100", "memory.current": "700", "memory.stat": ""}, 0),
+        ({}, None),
+    ],
+)
 def test_the_limit_of_a_container_counts(tmp_path, files, left):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -75,7 +85,10 @@ def test_too_much_memory_is_refused_in_one_sentence():
 
 
 CASES = [
-    ("full", {}, "dense"), ("full", {}, "kivi"), ("h2o", {"heavy": 9, "recent": 8}, "int8"), ("tova", {"share": 0.5}, "dense"),
+    ("full", {}, "dense"),
+    ("full", {}, "kivi"),
+    ("h2o", {"heavy": 9, "recent": 8}, "int8"),
+    ("tova", {"share": 0.5}, "dense"),
 ]
 
 

@@ -13,11 +13,18 @@ from tests.model import tiny
 PROMPTS = ["abcdefghijklm" * 4, "tuv", "abcdefghijklm" * 4 + "xyz", "0123456789" * 3, "abcdefghijklm" * 4]
 PARTS = ("kivi", "rotated", "svd", "gear-4bit", "gear-2bit", "tcq-4bit", "tcq-3bit", "tcq-2bit")  # of the paths of others
 PAIRS = [  # scores are gathered from exact and from encoded pages alike: two codecs show it, the others are slow
-    pytest.param(policy, codec, marks=[pytest.mark.slow] * (
-        (policy not in ("full", "dmc", "streaming") and codec not in ("dense", "tcq")) or (codec in PARTS and policy != "dmc")
-        or (policy in ("pyramidkv", "adakv", "random", "kvzap") and codec != "dense")
-    ))
-    for policy in POLICIES for codec in CODECS
+    pytest.param(
+        policy,
+        codec,
+        marks=[pytest.mark.slow]
+        * (
+            (policy not in ("full", "dmc", "streaming") and codec not in ("dense", "tcq"))
+            or (codec in PARTS and policy != "dmc")
+            or (policy in ("pyramidkv", "adakv", "random", "kvzap") and codec != "dense")
+        ),
+    )
+    for policy in POLICIES
+    for codec in CODECS
 ]
 PAIRS += [pytest.param("late", codec, marks=[pytest.mark.slow] * (codec not in ("dense", "tcq"))) for codec in CODECS]
 PAIRS += [pytest.param("gate-merge", codec, marks=[pytest.mark.slow] * (codec != "dense")) for codec in CODECS]
@@ -186,8 +193,11 @@ def test_alone_and_out_of_pages(directory, monkeypatch):
     """More than predicted, with nobody to send away: it ends with what it has, and says why."""
     monkeypatch.setattr(Predictor, "pages", lambda self, tokens: 1)
     llm = LLM(directory, page_size=4, policy="full", device="cpu", kv_memory=40 * 256)
-    short, long, none = run(llm, ["a", "b" * 20, "c" * 100], [SamplingParams(max_tokens=8, temperature=0)] * 1 + [
-        SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)] * 2)
+    short, long, none = run(
+        llm,
+        ["a", "b" * 20, "c" * 100],
+        [SamplingParams(max_tokens=8, temperature=0)] * 1 + [SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)] * 2,
+    )
     assert short.finish_reason in ("length", "eos")
     assert long.finish_reason == "memory" and 10 < len(long.token_ids) < 100
     assert none.finish_reason == "memory" and none.token_ids == [] and none.stats is None

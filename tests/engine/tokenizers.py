@@ -15,9 +15,7 @@ TEXT = (
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 BOS = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-STRIP = decoders.Sequence([
-    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
-])
+STRIP = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
 
 
 def _bpe(*, split, normalizer=None, decoder, fallback, size=700, **kind):
@@ -28,8 +26,10 @@ def _bpe(*, split, normalizer=None, decoder, fallback, size=700, **kind):
     special = SPECIAL + (BYTES if fallback else [])
     more = {"end_of_word_suffix": kind["end_of_word_suffix"]} if "end_of_word_suffix" in kind else {}
     alphabet = pre_tokenizers.ByteLevel.alphabet() if isinstance(decoder, decoders.ByteLevel) else []
-    made.train_from_iterator([TEXT], trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet, **more))
+    made.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet, **more),
+    )
     fields = json.loads(made.to_str())  # the byte tokens of the vocabulary are not special tokens
     fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] in SPECIAL]
     return Tokenizer.from_str(json.dumps(fields))
@@ -53,15 +53,17 @@ def metaspace(scheme):
 
 
 def word_ends():
-    return _bpe(split=pre_tokenizers.WhitespaceSplit(), decoder=decoders.BPEDecoder("</w>"), fallback=False,
-                end_of_word_suffix="</w>")
+    return _bpe(
+        split=pre_tokenizers.WhitespaceSplit(), decoder=decoders.BPEDecoder("</w>"), fallback=False, end_of_word_suffix="</w>"
+    )
 
 
 def unigram(fallback):
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.train_from_iterator([TEXT], trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False))
+    made.train_from_iterator(
+        [TEXT], trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    )
     if not fallback:
         made.decoder = decoders.Metaspace()
         return made
@@ -86,8 +88,10 @@ KINDS = {
     "llama-2": (sentencepiece, {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
     "llama-2-legacy": (sentencepiece, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
     "llama-2-fast": (sentencepiece, {}),
-    "no-strip": (lambda: sentencepiece(decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])), {}),
+    "no-strip": (
+        lambda: sentencepiece(decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])),
+        {},
+    ),
     "metaspace-always": (lambda: metaspace("always"), {}),
     "metaspace-first": (lambda: metaspace("first"), {}),
     "metaspace-never": (lambda: metaspace("never"), {}),
@@ -109,10 +113,20 @@ def write(directory, kind, **settings):
     made.post_processor = BOS
     directory.mkdir(parents=True, exist_ok=True)
     made.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "add_bos_token": True, "clean_up_tokenization_spaces": False,
-    } | own | settings))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "add_bos_token": True,
+                "clean_up_tokenization_spaces": False,
+            }
+            | own
+            | settings
+        )
+    )
     return made.get_vocab_size()
 
 

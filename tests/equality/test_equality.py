@@ -82,8 +82,17 @@ def case(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("equality") / "hf"
     hf_config = made.config.to_dict()
     export(
-        made.weights, hf_config, out=out, decision=made.decision, offset=OFFSET, gain=GAIN, target_cr=2, measured_cr=2,
-        tokenizer_dir=TOKENIZER, card={}, dtype=torch.float32,
+        made.weights,
+        hf_config,
+        out=out,
+        decision=made.decision,
+        offset=OFFSET,
+        gain=GAIN,
+        target_cr=2,
+        measured_cr=2,
+        tokenizer_dir=TOKENIZER,
+        card={},
+        dtype=torch.float32,
     )
     generated = generate(out, made)
     return made, out, *generated
@@ -104,7 +113,7 @@ def layer_inputs(case, x, layer):
     config, w = case.config, case.weights
     prefix = f"model.layers.{layer}."
     normed = F.rms_norm(x, x.shape[-1:], w[prefix + "input_layernorm.weight"].to(x), config.rms_norm_eps)
-    project = lambda name: (normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T)  # noqa: E731
+    project = lambda name: normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T  # noqa: E731
     query, key, value = (project(f"{n}_proj").unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for n in "qkv")
     heads = config.num_key_value_heads
     if case.decision == "head":

@@ -60,8 +60,19 @@ CASES = {
 
 def write(made, out):
     return export(
-        made.weights, made.config.to_dict(), out=out, method="dms", window=WINDOW, looks_ahead=made.ahead,
-        decision=made.decision, offset=OFFSET, gain=GAIN, target_cr=2, measured_cr=2, tokenizer_dir=TOKENIZER, card={},
+        made.weights,
+        made.config.to_dict(),
+        out=out,
+        method="dms",
+        window=WINDOW,
+        looks_ahead=made.ahead,
+        decision=made.decision,
+        offset=OFFSET,
+        gain=GAIN,
+        target_cr=2,
+        measured_cr=2,
+        tokenizer_dir=TOKENIZER,
+        card={},
         dtype=torch.float32,
     )
 
@@ -78,7 +89,7 @@ def layer_inputs(case, x, layer):
     config, w, prefix = case.config, case.weights, f"model.layers.{layer}."
     heads = config.num_key_value_heads
     normed = F.rms_norm(x, x.shape[-1:], w[prefix + "input_layernorm.weight"].to(x), config.rms_norm_eps)
-    project = lambda name: (normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T)  # noqa: E731
+    project = lambda name: normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T  # noqa: E731
     query, key, value = (project(f"{n}_proj").unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for n in "qkv")
     if case.decision == "head":
         bias = w[f"{prefix}self_attn.decision.bias"].to(x) if case.ahead else 0
@@ -191,9 +202,11 @@ def alone(exported):
     return [llm.generate([prompt], params)[0] for prompt in prompts()]
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"prefill_tokens": 7}, {"max_batch": 2}, {"page_size": 16, "window": 3, "sink_tokens": 2},
-], ids=["batched", "chunked", "two", "layout"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"prefill_tokens": 7}, {"max_batch": 2}, {"page_size": 16, "window": 3, "sink_tokens": 2}],
+    ids=["batched", "chunked", "two", "layout"],
+)
 def test_alone_is_batched_and_chunked(exported, alone, settings):
     _, outputs = generated(exported[1], **({"page_size": 4} | settings))
     for mine, other in zip(outputs, alone, strict=True):

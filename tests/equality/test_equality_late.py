@@ -62,9 +62,19 @@ CASES = {
 def case(request, tmp_path_factory):
     made = CASES[request.param]()
     out = export(
-        made.weights, made.config.to_dict(), out=tmp_path_factory.mktemp("equality") / "hf", window=WINDOW,
-        looks_ahead=made.ahead, decision=made.decision, offset=OFFSET, gain=GAIN, target_cr=2, measured_cr=2,
-        tokenizer_dir=TOKENIZER, card={}, dtype=torch.float32,
+        made.weights,
+        made.config.to_dict(),
+        out=tmp_path_factory.mktemp("equality") / "hf",
+        window=WINDOW,
+        looks_ahead=made.ahead,
+        decision=made.decision,
+        offset=OFFSET,
+        gain=GAIN,
+        target_cr=2,
+        measured_cr=2,
+        tokenizer_dir=TOKENIZER,
+        card={},
+        dtype=torch.float32,
     )
     return made, out, *generate(out, made)
 
@@ -74,7 +84,7 @@ def layer_inputs(case, x, layer):
     config, w, prefix = case.config, case.weights, f"model.layers.{layer}."
     heads = config.num_key_value_heads
     normed = F.rms_norm(x, x.shape[-1:], w[prefix + "input_layernorm.weight"].to(x), config.rms_norm_eps)
-    project = lambda name: (normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T)  # noqa: E731
+    project = lambda name: normed @ w[f"{prefix}self_attn.{name}.weight"].to(x).T  # noqa: E731
     query, key, value = (project(f"{n}_proj").unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for n in "qkv")
     if case.decision == "head":
         bias = w[f"{prefix}self_attn.decision.bias"].to(x) if case.ahead else 0
@@ -195,7 +205,7 @@ def test_packed_documents_are_each_alone(exported):
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(1,) * 40, (3, 20, 1, 16), (39, 1), (6, 34)])
 def test_chunks_are_the_whole(exported, cuts):
-    row, = texts(40)
+    (row,) = texts(40)
     whole, cache, parts = exported(row), None, []
     for part in row.split(cuts, 1):
         out = exported(part, past_key_values=cache, use_cache=True)

@@ -33,8 +33,13 @@ def _tokens(seed, count):
 def _requests():
     shared = _tokens(1, 29)
     return [
-        Request(shared, _tokens(2, 5)), Request(_tokens(3, 1), _tokens(4, 6)), Request(shared, 7), Request(_tokens(5, 11), 3),
-        Request(shared, _tokens(6, 1)), Request(_tokens(7, 2), _tokens(8, 9)), Request(_tokens(3, 1), 2),
+        Request(shared, _tokens(2, 5)),
+        Request(_tokens(3, 1), _tokens(4, 6)),
+        Request(shared, 7),
+        Request(_tokens(5, 11), 3),
+        Request(shared, _tokens(6, 1)),
+        Request(_tokens(7, 2), _tokens(8, 9)),
+        Request(_tokens(3, 1), 2),
     ]
 
 
@@ -76,11 +81,17 @@ def test_reads_encoded_pages_as_generation_does(retrofitted, policy):
     assert lossy.cache.rows.pool.used == 0
 
 
-@pytest.mark.parametrize("requests, words", [
-    ([Request([], [3])], "at least one token"), ([Request([3], [])], "at least one token"), ([Request([3], 0)], "at least one"),
-    ([Request([3, 97], [4])], "outside the model's vocabulary of 97"), ([Request([3], [-1])], "outside"),
-    ([Request([3] * 250, [4] * 8)], "250 tokens and a continuation of 8 need 257 positions"),
-])
+@pytest.mark.parametrize(
+    "requests, words",
+    [
+        ([Request([], [3])], "at least one token"),
+        ([Request([3], [])], "at least one token"),
+        ([Request([3], 0)], "at least one"),
+        ([Request([3, 97], [4])], "outside the model's vocabulary of 97"),
+        ([Request([3], [-1])], "outside"),
+        ([Request([3] * 250, [4] * 8)], "250 tokens and a continuation of 8 need 257 positions"),
+    ],
+)
 def test_bad_requests_are_refused(plain, requests, words):
     with pytest.raises(ValueError, match=words):
         follow(LLM(plain[0], device="cpu"), requests)

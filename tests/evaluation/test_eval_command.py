@@ -35,10 +35,43 @@ def run(capsys, *arguments):
 
 def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
     code, out, err = run(
-        capsys, directory, "--codec", "tcq", "--bits", 4, "--page-size", 8, "--device", "cpu", "--text", text,
-        "--prompt-tokens", 40, "--scored-tokens", 10, "--windows", 2, "--needle", "--haystack", text, "--kinds", "constant",
-        "--lengths", "120,160", "--depths", "0,50", "--trials", 1, "--choices", 3, "--plot", tmp_path / "map.png",
-        "--json", tmp_path / "out.json", "--seed", 5,
+        capsys,
+        directory,
+        "--codec",
+        "tcq",
+        "--bits",
+        4,
+        "--page-size",
+        8,
+        "--device",
+        "cpu",
+        "--text",
+        text,
+        "--prompt-tokens",
+        40,
+        "--scored-tokens",
+        10,
+        "--windows",
+        2,
+        "--needle",
+        "--haystack",
+        text,
+        "--kinds",
+        "constant",
+        "--lengths",
+        "120,160",
+        "--depths",
+        "0,50",
+        "--trials",
+        1,
+        "--choices",
+        3,
+        "--plot",
+        tmp_path / "map.png",
+        "--json",
+        tmp_path / "out.json",
+        "--seed",
+        5,
     )
     assert code == 0 and err == ""
     assert "2 windows of 40 + 10 tokens, perplexity" in out and "no --base: no KL" in out and "constant: exact" in out
@@ -54,23 +87,26 @@ def test_text_and_needle_in_one_report(capsys, directory, text, tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ((), "nothing to measure: give --text FILE, --needle, --tasks"),
-    (("--needle", "--lengths", "1,x"), "'1,x' is not a list of numbers"),
-    (("--needle", "--kinds", "pin"), "unknown kind of needle 'pin'; known: passkey"),
-    (("--needle", "--depths", "140"), "needle depths must be"),
-    (("--needle", "--lengths", "400"), "256 positions"),
-    (("--needle", "--haystack", "/no/such"), "/no/such cannot be read"),
-    (("--text", "/no/such"), "/no/such cannot be read"),
-    (("--text", "TEXT", "--windows", "0"), "windows must be at least 1"),
-    (("--text", "TEXT", "--base", "DIR", "--prompt-tokens", "20", "--scored-tokens", "5"), "holds a retrofitted model"),
-    (("--text", "TEXT", "--json", "/no/such/out.json"), "there is no folder /no/such"),
-    (("--text", "TEXT", "--plot", "x.png"), "--plot draws needle retrieval"),
-    (("--suite", "all"), "unknown suite 'all'"),
-    (("--text", "TEXT", "--apply-chat-template"), "--apply-chat-template is for tasks: add --tasks or --suite"),
-    (("--text", "TEXT", "--system-instruction", "x"), "--system-instruction is for tasks: add --tasks or --suite"),
-    (("--tasks", "x", "--task-dir", "/no/such"), "/no/such is not a folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), "nothing to measure: give --text FILE, --needle, --tasks"),
+        (("--needle", "--lengths", "1,x"), "'1,x' is not a list of numbers"),
+        (("--needle", "--kinds", "pin"), "unknown kind of needle 'pin'; known: passkey"),
+        (("--needle", "--depths", "140"), "needle depths must be"),
+        (("--needle", "--lengths", "400"), "256 positions"),
+        (("--needle", "--haystack", "/no/such"), "/no/such cannot be read"),
+        (("--text", "/no/such"), "/no/such cannot be read"),
+        (("--text", "TEXT", "--windows", "0"), "windows must be at least 1"),
+        (("--text", "TEXT", "--base", "DIR", "--prompt-tokens", "20", "--scored-tokens", "5"), "holds a retrofitted model"),
+        (("--text", "TEXT", "--json", "/no/such/out.json"), "there is no folder /no/such"),
+        (("--text", "TEXT", "--plot", "x.png"), "--plot draws needle retrieval"),
+        (("--suite", "all"), "unknown suite 'all'"),
+        (("--text", "TEXT", "--apply-chat-template"), "--apply-chat-template is for tasks: add --tasks or --suite"),
+        (("--text", "TEXT", "--system-instruction", "x"), "--system-instruction is for tasks: add --tasks or --suite"),
+        (("--tasks", "x", "--task-dir", "/no/such"), "/no/such is not a folder"),
+    ],
+)
 def test_wrong_use(capsys, directory, text, arguments, said):
     named = {"TEXT": text, "DIR": directory}
     code, out, err = run(capsys, directory, "--device", "cpu", *(named.get(argument, argument) for argument in arguments))
@@ -90,8 +126,16 @@ def test_chat_template_of_tasks(capsys, tmp_path, monkeypatch, flag):
     assert code == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "out.json").exists()
     assert "has no chat template: leave --apply-chat-template out, or add chat_template to its tokenizer_config.json" in err
     config = directory / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": [
-        {"name": name, "template": f"{{{{ messages[0]['content'] }}}}{name}"} for name in ("default", "long")]}))
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text())
+            | {
+                "chat_template": [
+                    {"name": name, "template": f"{{{{ messages[0]['content'] }}}}{name}"} for name in ("default", "long")
+                ]
+            }
+        )
+    )
     counts = {}
     for name in ((), ("default",), ("long",)):
         code, out, err = run(capsys, *asked, *name, "--json", tmp_path / "out.json")

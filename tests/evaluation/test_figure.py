@@ -18,15 +18,30 @@ ROWS = ROOT / "docs" / "results" / "policies" / "base.jsonl"
 
 def row(policy, share, kl, codec="dense", model="base", **made):
     result = {
-        "model": model, "base": "base", "share": share, "kl": kl, "kl_stderr": 0.01, "perplexity": 7.0 + kl, "agreement": 0.9,
-        "text": "t", "windows": 2, "prompt_tokens": 10, "scored_tokens": 5, "dense_bytes_end": 3000.0,
+        "model": model,
+        "base": "base",
+        "share": share,
+        "kl": kl,
+        "kl_stderr": 0.01,
+        "perplexity": 7.0 + kl,
+        "agreement": 0.9,
+        "text": "t",
+        "windows": 2,
+        "prompt_tokens": 10,
+        "scored_tokens": 5,
+        "dense_bytes_end": 3000.0,
         "settings": {"policy": made},
     }
     return {"model": model, "policy": policy, "codec": codec, "result": result}
 
 
-MADE = [row("h2o:share=0.5", 0.5, 0.1), row("h2o:share=0.25", 0.3, 0.3), row("h2o:share=0.25", 0.2, 0.2, "tcq-2bit"),
-        row("mine:Own:recent=3", 0.4, 0.05), row("full", 0.9, 0.0, "int8")]
+MADE = [
+    row("h2o:share=0.5", 0.5, 0.1),
+    row("h2o:share=0.25", 0.3, 0.3),
+    row("h2o:share=0.25", 0.2, 0.2, "tcq-2bit"),
+    row("mine:Own:recent=3", 0.4, 0.05),
+    row("full", 0.9, 0.0, "int8"),
+]
 
 
 def test_a_line_holds_what_no_other_row_of_its_method_beats():
@@ -55,8 +70,12 @@ def test_a_method_looks_alike_everywhere_and_unlike_the_others():
 
 
 def test_late_methods_are_told_by_their_settings_whatever_the_model_is_called():
-    made = [row("dmc", 0.2, 0.1, model="cr4-hf", window=64, max_entries=None), row("dmc", 0.2, 0.1, model="late-hf"),
-            row("dms", 0.2, 0.1, model="mine", window=64, sinks=1), row("dms", 0.2, 0.1, model="dmslate", window=64, sinks=0)]
+    made = [
+        row("dmc", 0.2, 0.1, model="cr4-hf", window=64, max_entries=None),
+        row("dmc", 0.2, 0.1, model="late-hf"),
+        row("dms", 0.2, 0.1, model="mine", window=64, sinks=1),
+        row("dms", 0.2, 0.1, model="dmslate", window=64, sinks=0),
+    ]
     assert [styles.method(one) for one in made] == ["DMC, late merging", "DMC, merging at once", "late eviction", "DMS"]
 
 
@@ -65,9 +84,10 @@ def test_best_of_equal_shares_is_the_lower_one():
     assert [point.loss for point in drawn] == [0.2] and best([]) == []
 
 
-@pytest.mark.parametrize(("suffix", "flags"), [
-    ("pdf", ("--width", "column")), ("svg", ("--curves", "--measure", "perplexity")), ("png", ("--labels", "--most", "3")),
-])
+@pytest.mark.parametrize(
+    ("suffix", "flags"),
+    [("pdf", ("--width", "column")), ("svg", ("--curves", "--measure", "perplexity")), ("png", ("--labels", "--most", "3"))],
+)
 def test_the_command_draws(suffix, flags, tmp_path, capsys):
     out = tmp_path / f"figure.{suffix}"
     assert main(["plot", str(ROWS), str(ROWS), "--out", str(out), *flags]) == 0
@@ -79,16 +99,21 @@ def test_the_command_draws(suffix, flags, tmp_path, capsys):
         assert "SnapKV, dense" in text and "KV bytes per token" in text and "perplexity" in text
 
 
-@pytest.mark.parametrize(("rows", "flags", "said"), [
-    ("none.jsonl", (), "none.jsonl cannot be read"), ("bad.jsonl", (), "does not hold rows of dmc frontier"),
-    ("empty.jsonl", (), "has no row with a result"),
-    ("less.jsonl", ("--measure", "disagreement"), "does not hold rows of dmc frontier"),
-    ("good.jsonl", ("--measure", "loss"), "known are kl, perplexity, disagreement"),
-    ("good.jsonl", ("--width", "huge"), "give inches from 1 to 50, or one of column"),
-    ("full.jsonl", ("--curves",), "no row has a policy with a share"), ("good.jsonl", ("--most", "0"), "at least 1"),
-    ("good.jsonl", ("--out", "x.gif"), "figures are .pdf, .svg, .png"),
-    ("good.jsonl", ("--out", "no/x.pdf"), "there is no folder"),
-])
+@pytest.mark.parametrize(
+    ("rows", "flags", "said"),
+    [
+        ("none.jsonl", (), "none.jsonl cannot be read"),
+        ("bad.jsonl", (), "does not hold rows of dmc frontier"),
+        ("empty.jsonl", (), "has no row with a result"),
+        ("less.jsonl", ("--measure", "disagreement"), "does not hold rows of dmc frontier"),
+        ("good.jsonl", ("--measure", "loss"), "known are kl, perplexity, disagreement"),
+        ("good.jsonl", ("--width", "huge"), "give inches from 1 to 50, or one of column"),
+        ("full.jsonl", ("--curves",), "no row has a policy with a share"),
+        ("good.jsonl", ("--most", "0"), "at least 1"),
+        ("good.jsonl", ("--out", "x.gif"), "figures are .pdf, .svg, .png"),
+        ("good.jsonl", ("--out", "no/x.pdf"), "there is no folder"),
+    ],
+)
 def test_bad_requests_are_one_sentence(rows, flags, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"policy": 3}\n{"result": {"kl": 1}}\n')
@@ -112,8 +137,10 @@ def test_numbered_points_are_those_that_no_other_beats_and_equal_rows_have_equal
 
 
 def test_a_label_names_a_retrofit_and_a_file_without_its_folder():
-    made = [row("gate:decisions=/a/b/w16.safetensors,target_cr=3", 0.2, 0.1, "tcq:page_size=32"),
-            row("dmc", 0.2, 0.1, model="cr4-hf", window=16)]
+    made = [
+        row("gate:decisions=/a/b/w16.safetensors,target_cr=3", 0.2, 0.1, "tcq:page_size=32"),
+        row("dmc", 0.2, 0.1, model="cr4-hf", window=16),
+    ]
     drawn = lines(made, Look())
     assert drawn["fitted decisions, nothing trained"][0].label == "decisions=w16,target_cr=3 tcq:page 32"
     assert drawn["DMC, late merging"][0].label == "cr4-hf dense"

@@ -92,7 +92,7 @@ def test_the_fit_is_that_of_dense_matrices(directory, of_the_full_model, look_ah
     settings = FitSettings(window=6, sinks=3, min_queries=9, block=16, ridge=0.01, look_ahead=look_ahead, target=target)
     fitted = fit_decisions(directory, text(), settings)
     expected = dense(  # the second copy begins within a block
-        directory, text().tokens, window=6, sinks=3, queries=9, ridge=0.01, look_ahead=look_ahead, target=target,
+        directory, text().tokens, window=6, sinks=3, queries=9, ridge=0.01, look_ahead=look_ahead, target=target
     )
     assert ("second copy" in fitted.meta["target"]) == (target != "later")
     parts = [fitted.arrival, fitted.late, fitted.bias[..., None]] if look_ahead else [fitted.arrival, fitted.bias[..., None]]
@@ -162,10 +162,13 @@ def test_scores_of_the_fit_are_those_of_its_file(model, of_the_full_model, dtype
     llama = LlamaForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
     with torch.no_grad():
         hidden = llama(text().tokens, output_hidden_states=True, use_cache=False).hidden_states
-        scores = torch.stack([
-            fitted.scores(layer, block.input_layernorm(x))
-            for layer, block in enumerate(llama.model.layers) for x in hidden[layer]
-        ])
+        scores = torch.stack(
+            [
+                fitted.scores(layer, block.input_layernorm(x))
+                for layer, block in enumerate(llama.model.layers)
+                for x in hidden[layer]
+            ]
+        )
     scores = scores[scores.isfinite()]
     assert len(scores) == 2 * 2 * 11 * (LENGTH - 6 - 1 - 3)
     torch.testing.assert_close(quantiles(scores), fitted.quantiles, rtol=0, atol=max(1e-4, 3 * off))
@@ -252,6 +255,7 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(model, tmp_path, monkeypatch, cap
                 raise Crash
             calls[name] += 1
             return function(*arguments, **settings)
+
         return call
 
     out = tmp_path / "d.safetensors"
@@ -323,8 +327,9 @@ def test_nan_in_a_forward_pass(tmp_path, name):
     assert not list(out.parent.iterdir())
 
 
-@pytest.mark.parametrize("setting", [{"window": -1}, {"sinks": -1}, {"min_queries": 0}, {"block": 0}, {"ridge": 0.0},
-                                     {"ridge": math.nan}])
+@pytest.mark.parametrize(
+    "setting", [{"window": -1}, {"sinks": -1}, {"min_queries": 0}, {"block": 0}, {"ridge": 0.0}, {"ridge": math.nan}]
+)
 def test_settings_out_of_range(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
         FitSettings(**setting)
@@ -349,19 +354,22 @@ def test_the_command(model, tmp_path, capsys):
     assert not fitted.looks_ahead and fitted.meta["tokens"] == 3000 and fitted.meta["ridge"] == 0.1
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--context", "100"], "sequences of 100 tokens are too short for window 64, 4 sinks"),
-    (["--window", "300"], "text.txt gives 0 sequences of 1024 tokens, and 1 is needed"),
-    (["--context", "200", "--sequences", "99"], "text.txt gives 5 sequences of 200 tokens, and 99 are needed"),
-    (["--sequences", "0"], "number of sequences must be at least 1"),
-    (["--window", "-1"], "window must be at least 0"),
-    (["--ridge", "-1"], "ridge must be a positive number"),
-    (["--target", "sum"], "target 'sum' must be one of later, repeat, both"),
-    (["--context", "200", "--window", "9", "--target", "both"], "200 tokens read twice are longer than the model's 256"),
-    (["--budget", "0.1"], "--budget does nothing with --decisions"),
-    (["--windows", "3"], "--windows does nothing with --decisions"),
-    (["--context", "300", "--window", "9"], "300 tokens are longer than the model's 256 positions"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--context", "100"], "sequences of 100 tokens are too short for window 64, 4 sinks"),
+        (["--window", "300"], "text.txt gives 0 sequences of 1024 tokens, and 1 is needed"),
+        (["--context", "200", "--sequences", "99"], "text.txt gives 5 sequences of 200 tokens, and 99 are needed"),
+        (["--sequences", "0"], "number of sequences must be at least 1"),
+        (["--window", "-1"], "window must be at least 0"),
+        (["--ridge", "-1"], "ridge must be a positive number"),
+        (["--target", "sum"], "target 'sum' must be one of later, repeat, both"),
+        (["--context", "200", "--window", "9", "--target", "both"], "200 tokens read twice are longer than the model's 256"),
+        (["--budget", "0.1"], "--budget does nothing with --decisions"),
+        (["--windows", "3"], "--windows does nothing with --decisions"),
+        (["--context", "300", "--window", "9"], "300 tokens are longer than the model's 256 positions"),
+    ],
+)
 def test_bad_arguments_end_with_one_sentence(model, tmp_path, capsys, arguments, said):
     file, out = tmp_path / "text.txt", tmp_path / "out"
     file.write_text("abc " * 250)
@@ -383,8 +391,8 @@ def test_a_file_among_the_weights(model, capsys, mode):
 
 
 @pytest.mark.parametrize(
-    "flag", [["--window", "3"], ["--sinks", "1"], ["--arrival-only"], ["--ridge", "1"], ["--sequences", "1"],
-             ["--target", "both"]]
+    "flag",
+    [["--window", "3"], ["--sinks", "1"], ["--arrival-only"], ["--ridge", "1"], ["--sequences", "1"], ["--target", "both"]],
 )
 def test_flags_of_decisions_without_it(model, tmp_path, capsys, flag):
     assert cli.main(["calibrate", str(model), "--text", "x", "--out", str(tmp_path / "d"), *flag]) == 2

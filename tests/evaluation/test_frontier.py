@@ -93,17 +93,24 @@ def old(codec, made, *, device="auto"):
 TRELLIS, MIN_MAX = {"key_bits": 4.5, "value_bits": 3.5, "rank": 0}, {"key_bits": 4, "value_bits": 4, "rank": 4}
 
 
-@pytest.mark.parametrize("codec, made, now", [
-    ("gear-4bit", TRELLIS, "tcq-4bit"), ("gear-3bit:page_size=32", TRELLIS, "tcq-3bit:page_size=32"),
-    ("gear:bits=4", TRELLIS, "tcq:bits=4"),
-    ("gear:key_bits=4,value_bits=3,page_size=32", TRELLIS, "tcq:key_bits=4,value_bits=3,page_size=32"),
-    ("gear:bits=4,backbone=kcvt,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-4bit"),
-    ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-2bit"),
-    ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32", MIN_MAX,
-     "gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32,page_size=32"),
-    ("gear:backbone=token,rank=0,outliers=0", MIN_MAX, "gear:backbone=token,rank=0,outliers=0,page_size=32"),
-    ("gear:backbone=token", MIN_MAX, "gear:backbone=token,rank=1,outliers=0.02,page_size=32"),
-])
+@pytest.mark.parametrize(
+    "codec, made, now",
+    [
+        ("gear-4bit", TRELLIS, "tcq-4bit"),
+        ("gear-3bit:page_size=32", TRELLIS, "tcq-3bit:page_size=32"),
+        ("gear:bits=4", TRELLIS, "tcq:bits=4"),
+        ("gear:key_bits=4,value_bits=3,page_size=32", TRELLIS, "tcq:key_bits=4,value_bits=3,page_size=32"),
+        ("gear:bits=4,backbone=kcvt,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-4bit"),
+        ("gear:bits=2,backbone=kivi,rank=4,outliers=0.02,page_size=64", MIN_MAX, "gear-2bit"),
+        (
+            "gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32",
+            MIN_MAX,
+            "gear:bits=2,backbone=kivi,rank=4,outliers=0.02,group=32,page_size=32",
+        ),
+        ("gear:backbone=token,rank=0,outliers=0", MIN_MAX, "gear:backbone=token,rank=0,outliers=0,page_size=32"),
+        ("gear:backbone=token", MIN_MAX, "gear:backbone=token,rank=1,outliers=0.02,page_size=32"),
+    ],
+)
 def test_rows_of_version_0_1_are_read_under_the_names_of_today(codec, made, now):
     """With the key that the same measurement has today, so that it is not measured again."""
     before = old(codec, made)
@@ -117,8 +124,12 @@ def test_rows_of_version_0_1_are_read_under_the_names_of_today(codec, made, now)
 
 
 def test_rows_of_today_are_left_alone():
-    for one in (old("gear-4bit", {"backbone": "kcvt"}), old("tcq-4bit", {}), old("kivi", {"bits": 2}),
-                {"key": "k", "codec": "gear-4bit", "error": "failed"}):
+    for one in (
+        old("gear-4bit", {"backbone": "kcvt"}),
+        old("tcq-4bit", {}),
+        old("kivi", {"bits": 2}),
+        {"key": "k", "codec": "gear-4bit", "error": "failed"},
+    ):
         assert former.renamed(one, "auto", "auto") is one
 
 
@@ -161,8 +172,20 @@ def test_a_name_that_is_gone_is_measured_under_its_new_one(base, text, tmp_path)
 
 
 def test_a_killed_run_goes_on_and_nothing_is_measured_twice(base, text, tmp_path):
-    arguments = command(base, text, tmp_path / "out", "--policies", "full", "streaming", "--codecs", "dense:dtype=bf16", "int8",
-                        "--budgets", "1/2", "1")
+    arguments = command(
+        base,
+        text,
+        tmp_path / "out",
+        "--policies",
+        "full",
+        "streaming",
+        "--codecs",
+        "dense:dtype=bf16",
+        "int8",
+        "--budgets",
+        "1/2",
+        "1",
+    )
     results = tmp_path / "out" / "results.jsonl"
     frontier.LLM(base).tokenizer.encode("")  # what takes seconds to import is imported once, before the fork
     process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
@@ -186,8 +209,12 @@ def test_a_killed_run_goes_on_and_nothing_is_measured_twice(base, text, tmp_path
 
 
 def test_rows_are_what_measure_says(base, retrofit, text, tmp_path):
-    assert main(command(base, text, tmp_path, "--models", str(retrofit), "--codecs", "dense:page_size=2", "--policies",
-                        "full", "dmc")) == 0
+    assert (
+        main(
+            command(base, text, tmp_path, "--models", str(retrofit), "--codecs", "dense:page_size=2", "--policies", "full", "dmc")
+        )
+        == 0
+    )
     found = {(row["model"], row["policy"]): row["result"] for row in rows(tmp_path)}
     assert all(row["schema"] == frontier.SCHEMA for row in rows(tmp_path))
     assert found["base", "full"]["kl"] == pytest.approx(0, abs=1e-6) and found["base", "full"]["cr"] == 1
@@ -203,6 +230,7 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(base, tmp_path, monkeypat
 
     def encode(*_):
         raise RuntimeError("this codec\nis broken")
+
     with monkeypatch.context() as patch:
         patch.setattr(CODECS["int8"], "encode", encode)
         broken, fine = frontier.run(cells, windows, base, tmp_path, device="cpu")
@@ -216,10 +244,13 @@ def test_a_cell_that_fails_is_a_row_and_is_tried_again(base, tmp_path, monkeypat
         report([broken], command="", plot="")
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"schema": 2}, "line 1 of .*results.jsonl has schema 2, of a later version of dmc: give another --out"),
-    ({"schema": "new"}, "line 1 of .*results.jsonl is not a result of a frontier"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"schema": 2}, "line 1 of .*results.jsonl has schema 2, of a later version of dmc: give another --out"),
+        ({"schema": "new"}, "line 1 of .*results.jsonl is not a result of a frontier"),
+    ],
+)
 def test_rows_of_a_later_version_are_rejected_and_stay(tmp_path, row, message):
     path = tmp_path / frontier.RESULTS
     path.write_text(json.dumps({"key": "a", "model": "m", "policy": "full", "codec": "int8", "error": "x"} | row) + "\n")
@@ -241,19 +272,43 @@ def test_two_runs_do_not_share_a_folder(base, tmp_path):
 
 def row(model, policy, codec, share, kl, windows=(0.0, 0.0)):
     result = {
-        "model_hash": model, "base_hash": "base", "policy": policy, "codec": codec, "share": share, "kl": kl, "kl_stderr": 0.1,
-        "kl_windows": [kl + w for w in windows], "cr": 1.0, "perplexity": 2.0, "agreement": 1.0, "base": "base", "text": "text",
-        "windows": 2, "prompt_tokens": 8, "scored_tokens": 4, "text_hash": "0", "base_perplexity": 2.0, "commit": "c",
-        "windows_hash": "w", "versions": {"torch": "2"}, "dtype": "float32", "device": "cpu",
+        "model_hash": model,
+        "base_hash": "base",
+        "policy": policy,
+        "codec": codec,
+        "share": share,
+        "kl": kl,
+        "kl_stderr": 0.1,
+        "kl_windows": [kl + w for w in windows],
+        "cr": 1.0,
+        "perplexity": 2.0,
+        "agreement": 1.0,
+        "base": "base",
+        "text": "text",
+        "windows": 2,
+        "prompt_tokens": 8,
+        "scored_tokens": 4,
+        "text_hash": "0",
+        "base_perplexity": 2.0,
+        "commit": "c",
+        "windows_hash": "w",
+        "versions": {"torch": "2"},
+        "dtype": "float32",
+        "device": "cpu",
     }
     return {"model": model, "policy": policy, "codec": codec, "result": result, "seconds": 1.0}
 
 
 ROWS = [
-    row("base", "full", "dense", 1.0, 0.0), row("base", "full", "int8", 0.5, 0.001), row("base", "full", "tcq-4bit", 0.3, 0.01),
-    row("base", "full", "tcq-2bit", 0.2, 0.5), row("base", "full", "rotated", 0.15, 0.3), row("base", "h2o", "dense", 0.25, 0.4),
+    row("base", "full", "dense", 1.0, 0.0),
+    row("base", "full", "int8", 0.5, 0.001),
+    row("base", "full", "tcq-4bit", 0.3, 0.01),
+    row("base", "full", "tcq-2bit", 0.2, 0.5),
+    row("base", "full", "rotated", 0.15, 0.3),
+    row("base", "h2o", "dense", 0.25, 0.4),
     row("base", "full", "gear-2bit", 0.35, 0.09),
-    row("cr4", "dmc", "dense", 0.25, 0.2, (-0.3, 0.3)), row("cr4", "dmc", "tcq-4bit", 0.06, 0.25),
+    row("cr4", "dmc", "dense", 0.25, 0.2, (-0.3, 0.3)),
+    row("cr4", "dmc", "tcq-4bit", 0.06, 0.25),
 ]
 
 
@@ -311,14 +366,23 @@ def test_plot_has_a_shape_for_each_policy_and_a_colour_for_each_codec(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--budgets", "2"], "budget 2.0 must be above 0"), (["--budgets", "many"], "budget 'many' is not a share"),
-    (["--codecs", "zip"], "unknown codec 'zip'"), (["--codecs", "gear:bits=7"], "bits must be one of"),
-    (["--policies", "lru"], "unknown policy 'lru'"), (["--policies", "streaming:sinks"], "is not SETTING=VALUE"),
-    (["--policies", "dmc"], "no model of these runs any of the policies dmc"), (["--windows", "99"], "give a longer text"),
-    (["--text", "no.txt"], "no.txt cannot be read"), (["--models", "nowhere"], "has no config.json"),
-    (["--prompt", "300"], "give a longer text"), (["config.yaml"], "config.yaml cannot be read"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--budgets", "2"], "budget 2.0 must be above 0"),
+        (["--budgets", "many"], "budget 'many' is not a share"),
+        (["--codecs", "zip"], "unknown codec 'zip'"),
+        (["--codecs", "gear:bits=7"], "bits must be one of"),
+        (["--policies", "lru"], "unknown policy 'lru'"),
+        (["--policies", "streaming:sinks"], "is not SETTING=VALUE"),
+        (["--policies", "dmc"], "no model of these runs any of the policies dmc"),
+        (["--windows", "99"], "give a longer text"),
+        (["--text", "no.txt"], "no.txt cannot be read"),
+        (["--models", "nowhere"], "has no config.json"),
+        (["--prompt", "300"], "give a longer text"),
+        (["config.yaml"], "config.yaml cannot be read"),
+    ],
+)
 def test_wrong_use_is_one_sentence_and_leaves_nothing(base, text, tmp_path, monkeypatch, capsys, more, message):
     monkeypatch.chdir(tmp_path)
     assert main(command(base, text, tmp_path / "out", *more[:1], *more[1:])) == 2
@@ -327,10 +391,16 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(base, text, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content, message", [
-    ("budget: [1]", "has no setting budget; it can have: base, models"), ("- 1", "is not a table of settings"),
-    ("codecs: int8", "codecs must be a list"), ("prompt: many", "prompt must be a whole number, got 'many'"), ("a: [", "as YAML"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("budget: [1]", "has no setting budget; it can have: base, models"),
+        ("- 1", "is not a table of settings"),
+        ("codecs: int8", "codecs must be a list"),
+        ("prompt: many", "prompt must be a whole number, got 'many'"),
+        ("a: [", "as YAML"),
+    ],
+)
 def test_wrong_configs_are_refused(base, text, tmp_path, capsys, content, message):
     (tmp_path / "config.yaml").write_text(content)
     assert main(command(base, text, tmp_path / "out")[:1] + [str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 2

@@ -82,11 +82,12 @@ def test_local_tasks_give_the_numbers_of_the_harness(tmp_path, monkeypatch):
     figures = run_tasks(LLM(BASE, policy="full", device="cpu"), names, task_dir=TASKS, progress=False)
     monkeypatch.chdir(TASKS)  # the paths in the task files
     theirs = lm_eval.simple_evaluate(
-        model=_theirs(BASE), tasks=names, task_manager=manager(TASKS, defaults=False), bootstrap_iters=0,
+        model=_theirs(BASE), tasks=names, task_manager=manager(TASKS, defaults=False), bootstrap_iters=0
     )
     for name in names:
         assert figures["tasks"][name]["metrics"] == {
-            key.removesuffix(",none"): pytest.approx(value) for key, value in theirs["results"][name].items()
+            key.removesuffix(",none"): pytest.approx(value)
+            for key, value in theirs["results"][name].items()
             if key.endswith(",none") and "stderr" not in key
         }
     choice = figures["tasks"]["local_choice"]
@@ -115,13 +116,22 @@ def test_chat_templates_give_the_numbers_of_the_harness(tmp_path, monkeypatch):
     figures = run_tasks(llm, names, task_dir=TASKS, progress=False, **own)["tasks"]
     monkeypatch.chdir(TASKS)
     theirs = lm_eval.simple_evaluate(
-        model=hf, tasks=names, task_manager=manager(TASKS, defaults=False), bootstrap_iters=0, apply_chat_template=True,
-        system_instruction="Answer.", num_fewshot=1, random_seed=0, numpy_random_seed=0, torch_random_seed=0,
+        model=hf,
+        tasks=names,
+        task_manager=manager(TASKS, defaults=False),
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        system_instruction="Answer.",
+        num_fewshot=1,
+        random_seed=0,
+        numpy_random_seed=0,
+        torch_random_seed=0,
         fewshot_random_seed=0,
     )
     for name in names:
         assert figures[name]["metrics"] == {
-            key.removesuffix(",none"): pytest.approx(value) for key, value in theirs["results"][name].items()
+            key.removesuffix(",none"): pytest.approx(value)
+            for key, value in theirs["results"][name].items()
             if key.endswith(",none") and "stderr" not in key
         }
         asked = theirs["samples"][name][0]["arguments"][0][0]
@@ -187,8 +197,13 @@ def test_the_harness_finds_the_model_by_its_name(tmp_path, monkeypatch):
     ours = run_tasks(LLM(BASE, device="cpu", **settings), ["local_choice"], task_dir=TASKS, progress=False)
     monkeypatch.chdir(TASKS)
     theirs = lm_eval.simple_evaluate(
-        model="dmc", model_args=ARGS, tasks=["local_choice"], task_manager=manager(TASKS, defaults=False), device="cpu",
-        batch_size=4, bootstrap_iters=0,
+        model="dmc",
+        model_args=ARGS,
+        tasks=["local_choice"],
+        task_manager=manager(TASKS, defaults=False),
+        device="cpu",
+        batch_size=4,
+        bootstrap_iters=0,
     )
     metrics = ours["tasks"]["local_choice"]["metrics"]
     assert {name: theirs["results"]["local_choice"][f"{name},none"] for name in metrics} == metrics
@@ -205,13 +220,19 @@ def test_the_entry_point_names_the_model_class():
     assert EntryPoint("dmc", made["dmc"], "lm_eval.models").load() is CompressedLM
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ("policy=h2o", "the model dmc needs its directory: add pretrained=DIR"),
-    (f"pretrained={BASE},policy=h2o,budget=4", "budget is unknown; known: pretrained, policy, .*of the policy: heavy"),
-    (f"pretrained={BASE},heavy=4", r"--model_args heavy is unknown; .*settings \(no policy\)"),
-    (f"pretrained={BASE},policy=h2o,heavy=x", "heavy=x must be a whole number"),
-    (f"pretrained={BASE},policy=h2o,policy_settings=x", "policy_settings=x must be a dict: give each setting by its own name"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("policy=h2o", "the model dmc needs its directory: add pretrained=DIR"),
+        (f"pretrained={BASE},policy=h2o,budget=4", "budget is unknown; known: pretrained, policy, .*of the policy: heavy"),
+        (f"pretrained={BASE},heavy=4", r"--model_args heavy is unknown; .*settings \(no policy\)"),
+        (f"pretrained={BASE},policy=h2o,heavy=x", "heavy=x must be a whole number"),
+        (
+            f"pretrained={BASE},policy=h2o,policy_settings=x",
+            "policy_settings=x must be a dict: give each setting by its own name",
+        ),
+    ],
+)
 def test_wrong_model_args(arguments, said):
     with pytest.raises(ValueError, match=said):
         CompressedLM.create_from_arg_string(arguments, {"device": "cpu", "batch_size": "auto:4"})
@@ -225,10 +246,27 @@ def test_the_command_of_the_harness(tmp_path):
     import sys
 
     root = Path(__file__).parents[2]
-    asked = ["run", "--model", "dmc", "--model_args", ARGS, "--tasks", "local_choice", "--include_path", str(TASKS), "--device",
-             "cpu", "--output_path", str(tmp_path / "out")]
+    asked = [
+        "run",
+        "--model",
+        "dmc",
+        "--model_args",
+        ARGS,
+        "--tasks",
+        "local_choice",
+        "--include_path",
+        str(TASKS),
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "dmc.evaluation.harness", *asked], cwd=TASKS, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "dmc.evaluation.harness", *asked],
+        cwd=TASKS,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(root), "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -102,13 +102,21 @@ def test_the_command(tmp_path, capsys):
     assert "9 tokens over this cache" in said and "(n 4): CR" in said
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (("--new-tokens", "2000"), "a prompt of 256 tokens and 2000 new tokens need more than the model's 2048 positions: ask for at "
-                               "most 1793 new tokens"),
-    (("--lengths", "3000"), "3000 tokens and 1 new token need more than the model's 2048 positions: ask for shorter prompts"),
-    (("--kinds", "single"), "--kinds are those of needles and retrieval"), (("--trials", "0"), "trials must be at least 1"),
-    (("--lengths", "1"), "each at least 2"), (("--suite", "quick", "--new-tokens", "5"), "--new-tokens is for long generation"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--new-tokens", "2000"),
+            "a prompt of 256 tokens and 2000 new tokens need more than the model's 2048 positions: ask for at "
+            "most 1793 new tokens",
+        ),
+        (("--lengths", "3000"), "3000 tokens and 1 new token need more than the model's 2048 positions: ask for shorter prompts"),
+        (("--kinds", "single"), "--kinds are those of needles and retrieval"),
+        (("--trials", "0"), "trials must be at least 1"),
+        (("--lengths", "1"), "each at least 2"),
+        (("--suite", "quick", "--new-tokens", "5"), "--new-tokens is for long generation"),
+    ],
+)
 def test_bad_requests_are_one_sentence(flags, said, capsys):
     assert main(["eval", str(BASE), "--suite", "long", "--device", "cpu", "--no-progress", *flags]) == 2
     assert said in capsys.readouterr().err

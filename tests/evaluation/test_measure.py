@@ -63,9 +63,9 @@ def test_kl_between_two_models_is_that_of_transformers(base, other, windows):
     assert result.agreement == pytest.approx((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
 
 
-@pytest.mark.parametrize("policy, codec", [
-    ("full", "dense"), ("full", "int8"), ("dmc", "dense"), ("dmc", "tcq"), ("streaming", "dense"),
-])
+@pytest.mark.parametrize(
+    "policy, codec", [("full", "dense"), ("full", "int8"), ("dmc", "dense"), ("dmc", "tcq"), ("streaming", "dense")]
+)
 def test_numbers_are_those_of_the_engine_at_every_length(tmp_path, windows, policy, codec):
     """`LLM.score` on windows cut after 1, 2, ... scored tokens: what is predicted last, and what is held then."""
     fields = tiny.config("head")
@@ -74,6 +74,7 @@ def test_numbers_are_those_of_the_engine_at_every_length(tmp_path, windows, poli
 
     def make():
         return LLM(directory, policy=policy, codec=codec, page_size=4, **settings)
+
     scores = [
         make().score(windows.tokens[:, : PROMPT + 1 + steps].tolist(), prompt_tokens=PROMPT) for steps in range(1, SCORED + 1)
     ]
@@ -109,13 +110,15 @@ def test_batches_and_shared_prompts_change_nothing(base, windows):
     def make(batch, codec="tcq"):
         # In fp64, as in test_rule: the last bit of a sum, which a batch changes, can decide a code of a lossy codec.
         return LLM(base, policy="full", codec=codec, page_size=4, max_batch=batch, dtype="fp64")
+
     together, done = make(3), []
     prompts = prefill(make(1, "dense"), windows)
     results = [
         measure(together, windows, reference=kept, progress=done.append),
         measure(together, windows, reference=kept, prompts=prompts),
         measure(together, windows, reference=kept, prompts=prompts),
-        measure(make(1), windows, reference=kept), measure(make(2), windows, reference=kept, prompts=prompts),
+        measure(make(1), windows, reference=kept),
+        measure(make(2), windows, reference=kept, prompts=prompts),
     ]
     assert sum(done) == 3 * SCORED
     for result in results[1:]:
@@ -154,11 +157,17 @@ def test_windows_of_a_text(base, tmp_path):
     assert read_windows(text, base, prompt=10, scored=5, count=3).text_hash != before
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"count": 7}, "100 tokens in 1 texts, which give 6 windows"), ({"scored": 0}, "scored must be at least 1"),
-    ({"prompt": 0}, "prompt must be at least 1"), ({"text": "no.txt"}, "no.txt cannot be read"),
-    ({"text": "bytes.txt"}, "bytes.txt is not UTF-8"), ({"tokenizer": "none"}, "config.json"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"count": 7}, "100 tokens in 1 texts, which give 6 windows"),
+        ({"scored": 0}, "scored must be at least 1"),
+        ({"prompt": 0}, "prompt must be at least 1"),
+        ({"text": "no.txt"}, "no.txt cannot be read"),
+        ({"text": "bytes.txt"}, "bytes.txt is not UTF-8"),
+        ({"tokenizer": "none"}, "config.json"),
+    ],
+)
 def test_wrong_windows_are_refused(base, tmp_path, change, message):
     (tmp_path / "text.txt").write_text("x" * 100)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")

@@ -103,11 +103,19 @@ def test_haystack_of_files(full, tmp_path):
             read_haystack([tmp_path / name])
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"lengths": ()}, "lengths must be"), ({"depths": (1.5,)}, "depths must be"), ({"kinds": ("pin",)}, "known: passkey, fact"),
-    ({"trials": 0}, "trials must be"), ({"choices": 1}, "choices must be"), ({"lengths": (9999,)}, "2048 positions"),
-    ({"lengths": (30,)}, "no room for hay"), ({"lengths": (100,), "choices": 5000}, "ask for fewer choices"),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"lengths": ()}, "lengths must be"),
+        ({"depths": (1.5,)}, "depths must be"),
+        ({"kinds": ("pin",)}, "known: passkey, fact"),
+        ({"trials": 0}, "trials must be"),
+        ({"choices": 1}, "choices must be"),
+        ({"lengths": (9999,)}, "2048 positions"),
+        ({"lengths": (30,)}, "no room for hay"),
+        ({"lengths": (100,), "choices": 5000}, "ask for fewer choices"),
+    ],
+)
 def test_bad_settings_are_refused(full, settings, words):
     with pytest.raises(ValueError, match=words):
         needle(full, Haystack("x", "hay\n" * 999, ""), NeedleSettings(**settings))

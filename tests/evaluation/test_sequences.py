@@ -106,15 +106,18 @@ def test_the_standard_library(directory, monkeypatch):
     assert held_out and found.text_hash == sha256("\0".join(page.text for page in training).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("t", b"ab\xff", "is not UTF-8 text \\(byte 2\\)"),
-    ("t.xz", b"nothing packed", "is not a valid .xz file"),
-    ("t.jsonl", b'{"text": "a"}\n{"txt": "b"}', 'line 2 of .* is not {"text": "..."} \\(KeyError'),
-    ("t.jsonl", b'{"text": "\\ud800"}', "line 1 of .*\\(UnicodeEncodeError"),
-    ("t.jsonl", b'{"text": 3}', "line 1 of .*\\(AttributeError"),
-    ("t", b" \n", "holds no text"),
-    ("t", b"short", "t gives 0 sequences of 10 tokens, and 1 is needed"),
-])
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("t", b"ab\xff", "is not UTF-8 text \\(byte 2\\)"),
+        ("t.xz", b"nothing packed", "is not a valid .xz file"),
+        ("t.jsonl", b'{"text": "a"}\n{"txt": "b"}', 'line 2 of .* is not {"text": "..."} \\(KeyError'),
+        ("t.jsonl", b'{"text": "\\ud800"}', "line 1 of .*\\(UnicodeEncodeError"),
+        ("t.jsonl", b'{"text": 3}', "line 1 of .*\\(AttributeError"),
+        ("t", b" \n", "holds no text"),
+        ("t", b"short", "t gives 0 sequences of 10 tokens, and 1 is needed"),
+    ],
+)
 def test_bad_files(directory, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):

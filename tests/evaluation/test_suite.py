@@ -69,8 +69,9 @@ def test_what_was_found_is_the_share_of_the_answers(llm, monkeypatch):
     monkeypatch.setattr(suite, "draw_sample", lambda *_: sample)
     said = iter([" 12345, 54321.", " 12345, 11111", "nothing"])
     real = suite.follow
-    monkeypatch.setattr(suite, "follow", lambda *given: [
-        replace(one, tokens=llm.tokenizer.encode_inside(next(said))) for one in real(*given)])
+    monkeypatch.setattr(
+        suite, "follow", lambda *given: [replace(one, tokens=llm.tokenizer.encode_inside(next(said))) for one in real(*given)]
+    )
     answered = suite.run(llm, HAY, suite.SuiteSettings(lengths=(100,), kinds=("multiquery",), trials=3))
     assert [one.found for one in answered] == [1.0, 0.5, 0.0]
     cell = suite.report(answered, HAY, suite.SuiteSettings())["cells"][0]
@@ -88,11 +89,15 @@ def test_the_command(tmp_path, capsys):
     assert "three-turns" in said and "dense bf16 / held" in said
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (("--kinds", "passkey"), "unknown kind of retrieval 'passkey'; known: single, multikey"),
-    (("--lengths", "40"), "a text of 40 tokens has no room for retrieval of kind 'single'"),
-    (("--lengths", "4000"), "positions, and the model has"), (("--trials", "0"), "retrieval trials must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--kinds", "passkey"), "unknown kind of retrieval 'passkey'; known: single, multikey"),
+        (("--lengths", "40"), "a text of 40 tokens has no room for retrieval of kind 'single'"),
+        (("--lengths", "4000"), "positions, and the model has"),
+        (("--trials", "0"), "retrieval trials must be at least 1"),
+    ],
+)
 def test_bad_requests_are_one_sentence(flags, said, capsys):
     assert main(["eval", str(BASE), "--suite", "quick", "--device", "cpu", "--no-progress", *flags]) == 2
     assert said in capsys.readouterr().err

@@ -14,16 +14,18 @@ def test_suites_expand():
 
 
 def test_usage_table():
-    figures = {
-        "tasks": {"x": {"metrics": {"acc": 0.5}, "stderr": {"acc": 0.1}, "examples": 7}}, "cache": {"requests": 0},
-    }
+    figures = {"tasks": {"x": {"metrics": {"acc": 0.5}, "stderr": {"acc": 0.1}, "examples": 7}}, "cache": {"requests": 0}}
     assert tasks.as_text(figures) == "x: acc 0.5000 ± 0.1000 (7 examples)"
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"limit": 0}, "limit must be at least 1"), ({"fewshot": -1}, "fewshot must be"),
-    ({"task_dir": "/no/such"}, "is not a folder"),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"fewshot": -1}, "fewshot must be"),
+        ({"task_dir": "/no/such"}, "is not a folder"),
+    ],
+)
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         run_tasks(None, ["x"], **settings)

@@ -12,8 +12,18 @@ from dmc.families import families
 from tests.training.helpers import TOKENIZER
 
 SIZES = dict(
-    vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.2, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    initializer_range=0.2,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
 )
 OWN = {  # what sets a family's models apart
     "llama": {},

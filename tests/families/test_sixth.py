@@ -77,8 +77,17 @@ def test_the_page(process_group, acme, tmp_path):
     assert (logits(model, tokens) - expected).abs().max() < 1e-4
 
     out = export(
-        convert.to_hf(shape, parameters(model)), shape.fields, out=tmp_path / "out", decision="head", gain=3.0, offset=0.5,
-        target_cr=2, measured_cr=2, tokenizer_dir=TOKENIZER, card={}, dtype=torch.float32,
+        convert.to_hf(shape, parameters(model)),
+        shape.fields,
+        out=tmp_path / "out",
+        decision="head",
+        gain=3.0,
+        offset=0.5,
+        target_cr=2,
+        measured_cr=2,
+        tokenizer_dir=TOKENIZER,
+        card={},
+        dtype=torch.float32,
     )
     assert "from transformers import AcmeConfig" in (out / "configuration_dmc_acme.py").read_text()
     exported = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)

@@ -51,8 +51,10 @@ def test_plain_logits_and_the_way_back(process_group, family, tmp_path):
 
 
 DECIDING = {
-    "neuron": dict(decision="neuron"), "head": dict(decision="head"),
-    "late": dict(decision="head", window=6, looks_ahead=True), "dms": dict(decision="head", method="dms", window=6),
+    "neuron": dict(decision="neuron"),
+    "head": dict(decision="head"),
+    "late": dict(decision="head", window=6, looks_ahead=True),
+    "dms": dict(decision="head", method="dms", window=6),
     "dms-neuron": dict(decision="neuron", method="dms", window=6),
 }
 
@@ -80,8 +82,17 @@ def test_training_export_and_engine_are_one_model(process_group, family, way, tm
         wanted = logits(model, TOKENS)[0]
     fields = dict(decision=settings.decision, method=settings.method, window=settings.window, looks_ahead=settings.looks_ahead)
     out = export(
-        convert.to_hf(shape, parameters(model)), shape.fields, out=tmp_path / "out", gain=GAIN, offset=OFFSET, target_cr=2,
-        measured_cr=2, tokenizer_dir=TOKENIZER, card={}, dtype=torch.float32, **fields,
+        convert.to_hf(shape, parameters(model)),
+        shape.fields,
+        out=tmp_path / "out",
+        gain=GAIN,
+        offset=OFFSET,
+        target_cr=2,
+        measured_cr=2,
+        tokenizer_dir=TOKENIZER,
+        card={},
+        dtype=torch.float32,
+        **fields,
     )
     exported = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
     assert type(exported).__name__ == f"Dmc{shape.family.title}ForCausalLM"
@@ -135,13 +146,22 @@ def reference(request, tmp_path_factory):
 STEPS = ("dmc.hold_steps=6", "optim.lr=3e-4", "dmc.window=8", "dmc.decide=late")
 
 
-@pytest.mark.parametrize("layout", [
-    ("parallel.tensor=2", "parallel.sequence=true"),
-    *(pytest.param(one, marks=pytest.mark.slow) for one in [
-        ("parallel.tensor=2",), ("parallel.pipeline=2",), ("parallel.context=2",),
-        ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
-    ]),
-], ids=lambda layout: "-".join(part.split(".")[1] for part in layout))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.tensor=2", "parallel.sequence=true"),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in [
+                ("parallel.tensor=2",),
+                ("parallel.pipeline=2",),
+                ("parallel.context=2",),
+                ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
+            ]
+        ),
+    ],
+    ids=lambda layout: "-".join(part.split(".")[1] for part in layout),
+)
 def test_layouts_are_the_run_of_one_process(reference, layout):
     tmp, one = reference
     output = small_run(tmp, "-".join(layout), *STEPS, f"data.held_out={tmp / 'held.jsonl'}", *layout, processes=2)

@@ -110,8 +110,10 @@ def evicting_loop(query, key, value, alpha, starts, *, window, rotated):
                 first = max(t for t in range(i + 1) if t == 0 or bool(starts[b, t]))
                 q = rotate_one(query[b, g, i], i) if rotated else query[b, g, i]
                 total, sum_ = 0, torch.zeros_like(value[b, h, 0])
-                scores = [(q * (rotate_one(key[b, h, j], j) if rotated else key[b, h, j])).sum() / math.sqrt(size)
-                          for j in range(first, i + 1)]
+                scores = [
+                    (q * (rotate_one(key[b, h, j], j) if rotated else key[b, h, j])).sum() / math.sqrt(size)
+                    for j in range(first, i + 1)
+                ]
                 top = max(score.item() for score in scores)
                 for j, score in zip(range(first, i + 1), scores, strict=True):
                     weight = torch.exp(score - top) * (1 - alpha[b, h, j] if i - j > window else 1)

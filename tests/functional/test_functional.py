@@ -32,9 +32,12 @@ def problems(draw, max_tokens=80, kinds=KINDS):
     rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
     starts = torch.rand(batch, tokens, generator=g) < draw(st.sampled_from([0.0, 0.1, 0.5]))
     return dict(
-        query=rand(batch, heads * groups, tokens, size), key=rand(batch, heads, tokens, size),
-        value=rand(batch, heads, tokens, size), alpha=draw_alpha(draw(st.sampled_from(kinds)), (batch, heads, tokens), g),
-        omega=torch.sigmoid(rand(batch, heads, tokens) * 3), starts=starts,
+        query=rand(batch, heads * groups, tokens, size),
+        key=rand(batch, heads, tokens, size),
+        value=rand(batch, heads, tokens, size),
+        alpha=draw_alpha(draw(st.sampled_from(kinds)), (batch, heads, tokens), g),
+        omega=torch.sigmoid(rand(batch, heads, tokens) * 3),
+        starts=starts,
     )
 
 
@@ -126,9 +129,7 @@ def test_hard_attention_is_algorithm_1(p):
     out = fn.attention(**p, rope=ref.rope_tables(tokens, size))
     alpha = fn.mask_starts(p["alpha"], None)
     for b in range(len(out)):
-        expected, lengths = ref.algorithm_1(
-            p["query"][b], p["key"][b], p["value"][b], p["alpha"][b], p["omega"][b], rotated=True
-        )
+        expected, lengths = ref.algorithm_1(p["query"][b], p["key"][b], p["value"][b], p["alpha"][b], p["omega"][b], rotated=True)
         torch.testing.assert_close(out[b], expected, rtol=1e-9, atol=1e-10)
         assert torch.equal(lengths, (1 - alpha[b]).sum(-1).long())
 

@@ -27,8 +27,10 @@ def test_gradients_equal_the_loops(p, window):
     leaves = [p[name].clone().requires_grad_() for name in ("query", "key", "value", "alpha")]
     weight = torch.randn(p["query"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grads = []
-    for attend in (lambda *a: dms.attention(*a, window=window, starts=p["starts"]),
-                   lambda *a: evicting_loop(*a, p["starts"], window=window, rotated=False)):
+    for attend in (
+        lambda *a: dms.attention(*a, window=window, starts=p["starts"]),
+        lambda *a: evicting_loop(*a, p["starts"], window=window, rotated=False),
+    ):
         grads.append(torch.autograd.grad((attend(*leaves) * weight).sum(), leaves, allow_unused=True))
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-8, atol=1e-10)
@@ -73,10 +75,14 @@ def test_key_bias_takes_the_exact_logarithm():
     assert dms.key_bias(alpha, log_keep=given) is given
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"window": -1}, "window must be at least 0, got -1"), ({"query": (1, 3, 5, 4)}, "multiple of key heads"),
-    ({"alpha": (1, 2, 4)}, r"alpha \[B, H, T\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"window": -1}, "window must be at least 0, got -1"),
+        ({"query": (1, 3, 5, 4)}, "multiple of key heads"),
+        ({"alpha": (1, 2, 4)}, r"alpha \[B, H, T\]"),
+    ],
+)
 def test_wrong_arguments_are_named(change, words):
     shapes = {"query": (1, 4, 5, 4), "key": (1, 2, 5, 4), "value": (1, 2, 5, 4), "alpha": (1, 2, 5)}
     window = change.pop("window", 2)

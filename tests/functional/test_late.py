@@ -76,8 +76,13 @@ def test_gradients(window):
     g = torch.Generator().manual_seed(window)
     tokens, size = 9, 4
     draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True)  # noqa: E731
-    query, key, value, logits, weights = draw(1, 4, tokens, size), draw(1, 2, tokens, size), draw(1, 2, tokens, size), \
-        draw(1, 2, tokens), draw(1, 2, tokens)
+    query, key, value, logits, weights = (
+        draw(1, 4, tokens, size),
+        draw(1, 2, tokens, size),
+        draw(1, 2, tokens, size),
+        draw(1, 2, tokens),
+        draw(1, 2, tokens),
+    )
     starts = torch.zeros(1, tokens, dtype=torch.bool)
     starts[0, 5] = True
     rope = rope_tables(tokens, size)

@@ -79,18 +79,29 @@ def served() -> Iterator[Hub]:
                 return self.answer(404, {"error": "no revision"}, X_Error_Code="RevisionNotFound")
             files = revisions[revision]
             if api and rest[:1] == ["tree"]:
-                return self.answer(200, [
-                    {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for path, data in files.items()
-                ])
+                return self.answer(
+                    200,
+                    [
+                        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                        for path, data in files.items()
+                    ],
+                )
             if api:
-                return self.answer(200, {
-                    "id": name, "modelId": name, "sha": commit(revision), "private": False, "tags": [],
-                    "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in files],
-                })
+                return self.answer(
+                    200,
+                    {
+                        "id": name,
+                        "modelId": name,
+                        "sha": commit(revision),
+                        "private": False,
+                        "tags": [],
+                        "downloads": 0,
+                        "likes": 0,
+                        "siblings": [{"rfilename": path} for path in files],
+                    },
+                )
             data = files["/".join(rest[2:])]
-            self.answer(200, data, head=head, X_Repo_Commit=commit(revision),
-                        ETag=f'"{hashlib.sha1(data).hexdigest()}"')
+            self.answer(200, data, head=head, X_Repo_Commit=commit(revision), ETag=f'"{hashlib.sha1(data).hexdigest()}"')
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -108,9 +119,14 @@ def served() -> Iterator[Hub]:
             name = "/".join(parts[2:4])
             if parts[4] == "preupload":
                 files = json.loads(body)["files"]
-                return self.answer(200, {"files": [
-                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in files
-                ]})
+                return self.answer(
+                    200,
+                    {
+                        "files": [
+                            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in files
+                        ]
+                    },
+                )
             for line in body.decode().splitlines():
                 said = json.loads(line)
                 if said["key"] == "file":

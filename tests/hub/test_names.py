@@ -29,13 +29,25 @@ def hub(tmp_path_factory):
 @pytest.fixture
 def run(hub, tmp_path):
     """A command in a process whose hub is the fake, with an empty cache."""
+
     def command(*arguments, home=tmp_path / "home", **environment):
         return subprocess.run(
-            [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {
-                "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                "HF_HUB_DISABLE_XET": "1"} | environment,
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+            | {
+                "HF_ENDPOINT": hub.address,
+                "HF_HOME": str(home),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "HF_HUB_DISABLE_XET": "1",
+            }
+            | environment,
         )
+
     return command
 
 
@@ -90,8 +102,16 @@ def test_a_revision_and_a_token(run):
 def test_a_retrofit_starts_from_a_name_and_its_export_is_uploaded(run, hub, tmp_path):
     tiny_text(tmp_path / "text.jsonl")
     done = run(
-        ROOT / "train.py", "--model", "acme/base", "--output", tmp_path / "run", f"data.text={tmp_path / 'text.jsonl'}",
-        f"data.cache={tmp_path / 'cache'}", *SMALL, "dmc.hold_steps=1", "dmc.ramp_steps_per_unit=1",
+        ROOT / "train.py",
+        "--model",
+        "acme/base",
+        "--output",
+        tmp_path / "run",
+        f"data.text={tmp_path / 'text.jsonl'}",
+        f"data.cache={tmp_path / 'cache'}",
+        *SMALL,
+        "dmc.hold_steps=1",
+        "dmc.ramp_steps_per_unit=1",
     )
     assert done.returncode == 0, done.stderr
     export = ("-m", "dmc.cli", "export", tmp_path / "run" / "checkpoints" / "final")

@@ -9,10 +9,17 @@ import json
 import os
 import sys
 
-os.environ.update({
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-})
+os.environ.update(
+    {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+)
 
 
 def main(out):
@@ -27,8 +34,13 @@ def start(case):
     from vllm import LLM
 
     fixed = {
-        "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": 4 << 20, "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 4 << 20,
+        "skip_tokenizer_init": True,
     }
     return LLM(model=case["model"], **fixed | case.get("engine", {}))
 
@@ -69,13 +81,17 @@ def served(case):
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         params = SamplingParams(temperature=0, max_tokens=case["tokens"], ignore_eos=True, detokenize=False)
         tokens, most = run(llm.llm_engine, case, params, scheduler)
-        stats, = llm.collective_rpc("dmc_stats")
+        (stats,) = llm.collective_rpc("dmc_stats")
         requests = llm.llm_engine.model_executor.driver_worker.worker._arena.requests
         requests.cache.check_integrity()
         pool = scheduler.kv_cache_manager.block_pool
         result = {
-            "tokens": tokens, "stats": stats, "most_running": most, "preempted": len(preempted),
-            "blocks": pool.num_gpu_blocks - 1, "free": pool.get_num_free_blocks(),  # one is vLLM's null block
+            "tokens": tokens,
+            "stats": stats,
+            "most_running": most,
+            "preempted": len(preempted),
+            "blocks": pool.num_gpu_blocks - 1,
+            "free": pool.get_num_free_blocks(),  # one is vLLM's null block
         }
         stop(llm)
         return result

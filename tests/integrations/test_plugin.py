@@ -17,9 +17,9 @@ LAYERS, HEADS, SIZE = 2, 2, 8
 ROPE = Rope([1.0, 0.3, 0.1, 0.03], dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("found", "right"), [
-    ("0.32.0", True), ("0.32", True), ("0.32.1+cpu", True), ("0.33.0", False), ("0.3", False),
-])
+@pytest.mark.parametrize(
+    ("found", "right"), [("0.32.0", True), ("0.32", True), ("0.32.1+cpu", True), ("0.33.0", False), ("0.3", False)]
+)
 def test_version(found, right):
     assert (wrong_version(found) is None) == right
 
@@ -45,7 +45,7 @@ def test_reservation():
     assert [held.blocks(tokens) for tokens in (1, 64, 65, 131, 132)] == [6, 6, 7, 7, 8]
     assert held.pages(65) == 7 * 12
     bound = Reservation.of(
-        heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=1, sinks=40, max_entries=50,
+        heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=1, sinks=40, max_entries=50
     )
     assert [bound.blocks(tokens) for tokens in (1, 65, 112, 113, 129, 10**6)] == [8, 9, 11, 12, 12, 12]
     for cap in (0.99, float("nan"), float("inf")):

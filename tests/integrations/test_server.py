@@ -25,18 +25,38 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="DMC_VLLM_PYTHON names no interpreter with vLLM (integrations/vllm/make_env.sh)"),
 ]
 FLAGS = [
-    "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching",
-    "--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "128", "--kv-cache-memory-bytes", str(8 << 20),
-    "--additional-config", '{"dmc": {"cap": 1}}',
+    "--served-model-name",
+    "tiny",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--no-enable-prefix-caching",
+    "--max-model-len",
+    "512",
+    "--max-num-seqs",
+    "8",
+    "--max-num-batched-tokens",
+    "128",
+    "--kv-cache-memory-bytes",
+    str(8 << 20),
+    "--additional-config",
+    '{"dmc": {"cap": 1}}',
 ]
 ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
     "TORCH_COMPILE_DISABLE": "1",  # vLLM compiles parts of its sampler when a request first needs them
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations/vllm")]),
 }
 SCHEMA = {
-    "type": "object", "properties": {"unit": {"enum": ["C", "F"]}, "days": {"enum": [1, 2, 3]}}, "required": ["unit", "days"],
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}, "days": {"enum": [1, 2, 3]}},
+    "required": ["unit", "days"],
     "additionalProperties": False,
 }
 USER = [{"role": "user", "content": "weather?"}]
@@ -53,8 +73,12 @@ class Server:
         start = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), "--port", str(self.port)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*start, "--host", "127.0.0.1", *FLAGS], cwd=folder, env=os.environ | ENVIRONMENT, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                [*start, "--host", "127.0.0.1", *FLAGS],
+                cwd=folder,
+                env=os.environ | ENVIRONMENT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait(self, seconds=900):
@@ -108,7 +132,7 @@ def client(server):
 def test_greedy_text_is_that_of_our_engine(client, directory):
     prompts = ["hello", "a-much-longer-prompt," * 9]
     answer = client.completions.create(
-        model="tiny", prompt=prompts, max_tokens=30, temperature=0, extra_body={"ignore_eos": True},
+        model="tiny", prompt=prompts, max_tokens=30, temperature=0, extra_body={"ignore_eos": True}
     )
     params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
     own = LLM(directory, device="cpu", dtype="fp32").generate(prompts, params)
@@ -145,8 +169,14 @@ def test_200_requests_of_which_half_go_away(server):
     lengths, errors = {}, []
 
     def ask(number):
-        body = {"model": "tiny", "prompt": "x" * (1 + number * 37 % 150), "max_tokens": 40, "ignore_eos": True, "stream": True,
-                "stream_options": {"include_usage": True}}
+        body = {
+            "model": "tiny",
+            "prompt": "x" * (1 + number * 37 % 150),
+            "max_tokens": 40,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         try:
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
                 pieces = 0

@@ -27,8 +27,11 @@ pytestmark = [
 TOKENS = 24
 PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(n)] for n in (1, 7, 30, 64, 100, 3)]
 MODELS = {
-    "neuron": ("neuron", {}), "head": ("head", {}), "arrival": ("head", {"window": 4}),
-    "late": ("head", {"window": 8, "decide": "late"}), "dms": ("head", {"method": "dms", "window": 8, "decide": "late"}),
+    "neuron": ("neuron", {}),
+    "head": ("head", {}),
+    "arrival": ("head", {"window": 4}),
+    "late": ("head", {"window": 8, "decide": "late"}),
+    "dms": ("head", {"method": "dms", "window": 8, "decide": "late"}),
 }
 GATE = {"gate": {}, "gate merges": {"merge": True, "power": 0.5}}  # settings of the policy; the model was not retrofitted
 CODECS = {"int8": {}, "tcq": {"bits": 4}, "gear": {"bits": 4}}
@@ -38,8 +41,13 @@ def drive(cases, folder, timeout=1800):
     """Results of the cases, in one process of the other environment."""
     out, path = folder / "results.json", os.pathsep.join([str(ROOT), str(ROOT / "integrations/vllm")])
     run = subprocess.run(
-        [PYTHON, str(Path(__file__).with_name("driver.py")), str(out)], input=json.dumps(cases), capture_output=True, text=True,
-        timeout=timeout, cwd=folder, env=os.environ | {"PYTHONPATH": path},
+        [PYTHON, str(Path(__file__).with_name("driver.py")), str(out)],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(out.read_text())
@@ -90,7 +98,9 @@ def own(model, **settings):
 
 
 CASES = {
-    "together": {}, "chunked": {"max_num_batched_tokens": 13}, "alone": {"max_num_seqs": 1},
+    "together": {},
+    "chunked": {"max_num_batched_tokens": 13},
+    "alone": {"max_num_seqs": 1},
     "preempted": {"num_gpu_blocks_override": 30},
 }
 
@@ -98,11 +108,18 @@ CASES = {
 @pytest.fixture(scope="module")
 def served(models, decisions, tmp_path_factory):
     names = [(model, case) for model in models for case in CASES]
-    results = drive([
-        {"model": str(models[model]), "prompts": PROMPTS, "tokens": TOKENS,
-         "engine": loose(**settings_of(model, decisions)) | CASES[case]}
-        for model, case in names
-    ], tmp_path_factory.mktemp("served"))
+    results = drive(
+        [
+            {
+                "model": str(models[model]),
+                "prompts": PROMPTS,
+                "tokens": TOKENS,
+                "engine": loose(**settings_of(model, decisions)) | CASES[case],
+            }
+            for model, case in names
+        ],
+        tmp_path_factory.mktemp("served"),
+    )
     return dict(zip(names, results, strict=True))
 
 
@@ -121,17 +138,26 @@ def test_the_same_tokens_as_our_engine(models, decisions, served, model):
 def test_lossy_codecs(models, decisions, tmp_path):
     cases = [
         (models[model], {"codec": codec, "codec_settings": CODECS[codec]} | settings_of(model, decisions))
-        for model in ("neuron", "late", "dms", "gate") for codec in CODECS
+        for model in ("neuron", "late", "dms", "gate")
+        for codec in CODECS
     ]
     _check_same(cases, tmp_path)
 
 
 def _check_same(cases, folder):
     """Both engines generate the same tokens from a model with some settings."""
-    results = drive([
-        {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "engine": {"max_num_batched_tokens": 50} | loose(**settings)}
-        for model, settings in cases
-    ], folder)
+    results = drive(
+        [
+            {
+                "model": str(model),
+                "prompts": PROMPTS,
+                "tokens": TOKENS,
+                "engine": {"max_num_batched_tokens": 50} | loose(**settings),
+            }
+            for model, settings in cases
+        ],
+        folder,
+    )
     for (model, settings), result in zip(cases, results, strict=True):
         assert result["tokens"] == own(model, **settings), settings
         assert result["free"] == result["blocks"] and result["stats"]["forced"] == 0
@@ -144,7 +170,7 @@ def families(tmp_path_factory):
     for family, title, decision in (("mistral", "Mistral", "head"), ("qwen2", "Qwen2", "neuron"), ("qwen3", "Qwen3", "head")):
         for kind, name in (("dmc_", "Dmc"), ("", "")):
             fields = tiny.config(
-                decision if kind else None, head_dim=16, architectures=[f"{name}{title}ForCausalLM"], model_type=kind + family,
+                decision if kind else None, head_dim=16, architectures=[f"{name}{title}ForCausalLM"], model_type=kind + family
             )
             tensors = tiny.weights(fields)
             for layer in range(fields["num_hidden_layers"]):
@@ -169,26 +195,42 @@ def test_other_families(families, tmp_path):
 def test_other_settings_of_fitted_decisions(models, families, tmp_path):
     """Decided at arrival; more sinks than a page holds; a bound on entries, which bounds the reservation too; a key bias."""
     plain, qwen = models["gate"], families["qwen2"]
-    arrival, sinks, biased = (fitted(model, tmp_path / name, **settings) for name, model, settings in (
-        ("arrival", plain, {"ahead": False}), ("sinks", plain, {"sinks": 40}), ("biased", qwen, {}),
-    ))
-    _check_same([
-        (plain, gate(arrival)), (plain, gate(arrival, merge=True)), (plain, gate(sinks)), (plain, gate(sinks, merge=True)),
-        (plain, gate(arrival) | {"max_entries": 20}), (models["late"], {"max_entries": 20}),
-        (qwen, gate(biased) | {"codec": "int8"}),
-    ], tmp_path)
+    arrival, sinks, biased = (
+        fitted(model, tmp_path / name, **settings)
+        for name, model, settings in (("arrival", plain, {"ahead": False}), ("sinks", plain, {"sinks": 40}), ("biased", qwen, {}))
+    )
+    _check_same(
+        [
+            (plain, gate(arrival)),
+            (plain, gate(arrival, merge=True)),
+            (plain, gate(sinks)),
+            (plain, gate(sinks, merge=True)),
+            (plain, gate(arrival) | {"max_entries": 20}),
+            (models["late"], {"max_entries": 20}),
+            (qwen, gate(biased) | {"codec": "int8"}),
+        ],
+        tmp_path,
+    )
 
 
 def test_requests_stay_within_their_reservation(models, decisions, tmp_path):
     """A cap above the CR: heads are forced to merge, in prompts and after them. 200 requests, of which some are aborted."""
     many = [[3 + (n * 7 + i * i) % 90 for i in range(1 + n * 37 % 150)] for n in range(200)]
     long, blocks = many[4:5] * 3, {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 40}
-    results = drive([
-        {"model": str(models[name]), "engine": loose(cap=8, **settings_of(name, decisions)) | engine, "prompts": prompts,
-         "tokens": tokens, "abort": abort}
-        for name in ("neuron", "late", "dms", *GATE)
-        for engine, prompts, tokens, abort in (({}, long, 90, 0), (blocks, many, 30, 20))
-    ], tmp_path)
+    results = drive(
+        [
+            {
+                "model": str(models[name]),
+                "engine": loose(cap=8, **settings_of(name, decisions)) | engine,
+                "prompts": prompts,
+                "tokens": tokens,
+                "abort": abort,
+            }
+            for name in ("neuron", "late", "dms", *GATE)
+            for engine, prompts, tokens, abort in (({}, long, 90, 0), (blocks, many, 30, 20))
+        ],
+        tmp_path,
+    )
     for few, with_aborts in zip(results[::2], results[1::2], strict=True):
         assert few["stats"]["forced"] > 0 and few["stats"]["forced_in_prompts"] > 0
         assert [len(tokens) for tokens in few["tokens"]] == [90] * len(long) and len(long[0]) == 149
@@ -201,9 +243,10 @@ def test_a_compressed_cache_admits_more(models, tmp_path):
     """By vLLM's scheduler, in the same memory: requests of 256 tokens."""
     prompts = [[3 + i % 90 for i in range(200)]] * 40
     engine = {"max_num_seqs": 40, "kv_cache_memory_bytes": 1 << 20}
-    caps = drive([
-        {"model": str(models["neuron"]), "engine": engine | loose(cap=cap), "prompts": prompts, "tokens": 40} for cap in (1, 2)
-    ], tmp_path)
+    caps = drive(
+        [{"model": str(models["neuron"]), "engine": engine | loose(cap=cap), "prompts": prompts, "tokens": 40} for cap in (1, 2)],
+        tmp_path,
+    )
     assert caps[1]["most_running"] > 1.6 * caps[0]["most_running"]
 
 
@@ -224,7 +267,8 @@ def test_settings_that_are_refused(models, decisions, tmp_path):
         (export, loose(cap=0.5), "cap=0.5 reserves more than one entry per token"),
         (export, loose(cap="4"), "cap='4' must be a number"),
         (export, loose(caps=4), "unknown setting dmc.caps; known: cap, codec"),
-        (export, {"block_size": 32}, "leave out --block-size"), (export, {"tensor_parallel_size": 2}, "on one device"),
+        (export, {"block_size": 32}, "leave out --block-size"),
+        (export, {"tensor_parallel_size": 2}, "on one device"),
         (newer, {}, "dmc.layers, which this version of dmc does not know"),
         (export, loose(codec="kivi"), "codec='kivi' is not supported in vLLM; supported: dense, int8"),
         (export, loose(policy="h2o"), "policy='h2o' is not supported in vLLM; supported: dmc, dms, gate"),
@@ -234,7 +278,7 @@ def test_settings_that_are_refused(models, decisions, tmp_path):
         (plain, {"additional_config": {"dmc": 4}}, "additional_config has dmc=4, which must be a JSON object"),
         (plain, loose(policy="gate", target_cr=2), "policy gate needs decisions: give a file"),
         (plain, loose(policy="gate", decisions=decisions), "policy gate needs target_cr"),
-        (plain, loose(**gate(decisions) | {"policy_settings": 3}), "policy_settings=3 must be a JSON object such as {\"merge\""),
+        (plain, loose(**gate(decisions) | {"policy_settings": 3}), 'policy_settings=3 must be a JSON object such as {"merge"'),
         (plain, loose(**gate(str(tmp_path / "none"))), "none is missing"),
         (plain, loose(**gate(str(damaged))), "damaged is damaged: its content does not match its digest"),
         (plain, loose(**gate(fitted(newer, tmp_path / "fitted"))), "these decisions were fitted for another model or window"),

@@ -9,10 +9,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's int
 @pytest.fixture
 def poison(monkeypatch):
     """Memory that kernels are given to write to holds NaN (floats) or a large number: what they miss is seen."""
+
     def poisoned(allocate):
         def run(*args, **kwargs):
             x = allocate(*args, **kwargs)
             return x.fill_(float("nan") if x.is_floating_point() else 101)
+
         return run
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

@@ -29,8 +29,13 @@ def cache(name, *, size=8, slots=3, pages=400, columns=16, **settings):
     changes = sizes.pop("codec", {})
     probe = KVCache(Shape(LAYERS, HEADS, size, torch.float32), policy("dmc"), codec(name, **changes), slots=1, **sizes)
     made = KVCache(
-        Shape(LAYERS, HEADS, size, torch.float32), policy("dmc"), codec(name, **changes), slots=slots,
-        memory=pages * probe.rows.pool.page_bytes, device=DEVICE, **sizes,
+        Shape(LAYERS, HEADS, size, torch.float32),
+        policy("dmc"),
+        codec(name, **changes),
+        slots=slots,
+        memory=pages * probe.rows.pool.page_bytes,
+        device=DEVICE,
+        **sizes,
     )
     made.rows.widen(columns)
     return made
@@ -41,10 +46,16 @@ def tokens(count, size, seed, *, merging=0.5):
     g = torch.Generator().manual_seed(seed)
     scale = torch.rand(size, generator=g) * 4 + 0.1
     return [
-        [x.to(DEVICE) for x in (
-            torch.randn(count, HEADS, size, generator=g) * scale, torch.randn(count, HEADS, size, generator=g),
-            (torch.rand(count, HEADS, generator=g) < merging).float(), torch.randn(count, HEADS, generator=g).sigmoid(),
-        )] for _ in range(LAYERS)
+        [
+            x.to(DEVICE)
+            for x in (
+                torch.randn(count, HEADS, size, generator=g) * scale,
+                torch.randn(count, HEADS, size, generator=g),
+                (torch.rand(count, HEADS, generator=g) < merging).float(),
+                torch.randn(count, HEADS, generator=g).sigmoid(),
+            )
+        ]
+        for _ in range(LAYERS)
     ]
 
 

@@ -14,5 +14,12 @@ def problem(tokens, counts, size, groups, *, first=0, dtype=torch.float32, seed=
     for row, count in enumerate(counts):
         entry_positions[row, :count] = torch.randperm(end, generator=g)[:count].sort().values
     positions = torch.arange(first, end, dtype=torch.int32)
-    return [rand(rows, groups, tokens, size), rand(rows, most, size), rand(rows, most, size), entry_positions.to(DEVICE),
-            rand(rows, tokens, size), rand(rows, tokens, size), positions.to(DEVICE)]
+    return [
+        rand(rows, groups, tokens, size),
+        rand(rows, most, size),
+        rand(rows, most, size),
+        entry_positions.to(DEVICE),
+        rand(rows, tokens, size),
+        rand(rows, tokens, size),
+        positions.to(DEVICE),
+    ]

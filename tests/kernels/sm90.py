@@ -19,9 +19,18 @@ from triton.knobs import nvidia
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-          torch.int64: "*i64", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
-          torch.float8_e4m3fn: "*fp8e4nv"}
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -208,9 +217,22 @@ def growing(size, dtype, codec, *, page=64, per_full_page=17, rows=64):
     }
     count, table = torch.zeros(rows, **int32), torch.zeros(rows, 5, **int32)
     return Growing(
-        made, Layout(made.fields).views(memory), full_precision, table, table, count, count, sinks=4, window=0,
-        numerators=torch.zeros(rows, 2 * size), z=torch.zeros(rows), memory=memory, stack=torch.zeros(1, dtype=torch.int64),
-        free=torch.zeros(1, **int32), owners=torch.zeros(2, **int32), failed=torch.zeros(1, **int32),
+        made,
+        Layout(made.fields).views(memory),
+        full_precision,
+        table,
+        table,
+        count,
+        count,
+        sinks=4,
+        window=0,
+        numerators=torch.zeros(rows, 2 * size),
+        z=torch.zeros(rows),
+        memory=memory,
+        stack=torch.zeros(1, dtype=torch.int64),
+        free=torch.zeros(1, **int32),
+        owners=torch.zeros(2, **int32),
+        failed=torch.zeros(1, **int32),
     )
 
 

@@ -16,8 +16,10 @@ def problem(tokens, *, heads=2, groups=2, size=8, starts=False, logit_scale=3.0,
         begin[0] = torch.rand(tokens, generator=g) < 0.1
         begin[-1, tokens // 2] = True
     leaves = dict(
-        query=rand(batch, heads * groups, tokens, size), key=rand(batch, heads, tokens, size),
-        value=rand(batch, heads, tokens, size), logits=rand(batch, heads, tokens) * logit_scale + 5,
+        query=rand(batch, heads * groups, tokens, size),
+        key=rand(batch, heads, tokens, size),
+        value=rand(batch, heads, tokens, size),
+        logits=rand(batch, heads, tokens) * logit_scale + 5,
         omega=torch.sigmoid(rand(batch, heads, tokens)),
     )
     return {k: v.requires_grad_() for k, v in leaves.items()}, begin if starts else None

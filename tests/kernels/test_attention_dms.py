@@ -1,6 +1,5 @@
 """The fused attention of DMS, and the band it is made of, against `dmc.functional_dms.attention` with every gradient."""
 
-
 import pytest
 import torch
 
@@ -96,8 +95,10 @@ def banded(query, key, value, window, scale):
 @pytest.mark.parametrize(("tokens", "rows", "window"), [(1, 1, 1), (7, 7, 2), (150, 150, 3), (150, 40, 80), (150, 149, 100)])
 def test_the_band_and_its_gradients(tokens, rows, window):
     g = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(2, h, t, 4, generator=g, dtype=torch.float64, requires_grad=True)
-              for h, t in ((6, rows), (2, tokens), (2, tokens))]
+    leaves = [
+        torch.randn(2, h, t, 4, generator=g, dtype=torch.float64, requires_grad=True)
+        for h, t in ((6, rows), (2, tokens), (2, tokens))
+    ]
     ours, theirs = band_attention(*leaves, window=window, scale=0.7), banded(*leaves, window, 0.7)
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -110,6 +111,7 @@ def test_the_band_and_its_gradients(tokens, rows, window):
 
 def test_memory_grows_with_the_text_and_not_with_its_square():
     """Bytes that autograd keeps: four times the tokens, four times the bytes."""
+
     def kept(tokens):
         leaves, _ = problem(tokens, batch=1)
         sizes = {}

@@ -76,6 +76,7 @@ def test_bf16_is_as_exact_as_its_dtype():
 
 def test_memory_is_linear_in_the_length():
     """Bytes that autograd keeps, at four times the length."""
+
     def kept(tokens):
         leaves, _ = problem(tokens, heads=1, groups=1)
         total = set()

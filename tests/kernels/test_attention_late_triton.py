@@ -48,19 +48,28 @@ def check(tokens, window, size=8, **options):
     assert_close_enough(NAMES, ours, plain, exact, floor=floor)
 
 
-@pytest.mark.parametrize(("tokens", "window", "options"), [
-    (1, 0, {}), (37, 1, {"packed": True}), (39, 9, {"groups": 3}), (53, 35, {"packed": True, "batch": 2, "groups": 1}),
-    (34, 32, {}), (20, 50, {"heads": 2, "groups": 1}), pytest.param(36, 0, {}, marks=pytest.mark.slow),
-    pytest.param(33, 32, {}, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("tokens", "window", "options"),
+    [
+        (1, 0, {}),
+        (37, 1, {"packed": True}),
+        (39, 9, {"groups": 3}),
+        (53, 35, {"packed": True, "batch": 2, "groups": 1}),
+        (34, 32, {}),
+        (20, 50, {"heads": 2, "groups": 1}),
+        pytest.param(36, 0, {}, marks=pytest.mark.slow),
+        pytest.param(33, 32, {}, marks=pytest.mark.slow),
+    ],
+)
 def test_equals_plain_pytorch_with_gradients(tokens, window, options):
     """Windows of 0, 1, of more than a block, that leave one or no token behind them, and longer than the sequence."""
     check(tokens, window, **options)
 
 
-@pytest.mark.parametrize(("rows", "packed"), [
-    (21, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(40, False, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("rows", "packed"),
+    [(21, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(40, False, marks=pytest.mark.slow)],
+)
 def test_the_last_rows_alone(rows, packed):
     check(61, 11, rows=rows, packed=packed)
 
@@ -88,15 +97,25 @@ def whole(backend, tokens, window, spans):
     alpha, log_keep = (sample(logits, **options).masked_fill(kept, 0.0) for sample in (fn.sample_alpha, fn.sample_log_keep))
     rows = torch.cat([torch.arange(a, b) for a, b in spans or [(0, tokens)]]).to(DEVICE)
     out = late_attention(
-        query[:, :, rows], key, value, alpha, fn.importance(weights), window=window, log_keep=log_keep, starts=starts,
-        spans=spans, rope=[x.to(DEVICE) for x in rope_tables(tokens, 8, dtype=torch.float32)], backend=backend,
+        query[:, :, rows],
+        key,
+        value,
+        alpha,
+        fn.importance(weights),
+        window=window,
+        log_keep=log_keep,
+        starts=starts,
+        spans=spans,
+        rope=[x.to(DEVICE) for x in rope_tables(tokens, 8, dtype=torch.float32)],
+        backend=backend,
     )
     return out, *torch.autograd.grad((out * torch.randn(out.shape, generator=g).to(DEVICE)).sum(), leaves)
 
 
-@pytest.mark.parametrize(("window", "spans"), [
-    (3, [(2, 6), (12, 21)]), pytest.param(0, None, marks=pytest.mark.slow), pytest.param(5, None, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("window", "spans"),
+    [(3, [(2, 6), (12, 21)]), pytest.param(0, None, marks=pytest.mark.slow), pytest.param(5, None, marks=pytest.mark.slow)],
+)
 def test_the_dispatcher_agrees_whatever_runs(window, spans):
     """With every gradient, decisions and weights included; spans of queries are what context parallelism asks for."""
     reference, *others = (whole(backend, 21, window, spans) for backend in ("reference", "torch", "triton"))
@@ -140,6 +159,7 @@ def test_matrix_on_a_gpu(tokens, window, size, dtype, packed):
 @pytest.mark.gpu
 def test_memory_is_linear_in_the_length():
     """Peak memory of forward and backward pass: twice the tokens, twice the bytes, at 16K and 32K tokens."""
+
     def peak(tokens):
         (query, key, value, bias), _ = problem(tokens, 128, dtype=torch.bfloat16, heads=2, groups=2)
         leaves = [x.requires_grad_() for x in (query, key, value, bias, key.clone(), value.clone())]

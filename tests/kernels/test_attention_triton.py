@@ -49,7 +49,7 @@ def problem(tokens, size, *, batch=1, heads=1, groups=2, rows=None, dtype=torch.
     if packed:
         starts = torch.rand(batch, tokens, generator=g) < 0.03
         starts[-1, [tokens // 3, tokens - 1]] = True
-    tensors = [x.to(DEVICE) for x in (query[:, :, tokens - (rows or tokens):], key, value, bias)]
+    tensors = [x.to(DEVICE) for x in (query[:, :, tokens - (rows or tokens) :], key, value, bias)]
     return tensors, starts.to(DEVICE) if packed else None
 
 
@@ -151,6 +151,7 @@ def test_matrix_on_a_gpu(tokens, size, dtype, kind, packed):
 @pytest.mark.gpu
 def test_memory_is_linear_in_the_length():
     """Peak memory of forward and backward pass: twice the tokens, twice the bytes, at 16K and 32K tokens."""
+
     def peak(tokens):
         tensors, _ = problem(tokens, 128, dtype=torch.bfloat16, heads=2, groups=2)
         leaves = [x.requires_grad_() for x in tensors]
@@ -165,9 +166,10 @@ def test_memory_is_linear_in_the_length():
 # ------------------------------------------------------------------------------------------- a band exempt from the bias (DMS)
 
 
-@pytest.mark.parametrize(("tokens", "window", "packed", "rows"), [
-    (63, 5, True, None), (100, 40, False, None), (40, 64, False, None), (90, 17, True, 30),
-])
+@pytest.mark.parametrize(
+    ("tokens", "window", "packed", "rows"),
+    [(63, 5, True, None), (100, 40, False, None), (40, 64, False, None), (90, 17, True, 30)],
+)
 def test_a_band_that_is_exempt(tokens, window, packed, rows):
     tensors, starts = problem(tokens, 8, packed=packed, batch=1 + packed, rows=rows)
 

@@ -83,13 +83,16 @@ def test_cpu_kernels_run_where_an_operation_has_some(monkeypatch, caplog):
         backend.choose(on_cpu(), "cpu", cpu=fp32)
 
 
-@pytest.mark.parametrize(("x", "interpreter", "installed", "reason"), [
-    (on_cpu(), "0", True, "Triton needs a CUDA device, not cpu"),
-    (on_cpu(), "1", False, r"triton is not installed \(pip install -e '\.\[kernels\]' in the checkout\)"),
-    (on_cpu(dtype=torch.float64), "1", True, "take bf16, fp16 and fp32, not torch.float64"),
-    (on_cpu(63), "1", True, "even head sizes up to 128, not 63"),
-    (on_cpu(256), "1", True, "even head sizes up to 128, not 256"),
-])
+@pytest.mark.parametrize(
+    ("x", "interpreter", "installed", "reason"),
+    [
+        (on_cpu(), "0", True, "Triton needs a CUDA device, not cpu"),
+        (on_cpu(), "1", False, r"triton is not installed \(pip install -e '\.\[kernels\]' in the checkout\)"),
+        (on_cpu(dtype=torch.float64), "1", True, "take bf16, fp16 and fp32, not torch.float64"),
+        (on_cpu(63), "1", True, "even head sizes up to 128, not 63"),
+        (on_cpu(256), "1", True, "even head sizes up to 128, not 256"),
+    ],
+)
 def test_triton_by_name_is_never_replaced(monkeypatch, x, interpreter, installed, reason):
     monkeypatch.setenv("TRITON_INTERPRET", interpreter)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)

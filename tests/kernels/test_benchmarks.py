@@ -16,13 +16,15 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", [
-    "decode", pytest.param("kernels", marks=pytest.mark.slow), pytest.param("layer", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "name", ["decode", pytest.param("kernels", marks=pytest.mark.slow), pytest.param("layer", marks=pytest.mark.slow)]
+)
 def test_a_small_run_on_a_cpu(tmp_path, name):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / f"bench_{name}.py", "--device", "cpu", "--small", "--out", tmp_path],
-        capture_output=True, text=True, timeout=240,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / f"{name}.json").read_text())
@@ -49,8 +51,10 @@ def test_a_small_run_of_the_trainer(tmp_path):
         "--window 8"
     )
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts/bench_train.py", *sizes.split(), "--json", tmp_path / "train.json"], capture_output=True,
-        text=True, timeout=240,
+        [sys.executable, ROOT / "scripts/bench_train.py", *sizes.split(), "--json", tmp_path / "train.json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert all(f"| {name} |" in done.stdout for name in ("plain", "dmc", "late", "late+teacher", "decisions", "scan"))

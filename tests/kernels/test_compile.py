@@ -9,10 +9,31 @@ import pytest
 pytest.importorskip("triton")
 
 
-TRAINING = {"_weights", "_segment_ends", "_forward", "_segment_starts", "_backward", "_decisions", "_rotate", "delta_rows",
-            "forward", "backward_keys", "backward_queries", "_soft", "_soft_backward"}
-SERVING = {"_segments", "_gear_segments", "_trellis_segments", "_single_segments", "_grouped_segments", "_together", "_prefill",
-           "_shifts"}
+TRAINING = {
+    "_weights",
+    "_segment_ends",
+    "_forward",
+    "_segment_starts",
+    "_backward",
+    "_decisions",
+    "_rotate",
+    "delta_rows",
+    "forward",
+    "backward_keys",
+    "backward_queries",
+    "_soft",
+    "_soft_backward",
+}
+SERVING = {
+    "_segments",
+    "_gear_segments",
+    "_trellis_segments",
+    "_single_segments",
+    "_grouped_segments",
+    "_together",
+    "_prefill",
+    "_shifts",
+}
 GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 
 
@@ -22,7 +43,10 @@ GROWING = {"_append", "_take", "_plain", "_trellis", "_settle"}
 def test_kernels_compile_for_sm90(part, expected, size):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.sm90", part, str(size)], env=environment, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.kernels.sm90", part, str(size)],
+        env=environment,
+        capture_output=True,
+        text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -42,11 +66,16 @@ print(name, spilled, loop, *sorted(lane_tables(recorder.ptx[name]).values()))
 """
 
 
-@pytest.mark.parametrize(("size", "bits", "page", "groups", "codes"), [
-    (128, 4, 64, 4, [128, 128, 128, 128]), pytest.param(128, 4, 64, 1, [128, 128, 128, 128], marks=pytest.mark.slow),
-    pytest.param(64, 3, 128, 1, [32, 64, 64, 128], marks=pytest.mark.slow),
-    pytest.param(64, 2, 16, 1, [32, 32], marks=pytest.mark.slow), pytest.param(64, 2, 32, 3, [64, 64], marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("size", "bits", "page", "groups", "codes"),
+    [
+        (128, 4, 64, 4, [128, 128, 128, 128]),
+        pytest.param(128, 4, 64, 1, [128, 128, 128, 128], marks=pytest.mark.slow),
+        pytest.param(64, 3, 128, 1, [32, 64, 64, 128], marks=pytest.mark.slow),
+        pytest.param(64, 2, 16, 1, [32, 32], marks=pytest.mark.slow),
+        pytest.param(64, 2, 32, 3, [64, 64], marks=pytest.mark.slow),
+    ],
+)
 def test_tables_of_levels_lie_in_the_lanes(size, bits, page, groups, codes):
     """What the interpreter cannot run: every shuffle reads a table that each lane loaded its number of.
 

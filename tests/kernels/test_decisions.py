@@ -75,7 +75,12 @@ def test_the_noise_is_drawn_where_it_was():
     sample = noise.logistic(7, 123_456, 31, samples=drawn.samples, heads=heads, tokens=drawn.tokens)
     torch.testing.assert_close(-made.log_keep - 50, sample, rtol=0, atol=1e-5)
     other = soft_decisions(
-        logits, weights, kept, Drawn(7, 123_456, 30, drawn.samples, 5, drawn.tokens), offset=0.0, temperature=1.0,
+        logits,
+        weights,
+        kept,
+        Drawn(7, 123_456, 30, drawn.samples, 5, drawn.tokens),
+        offset=0.0,
+        temperature=1.0,
         backend="triton",
     )
     assert (other.log_keep - made.log_keep).abs().mean() > 1

@@ -197,8 +197,14 @@ def test_gear_pages(settings, groups):
         torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
 
 
-TRELLISES = [dict(bits=4), dict(bits=3), dict(bits=2), dict(bits=8), dict(key_bits=6.5, value_bits=1),
-             dict(key_bits=7, value_bits=5)]
+TRELLISES = [
+    dict(bits=4),
+    dict(bits=3),
+    dict(bits=2),
+    dict(bits=8),
+    dict(key_bits=6.5, value_bits=1),
+    dict(key_bits=7, value_bits=5),
+]
 
 
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
@@ -215,12 +221,21 @@ def test_trellis_pages(settings, groups):
         torch.testing.assert_close(decode_attention(*inputs, index, cache, backend=backend)[2], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(key_bits=4.5, value_bits=3.5), dict(key_bits=3.25, value_bits=2.5), dict(key_bits=1.5, value_bits=5),
-    pytest.param(dict(key_bits=1, value_bits=4.25), marks=pytest.mark.slow), pytest.param(dict(bits=2), marks=pytest.mark.slow),
-], ids=lambda settings: "-".join(map(str, settings.values())))
-@pytest.mark.parametrize(("size", "page"), [(80, 32), (128, 64), pytest.param(64, 128, marks=pytest.mark.slow),
-                                            pytest.param(96, 256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(key_bits=4.5, value_bits=3.5),
+        dict(key_bits=3.25, value_bits=2.5),
+        dict(key_bits=1.5, value_bits=5),
+        pytest.param(dict(key_bits=1, value_bits=4.25), marks=pytest.mark.slow),
+        pytest.param(dict(bits=2), marks=pytest.mark.slow),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+@pytest.mark.parametrize(
+    ("size", "page"),
+    [(80, 32), (128, 64), pytest.param(64, 128, marks=pytest.mark.slow), pytest.param(96, 256, marks=pytest.mark.slow)],
+)
 def test_trellis_pages_of_one_query_a_head(settings, size, page):
     """The kernel without matrix products: every width and every pair of chunks that it takes, blocks of 4 to 32 entries."""
     cache, _ = gear_pages(size, page, **settings)
@@ -237,10 +252,16 @@ def test_several_pages_a_piece(groups, monkeypatch):
     check(cache, queries(3, groups, 128), [2, 0, 1], floor=3e-6)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(key_bits=4.5, value_bits=3.5), pytest.param(dict(key_bits=3.25, value_bits=2.5), marks=pytest.mark.slow),
-    dict(key_bits=5, value_bits=1.5), dict(bits=2),
-], ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(key_bits=4.5, value_bits=3.5),
+        pytest.param(dict(key_bits=3.25, value_bits=2.5), marks=pytest.mark.slow),
+        dict(key_bits=5, value_bits=1.5),
+        dict(bits=2),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 @pytest.mark.parametrize(("page", "groups"), [(16, 2), (64, 4), pytest.param(32, 16, marks=pytest.mark.slow)])
 def test_trellis_pages_of_grouped_queries(settings, page, groups):
     """The kernel with tiles of blocks on top of each other, 8 of 2 entries to 2 of 8."""

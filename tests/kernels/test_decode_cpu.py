@@ -54,10 +54,16 @@ def test_trellis_pages(settings, size, groups, page, dtype):
     check(gear_pages(size, page, dtype=dtype, **settings)[0], queries(3, groups, size), [2, 0, 1])
 
 
-@pytest.mark.parametrize("settings", [
-    *(dict(rank=2, outliers=0.1) | settings for settings in GEARS), dict(bits=8, backbone="kivi", rank=3, outliers=0.0, group=8),
-    dict(bits=3, backbone="kivi", rank=0, outliers=0.0, group=7), dict(bits=4, backbone="kcvt", rank=0, outliers=0.2),
-], ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(rank=2, outliers=0.1) | settings for settings in GEARS),
+        dict(bits=8, backbone="kivi", rank=3, outliers=0.0, group=8),
+        dict(bits=3, backbone="kivi", rank=0, outliers=0.0, group=7),
+        dict(bits=4, backbone="kcvt", rank=0, outliers=0.2),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 @pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (20, 3, 13, torch.float32)])
 def test_gear_pages(settings, size, groups, page, dtype):
     """Codes, groups that do not divide, outliers and low rank; pages of any number of entries."""

@@ -77,8 +77,10 @@ def check_bits(kind, exact, size, page=7):
 
 
 SHAPES = [
-    ("dense", "fp16", dict(page_size=4, sink_tokens=2, window=1)), ("int8", "fp32", dict(page_size=1, sink_tokens=0, window=0)),
-    ("fp8", "bf16", dict(page_size=3, sink_tokens=0, window=2)), ("dense", "bf16", dict(page_size=4, sink_tokens=0, window=0)),
+    ("dense", "fp16", dict(page_size=4, sink_tokens=2, window=1)),
+    ("int8", "fp32", dict(page_size=1, sink_tokens=0, window=0)),
+    ("fp8", "bf16", dict(page_size=3, sink_tokens=0, window=2)),
+    ("dense", "bf16", dict(page_size=4, sink_tokens=0, window=0)),
     ("tcq", "bf16", dict(page_size=3, sink_tokens=1, window=1)),
 ]
 NAMED = pytest.mark.parametrize(("kind", "exact", "shape"), SHAPES, ids=["-".join(shape[:2]) for shape in SHAPES])

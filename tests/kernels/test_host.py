@@ -47,11 +47,17 @@ def fresh():
     host.cache_clear()
 
 
-@pytest.mark.parametrize(("features", "expected"), [
-    ("+avx512f,+avx512bf16,+avx2,+fma", Host(16, 4, True, True, True)), ("+avx512f,-avx512bf16", Host(16, 4, True, False, True)),
-    ("-avx512f,+avx2,+fma", Host(8, 2, True, False, False)), ("+avx2,-fma", Host(4, 2, False, False, False)),
-    ("+neon", Host(4, 4, True, False, False)), ("", Host(4, 2, False, False, False)),
-])
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ("+avx512f,+avx512bf16,+avx2,+fma", Host(16, 4, True, True, True)),
+        ("+avx512f,-avx512bf16", Host(16, 4, True, False, True)),
+        ("-avx512f,+avx2,+fma", Host(8, 2, True, False, False)),
+        ("+avx2,-fma", Host(4, 2, False, False, False)),
+        ("+neon", Host(4, 4, True, False, False)),
+        ("", Host(4, 2, False, False, False)),
+    ],
+)
 def test_sizes_follow_from_the_features_that_numba_compiles_for(features, expected, fresh, monkeypatch):
     monkeypatch.setattr(module, "get_host_cpu_features", lambda: features)
     for setting in ("CPU_NAME", "CPU_FEATURES"):
@@ -81,11 +87,16 @@ def test_a_process_without_compilation_is_pytorch_s():
 
 
 @X86
-@pytest.mark.parametrize(("settings", "what", "expected"), [
-    (dict(NUMBA_ENABLE_AVX="0"), "prompts", "4 2"),
-    *(pytest.param(settings, "decode", sizes, marks=pytest.mark.slow)
-      for settings, sizes in ((AVX2, "8 2"), (NONE, "4 2"), (dict(NUMBA_ENABLE_AVX="0"), "4 2"))),
-])
+@pytest.mark.parametrize(
+    ("settings", "what", "expected"),
+    [
+        (dict(NUMBA_ENABLE_AVX="0"), "prompts", "4 2"),
+        *(
+            pytest.param(settings, "decode", sizes, marks=pytest.mark.slow)
+            for settings, sizes in ((AVX2, "8 2"), (NONE, "4 2"), (dict(NUMBA_ENABLE_AVX="0"), "4 2"))
+        ),
+    ],
+)
 def test_a_process_of_a_narrower_cpu(settings, what, expected, tmp_path):
     """Compiled anew, in a cache of its own."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"} | settings

@@ -19,9 +19,9 @@ def check(arguments, **options):
     assert_close_enough(("out",), [prefill_attention(*arguments, backend="triton")], [plain], [exact], **options)
 
 
-@pytest.mark.parametrize(("tokens", "first", "counts"), [
-    (1, 0, (0, 1)), (33, 0, (0, 33, 5)), (40, 50, (60, 17)), (1, 63, (40, 64)),
-])
+@pytest.mark.parametrize(
+    ("tokens", "first", "counts"), [(1, 0, (0, 1)), (33, 0, (0, 33, 5)), (40, 50, (60, 17)), (1, 63, (40, 64))]
+)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_equals_the_twin_whatever_the_lengths(tokens, first, counts, groups):
     check(problem(tokens, counts, 8, groups, first=first))
@@ -46,8 +46,14 @@ def test_is_the_training_form_with_hard_decisions():
     places = torch.where(closes.gather(1, order), order, 50).int()
     take = order[..., None].expand(-1, -1, 8)
     ours = prefill_attention(
-        query[0].unflatten(0, (2, 2)), keys.gather(1, take), values.gather(1, take), places, keys, values,
-        torch.arange(50, dtype=torch.int32, device=DEVICE), backend="triton",
+        query[0].unflatten(0, (2, 2)),
+        keys.gather(1, take),
+        values.gather(1, take),
+        places,
+        keys,
+        values,
+        torch.arange(50, dtype=torch.int32, device=DEVICE),
+        backend="triton",
     )
     torch.testing.assert_close(ours.flatten(0, 1), fn.attention(query, key, value, alpha, omega)[0], rtol=1e-4, atol=1e-5)
 

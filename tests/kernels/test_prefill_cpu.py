@@ -14,11 +14,11 @@ from dmc.kernels.prefill.prefill import prefill_attention, prefill_reference
 from tests.kernels.conftest import assert_close_enough
 from tests.kernels.prompts import problem
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the problems of these tests lie on the GPU then"),
-]
-WIDTHS = pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not tiles_numba.PAIRED, reason="this CPU has no products of bf16"))])
+pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="the problems of these tests lie on the GPU then")]
+WIDTHS = pytest.mark.parametrize(
+    "paired",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not tiles_numba.PAIRED, reason="this CPU has no products of bf16"))],
+)
 
 
 def exactly(arguments, scale):
@@ -31,9 +31,10 @@ def check(arguments, scale=0.3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "first", "counts"), [
-    (1, 0, (0, 1)), (33, 0, (0, 33, 5)), (40, 50, (60, 17)), (1, 300, (129, 64)), (300, 7, (307, 128, 127, 0)),
-])
+@pytest.mark.parametrize(
+    ("tokens", "first", "counts"),
+    [(1, 0, (0, 1)), (33, 0, (0, 33, 5)), (40, 50, (60, 17)), (1, 300, (129, 64)), (300, 7, (307, 128, 127, 0))],
+)
 @pytest.mark.parametrize(("size", "groups"), [(7, 1), (16, 3), (80, 2)])
 def test_equals_the_twin_whatever_the_lengths(tokens, first, counts, size, groups, dtype):
     check(problem(tokens, counts, size, groups, first=first, dtype=dtype))

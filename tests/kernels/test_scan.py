@@ -20,8 +20,11 @@ def problem(tokens, size, kind="mixed", *, batch=1, heads=2, dtype=torch.float32
     key, value = (torch.randn(tokens, batch, heads, size, generator=g).permute(1, 2, 0, 3) for _ in range(2))
     logits = torch.randn(batch, heads, tokens, generator=g)
     alpha = {
-        "mixed": torch.sigmoid(4 * logits), "none": torch.zeros_like(logits), "all": torch.ones_like(logits),
-        "extreme": torch.sigmoid(200 * logits), "nearly all": 1 - 1e-7 * torch.rand(logits.shape, generator=g),
+        "mixed": torch.sigmoid(4 * logits),
+        "none": torch.zeros_like(logits),
+        "all": torch.ones_like(logits),
+        "extreme": torch.sigmoid(200 * logits),
+        "nearly all": 1 - 1e-7 * torch.rand(logits.shape, generator=g),
         "hard": (logits > 0).float(),
     }[kind]
     if heads > 1 and kind == "mixed":

@@ -20,8 +20,11 @@ def both(x, rate):
 
 
 @given(
-    rate=st.sampled_from(trellis.RATES), length=st.integers(1, 80), rows=st.sampled_from([0, 1, 63, 64, 65, 200]),
-    seed=st.integers(0, 2**16), spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    rate=st.sampled_from(trellis.RATES),
+    length=st.integers(1, 80),
+    rows=st.sampled_from([0, 1, 63, 64, 65, 200]),
+    seed=st.integers(0, 2**16),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_codes_are_the_same(rate, length, rows, seed, spread):

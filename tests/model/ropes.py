@@ -1,12 +1,19 @@
 """Rotary settings that a Llama's config.json can have: fields of every kind, for heads of 8 dimensions."""
 
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 4.0, 9.0],
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 9.0],
     "original_max_position_embeddings": 48,
 }
 
@@ -34,9 +41,7 @@ SCALED = {name: KINDS[name] for name in ("yarn", "longrope with attention_factor
 
 _LINEAR = {"rope_type": "linear", "factor": 2.0}
 CONTRADICTING = {
-    "both, with theta at the top": {
-        "rope_parameters": YARN | {"rope_theta": 50.0}, "rope_scaling": _LINEAR, "rope_theta": 700.0,
-    },
+    "both, with theta at the top": {"rope_parameters": YARN | {"rope_theta": 50.0}, "rope_scaling": _LINEAR, "rope_theta": 700.0},
     "both, with theta in one": {"rope_parameters": YARN | {"rope_theta": 50.0}, "rope_scaling": _LINEAR},
     "both, the older empty": {"rope_parameters": YARN, "rope_scaling": None, "rope_theta": 700.0},
     "two thetas": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "rope_theta": 700.0},
@@ -45,6 +50,7 @@ CONTRADICTING = {
     "type alone": {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}},
     "original length at the top": {"rope_parameters": YARN | {"factor": 3.0}, "original_max_position_embeddings": 32},
     "a partial factor at the top": {
-        "rope_parameters": {"rope_type": "proportional", "rope_theta": 90.0}, "partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_type": "proportional", "rope_theta": 90.0},
+        "partial_rotary_factor": 0.5,
     },
 }

@@ -41,9 +41,7 @@ def test_logits(changes, tmp_path):
     with torch.no_grad():
         expected = reference(tokens).logits
     heads = model.config.num_key_value_heads
-    cache = KVCache(
-        Shape(tiny.LAYERS, heads, tiny.SIZE, torch.float32), policy("full"), codec("dense"), slots=3, page_size=4
-    )
+    cache = KVCache(Shape(tiny.LAYERS, heads, tiny.SIZE, torch.float32), policy("full"), codec("dense"), slots=3, page_size=4)
     prompts = [cache.prompt() for _ in range(3)]
     attend = cache.step(nobody, nobody, [(prompt, 25) for prompt in prompts], model.rope)
     hidden = model.hidden(tokens[:, :25].flatten(), attend)  # three prompts in one pass

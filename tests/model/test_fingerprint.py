@@ -34,6 +34,7 @@ def test_ranks_divide_the_reading_and_agree(tmp_path, monkeypatch, size):
     monkeypatch.setattr(fingerprint, "_digest", lambda path, *state: read.append(path) or digest(path, *state))
     monkeypatch.setattr(fingerprint.dist, "get_world_size", lambda: size)
     for rank in range(size):
+
         def gather(out, own, rank=rank):
             out[:] = [[digest(path, 0, 0) for path in files[r::size]] for r in range(size)]
             assert own == out[rank]

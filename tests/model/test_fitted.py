@@ -18,9 +18,13 @@ def made(layers=2, heads=3, hidden=5, window=4, sinks=2, scores=None, count=QUAN
     draw = torch.Generator().manual_seed(0)
     scores = torch.randn(4001, generator=draw, dtype=torch.float64) if scores is None else scores
     parts = dict(
-        arrival=torch.randn(layers, heads, hidden, generator=draw), late=torch.randn(layers, heads, hidden, generator=draw),
-        bias=torch.randn(layers, heads, generator=draw), window=window, sinks=sinks,
-        quantiles=torch.quantile(scores, levels(count)).float(), model="0123456789abcdef",
+        arrival=torch.randn(layers, heads, hidden, generator=draw),
+        late=torch.randn(layers, heads, hidden, generator=draw),
+        bias=torch.randn(layers, heads, generator=draw),
+        window=window,
+        sinks=sinks,
+        quantiles=torch.quantile(scores, levels(count)).float(),
+        model="0123456789abcdef",
         meta={"text": "a.txt", "tokens": 4001, "r2": [0.5, 0.25]},
     )
     return FittedDecisions(**parts | changes)
@@ -28,7 +32,8 @@ def made(layers=2, heads=3, hidden=5, window=4, sinks=2, scores=None, count=QUAN
 
 def same(a, b):
     return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("arrival", "late", "bias", "quantiles")) and all(
-        getattr(a, n) == getattr(b, n) for n in ("window", "sinks", "model", "meta"))
+        getattr(a, n) == getattr(b, n) for n in ("window", "sinks", "model", "meta")
+    )
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -79,7 +84,10 @@ def test_levels_are_dense_at_both_ends():
 
 @settings(deadline=None, max_examples=200)
 @given(
-    cr=st.floats(1, 200), length=st.integers(1, 200_000), window=st.integers(0, 300), sinks=st.integers(0, 10),
+    cr=st.floats(1, 200),
+    length=st.integers(1, 200_000),
+    window=st.integers(0, 300),
+    sinks=st.integers(0, 10),
     seed=st.integers(0, 9),
 )
 def test_threshold_keeps_what_the_ratio_allows(cr, length, window, sinks, seed):
@@ -134,8 +142,13 @@ def test_check_names_everything_that_differs():
     fitted.check("0123456789abcdef", 2, 3, 5, 4)
     with pytest.raises(ValueError) as error:
         fitted.check("ffff", 30, 9, 576, 64)
-    for part in ("fingerprint 0123456789abcdef, not ffff", "layers 2, not 30", "key/value heads 3, not 9",
-                 "hidden size 5, not 576", "window 4, not 64"):
+    for part in (
+        "fingerprint 0123456789abcdef, not ffff",
+        "layers 2, not 30",
+        "key/value heads 3, not 9",
+        "hidden size 5, not 576",
+        "window 4, not 64",
+    ):
         assert part in str(error.value)
     with pytest.raises(ValueError) as error:
         fitted.check("0123456789abcdef", 2, 3, 5, 8)
@@ -245,16 +258,19 @@ def test_file_with_nan(tmp_path):
         FittedDecisions.load(path)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"arrival": torch.full((2, 3, 5), math.inf)}, "arrival holds NaN or infinity"),
-    ({"bias": torch.zeros(2, 4)}, r"\[layers, heads\]"),
-    ({"late": torch.zeros(2, 3, 6)}, r"\[layers, heads, hidden\]"),
-    ({"arrival": torch.zeros(2, 3, 5, dtype=torch.float64)}, "arrival is torch.float64"),
-    ({"quantiles": torch.tensor([1.0, 0.0])}, "the quantiles fall"),
-    ({"quantiles": torch.tensor([1.0])}, "Q at least 2"),
-    ({"window": -1}, "window -1"),
-    ({"sinks": -1}, "sinks -1"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arrival": torch.full((2, 3, 5), math.inf)}, "arrival holds NaN or infinity"),
+        ({"bias": torch.zeros(2, 4)}, r"\[layers, heads\]"),
+        ({"late": torch.zeros(2, 3, 6)}, r"\[layers, heads, hidden\]"),
+        ({"arrival": torch.zeros(2, 3, 5, dtype=torch.float64)}, "arrival is torch.float64"),
+        ({"quantiles": torch.tensor([1.0, 0.0])}, "the quantiles fall"),
+        ({"quantiles": torch.tensor([1.0])}, "Q at least 2"),
+        ({"window": -1}, "window -1"),
+        ({"sinks": -1}, "sinks -1"),
+    ],
+)
 def test_wrong_values(changes, message):
     with pytest.raises(ValueError, match=message):
         made(**changes)

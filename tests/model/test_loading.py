@@ -29,15 +29,18 @@ def test_no_directory(tmp_path):
     assert "has no config.json" in refusal(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"model_type": "gpt2"}, "'gpt2'; known: llama, mistral, qwen2, qwen3, dmc_llama, dmc_mistral"),
-    ({"hidden_size": None}, "hidden_size"),
-    ({"num_key_value_heads": 3}, "not a multiple"),
-    ({"hidden_act": "gelu"}, "'gelu'"),
-    ({"dmc": {"decision": "oracle"}}, "neuron, head"),
-    ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "default, dynamic, linear, llama3, longrope"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "'factor'"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model_type": "gpt2"}, "'gpt2'; known: llama, mistral, qwen2, qwen3, dmc_llama, dmc_mistral"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"dmc": {"decision": "oracle"}}, "neuron, head"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "default, dynamic, linear, llama3, longrope"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'factor'"),
+    ],
+)
 def test_config(parts, tmp_path, changes, said):
     fields, tensors = parts
     assert said in refusal(tiny.write(tmp_path, fields | changes, tensors))
@@ -110,16 +113,19 @@ def test_no_tokenizer(parts, tmp_path):
     assert llm.generate([[5, 6]])[0].text == ""
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"policy": "lru"}, "known: full, dmc"),
-    ({"codec": "zip"}, "known: dense, int8, fp8, kivi, rotated, svd, eigen, gear, gear-4bit, gear-2bit, tcq, tcq-4bit"),
-    ({"codec": "gear", "codec_settings": {"bit": 4}}, "no setting bit"),
-    ({"dtype": "int8"}, "fp32, bf16"),
-    ({"device": "abacus"}, "'abacus'"),
-    ({"kv_memory": 10}, "10 bytes"),
-    ({"page_size": 0}, "page_size must be at least 1"),
-    ({"exact_dtype": "int4"}, "exact_dtype"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"policy": "lru"}, "known: full, dmc"),
+        ({"codec": "zip"}, "known: dense, int8, fp8, kivi, rotated, svd, eigen, gear, gear-4bit, gear-2bit, tcq, tcq-4bit"),
+        ({"codec": "gear", "codec_settings": {"bit": 4}}, "no setting bit"),
+        ({"dtype": "int8"}, "fp32, bf16"),
+        ({"device": "abacus"}, "'abacus'"),
+        ({"kv_memory": 10}, "10 bytes"),
+        ({"page_size": 0}, "page_size must be at least 1"),
+        ({"exact_dtype": "int4"}, "exact_dtype"),
+    ],
+)
 def test_settings(parts, tmp_path, settings, said):
     tiny.write(tmp_path, *parts)
     with pytest.raises(ValueError, match=said):

@@ -63,18 +63,21 @@ def test_the_inverse_undoes_rotation_and_scaling(changes, tmp_path):
 PARTIAL = {"partial_rotary_factor": 0.5}
 
 
-@pytest.mark.parametrize(("rope", "said"), [
-    ({"rope_type": "spiral"}, "rope_type 'spiral': known are default, dynamic, "),
-    ({"rope_type": "axial"}, "rope_type 'axial': known are default, "),
-    ({"rope_type": "yarn"}, "'factor'"),
-    ({"rope_type": "longrope", "short_factor": [1.0]}, "'long_factor'"),
-    ({"rope_type": "linear", "factor": 2.0, **PARTIAL}, "rotates 4 of the 8 dimensions"),
-    (YARN | PARTIAL, "rotates 4 of the 8 dimensions"),
-    (LONGROPE | {"short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}, "transformers cannot compute rope_type 'longrope'"),
-    ({"rope_type": "linear", "factor": 0}, "not finite"),
-    ({"rope_type": "linear", "factor": "four"}, "rope_type 'linear'"),
-    ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": "big"}, "rope_type 'dynamic'"),
-])
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "spiral"}, "rope_type 'spiral': known are default, dynamic, "),
+        ({"rope_type": "axial"}, "rope_type 'axial': known are default, "),
+        ({"rope_type": "yarn"}, "'factor'"),
+        ({"rope_type": "longrope", "short_factor": [1.0]}, "'long_factor'"),
+        ({"rope_type": "linear", "factor": 2.0, **PARTIAL}, "rotates 4 of the 8 dimensions"),
+        (YARN | PARTIAL, "rotates 4 of the 8 dimensions"),
+        (LONGROPE | {"short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}, "transformers cannot compute rope_type 'longrope'"),
+        ({"rope_type": "linear", "factor": 0}, "not finite"),
+        ({"rope_type": "linear", "factor": "four"}, "rope_type 'linear'"),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": "big"}, "rope_type 'dynamic'"),
+    ],
+)
 def test_what_transformers_llama_cannot_run_is_refused_by_serving_and_training(rope, said, tmp_path):
     directory = directory_of(tmp_path, rope_parameters=rope)
     for read in (read_config, read_shape):

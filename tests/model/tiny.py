@@ -18,11 +18,20 @@ OFFSET = 5.0
 
 def config(decision=None, *, heads=2, **changes):
     fields = {
-        "model_type": "llama" if decision is None else "dmc_llama", "vocab_size": VOCAB, "hidden_size": HIDDEN,
-        "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": QUERY_HEADS,
-        "num_key_value_heads": heads, "head_dim": SIZE, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
-        "eos_token_id": 2, "hidden_act": "silu",
+        "model_type": "llama" if decision is None else "dmc_llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": QUERY_HEADS,
+        "num_key_value_heads": heads,
+        "head_dim": SIZE,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
     }
     if decision is not None:
         fields["dmc"] = {"decision": decision, "offset": OFFSET, "target_cr": 2.0, "measured_cr": 1.9}
@@ -48,10 +57,14 @@ def weights(fields, seed=0):
         tensors["lm_head.weight"] = normal(fields["vocab_size"], hidden, std=0.5)
     for i in range(fields["num_hidden_layers"]):
         layer = {
-            "self_attn.q_proj": normal(query_heads * size, hidden), "self_attn.k_proj": normal(heads * size, hidden),
-            "self_attn.v_proj": normal(heads * size, hidden), "self_attn.o_proj": normal(hidden, query_heads * size),
-            "mlp.gate_proj": normal(inner, hidden), "mlp.up_proj": normal(inner, hidden),
-            "mlp.down_proj": normal(hidden, inner), "input_layernorm": 1 + normal(hidden),
+            "self_attn.q_proj": normal(query_heads * size, hidden),
+            "self_attn.k_proj": normal(heads * size, hidden),
+            "self_attn.v_proj": normal(heads * size, hidden),
+            "self_attn.o_proj": normal(hidden, query_heads * size),
+            "mlp.gate_proj": normal(inner, hidden),
+            "mlp.up_proj": normal(inner, hidden),
+            "mlp.down_proj": normal(hidden, inner),
+            "input_layernorm": 1 + normal(hidden),
             "post_attention_layernorm": 1 + normal(hidden),
         }
         spread = 20 / math.sqrt(hidden)
@@ -86,9 +99,9 @@ def write_tokenizer(directory, entries):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
-    }))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"})
+    )
 
 
 def token_by_token(fields, tensors, tokens):
@@ -97,8 +110,10 @@ def token_by_token(fields, tensors, tokens):
     heads, size, decision = fields["num_key_value_heads"], fields["head_dim"], fields.get("dmc", {}).get("decision")
     hidden, lengths = w["model.embed_tokens.weight"][torch.tensor(tokens)], []
     for i in range(fields["num_hidden_layers"]):
+
         def part(name, x, prefix=f"model.layers.{i}."):
             return x @ w[f"{prefix}{name}.weight"].T
+
         x = _norm(hidden, w[f"model.layers.{i}.input_layernorm.weight"])
         query, key, value = (part(f"self_attn.{n}_proj", x).unflatten(-1, (-1, size)).transpose(0, 1) for n in "qkv")
         if decision == "neuron":

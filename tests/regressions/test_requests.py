@@ -26,10 +26,29 @@ def test_content_null(content):
 
 # https://github.com/ggml-org/llama.cpp/issues/25515: "temperature": null was an error on both routes.
 @pytest.mark.parametrize("model, needed", [(CompletionRequest, {"prompt": "x"}), (ChatRequest, {"messages": [USER]})])
-@pytest.mark.parametrize("name", [
-    "temperature", "top_p", "n", "stream", "stream_options", "presence_penalty", "frequency_penalty", "max_tokens",
-    "max_completion_tokens", "echo", "logprobs", "stop", "seed", "logit_bias", "user", "tools", "response_format", "top_k",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "temperature",
+        "top_p",
+        "n",
+        "stream",
+        "stream_options",
+        "presence_penalty",
+        "frequency_penalty",
+        "max_tokens",
+        "max_completion_tokens",
+        "echo",
+        "logprobs",
+        "stop",
+        "seed",
+        "logit_bias",
+        "user",
+        "tools",
+        "response_format",
+        "top_k",
+    ],
+)
 def test_nullable_parameters(model, needed, name):
     assert model.model_validate(needed | {"model": "m", name: None}) == model.model_validate(needed | {"model": "m"})
 

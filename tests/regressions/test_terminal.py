@@ -57,8 +57,12 @@ def unsure(source):
     """Line numbers of calls of ``from_pretrained`` of an Auto class that leave the question about code open."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     loads = [
-        call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained"
-        and isinstance(call.func.value, ast.Name) and call.func.value.id.startswith("Auto")
+        call
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr == "from_pretrained"
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id.startswith("Auto")
     ]
     return [call.lineno for call in loads if "trust_remote_code" not in {keyword.arg for keyword in call.keywords}]
 
@@ -94,8 +98,13 @@ def test_wandb_without_a_login_is_one_sentence(tmp_path):
     environment |= {name: str(tmp_path / name) for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR")}
     ours, terminal = pty.openpty()
     done = subprocess.run(
-        [sys.executable, "-c", REPORT_TO_WANDB, str(tmp_path)], stdin=terminal, stderr=terminal, stdout=subprocess.PIPE,
-        text=True, env=environment, timeout=240,
+        [sys.executable, "-c", REPORT_TO_WANDB, str(tmp_path)],
+        stdin=terminal,
+        stderr=terminal,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        timeout=240,
     )
     os.close(ours)
     os.close(terminal)

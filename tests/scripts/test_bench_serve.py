@@ -6,7 +6,7 @@ import pytest
 
 from scripts.bench_serve import Peer
 
-ENGINE = '''
+ENGINE = """
 import os
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ class Server:
         if asked["prompt"] == [0]:
             os._exit(4)
         return {"usage": {"completion_tokens": min(asked["n_predict"], 8)}}
-'''
+"""
 
 
 @pytest.fixture

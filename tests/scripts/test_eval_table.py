@@ -65,8 +65,10 @@ def test_tasks_of_ones_own_in_a_new_folder(monkeypatch, tmp_path):
     def fake(words):
         calls.append(words)
         report = {
-            "needle": {"kinds": {"passkey": {"exact": 0, "choice": 0, "margin": 0, "cr": 1, "held_bytes": 1, "byte_ratio": 1}},
-                       "trials": [{"margin": 0.0}, {"margin": 0.0}]},
+            "needle": {
+                "kinds": {"passkey": {"exact": 0, "choice": 0, "margin": 0, "cr": 1, "held_bytes": 1, "byte_ratio": 1}},
+                "trials": [{"margin": 0.0}, {"margin": 0.0}],
+            },
             "tasks": {"tasks": {"arc": {"metrics": {"acc": 1.0}, "stderr": {"acc": 0.0}}}},
         }
         Path(words[words.index("--json") + 1]).write_text(json.dumps(report))

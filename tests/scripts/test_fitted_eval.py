@@ -31,8 +31,14 @@ def file(tmp_path_factory):
 def decisions(directory, file):
     draw = torch.Generator().manual_seed(0)
     fitted = FittedDecisions(
-        torch.randn(2, 2, 32, generator=draw) / 6, torch.randn(2, 2, 32, generator=draw) / 6, torch.zeros(2, 2), 5, 2,
-        torch.linspace(-2, 2, 100), model_hash(directory), {"text": "x", "tokens": 7},
+        torch.randn(2, 2, 32, generator=draw) / 6,
+        torch.randn(2, 2, 32, generator=draw) / 6,
+        torch.zeros(2, 2),
+        5,
+        2,
+        torch.linspace(-2, 2, 100),
+        model_hash(directory),
+        {"text": "x", "tokens": 7},
     )
     fitted.save(file)
     return fitted
@@ -125,8 +131,7 @@ def test_merge_last_query(decisions, protect):
 def test_streaming():
     x, counted = heads(), fitted_eval.Counted()
     got = fitted_eval.streaming(4.0)(x, counted)
-    torch.testing.assert_close(
-        got, token_by_token(x, lambda i, *_: set(range(min(4, i + 1))) | set(range(max(0, i - 5), i + 1))))
+    torch.testing.assert_close(got, token_by_token(x, lambda i, *_: set(range(min(4, i + 1))) | set(range(max(0, i - 5), i + 1))))
     assert counted == fitted_eval.Counted(80, 20)
 
 
@@ -170,9 +175,19 @@ def test_rows(directory, decisions, file, tmp_path, capsys):
     assert fitted_eval.main([*command, "--decisions", str(file), *every]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["how"], row["target_cr"], row.get("power")) for row in rows] == [
-        ("evict", 1, None), ("evict", 2.5, None), ("merge", 1, 0), ("merge", 1, 1), ("merge", 2.5, 0), ("merge", 2.5, 1),
-        ("h2o", 1, None), ("h2o", 2.5, None), ("streaming", 1, None), ("streaming", 2.5, None), ("random", 1, None),
-        ("random", 2.5, None)]
+        ("evict", 1, None),
+        ("evict", 2.5, None),
+        ("merge", 1, 0),
+        ("merge", 1, 1),
+        ("merge", 2.5, 0),
+        ("merge", 2.5, 1),
+        ("h2o", 1, None),
+        ("h2o", 2.5, None),
+        ("streaming", 1, None),
+        ("streaming", 2.5, None),
+        ("random", 1, None),
+        ("random", 2.5, None),
+    ]
     for row in rows:
         assert row["note"] == "why" and row["sequences"] == 3 and row["text"] == "text.txt" and row["base_perplexity"] > 1
         assert len(row["kl_last_quarter_of_each"]) == 3

@@ -22,8 +22,12 @@ def test_the_readme_shows_the_rows():
 
 def test_a_front_holds_what_no_other_row_of_the_method_beats():
     rows = [
-        row("base", "h2o:share=0.5", 0.5, 0.1), row("base", "h2o:share=0.25", 0.25, 0.2), row("base", "h2o:share=0.3", 0.3, 0.25),
-        row("cr4-hf", "dmc", 0.2, 0.03, window=64), row("late-hf", "dmc", 0.2, 0.05), row("gqa1-hf", "full", 0.5, 0.01),
+        row("base", "h2o:share=0.5", 0.5, 0.1),
+        row("base", "h2o:share=0.25", 0.25, 0.2),
+        row("base", "h2o:share=0.3", 0.3, 0.25),
+        row("cr4-hf", "dmc", 0.2, 0.03, window=64),
+        row("late-hf", "dmc", 0.2, 0.05),
+        row("gqa1-hf", "full", 0.5, 0.01),
     ]
     assert overview.fronts(rows) == {
         "H2O": [(0.5, 0.1, 0.0), (0.25, 0.2, 0.0)],

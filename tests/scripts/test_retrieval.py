@@ -28,7 +28,8 @@ def test_a_budget_as_large_as_the_text_is_the_full_cache(tmp_path, capsys, read)
     facts = json.loads(output.read_text())
     full, *rows = facts["rows"]
     assert [(row["policy"], row["budget"]) for row in rows] == [
-        (policy, budget) for budget in (200, 12) for policy in ("streaming", "h2o", "tova")]
+        (policy, budget) for budget in (200, 12) for policy in ("streaming", "h2o", "tova")
+    ]
     for row in rows:
         large = row["budget"] == 200
         assert (abs(row["loss"] - full["loss"]) < 1e-4) == large

@@ -19,16 +19,34 @@ def test_shell_scripts_parse(script):
 
 
 PYTHON_SCRIPTS = (
-    "bench_bytes", "bench_commits", "bench_decode", "bench_kernels", "bench_late", "bench_layer", "bench_peer", "bench_serve",
-    "bench_step", "bench_train", "bench_vllm", "budget_stream", "export_hf", "gguf_fp32", "gguf_to_hf", "mha_to_gqa",
-    "quickstart_report", "retrieval", "ring_storage", "train_tokenizer",
+    "bench_bytes",
+    "bench_commits",
+    "bench_decode",
+    "bench_kernels",
+    "bench_late",
+    "bench_layer",
+    "bench_peer",
+    "bench_serve",
+    "bench_step",
+    "bench_train",
+    "bench_vllm",
+    "budget_stream",
+    "export_hf",
+    "gguf_fp32",
+    "gguf_to_hf",
+    "mha_to_gqa",
+    "quickstart_report",
+    "retrieval",
+    "ring_storage",
+    "train_tokenizer",
 )
 SCRIPTS = ("train.py", *(f"scripts/{name}.py" for name in PYTHON_SCRIPTS))
 
 
-@pytest.mark.parametrize("script", [
-    pytest.param(one, marks=() if one in ("train.py", "scripts/bench_serve.py") else pytest.mark.slow) for one in SCRIPTS
-])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(one, marks=() if one in ("train.py", "scripts/bench_serve.py") else pytest.mark.slow) for one in SCRIPTS],
+)
 def test_help_explains(script):
     done = run(sys.executable, ROOT / script, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout and len(done.stdout) > 300

@@ -65,9 +65,16 @@ class Cluster:
             f"data: {{text: {tmp / 'text.jsonl'}, cache: {tmp / 'cache'}}}\nrun: {{model: {tmp / 'model'}}}\n"
         )
         self.environment = os.environ | {
-            "PATH": f"{bin}:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "PRETENDED": str(tmp), "OUTPUT": str(self.output), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": str(nodes),
-            "SLURM_JOB_NODELIST": f"node[0-{nodes - 1}]", "SLURM_JOB_ID": str(os.getpid()),
+            "PATH": f"{bin}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PRETENDED": str(tmp),
+            "OUTPUT": str(self.output),
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_NNODES": str(nodes),
+            "SLURM_JOB_NODELIST": f"node[0-{nodes - 1}]",
+            "SLURM_JOB_ID": str(os.getpid()),
         }
 
     def start(self, job, *overrides, restarts=0):
@@ -75,8 +82,11 @@ class Cluster:
         small = [x for x in SMALL if x not in ("--target-cr", "2")]
         with (self.tmp / "log").open("a") as log:
             return subprocess.Popen(
-                ["bash", FOLDER / job, str(self.tmp / "recipe.yaml"), *small, "dmc.target_cr=2", *overrides], stdout=log,
-                stderr=subprocess.STDOUT, env=self.environment | {"SLURM_RESTART_COUNT": str(restarts)}, cwd=self.tmp,
+                ["bash", FOLDER / job, str(self.tmp / "recipe.yaml"), *small, "dmc.target_cr=2", *overrides],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment | {"SLURM_RESTART_COUNT": str(restarts)},
+                cwd=self.tmp,
             )
 
     def finish(self, process):

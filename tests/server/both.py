@@ -38,7 +38,8 @@ def several(client):
     ids = client.completions.create(model="tiny", prompt=[[67, 68], [69, 70, 71]], max_tokens=1, temperature=0)
     assert len(ids.choices) == 2
     assert client.completions.create(model="tiny", prompt=[67, 68], max_tokens=1, temperature=0).choices[0].text == (
-        ids.choices[0].text)
+        ids.choices[0].text
+    )
 
 
 def stop(client):

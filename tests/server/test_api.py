@@ -76,42 +76,55 @@ def test_stream_ends_with_done(server):
     assert lines[-1] == "data: [DONE]" and all(json.loads(line[6:])["object"] for line in lines[:-1])
 
 
-@pytest.mark.parametrize("path, body, status, said", [
-    ("completions", {"prompt": "x", "max_tokens": 600}, 400, "1 prompt tokens + max_tokens 600 = 601 are more than the 512"),
-    ("completions", {"prompt": "x", "beam_width": 3}, 422, "unknown parameter 'beam_width': it is rejected, not ignored"),
-    ("completions", {"prompt": "x", "best_of": 2}, 422, "best_of"),
-    ("completions", {"prompt": "x", "echo": True}, 422, "echo"),
-    ("completions", {"prompt": "x", "temperature": -1}, 422, "temperature"),
-    ("completions", {"prompt": "x", "temperature": "1"}, 422, "temperature"),
-    ("completions", {"prompt": "x", "n": True}, 422, "n: "),
-    ("completions", {"prompt": ""}, 400, "at least 1"),
-    ("completions", {"prompt": []}, 422, "prompt"),
-    ("completions", {"prompt": [3, 97]}, 400, "token id 97 is outside"),
-    ("completions", {}, 422, "prompt"),
-    ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "'a' is not a token id"),
-    ("completions", {"prompt": "x", "logit_bias": {"97": 1}}, 400, "token id 97"),
-    ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options need stream"),
-    ("completions", {"prompt": "x", "model": "gpt"}, 404, "'gpt' is not served here; 'tiny' is"),
-    ("chat/completions", {"messages": []}, 422, "messages"),
-    ("chat/completions", {"messages": [{"role": "developer", "content": "x"}]}, 400, "no developers"),
-    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 422, "role"),
-    ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 422, "tools is not served here"),
-    ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "needs logprobs"),
-    ("completions", {"prompt": "y" * 30_000}, 413, "larger than 20000 bytes"),
-    ("embeddings", {"input": "x"}, 404, "Not Found"),
-])
+@pytest.mark.parametrize(
+    "path, body, status, said",
+    [
+        ("completions", {"prompt": "x", "max_tokens": 600}, 400, "1 prompt tokens + max_tokens 600 = 601 are more than the 512"),
+        ("completions", {"prompt": "x", "beam_width": 3}, 422, "unknown parameter 'beam_width': it is rejected, not ignored"),
+        ("completions", {"prompt": "x", "best_of": 2}, 422, "best_of"),
+        ("completions", {"prompt": "x", "echo": True}, 422, "echo"),
+        ("completions", {"prompt": "x", "temperature": -1}, 422, "temperature"),
+        ("completions", {"prompt": "x", "temperature": "1"}, 422, "temperature"),
+        ("completions", {"prompt": "x", "n": True}, 422, "n: "),
+        ("completions", {"prompt": ""}, 400, "at least 1"),
+        ("completions", {"prompt": []}, 422, "prompt"),
+        ("completions", {"prompt": [3, 97]}, 400, "token id 97 is outside"),
+        ("completions", {}, 422, "prompt"),
+        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "'a' is not a token id"),
+        ("completions", {"prompt": "x", "logit_bias": {"97": 1}}, 400, "token id 97"),
+        ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options need stream"),
+        ("completions", {"prompt": "x", "model": "gpt"}, 404, "'gpt' is not served here; 'tiny' is"),
+        ("chat/completions", {"messages": []}, 422, "messages"),
+        ("chat/completions", {"messages": [{"role": "developer", "content": "x"}]}, 400, "no developers"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 422, "role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 422, "tools is not served here"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "needs logprobs"),
+        ("completions", {"prompt": "y" * 30_000}, 413, "larger than 20000 bytes"),
+        ("embeddings", {"input": "x"}, 404, "Not Found"),
+    ],
+)
 def test_what_is_refused(server, path, body, status, said):
     answer = post(server, path, **body)
     assert answer.status_code == status and said in answer.json()["error"]["message"]
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("body, status", [
-    (b"{", 400), (b"", 422), (b"[]", 422), (b"\xff\xfe", 400), (b'{"model":"tiny","prompt":"\xc3("}', 400),
-    (b'{"model":"tiny","prompt":"\\ud800","max_tokens":1}', 400), (b'{"model":"tiny","\\ud800":1,"prompt":"x"}', 422),
-    (b'{"model":"tiny","prompt":"x","temperature":NaN}', 422), (b'{"a":' * 9000 + b"1" + b"}" * 9000, 413),
-    (b"[" * 9000 + b"]" * 9000, 400), (b'{"model":"tiny","prompt":"x","max_tokens":' + b"9" * 5000 + b"}", 400),
-])
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"{", 400),
+        (b"", 422),
+        (b"[]", 422),
+        (b"\xff\xfe", 400),
+        (b'{"model":"tiny","prompt":"\xc3("}', 400),
+        (b'{"model":"tiny","prompt":"\\ud800","max_tokens":1}', 400),
+        (b'{"model":"tiny","\\ud800":1,"prompt":"x"}', 422),
+        (b'{"model":"tiny","prompt":"x","temperature":NaN}', 422),
+        (b'{"a":' * 9000 + b"1" + b"}" * 9000, 413),
+        (b"[" * 9000 + b"]" * 9000, 400),
+        (b'{"model":"tiny","prompt":"x","max_tokens":' + b"9" * 5000 + b"}", 400),
+    ],
+)
 def test_bodies_that_are_no_request(server, body, status):
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status and answer.json()["error"]["message"]
@@ -160,8 +173,14 @@ def test_metrics(server, client):
     assert values["dmc:compression_ratio" + label] > 1 and 0 < values["dmc:codec_error_keys" + label] < 0.2
     assert values['dmc:request_success_total{finished_reason="length",model_name="tiny"}'] >= 1
     assert values['dmc:head_compression_ratio{head="1",layer="1",model_name="tiny"}'] > 0
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "inter_token_latency_seconds",
-                 "request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens"):
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "inter_token_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+    ):
         assert values[f"dmc:{name}_count{label}"] > 0
 
 

@@ -15,19 +15,30 @@ from dmc.server.schema import ChatRequest, CompletionRequest
 from tests.server.helpers import model_directory, serving
 
 ALLOWED = {200, 400, 404, 408, 413, 422, 429}
-SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.integers(-2, 5), st.floats(), st.text(max_size=20),
-)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.integers(-2, 5), st.floats(), st.text(max_size=20))
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4))
 VALID = {
     "prompt": st.text("abc \n", min_size=1, max_size=30) | st.lists(st.integers(0, 96), min_size=1, max_size=20),
-    "messages": st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": st.text(max_size=9)}),
-                         min_size=1, max_size=3),
-    "max_tokens": st.integers(1, 6), "max_completion_tokens": st.integers(1, 6), "temperature": st.floats(0, 2),
-    "top_p": st.floats(0.01, 1), "top_k": st.integers(0, 9), "min_p": st.floats(0, 1), "n": st.integers(1, 3),
-    "seed": st.integers(0, 9), "stop": st.text("ab", min_size=1, max_size=2), "stream": st.booleans(),
-    "repetition_penalty": st.floats(0.5, 2), "presence_penalty": st.floats(-2, 2), "frequency_penalty": st.floats(-2, 2),
-    "logit_bias": st.dictionaries(st.integers(0, 96).map(str), st.floats(-9, 9), max_size=3), "model": st.just("tiny"),
+    "messages": st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": st.text(max_size=9)}),
+        min_size=1,
+        max_size=3,
+    ),
+    "max_tokens": st.integers(1, 6),
+    "max_completion_tokens": st.integers(1, 6),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0.01, 1),
+    "top_k": st.integers(0, 9),
+    "min_p": st.floats(0, 1),
+    "n": st.integers(1, 3),
+    "seed": st.integers(0, 9),
+    "stop": st.text("ab", min_size=1, max_size=2),
+    "stream": st.booleans(),
+    "repetition_penalty": st.floats(0.5, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 96).map(str), st.floats(-9, 9), max_size=3),
+    "model": st.just("tiny"),
 }
 
 

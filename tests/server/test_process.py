@@ -51,7 +51,10 @@ class Process:
         start = ["-c", code] if code else ["-m", "dmc.cli"]
         self.process = subprocess.Popen(
             [sys.executable, *start, "serve", str(directory), "--port", "0", "--device", "cpu", *flags],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )
         self.lines = []
         self.url = f"http://127.0.0.1:{self.until('listening')['port']}"
@@ -116,11 +119,16 @@ def test_the_engine_fails_and_so_does_the_process(directory):
     assert any(line["event"] == "engine failed" and "boom" in line["error"] for line in server.lines)
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--port", "70000"], "port must be from 0 to 65535"), (["--max-waiting", "0"], "max_waiting must be above 0"),
-    (["--policy", "streaming:recent"], "'recent' is not SETTING=VALUE"), (["--policy", "streaming:recent=0"], "recent=0"),
-    (["--max-batch", "0"], "max_batch must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--port", "70000"], "port must be from 0 to 65535"),
+        (["--max-waiting", "0"], "max_waiting must be above 0"),
+        (["--policy", "streaming:recent"], "'recent' is not SETTING=VALUE"),
+        (["--policy", "streaming:recent=0"], "recent=0"),
+        (["--max-batch", "0"], "max_batch must be at least 1"),
+    ],
+)
 def test_wrong_use(directory, flags, said, capsys):
     from dmc.cli import main
 
@@ -133,7 +141,11 @@ def test_a_port_that_is_taken(directory):
     server = Process(directory)
     other = subprocess.run(
         [sys.executable, "-m", "dmc.cli", "serve", str(directory), "--device", "cpu", "--port", server.url.rpartition(":")[2]],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert other.returncode != 0 and "address already in use" in other.stderr
     server.process.send_signal(signal.SIGTERM)

@@ -59,15 +59,18 @@ def test_a_client_that_goes_away_frees_its_pages(server, stream, when):
     assert post(server, LONG | {"max_tokens": 2}).status_code == 200
 
 
-@pytest.mark.parametrize("sent, expected", [
-    (b"GARBAGE\r\n\r\n", b"400"),
-    (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", b"400"),
-    (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
-    (raw(None, {}, length=19_999), b"408"),  # fewer bytes than announced, and then nothing
-    (raw(None, b"\xff\xfe{}"), b"400"),
-    (raw(None, {"model": "tiny"}, length=10**9), b"413"),
-    (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"b" * 200_000, b"400"),  # a head without end
-])
+@pytest.mark.parametrize(
+    "sent, expected",
+    [
+        (b"GARBAGE\r\n\r\n", b"400"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", b"400"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (raw(None, {}, length=19_999), b"408"),  # fewer bytes than announced, and then nothing
+        (raw(None, b"\xff\xfe{}"), b"400"),
+        (raw(None, {"model": "tiny"}, length=10**9), b"413"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"b" * 200_000, b"400"),  # a head without end
+    ],
+)
 def test_what_is_no_request(server, sent, expected):
     with server.socket() as connection:
         connection.sendall(sent)
@@ -75,9 +78,9 @@ def test_what_is_no_request(server, sent, expected):
     server.wait_idle()
 
 
-@pytest.mark.parametrize("sent, answered", [
-    (b"", b""), (b"POST /v1/comp", b"408"), (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /heal", b"408"),
-])
+@pytest.mark.parametrize(
+    "sent, answered", [(b"", b""), (b"POST /v1/comp", b"408"), (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /heal", b"408")]
+)
 def test_a_head_that_never_ends(directory, sent, answered):
     """Nothing, half a head, half a second head: the connection is closed in time, whoever has begun gets 408."""
     with serving(directory, settings={"head_timeout": 0.5}) as hasty, hasty.socket() as connection:
@@ -181,9 +184,7 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory):
     with serving(directory, kv_memory=9_000, prefill_tokens=16) as tight:
         tight.llm.engine.predictor.pages = lambda tokens: 1
         texts = [None] * 5
-        threads = [
-            threading.Thread(target=lambda n=n: texts.__setitem__(n, ask(tight, n))) for n in range(5)
-        ]
+        threads = [threading.Thread(target=lambda n=n: texts.__setitem__(n, ask(tight, n))) for n in range(5)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -229,7 +230,7 @@ def test_the_engine_fails(directory):
         health = httpx.get(f"{broken.url}/health")
         assert health.status_code == 503 and "boom" in health.json()["error"]["message"]
         assert post(broken, LONG).status_code == 503
-        assert "dmc:engine_alive{model_name=\"tiny\"} 0.0" in httpx.get(f"{broken.url}/metrics").text
+        assert 'dmc:engine_alive{model_name="tiny"} 0.0' in httpx.get(f"{broken.url}/metrics").text
 
 
 def test_no_progress_turns_health_503(directory):

@@ -61,8 +61,12 @@ def test_first_space_and_stop_texts(client):
             assert "".join(part.choices[0].text for part in parts) == text, stop
             assert parts[-1].choices[0].finish_reason == "stop"
         assert client.completions.create(**asked, stop=stop).usage.completion_tokens == tokens
-    assert client.chat.completions.create(
-        messages=[{"role": "user", "content": "x"}], max_tokens=2, **always("▁the")).choices[0].message.content == " the the"
+    assert (
+        client.chat.completions.create(messages=[{"role": "user", "content": "x"}], max_tokens=2, **always("▁the"))
+        .choices[0]
+        .message.content
+        == " the the"
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -73,8 +77,10 @@ def test_logprobs_of_completions(client, stream):
         answer = client.completions.create(**asked, seed=seed, stream=stream)
         choices = [part.choices[0] for part in answer] if stream else answer.choices
         text = "".join(choice.text for choice in choices)
-        logs = {name: [each for choice in choices if choice.logprobs for each in getattr(choice.logprobs, name)]
-                for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs")}
+        logs = {
+            name: [each for choice in choices if choice.logprobs for each in getattr(choice.logprobs, name)]
+            for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs")
+        }
         assert {len(each) for each in logs.values()} == {40}
         special = {tokenizer().name(each) for each in tokenizer().special}
         assert "".join(each for each in logs["tokens"] if each not in special) == text
@@ -86,8 +92,15 @@ def test_logprobs_of_completions(client, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_of_chats(client, stream):
     """The bytes of all tokens are those of the text."""
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "the"}], "max_tokens": 4, "logprobs": True,
-             "top_logprobs": 20, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "the"}],
+        "max_tokens": 4,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
     for names in (("<0xE2>", "<0x82>", "<0xAC>"), ("▁the",)):
         answers = [client.chat.completions.create(**asked, logit_bias={str(token(name)): 100 for name in names}, stream=stream)]
         choices = [part.choices[0] for answer in answers for part in (answer if stream else [answer])]
@@ -119,7 +132,12 @@ def test_tokens_of_one_text_are_kept_apart():
     top = [("<0x74>", -0.1), ("t", -0.2), ("<0xE2>", -0.3), ("<0xE3>", -0.4), ("the", -0.5), ("▁the", -0.6)]
     answer = logs(Completion, ["t"], ["t"], top)["top_logprobs"][0]  # the chosen token is known by its text
     assert answer == {
-        f"token_id:{token('<0x74>')}": -0.1, "bytes:\\xe2": -0.3, "bytes:\\xe3": -0.4, "the": -0.5, " the": -0.6, "t": -1.0,
+        f"token_id:{token('<0x74>')}": -0.1,
+        "bytes:\\xe2": -0.3,
+        "bytes:\\xe3": -0.4,
+        "the": -0.5,
+        " the": -0.6,
+        "t": -1.0,
     }
     content = logs(Chat, ["t"], ["t"], top)["content"][0]["top_logprobs"]
     assert [each["token"] for each in content] == ["t", "t", "bytes:\\xe2", "bytes:\\xe3", "the", " the"]

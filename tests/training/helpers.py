@@ -22,9 +22,20 @@ TOKENIZER = ROOT / "checkpoints" / "base"
 
 def tiny_config(**changes) -> LlamaConfig:
     settings = dict(
-        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
     )
     return LlamaConfig(**(settings | changes))
 
@@ -54,9 +65,7 @@ def tiny_text(path: Path, documents: int = 40, words: int = 150) -> Path:
     return path
 
 
-def train(
-    *arguments: object, processes: int = 1, check: bool = True, timeout: float = 300,
-) -> subprocess.CompletedProcess:
+def train(*arguments: object, processes: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run train.py as a user does; stdout and stderr as text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     if processes == 1:
@@ -65,8 +74,7 @@ def train(
         command += ["--master-port", str(20000 + os.getpid() % 20000)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True, env=environment,
-        timeout=timeout,
+        [*command, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=timeout
     )
     if check and done.returncode:
         raise AssertionError(f"train.py failed ({done.returncode}):\n{done.stdout}\n{done.stderr}")
@@ -86,16 +94,34 @@ def evaluations(output: Path) -> list[dict]:
 
 
 SMALL = (
-    "data.sequence_length=64", "log.eval_sequences=4", "optim.micro_batch=1", "optim.global_batch=4", "run.threads=1",
-    "dmc.ramp_steps_per_unit=6", "dmc.hold_steps=2", "dmc.integer_hold_steps=0", "dmc.gain=100", "dmc.offset=5",
-    "dmc.cr_weight=1", "optim.lr=3e-3", "optim.decay_steps=0", "--target-cr", "2",
+    "data.sequence_length=64",
+    "log.eval_sequences=4",
+    "optim.micro_batch=1",
+    "optim.global_batch=4",
+    "run.threads=1",
+    "dmc.ramp_steps_per_unit=6",
+    "dmc.hold_steps=2",
+    "dmc.integer_hold_steps=0",
+    "dmc.gain=100",
+    "dmc.offset=5",
+    "dmc.cr_weight=1",
+    "optim.lr=3e-3",
+    "optim.decay_steps=0",
+    "--target-cr",
+    "2",
 )
 
 
 def arguments(tmp: Path, output: Path) -> tuple[object, ...]:
     """The command line of a `small_run`."""
     return (
-        "--model", tmp / "model", "--output", output, f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL,
+        "--model",
+        tmp / "model",
+        "--output",
+        output,
+        f"data.text={tmp / 'text.jsonl'}",
+        f"data.cache={tmp / 'cache'}",
+        *SMALL,
     )
 
 

@@ -37,7 +37,11 @@ LAYOUTS = (
 def plans() -> dict:
     """What this module prints when it runs; once for all tests of a session."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.plans"], capture_output=True, text=True, cwd=ROOT, timeout=600,
+        [sys.executable, "-m", "tests.training.plans"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -84,7 +88,11 @@ def held(student: setup.Student) -> list[int]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps({
-        "recipes": {path.name: recipe(path) for path in sorted((ROOT / "configs").glob("*.yaml"))},
-        "layouts": [layout(*case) for case in LAYOUTS],
-    }))
+    print(
+        json.dumps(
+            {
+                "recipes": {path.name: recipe(path) for path in sorted((ROOT / "configs").glob("*.yaml"))},
+                "layouts": [layout(*case) for case in LAYOUTS],
+            }
+        )
+    )

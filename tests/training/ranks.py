@@ -23,16 +23,20 @@ class Server:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.training.ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment, cwd=ROOT,
+            [sys.executable, "-W", "ignore", "-m", "tests.training.ranks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
         )
 
     def start(self, log: Path, arguments: list, *, ranks: int = 1, hook: str = "", settings: dict | None = None) -> Run:
         """Start a run; ``hook`` names a function of `tests.training.hooks` that is called with ``settings`` first."""
         log.mkdir(parents=True, exist_ok=True)
-        pids = self.ask({
-            "log": str(log), "arguments": [str(a) for a in arguments], "ranks": ranks, "hook": hook, "settings": settings or {},
-        })
+        pids = self.ask(
+            {"log": str(log), "arguments": [str(a) for a in arguments], "ranks": ranks, "hook": hook, "settings": settings or {}}
+        )
         return Run(self, log, pids)
 
     def ask(self, command: object) -> list:
@@ -106,8 +110,12 @@ def _rank(command: dict, rank: int, port: int) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(command["ranks"]), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "LOCAL_WORLD_SIZE": str(command["ranks"]), "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(command["ranks"]),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_WORLD_SIZE": str(command["ranks"]),
+        "MASTER_PORT": str(port),
     }
     from dmc.commands import train
 

@@ -39,9 +39,19 @@ def test_with_it(engine, choice):
 
 def test_a_run_says_what_it_computes_with(tmp_path):
     small_run(tmp_path, "one")
-    arguments = ("--model", tmp_path / "model", "--output", tmp_path / "two", f"data.text={tmp_path / 'text.jsonl'}",
-                 f"data.cache={tmp_path / 'cache'}", "data.sequence_length=64", "log.eval_sequences=4", "dmc.hold_steps=1",
-                 "dmc.ramp_steps_per_unit=0", "run.threads=1")
+    arguments = (
+        "--model",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "two",
+        f"data.text={tmp_path / 'text.jsonl'}",
+        f"data.cache={tmp_path / 'cache'}",
+        "data.sequence_length=64",
+        "log.eval_sequences=4",
+        "dmc.hold_steps=1",
+        "dmc.ramp_steps_per_unit=0",
+        "run.threads=1",
+    )
     assert "linear layers of megatron-core" in train(*arguments).stdout
     refused = train(*arguments, "run.transformer_engine=always", "run.overwrite=true", check=False)
     assert refused.returncode == 2 and "run.transformer_engine=always, but" in refused.stderr

@@ -27,10 +27,22 @@ def run(tmp_path_factory, rank_server):
     write_chats(tmp / "chats.jsonl", conversations(200))
 
     def start(name, *extra, processes=1, codes=None, **hook):
-        started = rank_server.start(tmp / f"{name}-log", [
-            "--model", tmp / "model", "--output", tmp / name, f"data.text={tmp / 'chats.jsonl'}", "data.chat=true",
-            f"data.cache={tmp / 'cache'}", *SMALL, *extra,
-        ], ranks=processes, **hook)
+        started = rank_server.start(
+            tmp / f"{name}-log",
+            [
+                "--model",
+                tmp / "model",
+                "--output",
+                tmp / name,
+                f"data.text={tmp / 'chats.jsonl'}",
+                "data.chat=true",
+                f"data.cache={tmp / 'cache'}",
+                *SMALL,
+                *extra,
+            ],
+            ranks=processes,
+            **hook,
+        )
         assert started.wait() == (codes or [0] * processes), started.said()
         return tmp / name
 
@@ -44,8 +56,13 @@ def reference(run):
 
 def source(output):
     """The batches of a run."""
-    config = load(overrides=[f"data.text={output.parent / 'chats.jsonl'}", f"data.cache={output.parent / 'cache'}",
-                             *(arg for arg in SMALL if "=" in arg)])
+    config = load(
+        overrides=[
+            f"data.text={output.parent / 'chats.jsonl'}",
+            f"data.cache={output.parent / 'cache'}",
+            *(arg for arg in SMALL if "=" in arg),
+        ]
+    )
     tokenizer = tokens.load_tokenizer(output.parent / "model")
     texts = tokens.corpora(config.data.text, "", tokenizer, config.data.cache, chat=True, loss_on="assistant")
     return batches.Source(*texts, 64, config.optim, config.log, 0)
@@ -96,13 +113,22 @@ def test_the_compression_loss_counts_all_tokens(run):
     assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [
-    ("parallel.context=2",),
-    *(pytest.param(one, marks=pytest.mark.slow) for one in [
-        (), ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.pipeline=2",),
-        ("parallel.pipeline=2", "parallel.virtual=2"),
-    ]),
-], ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.context=2",),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in [
+                (),
+                ("parallel.tensor=2", "parallel.sequence=true"),
+                ("parallel.pipeline=2",),
+                ("parallel.pipeline=2", "parallel.virtual=2"),
+            ]
+        ),
+    ],
+    ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data",
+)
 def test_two_processes_are_the_run_of_one(run, reference, layout):
     output = run("-".join(["two", *layout]), *UNDER_TEST, *layout, processes=2)
     assert_same_run(output, reference, tolerance=2e-4, absolute=1e-5)
@@ -119,12 +145,15 @@ def test_a_killed_run_continues_exactly(run, reference):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(output).items())
 
 
-@pytest.mark.parametrize(("extra", "said"), [
-    (("data.loss_on=everything",), "was trained with data.loss_on=assistant, here it is everything: a resumed run keeps it"),
-    (("data.bos=true", "data.loss_on=assistant"), "the chat template writes the first tokens: set data.bos=auto"),
-    (("data.chat=false", "data.loss_on=assistant"), "line 1 of .* has no column 'text', it has id, messages"),
-    (("data.loss_on=user",), "data.loss_on is 'user': it must be one of everything, assistant"),
-])
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (("data.loss_on=everything",), "was trained with data.loss_on=assistant, here it is everything: a resumed run keeps it"),
+        (("data.bos=true", "data.loss_on=assistant"), "the chat template writes the first tokens: set data.bos=auto"),
+        (("data.chat=false", "data.loss_on=assistant"), "line 1 of .* has no column 'text', it has id, messages"),
+        (("data.loss_on=user",), "data.loss_on is 'user': it must be one of everything, assistant"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_exit_2(run, reference, extra, said):
     output = run("one", *UNDER_TEST, *extra, "run.resume=auto", codes=[2])
     (line,) = [line for line in (output.parent / "one-log" / "rank0.txt").read_text().splitlines() if line.startswith("error")]

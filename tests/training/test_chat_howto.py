@@ -16,7 +16,9 @@ from tests.training.helpers import SMALL, evaluations, tiny_model
 # Smaller than in the recipe: lengths, and what the CPU has not.
 SMALLER = (*SMALL, "dmc.window=8", "run.precision=fp32", "log.tensorboard=false", "run.save_every=0", "optim.warmup_steps=0")
 STAND_INS = {
-    "HuggingFaceH4/ultrachat_200k --split train_sft": "chats.jsonl", "--held-out 1000": "--held-out 20", "torchrun ": "python ",
+    "HuggingFaceH4/ultrachat_200k --split train_sft": "chats.jsonl",
+    "--held-out 1000": "--held-out 20",
+    "torchrun ": "python ",
 }
 
 

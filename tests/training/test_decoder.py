@@ -17,7 +17,11 @@ from tests.training.helpers import TOKENIZER
 from tests.training.models import hf_config, logits, megatron, weights
 
 SHAPES = [
-    dict(heads=2), dict(heads=4), dict(heads=1, tied=True), dict(heads=2, rope="llama3"), dict(heads=4, tied=True, rope="linear"),
+    dict(heads=2),
+    dict(heads=4),
+    dict(heads=1, tied=True),
+    dict(heads=2, rope="llama3"),
+    dict(heads=4, tied=True, rope="linear"),
     dict(heads=2, rope="yarn"),
 ]
 DECISIONS = ["neuron", "head"]
@@ -138,8 +142,17 @@ def test_hard_logits_are_those_of_the_exported_model(tmp_path, shape, decision):
     built = megatron(model, "hard")
     state = convert.to_hf(hf_config(model), weights(built))
     out = export(
-        state, model.config, out=tmp_path / "exported", decision=decision, offset=OFFSET, gain=GAIN, target_cr=2.0,
-        measured_cr=1.9, tokenizer_dir=TOKENIZER, card="a card", dtype=torch.float32,
+        state,
+        model.config,
+        out=tmp_path / "exported",
+        decision=decision,
+        offset=OFFSET,
+        gain=GAIN,
+        target_cr=2.0,
+        measured_cr=1.9,
+        tokenizer_dir=TOKENIZER,
+        card="a card",
+        dtype=torch.float32,
     )
     assert_close(logits(built, ids), DmcLlamaForCausalLM.from_pretrained(out)(ids, use_cache=False).logits)
 
@@ -149,8 +162,17 @@ def test_a_yarn_model_is_served_as_it_was_trained(tmp_path, decision):
     model, ids = tiny(decision, heads=2, rope="yarn"), tokens()
     built = megatron(model, "hard")
     out = export(
-        convert.to_hf(hf_config(model), weights(built)), model.config, out=tmp_path / "exported", decision=decision,
-        offset=OFFSET, gain=GAIN, target_cr=2.0, measured_cr=1.9, tokenizer_dir=TOKENIZER, card="a card", dtype=torch.float32,
+        convert.to_hf(hf_config(model), weights(built)),
+        model.config,
+        out=tmp_path / "exported",
+        decision=decision,
+        offset=OFFSET,
+        gain=GAIN,
+        target_cr=2.0,
+        measured_cr=1.9,
+        tokenizer_dir=TOKENIZER,
+        card="a card",
+        dtype=torch.float32,
     )
     wanted = logits(built, ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     scores = LLM(out, device="cpu", dtype="fp32").score(ids.tolist(), prompt_tokens=20)
@@ -166,9 +188,7 @@ def test_soft_logits_are_those_of_the_reference_with_the_same_noise(monkeypatch,
     layers = iter(range(LAYERS))
 
     def soft(merge, *, offset):
-        drawn = noise.logistic(
-            3, 17, next(layers), samples=samples, heads=torch.arange(2), tokens=torch.arange(ids.shape[1])
-        )
+        drawn = noise.logistic(3, 17, next(layers), samples=samples, heads=torch.arange(2), tokens=torch.arange(ids.shape[1]))
         return torch.sigmoid((merge - offset + drawn.double()) / 0.5)
 
     with monkeypatch.context() as patch:
@@ -204,22 +224,31 @@ def test_a_new_decision_head_decides_nothing():
 # ------------------------------------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize(("model", "parallel", "words"), [
-    (dict(num_key_value_heads=2), dict(tensor=4), ["parallel.tensor 4", "num_key_value_heads 2"]),
-    (dict(num_attention_heads=6, num_key_value_heads=6), dict(tensor=4), ["parallel.tensor 4", "num_key_value_heads 6"]),
-    (dict(intermediate_size=65), dict(tensor=2), ["parallel.tensor 2", "intermediate_size 65"]),
-    (dict(vocab_size=61), dict(tensor=2), ["parallel.tensor 2", "vocab_size 61"]),
-    (dict(num_hidden_layers=3), dict(pipeline=2), ["parallel.pipeline 2", "3 layers"]),
-    (dict(num_key_value_heads=3), {}, ["num_attention_heads 4", "num_key_value_heads 3"]),
-    (dict(num_key_value_heads=0), {}, ["num_attention_heads 4", "num_key_value_heads 0"]),
-    (dict(attention_bias=True), {}, ["attention_bias"]),
-    (dict(mlp_bias=True), {}, ["mlp_bias"]),
-    (dict(hidden_act="gelu"), {}, ["hidden_act", "'gelu'", "silu"]),
-])
+@pytest.mark.parametrize(
+    ("model", "parallel", "words"),
+    [
+        (dict(num_key_value_heads=2), dict(tensor=4), ["parallel.tensor 4", "num_key_value_heads 2"]),
+        (dict(num_attention_heads=6, num_key_value_heads=6), dict(tensor=4), ["parallel.tensor 4", "num_key_value_heads 6"]),
+        (dict(intermediate_size=65), dict(tensor=2), ["parallel.tensor 2", "intermediate_size 65"]),
+        (dict(vocab_size=61), dict(tensor=2), ["parallel.tensor 2", "vocab_size 61"]),
+        (dict(num_hidden_layers=3), dict(pipeline=2), ["parallel.pipeline 2", "3 layers"]),
+        (dict(num_key_value_heads=3), {}, ["num_attention_heads 4", "num_key_value_heads 3"]),
+        (dict(num_key_value_heads=0), {}, ["num_attention_heads 4", "num_key_value_heads 0"]),
+        (dict(attention_bias=True), {}, ["attention_bias"]),
+        (dict(mlp_bias=True), {}, ["mlp_bias"]),
+        (dict(hidden_act="gelu"), {}, ["hidden_act", "'gelu'", "silu"]),
+    ],
+)
 def test_what_cannot_be_built_is_refused(model, parallel, words):
     base = dict(
-        model_type="llama", vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=8,
+        model_type="llama",
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
     )
     decoder.check_layout(shape_of(base), ParallelConfig(tensor=4, pipeline=2))
     with pytest.raises(ValueError) as caught:

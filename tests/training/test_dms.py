@@ -69,8 +69,13 @@ def test_a_resumed_run_is_the_run_bit_for_bit(reference):
 def test_another_window_is_another_run(reference):
     tmp, one = reference
     done = train(
-        *arguments(tmp, tmp / "other"), *STEPS, "dmc.window=7", f"data.held_out={tmp / 'held.jsonl'}",
-        "--resume", one / "checkpoints" / "step000010", check=False,
+        *arguments(tmp, tmp / "other"),
+        *STEPS,
+        "dmc.window=7",
+        f"data.held_out={tmp / 'held.jsonl'}",
+        "--resume",
+        one / "checkpoints" / "step000010",
+        check=False,
     )
     assert done.returncode == 2 and "dmc.window=6, here it is 7" in done.stderr
 
@@ -81,10 +86,19 @@ def test_tensor_and_sequence_parallel(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [
-    (), ("parallel.tensor=2",), ("parallel.context=2",), ("parallel.pipeline=2",), ("parallel.pipeline=2", "parallel.virtual=2"),
-    ("parallel.distributed_optimizer=true", "parallel.overlap=true"), ("parallel.context=2", "parallel.recompute=selective"),
-], ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (),
+        ("parallel.tensor=2",),
+        ("parallel.context=2",),
+        ("parallel.pipeline=2",),
+        ("parallel.pipeline=2", "parallel.virtual=2"),
+        ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
+        ("parallel.context=2", "parallel.recompute=selective"),
+    ],
+    ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data",
+)
 def test_other_layouts(reference, layout):
     same(reference, "-".join(part.split(".")[1] for part in layout) + "-", *layout, processes=2)
 
@@ -117,7 +131,8 @@ def test_the_export_reaches_what_training_measured(reference, tmp_path, decision
         output = run(tmp, "late", "dmc.decide=late")
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "export_hf.py", output / "checkpoints" / "final", tmp_path / "hf"],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -137,9 +152,18 @@ def held_out_rows(tmp, length):
     """The evaluation's sequences: the first four runs of tokens of the held-out text, each of one document."""
     from data import batches, tokens
 
-    config = load(overrides=[f"data.text={tmp / 'text.jsonl'}", f"data.held_out={tmp / 'held.jsonl'}",
-                             f"data.cache={tmp / 'cache'}", f"data.sequence_length={length}", "log.eval_sequences=4",
-                             "optim.micro_batch=1", "optim.global_batch=4", "run.seed=0"])
+    config = load(
+        overrides=[
+            f"data.text={tmp / 'text.jsonl'}",
+            f"data.held_out={tmp / 'held.jsonl'}",
+            f"data.cache={tmp / 'cache'}",
+            f"data.sequence_length={length}",
+            "log.eval_sequences=4",
+            "optim.micro_batch=1",
+            "optim.global_batch=4",
+            "run.seed=0",
+        ]
+    )
     tokenizer = tokens.load_tokenizer(tmp / "model", 2048)
     training, held = tokens.corpora(config.data.text, config.data.held_out, tokenizer, config.data.cache)
     source = batches.Source(training, held, length, config.optim, config.log, 0)
@@ -148,12 +172,18 @@ def held_out_rows(tmp, length):
     return torch.cat([torch.cat([b.tokens, b.labels[:, -1:]], 1) for b in found])
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["dmc.window=0"], "dmc.window is 0: it must be at least 1"),
-    (["dmc.window=256"], "dmc.window 256 keeps at least 256 of data.sequence_length 1024 tokens, so the largest possible CR is "
-                         "1024 / 256 = 4 and dmc.target_cr 4 is out of reach: set dmc.window to at most 255"),
-    (["run.init=random"], "run.init=random with dmc.method=dms: DMS retrofits a pretrained model"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dmc.window=0"], "dmc.window is 0: it must be at least 1"),
+        (
+            ["dmc.window=256"],
+            "dmc.window 256 keeps at least 256 of data.sequence_length 1024 tokens, so the largest possible CR is "
+            "1024 / 256 = 4 and dmc.target_cr 4 is out of reach: set dmc.window to at most 255",
+        ),
+        (["run.init=random"], "run.init=random with dmc.method=dms: DMS retrofits a pretrained model"),
+    ],
+)
 def test_settings_that_cannot_work_are_one_sentence(overrides, words):
     with pytest.raises(ValueError) as caught:
         load(overrides=["dmc.method=dms", *overrides])

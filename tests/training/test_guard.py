@@ -56,7 +56,10 @@ def step(number, loss=1.0):
 
 
 KINDS = [
-    (), ("optim.name=muon",), ("run.precision=bf16",), ("optim.name=muon", "run.precision=bf16"),
+    (),
+    ("optim.name=muon",),
+    ("run.precision=bf16",),
+    ("optim.name=muon", "run.precision=bf16"),
     ("parallel.distributed_optimizer=true",),
 ]
 
@@ -182,23 +185,46 @@ def ground(tmp_path_factory):
 
 def poisoned(ground, tmp_path, rank_server, *extra, ranks=1, **settings):
     """A run with a poisoned gradient, its exit codes and the hash of all state after each step on each rank."""
-    run = rank_server.start(tmp_path, [
-        "--model", ground / "model", "--output", tmp_path / "run", f"data.text={ground / 'text.jsonl'}",
-        f"data.cache={ground / 'cache'}", *SMALL, *extra,
-    ], ranks=ranks, hook="poison", settings={"log": str(tmp_path), **settings})
+    run = rank_server.start(
+        tmp_path,
+        [
+            "--model",
+            ground / "model",
+            "--output",
+            tmp_path / "run",
+            f"data.text={ground / 'text.jsonl'}",
+            f"data.cache={ground / 'cache'}",
+            *SMALL,
+            *extra,
+        ],
+        ranks=ranks,
+        hook="poison",
+        settings={"log": str(tmp_path), **settings},
+    )
     codes = run.wait()
     return run, codes, [(tmp_path / f"hashes{rank}").read_text().split() for rank in range(ranks)]
 
 
-@pytest.mark.parametrize(("ranks", "value", "extra"), [
-    (1, "nan", ()), (2, "inf", ("parallel.distributed_optimizer=true",)),
-    (2, "1e9", ("guard.max_norm_ratio=100", "guard.window=2", "parallel.tensor=2")),
-])
+@pytest.mark.parametrize(
+    ("ranks", "value", "extra"),
+    [
+        (1, "nan", ()),
+        (2, "inf", ("parallel.distributed_optimizer=true",)),
+        (2, "1e9", ("guard.max_norm_ratio=100", "guard.window=2", "parallel.tensor=2")),
+    ],
+)
 def test_a_poisoned_step_is_skipped_on_every_rank(ground, tmp_path, rank_server, ranks, value, extra):
     """Only the last rank's gradient is bad."""
     run, codes, hashes = poisoned(
-        ground, tmp_path, rank_server, "guard.action=skip", *extra, ranks=ranks, steps=[4],
-        poisoned_ranks=[ranks - 1], value=value,
+        ground,
+        tmp_path,
+        rank_server,
+        "guard.action=skip",
+        *extra,
+        ranks=ranks,
+        steps=[4],
+        poisoned_ranks=[ranks - 1],
+        value=value,
     )
     assert codes == [0] * ranks, run.said()
     for states in hashes:
@@ -218,7 +244,7 @@ def test_a_poisoned_step_is_skipped_on_every_rank(ground, tmp_path, rank_server,
 
 def test_a_poisoned_step_stops_the_run_with_a_report(ground, tmp_path, rank_server):
     run, codes, (states,) = poisoned(
-        ground, tmp_path, rank_server, "run.save_every=2", steps=[4], poisoned_ranks=[0], value="nan",
+        ground, tmp_path, rank_server, "run.save_every=2", steps=[4], poisoned_ranks=[0], value="nan"
     )
     assert codes == [1] and "Traceback" not in run.said()
     assert "error: step 4: the gradient norm is not finite; the weights are as before it" in run.said()

@@ -69,16 +69,25 @@ def test_a_resumed_run_is_the_run_bit_for_bit(reference):
         assert torch.equal(tensor, weights(again)[name]), name
 
 
-@pytest.mark.parametrize(("changed", "words"), [
-    ("dmc.window=7", "dmc.window=6, here it is 7"), ("dmc.decide=arrival", "dmc.decide=late, here it is arrival"),
-    ("dmc.window=null", "dmc.window=6, here it is None"),
-])
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("dmc.window=7", "dmc.window=6, here it is 7"),
+        ("dmc.decide=arrival", "dmc.decide=late, here it is arrival"),
+        ("dmc.window=null", "dmc.window=6, here it is None"),
+    ],
+)
 @pytest.mark.slow
 def test_another_window_is_another_run(reference, changed, words):
     tmp, one = reference
     done = train(
-        *arguments(tmp, tmp / changed), *STEPS, changed, f"data.held_out={tmp / 'held.jsonl'}",
-        "--resume", one / "checkpoints" / "step000010", check=False,
+        *arguments(tmp, tmp / changed),
+        *STEPS,
+        changed,
+        f"data.held_out={tmp / 'held.jsonl'}",
+        "--resume",
+        one / "checkpoints" / "step000010",
+        check=False,
     )
     assert done.returncode == 2 and words in done.stderr
 
@@ -89,11 +98,19 @@ def test_context_parallel(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [
-    (), ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.pipeline=2",),
-    ("parallel.pipeline=2", "parallel.virtual=2"), ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
-    ("parallel.context=2", "parallel.recompute=selective"),
-], ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (),
+        ("parallel.tensor=2",),
+        ("parallel.tensor=2", "parallel.sequence=true"),
+        ("parallel.pipeline=2",),
+        ("parallel.pipeline=2", "parallel.virtual=2"),
+        ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
+        ("parallel.context=2", "parallel.recompute=selective"),
+    ],
+    ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data",
+)
 def test_other_layouts(reference, layout):
     same(reference, "-".join(part.split(".")[1] for part in layout) + "-", *layout, processes=2)
 
@@ -105,10 +122,17 @@ def test_recomputation(reference, recompute):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [
-    ("dmc.decide=arrival",), ("dmc.decision=neuron", "dmc.repurpose_steps=4"), ("dmc.window=0",),
-    ("--method", "dms", "dmc.decide=late"), ("dmc.train=decision", "optim.lr=1e-3"),
-], ids=lambda settings: settings[0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dmc.decide=arrival",),
+        ("dmc.decision=neuron", "dmc.repurpose_steps=4"),
+        ("dmc.window=0",),
+        ("--method", "dms", "dmc.decide=late"),
+        ("dmc.train=decision", "optim.lr=1e-3"),
+    ],
+    ids=lambda settings: settings[0],
+)
 def test_other_settings_compress(reference, settings):
     assert metrics(run(reference[0], "-".join(settings).replace("/", "-"), *settings))[-1]["measured_cr"] > 1.2
 
@@ -118,8 +142,13 @@ def fitted_for(config, hf, window=WINDOW):
     layers, heads, hidden = hf.num_hidden_layers, hf.num_key_value_heads, hf.hidden_size
     weights = [torch.randn(layers, heads, hidden, generator=g) for _ in range(2)]
     return FittedDecisions(
-        *weights, torch.randn(layers, heads, generator=g), window=window, sinks=1, quantiles=torch.linspace(-9, 3, 101),
-        model="m", meta={},
+        *weights,
+        torch.randn(layers, heads, generator=g),
+        window=window,
+        sinks=1,
+        quantiles=torch.linspace(-9, 3, 101),
+        model="m",
+        meta={},
     )
 
 
@@ -143,11 +172,14 @@ def test_a_start_from_fitted_decisions_decides_as_they_do(process_group, method)
         assert not rows[..., 1:-1].any()  # omega as from zero
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["dmc.init=F"], "dmc.window=null"),
-    (["dmc.init=F", "dmc.window=4", "dmc.decide=arrival"], "set dmc.window to that of the file"),
-    (["dmc.init=F", "dmc.window=4", "dmc.init_scale=0"], "dmc.init_scale is 0.0: it must be a positive number"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dmc.init=F"], "dmc.window=null"),
+        (["dmc.init=F", "dmc.window=4", "dmc.decide=arrival"], "set dmc.window to that of the file"),
+        (["dmc.init=F", "dmc.window=4", "dmc.init_scale=0"], "dmc.init_scale is 0.0: it must be a positive number"),
+    ],
+)
 def test_starts_that_cannot_work_are_one_sentence(overrides, words):
     with pytest.raises(ValueError) as caught:
         load(overrides=overrides)

@@ -54,39 +54,58 @@ def test_the_reference_is_a_retrofit_worth_comparing(reference):
     assert True in reached and False in reached
 
 
-@pytest.mark.parametrize("layout", [
-    ("optim.micro_batch=4", "parallel.recompute=full"),
-    *(pytest.param(one, marks=pytest.mark.slow) for one in [
-        ("optim.micro_batch=4",), ("parallel.recompute=full",), ("parallel.recompute=selective",),
-    ]),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("optim.micro_batch=4", "parallel.recompute=full"),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in [("optim.micro_batch=4",), ("parallel.recompute=full",), ("parallel.recompute=selective",)]
+        ),
+    ],
+)
 def test_one_process(reference, layout):
     same(reference, *layout, processes=1)
 
 
-@pytest.mark.parametrize("layout", [
-    ("parallel.tensor=2", "parallel.sequence=true"),
-    ("parallel.pipeline=2", "parallel.virtual=2"),
-    ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
-    ("parallel.context=2", "parallel.recompute=selective"),
-    *(pytest.param(one, marks=pytest.mark.slow) for one in [
-        (), ("parallel.tensor=2",), ("parallel.pipeline=2",), ("parallel.context=2",), ("parallel.distributed_optimizer=true",),
-    ]),
-], ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.tensor=2", "parallel.sequence=true"),
+        ("parallel.pipeline=2", "parallel.virtual=2"),
+        ("parallel.distributed_optimizer=true", "parallel.overlap=true"),
+        ("parallel.context=2", "parallel.recompute=selective"),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in [
+                (),
+                ("parallel.tensor=2",),
+                ("parallel.pipeline=2",),
+                ("parallel.context=2",),
+                ("parallel.distributed_optimizer=true",),
+            ]
+        ),
+    ],
+    ids=lambda layout: "-".join(part.split(".")[1] for part in layout) or "data",
+)
 def test_two_processes(reference, layout):
     same(reference, *layout, processes=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [
-    ("parallel.tensor=2", "parallel.pipeline=2"),
-    ("parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual=2", "parallel.sequence=true"),
-    ("parallel.tensor=2", "parallel.context=2", "parallel.sequence=true"),
-    ("parallel.pipeline=2", "parallel.context=2"),
-    ("parallel.pipeline=2", "parallel.distributed_optimizer=true", "parallel.overlap=true"),
-    ("parallel.pipeline=2", "parallel.virtual=2", "parallel.distributed_optimizer=true", "parallel.overlap=true"),
-    ("parallel.context=2", "parallel.distributed_optimizer=true", "parallel.recompute=full"),
-], ids=lambda layout: "-".join(part.split(".")[1] for part in layout))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.tensor=2", "parallel.pipeline=2"),
+        ("parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual=2", "parallel.sequence=true"),
+        ("parallel.tensor=2", "parallel.context=2", "parallel.sequence=true"),
+        ("parallel.pipeline=2", "parallel.context=2"),
+        ("parallel.pipeline=2", "parallel.distributed_optimizer=true", "parallel.overlap=true"),
+        ("parallel.pipeline=2", "parallel.virtual=2", "parallel.distributed_optimizer=true", "parallel.overlap=true"),
+        ("parallel.context=2", "parallel.distributed_optimizer=true", "parallel.recompute=full"),
+    ],
+    ids=lambda layout: "-".join(part.split(".")[1] for part in layout),
+)
 def test_four_processes(reference, layout):
     same(reference, *layout, processes=4)
 

@@ -59,14 +59,24 @@ def test_its_teacher_is_the_frozen_model_itself(run):
     same(run, "twice", f"distill.teacher={run[0] / 'model'}", tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("layout", "processes"), [
-    (("parallel.tensor=2", "parallel.sequence=true"), 2),
-    *(pytest.param(*one, marks=pytest.mark.slow) for one in [
-        (("parallel.tensor=2",), 2), (("parallel.pipeline=2",), 2), (("parallel.context=2",), 2), ((), 2),
-        (("parallel.distributed_optimizer=true", "parallel.overlap=true"), 2), (("parallel.recompute=full",), 1),
-        (("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"), 4),
-    ]),
-])
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [
+        (("parallel.tensor=2", "parallel.sequence=true"), 2),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in [
+                (("parallel.tensor=2",), 2),
+                (("parallel.pipeline=2",), 2),
+                (("parallel.context=2",), 2),
+                ((), 2),
+                (("parallel.distributed_optimizer=true", "parallel.overlap=true"), 2),
+                (("parallel.recompute=full",), 1),
+                (("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"), 4),
+            ]
+        ),
+    ],
+)
 def test_layouts_are_the_run_of_one_process(run, layout, processes):
     same(run, "-".join(layout) or "data", *layout, processes=processes)
 
@@ -117,8 +127,10 @@ def test_the_plan_counts_the_updates(process_group, precision):
 def test_what_it_cannot_go_with_is_one_sentence():
     for more, words in (
         (["dmc.method=none"], "dmc.train=lora trains the added decision heads of a frozen model, and dmc.method=none"),
-        (["dmc.decision=neuron"], "dmc.decision=neuron has none"), (["dmc.lora_rank=0"], "dmc.lora_rank is 0"),
-        (["dmc.lora_alpha=0"], "dmc.lora_alpha is 0"), (["dmc.train=adapter"], "dmc.train is 'adapter'"),
+        (["dmc.decision=neuron"], "dmc.decision=neuron has none"),
+        (["dmc.lora_rank=0"], "dmc.lora_rank is 0"),
+        (["dmc.lora_alpha=0"], "dmc.lora_alpha is 0"),
+        (["dmc.train=adapter"], "dmc.train is 'adapter'"),
     ):
         with pytest.raises(ValueError, match=words):
             load(overrides=["dmc.train=lora", *more])

@@ -14,10 +14,26 @@ from dmc.training.config import LogConfig, load
 from dmc.training.metrics import Meter, Reporter, progress_line
 from tests.training.helpers import ROOT, SMALL, tiny_config, tiny_model, tiny_shape, tiny_text
 
-PLAIN = {"step": 3, "phase": "plain", "lr": 1e-3, "loss": 2.34567, "lm_loss": 2.34567, "grad_norm": 0.5,
-         "tokens_per_s": 3120.4, "memory_gib": 1.26, "eta_s": 161.2}
-RAMP = PLAIN | {"step": 4, "phase": "ramp", "target_cr": 2.104, "measured_cr": 2.0666, "soft_cr": 2.0, "mfu": 0.4217,
-                "cr_layer": [2.5, 1.75]}
+PLAIN = {
+    "step": 3,
+    "phase": "plain",
+    "lr": 1e-3,
+    "loss": 2.34567,
+    "lm_loss": 2.34567,
+    "grad_norm": 0.5,
+    "tokens_per_s": 3120.4,
+    "memory_gib": 1.26,
+    "eta_s": 161.2,
+}
+RAMP = PLAIN | {
+    "step": 4,
+    "phase": "ramp",
+    "target_cr": 2.104,
+    "measured_cr": 2.0666,
+    "soft_cr": 2.0,
+    "mfu": 0.4217,
+    "cr_layer": [2.5, 1.75],
+}
 EVALUATION = {"step": 4, "name": "cr2", "eval_perplexity": 5.43216, "eval_cr": 1.98765, "eval_heads": [[2.0, 1.9]]}
 
 
@@ -61,9 +77,10 @@ def test_progress_lines_hold_what_one_wants_to_know():
     )
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [
-    (0, "0:00"), (0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3599.6, "1:00:00"), (90061, "25:01:01"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599.4, "59:59"), (3599.6, "1:00:00"), (90061, "25:01:01")],
+)
 def test_the_time_left_is_a_clock(seconds, shown):
     assert progress_line(PLAIN | {"eta_s": seconds}, 450).endswith(f"ETA {shown}")
 
@@ -97,7 +114,13 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path, capsys):
     again.close()
     written = lines(tmp_path)
     assert [(line["step"], "eval_cr" in line) for line in written] == [
-        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False),
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+        (5, False),
     ]
     assert written[-1]["loss"] == 9.0 and capsys.readouterr().out == "resumed at step 4\n"
 
@@ -120,9 +143,10 @@ def test_a_new_output_directory_has_nothing_to_cut(tmp_path):
 # ------------------------------------------------------------------------------------------- other sinks
 
 
-@pytest.mark.parametrize(("settings", "module", "package"), [
-    ({"tensorboard": True}, "torch.utils.tensorboard", "tensorboard"), ({"wandb": "project"}, "wandb", "wandb"),
-])
+@pytest.mark.parametrize(
+    ("settings", "module", "package"),
+    [({"tensorboard": True}, "torch.utils.tensorboard", "tensorboard"), ({"wandb": "project"}, "wandb", "wandb")],
+)
 def test_a_package_that_is_missing_is_one_sentence(tmp_path, monkeypatch, settings, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError) as caught:
@@ -151,9 +175,7 @@ def test_numbers_go_to_tensorboard_and_wandb_by_their_step(tmp_path):
     evaluated = {"eval_perplexity": 5.43216, "eval_cr": 1.98765}
     scalars = [(key, value, 4) for key, value in (numbers | evaluated).items()]
     assert run._tensorboard.calls == [*(("add_scalar", x, {}) for x in scalars), ("close", (), {})]
-    assert run._wandb.calls == [
-        ("log", (numbers,), {"step": 4}), ("log", (evaluated,), {"step": 4}), ("finish", (), {}),
-    ]
+    assert run._wandb.calls == [("log", (numbers,), {"step": 4}), ("log", (evaluated,), {"step": 4}), ("finish", (), {})]
 
 
 def test_tensorboard_can_be_read_back(tmp_path):
@@ -231,9 +253,17 @@ def test_without_a_known_peak_there_is_no_mfu(process_group, monkeypatch):
 
 def test_peaks_come_from_the_setting_or_from_the_gpus_name():
     bf16 = load(overrides=["run.precision=bf16"])
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
-                       ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA H200", 989), ("h200", 989),
-                       ("Tesla T4", None), ("NVIDIA GeForce RTX 4090", None)):
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA H200", 989),
+        ("h200", 989),
+        ("Tesla T4", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ):
         assert flops.peak_tflops(bf16, name) == peak, name
     assert flops.peak_tflops(load(), "h100") is None  # fp32
     assert flops.peak_tflops(load(overrides=["log.peak_tflops=60"]), "h100") == 60
@@ -285,20 +315,52 @@ def test_two_processes_write_every_number_once_and_the_traceback_of_the_one_that
     (tmp_path / "fails.py").write_text(FAILS_ON_RANK_1)
     output = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(20000 + os.getpid() % 20000), tmp_path / "fails.py", "--model", tmp_path / "model", "--output", output,
-         f"data.text={tmp_path / 'text.jsonl'}", f"data.cache={tmp_path / 'cache'}", *SMALL, "log.tensorboard=true",
-         "log.peak_tflops=0.1"],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(20000 + os.getpid() % 20000),
+            tmp_path / "fails.py",
+            "--model",
+            tmp_path / "model",
+            "--output",
+            output,
+            f"data.text={tmp_path / 'text.jsonl'}",
+            f"data.cache={tmp_path / 'cache'}",
+            *SMALL,
+            "log.tensorboard=true",
+            "log.peak_tflops=0.1",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
-    summary = done.stderr[done.stderr.index("Root Cause"):]
+    summary = done.stderr[done.stderr.index("Root Cause") :]
     assert done.returncode == 1 and "rank      : 1" in summary
     assert "Traceback" in summary and "ArithmeticError: the reason why rank 1 failed" in summary
     steps = [line for line in lines(output) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     for line in steps:
-        assert {"loss", "lm_loss", "distill_loss", "cr_loss", "target_cr", "measured_cr", "soft_cr", "grad_norm", "lr",
-                "tokens_per_s", "mfu", "memory_gib", "eta_s", "cr_layer"} <= line.keys()
+        assert {
+            "loss",
+            "lm_loss",
+            "distill_loss",
+            "cr_loss",
+            "target_cr",
+            "measured_cr",
+            "soft_cr",
+            "grad_norm",
+            "lr",
+            "tokens_per_s",
+            "mfu",
+            "memory_gib",
+            "eta_s",
+            "cr_layer",
+        } <= line.keys()
         # all layers have as many heads: the whole ratio is their harmonic mean
         assert len(line["cr_layer"]) == 2 and line["measured_cr"] == pytest.approx(2 / sum(1 / x for x in line["cr_layer"]))
         assert 0 < line["mfu"] < 1 and line["memory_gib"] > 0.05

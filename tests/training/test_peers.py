@@ -24,10 +24,24 @@ def ground(tmp_path_factory):
 
 
 def start(ground, tmp_path, rank_server, hook, *extra, **settings):
-    return rank_server.start(tmp_path, [
-        "--model", ground / "model", "--output", tmp_path / "run", f"data.text={ground / 'text.jsonl'}",
-        f"data.cache={ground / 'cache'}", *SMALL, "run.save_every=2", "run.peer_timeout=8", *extra,
-    ], ranks=2, hook=hook, settings=settings)
+    return rank_server.start(
+        tmp_path,
+        [
+            "--model",
+            ground / "model",
+            "--output",
+            tmp_path / "run",
+            f"data.text={ground / 'text.jsonl'}",
+            f"data.cache={ground / 'cache'}",
+            *SMALL,
+            "run.save_every=2",
+            "run.peer_timeout=8",
+            *extra,
+        ],
+        ranks=2,
+        hook=hook,
+        settings=settings,
+    )
 
 
 def survivor(run, dead, code):
@@ -54,10 +68,20 @@ def test_a_rank_killed_while_saving_ends_the_other_and_leaves_the_store(ground, 
     assert code == 1 and "error: " in said and "Traceback" not in said
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
     assert store.newest().name == "step000002"
-    again = rank_server.start(tmp_path, [
-        "--model", ground / "model", "--output", tmp_path / "run", f"data.text={ground / 'text.jsonl'}",
-        f"data.cache={ground / 'cache'}", *SMALL, "--resume", "auto",
-    ])
+    again = rank_server.start(
+        tmp_path,
+        [
+            "--model",
+            ground / "model",
+            "--output",
+            tmp_path / "run",
+            f"data.text={ground / 'text.jsonl'}",
+            f"data.cache={ground / 'cache'}",
+            *SMALL,
+            "--resume",
+            "auto",
+        ],
+    )
     assert again.wait() == [0] and "resumed at step 2" in again.said()
     assert not [p for p in store.directory.iterdir() if p.name.startswith(".")]
 

@@ -16,19 +16,41 @@ BASE = ["data.sequence_length=128", "optim.micro_batch=2", "optim.global_batch=2
 
 
 def model(**changes):
-    return tiny_shape(**(dict(vocab_size=1024, hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
-                               intermediate_size=200, num_hidden_layers=4, tie_word_embeddings=False) | changes))
+    return tiny_shape(
+        **(
+            dict(
+                vocab_size=1024,
+                hidden_size=96,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                head_dim=16,
+                intermediate_size=200,
+                num_hidden_layers=4,
+                tie_word_embeddings=False,
+            )
+            | changes
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("overrides", "tied"), [
-    ([], False), (["dmc.decision=neuron"], True), (["dmc.method=none"], True), (["optim.name=muon"], False),
-    (["dmc.method=dms", "dmc.window=16"], False), (["dmc.window=16"], False), (["dmc.window=16", "dmc.decide=arrival"], True),
-    (["dmc.method=dms", "dmc.decision=all"], False), (["dmc.window=16", "dmc.decision=periodic"], True),
-])
+@pytest.mark.parametrize(
+    ("overrides", "tied"),
+    [
+        ([], False),
+        (["dmc.decision=neuron"], True),
+        (["dmc.method=none"], True),
+        (["optim.name=muon"], False),
+        (["dmc.method=dms", "dmc.window=16"], False),
+        (["dmc.window=16"], False),
+        (["dmc.window=16", "dmc.decide=arrival"], True),
+        (["dmc.method=dms", "dmc.decision=all"], False),
+        (["dmc.window=16", "dmc.decision=periodic"], True),
+    ],
+)
 def test_weights_gradients_and_optimizer_are_exact(process_group, precision, overrides, tied):
     config, hf = load(overrides=[*BASE, f"run.precision={precision}", *overrides]), model(tie_word_embeddings=tied)
     plan = planning.memory(config, hf, Layout.of(config, 1), 0, on_gpu=False)
@@ -44,10 +66,19 @@ def test_they_are_exact_on_a_rank_of_a_layout(case):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("overrides", [
-    [], ["dmc.method=none"], ["parallel.recompute=selective"], ["parallel.recompute=full"], ["dmc.method=dms", "dmc.window=16"],
-    ["dmc.window=16"], ["dmc.window=24"], ["dmc.window=24", "parallel.recompute=selective"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["dmc.method=none"],
+        ["parallel.recompute=selective"],
+        ["parallel.recompute=full"],
+        ["dmc.method=dms", "dmc.window=16"],
+        ["dmc.window=16"],
+        ["dmc.window=24"],
+        ["dmc.window=24", "parallel.recompute=selective"],
+    ],
+)
 def test_activations_are_those_that_autograd_keeps(process_group, precision, overrides):
     """Within 6 %; what one layer needs while it is recomputed comes on top in the plan."""
     config, hf = load(overrides=[*BASE, f"run.precision={precision}", *overrides]), model()
@@ -89,8 +120,12 @@ def test_the_losss_temporaries(process_group, precision, distilled):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         logits = [torch.randn(2, 128, 4096).to(dtype).requires_grad_(i == 0) for i in range(1 + distilled)]
         losses = language_and_distillation(
-            logits[0], torch.zeros(2, 128, dtype=torch.long), logits[1] if distilled else None,
-            lm_weight=0.0 if distilled else 1.0, kl_weight=1.0, group=process_group,
+            logits[0],
+            torch.zeros(2, 128, dtype=torch.long),
+            logits[1] if distilled else None,
+            lm_weight=0.0 if distilled else 1.0,
+            kl_weight=1.0,
+            group=process_group,
         )
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -148,13 +183,20 @@ def test_recomputation_costs_time_and_an_unknown_gpu_gives_none():
 # ------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(("world", "overrides", "words"), [
-    (30, [], ["parallel.tensor 4", "30 processes"]),
-    (32, ["plan.gpu=l4"], ["needs about", "the GPU has 22", "parallel.recompute=full"]),
-    (32, ["plan.gpu=tpu"], ["plan.gpu is 'tpu'", "h100"]),
-    (96, ["parallel.tensor=3", "parallel.sequence=false", "optim.global_batch=96"], ["parallel.tensor 3 does not divide", "32"]),
-    (32, ["optim.global_batch=6"], ["optim.global_batch 6"]),
-])
+@pytest.mark.parametrize(
+    ("world", "overrides", "words"),
+    [
+        (30, [], ["parallel.tensor 4", "30 processes"]),
+        (32, ["plan.gpu=l4"], ["needs about", "the GPU has 22", "parallel.recompute=full"]),
+        (32, ["plan.gpu=tpu"], ["plan.gpu is 'tpu'", "h100"]),
+        (
+            96,
+            ["parallel.tensor=3", "parallel.sequence=false", "optim.global_batch=96"],
+            ["parallel.tensor 3 does not divide", "32"],
+        ),
+        (32, ["optim.global_batch=6"], ["optim.global_batch 6"]),
+    ],
+)
 def test_plans_that_do_not_work_are_one_sentence(world, overrides, words):
     config = load(ROOT / "configs" / "llama2-7b.yaml", [f"plan.world={world}", *overrides])
     with pytest.raises(ValueError) as caught:

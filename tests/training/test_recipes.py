@@ -17,10 +17,21 @@ from tests.training.plans import plans
 RECIPES = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
 LARGE = ("llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "smollm2-135m")
 # Parameters as published with the models.
-PARAMETERS = {"llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
-              "llama3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
-LATE = {"qwen3-8b": 8_190_735_360, "qwen3-4b": 4_022_468_096, "qwen2.5-7b": 7_615_616_512, "mistral-7b": 7_248_023_552,
-        "llama3.1-8b": 8_030_261_248, "llama3.2-1b": 1_235_814_400}
+PARAMETERS = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "smollm2-135m": 134_515_008,
+}
+LATE = {
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-4b": 4_022_468_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "mistral-7b": 7_248_023_552,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -127,7 +138,7 @@ def test_recipes_with_published_results_keep_their_steps(name, steps):
 
 def dry(*arguments, cwd=ROOT):
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--dry-run", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+        [sys.executable, str(ROOT / "train.py"), "--dry-run", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
     )
 
 

@@ -18,17 +18,7 @@ from dmc.training.rules import Rule
 from dmc.training.state import DecisionCounts, LayerState, Settings
 from tests.equality.test_equality import random_case, whole_model
 from tests.functional import reference as ref
-from tests.training.helpers import (
-    ROOT,
-    arguments,
-    assert_same_run,
-    evaluations,
-    metrics,
-    small_run,
-    tiny_model,
-    tiny_text,
-    train,
-)
+from tests.training.helpers import ROOT, arguments, assert_same_run, evaluations, metrics, small_run, tiny_model, tiny_text, train
 from tests.training.test_dms import held_out_rows
 
 LENGTH, WINDOW, SINKS = 40, 6, 2
@@ -42,6 +32,7 @@ def rule(method, name, length=LENGTH):
 
 def hashed(layer, head, position):
     """Between 0 and 1, by 32-bit integers."""
+
     def mix(x):
         x &= 0xFFFFFFFF
         x = ((x ^ x >> 16) * 0x21F0AAAD) & 0xFFFFFFFF
@@ -118,8 +109,10 @@ def inputs(case, x, layer):
 
 def built(case, method, name, target, mode):
     state = LayerState(
-        Settings(name, method=method, window=None if name == "all" else WINDOW, rule=rule(method, name)), mode=mode,
-        target_cr=target, decisions=DecisionCounts(case.config.num_hidden_layers, case.config.num_key_value_heads),
+        Settings(name, method=method, window=None if name == "all" else WINDOW, rule=rule(method, name)),
+        mode=mode,
+        target_cr=target,
+        decisions=DecisionCounts(case.config.num_hidden_layers, case.config.num_key_value_heads),
     )
     config = shape_of(case.config.to_dict())
     model = decoder.build(config, ParallelConfig(), state, sequence_length=2 * LENGTH, dtype=torch.float32)[0]
@@ -213,21 +206,32 @@ def test_positions_count_from_each_start():
     assert rules.positions(starts).tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["dmc.method=dms", "dmc.decision=all", "dmc.target_cr=300"],
-     "holds at least 5 entries of data.sequence_length 1024 tokens (dmc.sinks 4, 0 newest tokens, 1 more), so the largest "
-     "possible CR is 1024 / 5 = 205 and dmc.target_cr 300 is out of reach"),
-    (["dmc.decision=periodic", "dmc.window=300"],
-     "(dmc.sinks 4, 301 newest tokens, 1 more), so the largest possible CR is 1024 / 306 = 3.35 and dmc.target_cr 4 is out of "
-     "reach: lower dmc.target_cr, dmc.window or dmc"),
-    (["dmc.method=dms", "dmc.decision=random", "dmc.window=2000"], "1024 / 2005 = 0.511"),
-    (["dmc.decision=all"], "set dmc.method=dms"), (["dmc.decision=periodic"], "set dmc.window, such as dmc.window=64"),
-    (["dmc.decision=random", "dmc.window=64", "dmc.decide=late"], "dmc.decide=arrival"),
-    (["dmc.method=dms", "dmc.decision=all", "dmc.window=64"], "dmc.window is 64, and with dmc.decision=all the window follows"),
-    (["dmc.decision=random", "dmc.window=64", "dmc.init=F"], "leave dmc.init out"),
-    (["dmc.decision=random", "dmc.window=64", "dmc.sinks=0"], "dmc.sinks is 0: it must be at least 1"),
-    (["dmc.decision=random", "dmc.window=64", "dmc.train=decision"], "dmc.train=decision trains the added decision"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["dmc.method=dms", "dmc.decision=all", "dmc.target_cr=300"],
+            "holds at least 5 entries of data.sequence_length 1024 tokens (dmc.sinks 4, 0 newest tokens, 1 more), so the largest "
+            "possible CR is 1024 / 5 = 205 and dmc.target_cr 300 is out of reach",
+        ),
+        (
+            ["dmc.decision=periodic", "dmc.window=300"],
+            "(dmc.sinks 4, 301 newest tokens, 1 more), so the largest possible CR is 1024 / 306 = 3.35 and dmc.target_cr 4 is "
+            "out of reach: lower dmc.target_cr, dmc.window or dmc",
+        ),
+        (["dmc.method=dms", "dmc.decision=random", "dmc.window=2000"], "1024 / 2005 = 0.511"),
+        (["dmc.decision=all"], "set dmc.method=dms"),
+        (["dmc.decision=periodic"], "set dmc.window, such as dmc.window=64"),
+        (["dmc.decision=random", "dmc.window=64", "dmc.decide=late"], "dmc.decide=arrival"),
+        (
+            ["dmc.method=dms", "dmc.decision=all", "dmc.window=64"],
+            "dmc.window is 64, and with dmc.decision=all the window follows",
+        ),
+        (["dmc.decision=random", "dmc.window=64", "dmc.init=F"], "leave dmc.init out"),
+        (["dmc.decision=random", "dmc.window=64", "dmc.sinks=0"], "dmc.sinks is 0: it must be at least 1"),
+        (["dmc.decision=random", "dmc.window=64", "dmc.train=decision"], "dmc.train=decision trains the added decision"),
+    ],
+)
 def test_settings_that_cannot_work_are_one_sentence(overrides, words):
     with pytest.raises(ValueError) as caught:
         load(overrides=overrides)
@@ -235,8 +239,11 @@ def test_settings_that_cannot_work_are_one_sentence(overrides, words):
 
 
 def test_the_largest_ratio_can_be_asked_for():
-    for overrides, most in ((["dmc.method=dms", "dmc.decision=all"], 5), (["dmc.decision=periodic", "dmc.window=64"], 70),
-                            (["dmc.method=dms", "dmc.decision=random"], 69)):
+    for overrides, most in (
+        (["dmc.method=dms", "dmc.decision=all"], 5),
+        (["dmc.decision=periodic", "dmc.window=64"], 70),
+        (["dmc.method=dms", "dmc.decision=random"], 69),
+    ):
         config = load(overrides=[*overrides, f"dmc.target_cr={1024 / most}"])
         assert config.dmc.rule(1024).fewest == most
 
@@ -264,10 +271,15 @@ def run(tmp, name, *settings, processes=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [STREAMING, POOLING, RANDOM], ids=["streaming", "pooling", "random"])
-@pytest.mark.parametrize("layout", [
-    ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.context=2", "parallel.recompute=selective"),
-    ("parallel.pipeline=2",),
-], ids=["tensor", "context", "pipeline"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.tensor=2", "parallel.sequence=true"),
+        ("parallel.context=2", "parallel.recompute=selective"),
+        ("parallel.pipeline=2",),
+    ],
+    ids=["tensor", "context", "pipeline"],
+)
 def test_every_layout_is_the_same_run(place, settings, layout):
     name = "-".join(settings)
     one = place / name
@@ -286,8 +298,14 @@ def test_a_run_with_other_sinks_is_another_run(place):
     again = run(place, "again", *POOLING, "--resume", one / "checkpoints" / "step000006")
     assert_same_run(again, one, tolerance=0, steps=6)
     done = train(
-        *arguments(place, place / "other"), *STEPS, *POOLING, "dmc.sinks=3", f"data.held_out={place / 'held.jsonl'}",
-        "--resume", one / "checkpoints" / "step000006", check=False,
+        *arguments(place, place / "other"),
+        *STEPS,
+        *POOLING,
+        "dmc.sinks=3",
+        f"data.held_out={place / 'held.jsonl'}",
+        "--resume",
+        one / "checkpoints" / "step000006",
+        check=False,
     )
     assert done.returncode == 2 and "dmc.sinks=2, here it is 3" in done.stderr
 

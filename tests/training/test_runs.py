@@ -47,15 +47,28 @@ def test_resume_is_exact(reference):
 def test_the_ramp_stops_at_an_integer_ratio_and_resumes_exactly_within_the_stop(reference):
     """cr2 is saved after its hold, evaluated on hard decisions; a run continued in the middle of the hold is the same run."""
     tmp, _ = reference
-    options = ("--target-cr", 3, "dmc.ramp_steps_per_unit=3", "dmc.hold_steps=1", "dmc.integer_hold_steps=3",
-               "optim.decay_steps=2", "optim.warmup_steps=0")
+    options = (
+        "--target-cr",
+        3,
+        "dmc.ramp_steps_per_unit=3",
+        "dmc.hold_steps=1",
+        "dmc.integer_hold_steps=3",
+        "optim.decay_steps=2",
+        "optim.warmup_steps=0",
+    )
     output = small_run(tmp, "stops", *options, "run.save_every=4")
     lines = metrics(output)
     assert [m["phase"] for m in lines] == ["ramp"] * 3 + ["hold"] * 3 + ["ramp"] * 3 + ["hold"]
     assert [m["target_cr"] for m in lines][2:7] == pytest.approx([2, 2, 2, 2, 7 / 3])
     assert [m["lr"] for m in lines][2:7] == pytest.approx([3e-3, 3e-3, 2e-3, 1e-3, 3e-3])
     assert [(e["step"], e["name"]) for e in evaluations(output)] == [
-        (0, "base"), (4, "step000004"), (6, "cr2"), (8, "step000008"), (9, "cr3"), (10, "final")]
+        (0, "base"),
+        (4, "step000004"),
+        (6, "cr2"),
+        (8, "step000008"),
+        (9, "cr3"),
+        (10, "final"),
+    ]
     _, meta = load_hf_state(output / "checkpoints" / "cr2")
     assert meta["target_cr"] == 2 and meta["compressed"] and meta["measured_cr"] == evaluations(output)[2]["eval_cr"]
     resumed = small_run(tmp, "stops-resumed", *options, "--resume", output / "checkpoints" / "step000004")
@@ -112,10 +125,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    pytest.param(*one, marks=() if one[0][0] in ("--target-crr", "data.sequence_length=100000", "--resume") else pytest.mark.slow)
-    for one in REFUSED  # each a process; test_train.py has more of them in one
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            *one, marks=() if one[0][0] in ("--target-crr", "data.sequence_length=100000", "--resume") else pytest.mark.slow
+        )
+        for one in REFUSED  # each a process; test_train.py has more of them in one
+    ],
+)
 def test_bad_input_is_one_sentence_and_exit_2(reference, arguments, message):
     tmp, _ = reference
     base = ["--output", tmp / "never", f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}", *SMALL]
@@ -129,7 +147,15 @@ def test_bad_input_is_one_sentence_and_exit_2(reference, arguments, message):
 def test_an_output_directory_that_holds_a_run_is_refused(reference):
     tmp, output = reference
     before = (output / "metrics.jsonl").read_text()
-    done = train("--model", tmp / "model", "--output", output, f"data.text={tmp / 'text.jsonl'}",
-                 f"data.cache={tmp / 'cache'}", *SMALL, check=False)
+    done = train(
+        "--model",
+        tmp / "model",
+        "--output",
+        output,
+        f"data.text={tmp / 'text.jsonl'}",
+        f"data.cache={tmp / 'cache'}",
+        *SMALL,
+        check=False,
+    )
     assert done.returncode == 2 and "holds a run" in done.stderr
     assert (output / "metrics.jsonl").read_text() == before

@@ -170,13 +170,20 @@ def test_the_hold_at_an_integer_ratio_is_on_by_default_and_its_steps_are_counted
 
 @settings(max_examples=200, deadline=None)
 @given(
-    target=st.sampled_from([1.0, 1.5, 2.0, 2.0000001, 2.5, 3.0, 3.3, 4.0, 8.0]), per_unit=st.sampled_from([0, 0.3, 1, 7, 33.3]),
-    length=st.integers(1, 9), final=st.integers(0, 5), repurpose=st.integers(0, 4),
+    target=st.sampled_from([1.0, 1.5, 2.0, 2.0000001, 2.5, 3.0, 3.3, 4.0, 8.0]),
+    per_unit=st.sampled_from([0, 0.3, 1, 7, 33.3]),
+    length=st.integers(1, 9),
+    final=st.integers(0, 5),
+    repurpose=st.integers(0, 4),
 )
 def test_holds_leave_the_ramp_as_it_is(target, per_unit, length, final, repurpose):
     """Without the steps of the holds the targets are those without holds; each integer ratio is saved once, at its hold's end."""
-    options = (f"dmc.target_cr={target}", f"dmc.ramp_steps_per_unit={per_unit}", f"dmc.hold_steps={final}",
-               f"dmc.repurpose_steps={repurpose}")
+    options = (
+        f"dmc.target_cr={target}",
+        f"dmc.ramp_steps_per_unit={per_unit}",
+        f"dmc.hold_steps={final}",
+        f"dmc.repurpose_steps={repurpose}",
+    )
     if not (final or repurpose or per_unit * (target - 1)):
         return
     plain, run = schedule(*options), schedule(*options, f"dmc.integer_hold_steps={length}")

@@ -78,19 +78,27 @@ def test_a_teacher_of_other_heads_serves_and_one_of_another_vocabulary_is_refuse
         setup.attach_teacher(config, strange, trained, convert.loader(strange, model.state.__getitem__))
 
 
-@pytest.mark.parametrize(("overrides", "world", "words"), [
-    (["parallel.tensor=2"], 1, "parallel.tensor 2 x parallel.pipeline 1 x parallel.context 1 does not divide the 1 processes"),
-    (["parallel.tensor=2", "parallel.pipeline=2", "distill.weight=0", "distill.lm_weight=1"], 6, "does not divide the 6"),
-    (["optim.global_batch=6", "optim.micro_batch=2"], 2, "optim.global_batch 6 is not a multiple of optim.micro_batch 2 x 2"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "world", "words"),
+    [
+        (
+            ["parallel.tensor=2"],
+            1,
+            "parallel.tensor 2 x parallel.pipeline 1 x parallel.context 1 does not divide the 1 processes",
+        ),
+        (["parallel.tensor=2", "parallel.pipeline=2", "distill.weight=0", "distill.lm_weight=1"], 6, "does not divide the 6"),
+        (["optim.global_batch=6", "optim.micro_batch=2"], 2, "optim.global_batch 6 is not a multiple of optim.micro_batch 2 x 2"),
+    ],
+)
 def test_layouts_that_the_processes_do_not_carry_are_refused(overrides, world, words):
     with pytest.raises(ValueError, match=words):
         setup.check_world(load(overrides=overrides), world)
 
 
-@pytest.mark.parametrize(("overrides", "world"), [
-    ([], 1), (["parallel.tensor=2"], 2), (["parallel.tensor=2", "optim.global_batch=12", "optim.micro_batch=2"], 6),
-])
+@pytest.mark.parametrize(
+    ("overrides", "world"),
+    [([], 1), (["parallel.tensor=2"], 2), (["parallel.tensor=2", "optim.global_batch=12", "optim.micro_batch=2"], 6)],
+)
 def test_layouts_that_they_carry(overrides, world):
     setup.check_world(load(overrides=overrides), world)
 
@@ -99,8 +107,15 @@ def test_layouts_that_they_carry(overrides, world):
 def test_cuda_devices_in_calls_are_the_cpu():
     x = torch.arange(3.0)
     assert x.cuda() is x
-    for got in (x.to("cuda"), x.to(torch.device("cuda", 0)), x.to(device="cuda:0"), x.to("cuda", torch.float64),
-                torch.zeros(3, device="cuda"), torch.empty(2, device=torch.device("cuda")), torch.ones(1, pin_memory=True)):
+    for got in (
+        x.to("cuda"),
+        x.to(torch.device("cuda", 0)),
+        x.to(device="cuda:0"),
+        x.to("cuda", torch.float64),
+        torch.zeros(3, device="cuda"),
+        torch.empty(2, device=torch.device("cuda")),
+        torch.ones(1, pin_memory=True),
+    ):
         assert got.device.type == "cpu"
     assert x.to("cuda", torch.float64).dtype == torch.float64
     assert x.type() == "torch.cuda.FloatTensor" and x.type(torch.float64).dtype == torch.float64

@@ -24,8 +24,14 @@ def ground(tmp_path_factory, rank_server):
 
 def arguments(tmp, name, *extra):
     return [
-        "--model", tmp / "model", "--output", tmp / name, f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}",
-        *SMALL, *extra,
+        "--model",
+        tmp / "model",
+        "--output",
+        tmp / name,
+        f"data.text={tmp / 'text.jsonl'}",
+        f"data.cache={tmp / 'cache'}",
+        *SMALL,
+        *extra,
     ]
 
 
@@ -33,12 +39,15 @@ def weights(output):
     return load_hf_state(output / "checkpoints" / "final")[0]
 
 
-@pytest.mark.parametrize(("name", "first", "second", "exact"), [
-    ("SIGUSR1", (), (), True),
-    ("SIGTERM", (), ("parallel.tensor=2",), False),
-    ("SIGUSR1", ("ranks 2", "run.async_save=true"), (), False),
-    pytest.param("SIGTERM", ("ranks 2", "parallel.tensor=2"), ("parallel.tensor=2",), False, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("name", "first", "second", "exact"),
+    [
+        ("SIGUSR1", (), (), True),
+        ("SIGTERM", (), ("parallel.tensor=2",), False),
+        ("SIGUSR1", ("ranks 2", "run.async_save=true"), (), False),
+        pytest.param("SIGTERM", ("ranks 2", "parallel.tensor=2"), ("parallel.tensor=2",), False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_continues_as_if_it_had_not_stopped(ground, rank_server, tmp_path, name, first, second, exact):
     """On the same layout bit for bit; saved by data-parallel or tensor-parallel ranks and resumed otherwise, to fp32 tolerance.
 
@@ -47,7 +56,10 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(ground, rank_server, t
     ranks = 2 if "ranks 2" in first else 1
     log, first = tmp_path / "log", [a for a in first if a != "ranks 2"]
     stopped = rank_server.start(
-        log, arguments(ground, tmp_path / "run", *first), ranks=ranks, hook="at_step",
+        log,
+        arguments(ground, tmp_path / "run", *first),
+        ranks=ranks,
+        hook="at_step",
         settings={"step": 5, "ranks": [ranks - 1], "action": "signal", "value": name},
     )
     assert stopped.wait() == [EXIT_CODE] * ranks
@@ -74,7 +86,9 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(ground, rank_server, t
 def test_a_signal_in_the_last_step_changes_nothing(ground, rank_server, tmp_path):
     """Nothing is left to do: the run is complete and says so by its exit code."""
     run = rank_server.start(
-        tmp_path, arguments(ground, tmp_path / "run"), hook="at_step",
+        tmp_path,
+        arguments(ground, tmp_path / "run"),
+        hook="at_step",
         settings={"step": 8, "ranks": [0], "action": "signal", "value": "SIGTERM"},
     )
     assert run.wait() == [0]

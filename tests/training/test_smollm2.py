@@ -16,17 +16,38 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL, reason="DMC_SMOLLM
 
 # Batch 2 x 256 so that two data-parallel ranks have one each; a gain that makes the first steps merge.
 STEPS = (
-    "data.sequence_length=256", "optim.micro_batch=1", "optim.global_batch=2", "log.eval_sequences=2", "run.threads=1",
-    "dmc.ramp_steps_per_unit=3", "dmc.hold_steps=1", "dmc.gain=100", "dmc.offset=2.5", "optim.lr=3e-4",
-    "optim.decay_steps=0", "optim.warmup_steps=0", "--target-cr", "2",
+    "data.sequence_length=256",
+    "optim.micro_batch=1",
+    "optim.global_batch=2",
+    "log.eval_sequences=2",
+    "run.threads=1",
+    "dmc.ramp_steps_per_unit=3",
+    "dmc.hold_steps=1",
+    "dmc.gain=100",
+    "dmc.offset=2.5",
+    "optim.lr=3e-4",
+    "optim.decay_steps=0",
+    "optim.warmup_steps=0",
+    "--target-cr",
+    "2",
 )
 
 
 def run(tmp: Path, name: str, *layout: str, processes: int) -> Path:
     if not (tmp / "text.jsonl").exists():
         tiny_text(tmp / "text.jsonl", words=400)
-    train("--model", MODEL, "--output", tmp / name, f"data.text={tmp / 'text.jsonl'}", f"data.cache={tmp / 'cache'}",
-          *STEPS, *layout, processes=processes, timeout=1800)
+    train(
+        "--model",
+        MODEL,
+        "--output",
+        tmp / name,
+        f"data.text={tmp / 'text.jsonl'}",
+        f"data.cache={tmp / 'cache'}",
+        *STEPS,
+        *layout,
+        processes=processes,
+        timeout=1800,
+    )
     return tmp / name
 
 
@@ -46,7 +67,18 @@ def test_two_processes_run_the_same_steps(one, layout):
 
 def test_its_heads_do_not_divide_by_two(tmp_path):
     tiny_text(tmp_path / "text.jsonl", words=400)
-    done = train("--model", MODEL, "--output", tmp_path / "tp", f"data.text={tmp_path / 'text.jsonl'}",
-                 f"data.cache={tmp_path / 'cache'}", *STEPS, "parallel.tensor=2", processes=2, check=False, timeout=600)
+    done = train(
+        "--model",
+        MODEL,
+        "--output",
+        tmp_path / "tp",
+        f"data.text={tmp_path / 'text.jsonl'}",
+        f"data.cache={tmp_path / 'cache'}",
+        *STEPS,
+        "parallel.tensor=2",
+        processes=2,
+        check=False,
+        timeout=600,
+    )
     assert done.returncode and "parallel.tensor 2 does not divide the model's num_key_value_heads 3" in done.stderr
     assert "Traceback" not in done.stderr.split("error:")[0]

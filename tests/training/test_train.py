@@ -11,7 +11,9 @@ from dmc.families import shape_of
 from dmc.training.config import Config, load
 
 FLAGS = {
-    "--target-cr": ("8", "dmc.target_cr", 8.0), "--model": ("1e3", "run.model", "1e3"), "--output": ("a b", "run.output", "a b"),
+    "--target-cr": ("8", "dmc.target_cr", 8.0),
+    "--model": ("1e3", "run.model", "1e3"),
+    "--output": ("a b", "run.output", "a b"),
     "--resume": ("auto", "run.resume", "auto"),
 }
 
@@ -42,14 +44,18 @@ def test_flags_and_overrides_may_mix_and_come_after_the_file(tmp_path):
     assert (config.dmc.target_cr, config.dmc.gain, config.run.output, config.run.seed) == (3.0, 9.0, "here", 6)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--target-crr", "4"], ["unknown flag --target-crr", "--target-cr", "--config", "section.key=value"]),
-    (["--lr=3"], ["unknown flag --lr=3"]), (["-x"], ["unknown flag -x"]),
-    (["--target-cr", "four"], ["dmc.target_cr is 'four'", "a number"]),
-    (["--target-cr", "nan"], ["dmc.target_cr is nan"]),
-    (["--config", "none.yaml"], ["no config file at none.yaml"]),
-    (["retrofit"], ["'retrofit' is not an override"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target-crr", "4"], ["unknown flag --target-crr", "--target-cr", "--config", "section.key=value"]),
+        (["--lr=3"], ["unknown flag --lr=3"]),
+        (["-x"], ["unknown flag -x"]),
+        (["--target-cr", "four"], ["dmc.target_cr is 'four'", "a number"]),
+        (["--target-cr", "nan"], ["dmc.target_cr is nan"]),
+        (["--config", "none.yaml"], ["no config file at none.yaml"]),
+        (["retrofit"], ["'retrofit' is not an override"]),
+    ],
+)
 def test_bad_arguments_are_one_sentence(arguments, words):
     with pytest.raises(ValueError) as caught:
         train.parse(arguments)

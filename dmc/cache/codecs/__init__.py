@@ -19,22 +19,25 @@ from dmc.cache.codecs.tcq import TcqCodec
 from dmc.cache.codecs.turbo import RotatedCodec
 from dmc.plugins import find
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (
-    DenseCodec,
-    Int8Codec,
-    Fp8Codec,
-    KiviCodec,
-    RotatedCodec,
-    SvdCodec,
-    EigenCodec,
-    GearCodec,
-    Gear4Bit,
-    Gear2Bit,
-    TcqCodec,
-    Tcq4Bit,
-    Tcq3Bit,
-    Tcq2Bit,
-)}
+CODECS: dict[str, type[Codec]] = {
+    codec.name: codec
+    for codec in (
+        DenseCodec,
+        Int8Codec,
+        Fp8Codec,
+        KiviCodec,
+        RotatedCodec,
+        SvdCodec,
+        EigenCodec,
+        GearCodec,
+        Gear4Bit,
+        Gear2Bit,
+        TcqCodec,
+        Tcq4Bit,
+        Tcq3Bit,
+        Tcq2Bit,
+    )
+}
 
 __all__ = ["CODECS", "Blocks", "Codec", "codec", "codec_class", "make"]
 

@@ -66,9 +66,7 @@ class Backbone:
         axis, grouped = MIN_MAX[self.name][part == "v"]
         return Quantiser(bits, axis, self.group if grouped else None, self.scale_dtype)
 
-    def page_format(
-        self, codec: Codec, page: int, head_size: int, fields: dict[str, Field], device: torch.device,
-    ) -> PageFormat:
+    def page_format(self, codec: Codec, page: int, head_size: int, fields: dict[str, Field], device: torch.device) -> PageFormat:
         """See `Codec.page_format`, for a codec that stores ``fields``. The format has no kernels if none reads such codes."""
         given = codec.name, page, head_size, fields, codec.fields
         key, value = self.part("k", head_size), self.part("v", head_size)
@@ -83,9 +81,7 @@ class Backbone:
         return MinMaxFormat(*given, key.bits, key.axis == "channel", value.axis == "channel", key.group)
 
 
-def widths(
-    codec: str, backbone: str, bits: int, key_bits: float | None, value_bits: float | None,
-) -> tuple[float, float]:
+def widths(codec: str, backbone: str, bits: int, key_bits: float | None, value_bits: float | None) -> tuple[float, float]:
     """Bits of a code of keys and of values.
 
     Args:

@@ -103,9 +103,7 @@ class Codec(ABC):
         blocks = self.encode(*torch.zeros(2, entries, head_size, dtype=dtype))
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in blocks.tensors.items()}
 
-    def page_format(
-        self, entries: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu",
-    ) -> PageFormat:
+    def page_format(self, entries: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> PageFormat:
         """The page format: storage of pages of so many entries, and kernels that read and write them. One object per page size.
 
         Args:

@@ -52,12 +52,22 @@ class GearCodec(Codec):
     page_size = 64
 
     def __init__(
-        self, bits: int = 4, *, backbone: str | None = None, key_bits: float | None = None,
-        value_bits: float | None = None, group: int | None = None, rank: int = 4, outliers: float = 0.02,
-        rounds: int = 3, seed: int = 0, scale_dtype: str | None = None,
+        self,
+        bits: int = 4,
+        *,
+        backbone: str | None = None,
+        key_bits: float | None = None,
+        value_bits: float | None = None,
+        group: int | None = None,
+        rank: int = 4,
+        outliers: float = 0.02,
+        rounds: int = 3,
+        seed: int = 0,
+        scale_dtype: str | None = None,
     ) -> None:
         for setting, value, known in (
-            ("bits", bits, BITS), ("backbone", backbone, (None, *BACKBONES)),
+            ("bits", bits, BITS),
+            ("backbone", backbone, (None, *BACKBONES)),
             ("scale_dtype", scale_dtype, (None, *SCALE_DTYPES)),
         ):
             if value not in known:

@@ -45,7 +45,7 @@ def read_layers(path: str | Path) -> list[Codec]:
     out = []
     for number, settings in enumerate(read["layers"]):
         if not isinstance(settings, dict):
-            raise ValueError(f"{path}, layer {number}: settings must be an object such as {{\"bits\": 4}}, got {settings!r}")
+            raise ValueError(f'{path}, layer {number}: settings must be an object such as {{"bits": 4}}, got {settings!r}')
         key = json.dumps(settings, sort_keys=True)
         if key not in made:
             try:
@@ -63,6 +63,8 @@ def _made(path: str | Path, read: dict, settings: dict) -> Codec:
         return codec(name, **settings)
     now = former(name, settings)
     if now[0] != name:
-        say(f'{path} was written by version 0.1, whose codec {name} is now called {now[0]}; write "format": "{FORMAT}" and that '
-            "name, as the next version reads no other")
+        say(
+            f'{path} was written by version 0.1, whose codec {name} is now called {now[0]}; write "format": "{FORMAT}" and that '
+            "name, as the next version reads no other"
+        )
     return make(*now)

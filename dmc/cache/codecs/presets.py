@@ -73,5 +73,3 @@ class Tcq2Bit(_Tcq):
 
     name = "tcq-2bit"
     defaults = {"bits": 2}
-
-

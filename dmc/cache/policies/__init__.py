@@ -21,23 +21,26 @@ from dmc.cache.policies.streaming import StreamingPolicy
 from dmc.cache.policies.tova import TovaPolicy
 from dmc.plugins import find
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (
-    FullPolicy,
-    DmcPolicy,
-    StreamingPolicy,
-    H2OPolicy,
-    TovaPolicy,
-    DmsPolicy,
-    GatePolicy,
-    SnapKVPolicy,
-    PyramidKVPolicy,
-    AdaKVPolicy,
-    ExpectedAttentionPolicy,
-    KNormPolicy,
-    RandomPolicy,
-    KVzapPolicy,
-    MergedPolicy,
-)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        FullPolicy,
+        DmcPolicy,
+        StreamingPolicy,
+        H2OPolicy,
+        TovaPolicy,
+        DmsPolicy,
+        GatePolicy,
+        SnapKVPolicy,
+        PyramidKVPolicy,
+        AdaKVPolicy,
+        ExpectedAttentionPolicy,
+        KNormPolicy,
+        RandomPolicy,
+        KVzapPolicy,
+        MergedPolicy,
+    )
+}
 
 __all__ = ["POLICIES", "Entries", "Policy", "PromptEntries", "PromptPolicy", "policy", "policy_class"]
 
@@ -61,7 +64,5 @@ def policy(name: str, **settings: object) -> Policy:
     known = kind.settings()
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
-        raise ValueError(
-            f"the {name} policy has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none at all'}"
-        )
+        raise ValueError(f"the {name} policy has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none at all'}")
     return kind(**settings)

@@ -25,7 +25,7 @@ class AdaKVPolicy(SnapKVPolicy):
     by_head = False
 
     def __init__(
-        self, *, budget: int = 256, share: float | None = None, window: int = 32, kernel: int = 5, least: float = 0.2,
+        self, *, budget: int = 256, share: float | None = None, window: int = 32, kernel: int = 5, least: float = 0.2
     ) -> None:
         super().__init__(budget=budget, share=share, window=window, kernel=kernel)
         if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:

@@ -47,8 +47,13 @@ class GatePolicy(Policy):
     by_head = True
 
     def __init__(
-        self, *, decisions: str | Path | FittedDecisions | None = None, target_cr: float | None = None,
-        length: int | None = None, merge: bool | str = False, power: float | None = None,
+        self,
+        *,
+        decisions: str | Path | FittedDecisions | None = None,
+        target_cr: float | None = None,
+        length: int | None = None,
+        merge: bool | str = False,
+        power: float | None = None,
         max_entries: int | None = None,
     ) -> None:
         if decisions is None:

@@ -25,7 +25,7 @@ class KVzapPolicy(BudgetPolicy):
     name, evicts, across_heads = "kvzap", True, "has scores for all heads of a layer"
 
     def __init__(
-        self, *, file: str, threshold: float | None = None, budget: int = 256, share: float | None = None, window: int = 32,
+        self, *, file: str, threshold: float | None = None, budget: int = 256, share: float | None = None, window: int = 32
     ) -> None:
         super().__init__(budget=budget, share=share)
         if not isinstance(file, str):

@@ -21,7 +21,7 @@ class PyramidKVPolicy(SnapKVPolicy):
     name = "pyramidkv"
 
     def __init__(
-        self, *, budget: int = 256, share: float | None = None, window: int = 32, kernel: int = 5, beta: int = 20,
+        self, *, budget: int = 256, share: float | None = None, window: int = 32, kernel: int = 5, beta: int = 20
     ) -> None:
         super().__init__(budget=budget, share=share, window=window, kernel=kernel)
         self.beta = budgets.check_count(self.name, "beta", beta, 1)

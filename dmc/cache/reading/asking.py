@@ -92,8 +92,9 @@ def _checked(policy: Policy, method: str, made: object, shape: Sequence[int], ki
         if made.dtype == torch.bool if kind == "bool" else made.is_floating_point():
             return made
     meaning = ", True for what stays or is seen: not positions, not indices" if kind == "bool" else ""
-    raise ValueError(f"{method} of the policy {policy.name} must return {kind} {list(shape)}{meaning}; it returned "
-                     f"{_described(made)}")
+    raise ValueError(
+        f"{method} of the policy {policy.name} must return {kind} {list(shape)}{meaning}; it returned {_described(made)}"
+    )
 
 
 def _described(made: object) -> str:

@@ -25,7 +25,7 @@ class Gathered(Reader):
         self.packing = packing
 
     def attend(
-        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
+        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Reader.attend`."""
         plan = plans(rows, index[None])[0] if plan is None else plan

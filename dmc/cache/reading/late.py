@@ -72,8 +72,19 @@ def leaving(window: int, positions: Tensor, rope, *, merges: bool) -> Leaving:  
 
 
 def leave(
-    rows: Rows, packing: Packing, policy: Policy, index: Tensor, gone: Leaving, key: Tensor, turned: Tensor, value: Tensor,
-    logits: Tensor, omega: Tensor, late: Tensor | None, kernels: OnPages | None, closed: Tensor | None = None,
+    rows: Rows,
+    packing: Packing,
+    policy: Policy,
+    index: Tensor,
+    gone: Leaving,
+    key: Tensor,
+    turned: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    omega: Tensor,
+    late: Tensor | None,
+    kernels: OnPages | None,
+    closed: Tensor | None = None,
 ) -> Tensor:
     """Moves the oldest tokens out of their rings and the newest ones in, after attention, in layers with equal storage.
 
@@ -123,7 +134,14 @@ def leave(
 
 
 def _by_torch(
-    rows: Rows, index: Tensor, gone: Leaving, policy: Policy, entering: Tensor, key: Tensor, value: Tensor, alpha: Tensor,
+    rows: Rows,
+    index: Tensor,
+    gone: Leaving,
+    policy: Policy,
+    entering: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
     omega: Tensor,
 ) -> None:
     heads, size = rows.shape.heads, key.shape[-1]
@@ -151,8 +169,15 @@ def _by_torch(
 
 
 def _by_kernels(
-    rows: Rows, index: Tensor, gone: Leaving, kernels: OnPages, entering: Tensor, key: Tensor, value: Tensor,
-    alpha: Tensor, omega: Tensor,
+    rows: Rows,
+    index: Tensor,
+    gone: Leaving,
+    kernels: OnPages,
+    entering: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
 ) -> None:
     """`_by_torch` with the kernels of `dmc.cache.reading.onpages`, without waiting for the device."""
     window = rows.storage.ring
@@ -179,5 +204,3 @@ def _count(rows: Rows, index: Tensor, gone: Leaving, window: int) -> None:
 def _each(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """``[S, D]`` → ``[S, 1, D]``, for all heads."""
     return table[0][:, None], table[1][:, None]
-
-

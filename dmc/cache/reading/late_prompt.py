@@ -85,8 +85,16 @@ class LatePrompt:
         return torch.arange(max(0, self.done - self.window - 1), self.done + tokens, device=device)
 
     def attend(
-        self, number: int, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, omega: Tensor, late: Tensor | None,
-        positions: Tensor, table: tuple[Tensor, Tensor],
+        self,
+        number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logits: Tensor,
+        omega: Tensor,
+        late: Tensor | None,
+        positions: Tensor,
+        table: tuple[Tensor, Tensor],
     ) -> Tensor:
         """The next chunk in one layer; the caller adds its length to `done` after the last layer.
 

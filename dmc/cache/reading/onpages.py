@@ -38,7 +38,7 @@ class OnPages(Reader):
         self.packing, self.backend, self.statistics, self.writes = packing, backend, statistics, writes
 
     def attend(
-        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
+        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Reader.attend`; Triton's kernels compute in the model's dtype, the CPU kernels in fp32."""
         work = rows.shape.dtype if self.backend is Backend.TRITON else query.dtype
@@ -49,7 +49,14 @@ class OnPages(Reader):
         return decode_attention(*parts, backend=self.backend).to(query.dtype), None
 
     def append(
-        self, rows: Rows, index: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, positions: Tensor,
+        self,
+        rows: Rows,
+        index: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha: Tensor,
+        omega: Tensor,
+        positions: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """`dmc.kernels.append.append.append_tokens`; `encode` must follow."""
@@ -103,8 +110,16 @@ class OnPages(Reader):
 def _growing(rows: Rows, read: Paged, stack: Tensor, free: Tensor, failed: Tensor) -> Growing:
     parts = {field.name: getattr(read, field.name) for field in dataclasses.fields(read)}
     return Growing(
-        **parts, sinks=rows.storage.first, window=rows.storage.window, numerators=rows.numerators, z=rows.z,
-        memory=rows.pool.memory, stack=stack, free=free, owners=rows.pool.owners, failed=failed,
+        **parts,
+        sinks=rows.storage.first,
+        window=rows.storage.window,
+        numerators=rows.numerators,
+        z=rows.z,
+        memory=rows.pool.memory,
+        stack=stack,
+        free=free,
+        owners=rows.pool.owners,
+        failed=failed,
     )
 
 

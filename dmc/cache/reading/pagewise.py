@@ -25,7 +25,7 @@ class PageByPage(Reader):
         self.packing, self.statistics = packing, statistics
 
     def attend(
-        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
+        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Reader.attend`."""
         query = query * query.shape[-1] ** -0.5
@@ -61,7 +61,7 @@ class PageByPage(Reader):
 
 
 def _add_statistics(
-    rows: Rows, packing: Packing, index: Tensor, weights: Tensor, parts: list, total: Tensor, *, add: bool,
+    rows: Rows, packing: Packing, index: Tensor, weights: Tensor, parts: list, total: Tensor, *, add: bool
 ) -> Tensor:
     """Adds each entry's softmax weight, summed over the queries of its head, to its score, or replaces the score.
 

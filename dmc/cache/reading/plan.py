@@ -86,10 +86,7 @@ def plans(rows: Rows, index: Tensor) -> list[Plan]:
         full_pages = rows.full_table[:, :held][index].flatten(1).unbind()
         full_gone = _gone(full, longest, int(full.min()), held * rows.per_full_page)
     groups = zip(*parts, strict=True)
-    return [
-        Plan(packing, order, back, list(group), pages, full_gone)
-        for group, pages in zip(groups, full_pages, strict=True)
-    ]
+    return [Plan(packing, order, back, list(group), pages, full_gone) for group, pages in zip(groups, full_pages, strict=True)]
 
 
 def _cuts(lengths: list[int], most: int) -> list[tuple[int, int]]:

@@ -81,8 +81,16 @@ class Prompt:
         return torch.arange(self.done - (self.done > 0), self.done + tokens, device=device)
 
     def attend(
-        self, number: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None,
-        positions: Tensor, table: tuple[Tensor, Tensor],
+        self,
+        number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha: Tensor,
+        omega: Tensor,
+        late: Tensor | None,
+        positions: Tensor,
+        table: tuple[Tensor, Tensor],
     ) -> Tensor:
         """The next chunk in one layer; the caller adds its length to `done` after the last layer.
 
@@ -136,8 +144,17 @@ class Prompt:
         following = torch.full((len(positions),), self.done, device=positions.device)
         queries = self.queries[number]
         there = PromptEntries(
-            positions, layer.scores, len(positions), following, number, len(self.layers), layer.keys, layer.values,
-            self._newest(layer), None if queries is None else queries.unflatten(0, (len(positions), -1)), self.moments[number],
+            positions,
+            layer.scores,
+            len(positions),
+            following,
+            number,
+            len(self.layers),
+            layer.keys,
+            layer.values,
+            self._newest(layer),
+            None if queries is None else queries.unflatten(0, (len(positions), -1)),
+            self.moments[number],
             self.rope,
         )
         keep = asking.kept(self.policy, "keep_prompt", there)
@@ -163,8 +180,7 @@ class Prompt:
             self.moments[number] = new if before is None else before + new
 
     def _scores(
-        self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, ends: Tensor, counts: Tensor,
-        arrived: Tensor | None,
+        self, past: Layer | None, gathered: tuple[Tensor, Tensor] | None, ends: Tensor, counts: Tensor, arrived: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """Scores of final entries, and of the accumulating one. Each token's score is added to the entry that contains it.
         ``arrived [H, T]``: scores at arrival."""
@@ -240,6 +256,11 @@ def select(layer: Layer, kept: Tensor) -> tuple[Layer, Tensor]:
     positions = torch.where(there, layer.positions.gather(1, order), NONE)
     scores = None if layer.scores is None else layer.scores.gather(1, order)
     return Layer(
-        layer.keys.gather(1, wide), layer.values.gather(1, wide), positions, scores, layer.numerators, layer.z,
+        layer.keys.gather(1, wide),
+        layer.values.gather(1, wide),
+        positions,
+        scores,
+        layer.numerators,
+        layer.z,
         layer.accumulating_score,
     ), counts

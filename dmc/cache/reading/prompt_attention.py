@@ -60,9 +60,7 @@ class Seen:
     rising: bool = True
 
 
-def prompt_attention(
-    query: Tensor, seen: Seen, policy: Policy, backend: Backend,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def prompt_attention(query: Tensor, seen: Seen, policy: Policy, backend: Backend) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Attention of a prompt's rotated queries ``[Hq, T, D]``; softmax in fp32 or more. ``backend``: of the cache.
 
     Returns:

@@ -23,7 +23,7 @@ class Reader(ABC):
 
     @abstractmethod
     def attend(
-        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None,
+        self, rows: Rows, index: Tensor, query: Tensor, own_key: Tensor, own_value: Tensor, plan: Plan | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """One query of each head over what a row holds: encoded pages, full-precision entries, and its own state.
 

@@ -47,8 +47,17 @@ class Step:
     """
 
     def __init__(
-        self, rows: Rows, policy: Policy, readers: Sequence[Reader], slots: Tensor, positions: Tensor,
-        chunks: Sequence[tuple[Prompt | LatePrompt, int]], rope: Rope, *, merges: bool = True, trace: bool = False,
+        self,
+        rows: Rows,
+        policy: Policy,
+        readers: Sequence[Reader],
+        slots: Tensor,
+        positions: Tensor,
+        chunks: Sequence[tuple[Prompt | LatePrompt, int]],
+        rope: Rope,
+        *,
+        merges: bool = True,
+        trace: bool = False,
         closed: Tensor | None = None,
     ) -> None:
         self.closed = closed
@@ -85,7 +94,14 @@ class Step:
                 self._finish_all(numbers)
 
     def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None = None,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha: Tensor,
+        omega: Tensor,
+        late: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """Query ``[N, Hq, D]``, key, value ``[N, H, D]``, not rotated; alpha, omega, late ``[N, H]`` → as query.
@@ -134,7 +150,7 @@ class Step:
     # ------------------------------------------------------------------------------------ by kernels
 
     def _grown(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None
     ) -> Tensor:
         index, size, reader = self.index[layer], query.shape[-1], self.readers[layer]
         alpha, omega = self.settle or (alpha.flatten(), omega.flatten())
@@ -155,7 +171,7 @@ class Step:
         self.gone = late.leaving(self.policy.ring, positions, rope, merges=self.policy.merges)
 
     def _late(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, omega: Tensor, ahead: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, omega: Tensor, ahead: Tensor | None
     ) -> Tensor:
         rows, index, size, work = self.rows, self.index[layer], query.shape[-1], self.rows.z.dtype
         turned, values = _turn(key.to(work), self.now).reshape(-1, size), value.to(work).reshape(-1, size)
@@ -175,8 +191,13 @@ class Step:
             parts = [None if part[0] is None else torch.cat([x.flatten() for x in part]).to(work) for part in entering]
             parts[:3] = [part.view(-1, rows.shape.head_size) for part in parts[:3]]
             merged = late.leave(
-                rows, rows.packings[numbers[0]], self.policy, self.index[numbers].flatten(), self.gone.repeat(len(numbers)),
-                *parts, self.readers[numbers[0]] if self.grows else None,
+                rows,
+                rows.packings[numbers[0]],
+                self.policy,
+                self.index[numbers].flatten(),
+                self.gone.repeat(len(numbers)),
+                *parts,
+                self.readers[numbers[0]] if self.grows else None,
                 None if self.closed is None else self.closed[numbers].flatten(),
             )
             for number, each in zip(numbers, (merged & self.policy.merges).view(shape), strict=True):
@@ -202,7 +223,7 @@ class Step:
                 self.plans[number] = plan
 
     def _settled(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, arrived: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, arrived: Tensor | None
     ) -> Tensor:
         rows, dtype = self.rows, self.rows.z.dtype
         key, value = key.to(dtype), value.to(dtype)
@@ -219,7 +240,7 @@ class Step:
     # ------------------------------------------------------------------------------------ merging
 
     def _merging(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, _: Tensor | None
     ) -> Tensor:
         rows, index = self.rows, self.index[layer]
         alpha, omega = alpha.flatten().to(rows.z.dtype), omega.flatten().to(rows.z.dtype)
@@ -252,7 +273,7 @@ class Step:
     # ------------------------------------------------------------------------------------ both
 
     def _attend(
-        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, arrived: Tensor | None = None,
+        self, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, alpha: Tensor, arrived: Tensor | None = None
     ) -> Tensor:
         """Attention of queries over their rows and their own rotated states ``[S, H, D]``; then scores and eviction.
 
@@ -260,7 +281,7 @@ class Step:
         rows, index, size = self.rows, self.index[layer], query.shape[-1]
         queries = _turn(query.to(own_key.dtype), self.now).view(len(index), -1, size)  # [S * H, G, D]
         out, weight = self.readers[layer].attend(
-            rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), self.plans[layer],
+            rows, index, queries, own_key.reshape(-1, size), own_value.reshape(-1, size), self.plans[layer]
         )
         if rows.storage.scored:
             self._score(index, alpha.flatten(), weight if arrived is None else arrived.flatten())

@@ -84,9 +84,7 @@ class Packing:
         return self.codec.page_format(self.page_size, self.head_size, self.exact_dtype, device)
 
 
-def packings(
-    codecs: Sequence[Codec], page_size: int | None, head_size: int, storage: Storage,
-) -> tuple[tuple[Packing, ...], int]:
+def packings(codecs: Sequence[Codec], page_size: int | None, head_size: int, storage: Storage) -> tuple[tuple[Packing, ...], int]:
     """The layout of each layer's pages, and the bytes of a page; see the head of this file.
 
     Args:

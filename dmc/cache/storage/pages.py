@@ -118,9 +118,7 @@ class PagePool:
             self._free, failed = self._counts.tolist()
             self._lent = False
             if failed:
-                raise RuntimeError(
-                    f"internal error: page reservation too small (flags {failed}); the KV cache is invalid"
-                )
+                raise RuntimeError(f"internal error: page reservation too small (flags {failed}); the KV cache is invalid")
         return self._free
 
     @property

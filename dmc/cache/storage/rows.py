@@ -70,8 +70,15 @@ class Rows:
     """
 
     def __init__(
-        self, shape: Shape, storage: Storage, codecs: Sequence[Codec], *, page_size: int | None, slots: int,
-        memory: int | None, device: torch.device | str,
+        self,
+        shape: Shape,
+        storage: Storage,
+        codecs: Sequence[Codec],
+        *,
+        page_size: int | None,
+        slots: int,
+        memory: int | None,
+        device: torch.device | str,
     ) -> None:
         self.shape, self.storage, self.slots = shape, storage, slots
         size, dtype = shape.head_size, storage.exact_dtype
@@ -238,8 +245,15 @@ class Rows:
                 self._encode_page(some)
 
     def load(
-        self, rows: Tensor, keys: Tensor, values: Tensor, counts: Tensor, metadata: Metadata, *,
-        donors: Tensor | None = None, shared: Tensor | None = None,
+        self,
+        rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        counts: Tensor,
+        metadata: Metadata,
+        *,
+        donors: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> None:
         """Fills empty rows with a prompt's final entries.
 

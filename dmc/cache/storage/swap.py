@@ -35,9 +35,7 @@ def read(rows: Rows, index: Tensor) -> Swapped:
     """Copies the content of rows ``[L * H]`` to host memory; the rows keep it."""
     tables, rest = rows.state[:2], rows.state[2:]
     owners = tuple((getattr(rows, name)[index] != NULL_PAGE).nonzero() for name in tables)
-    pages = torch.cat([
-        getattr(rows, name)[index[owner[:, 0]], owner[:, 1]] for name, owner in zip(tables, owners, strict=True)
-    ])
+    pages = torch.cat([getattr(rows, name)[index[owner[:, 0]], owner[:, 1]] for name, owner in zip(tables, owners, strict=True)])
     state = {name: getattr(rows, name)[index].to("cpu", copy=True) for name in rest}
     return Swapped(rows.pool.read(pages).cpu(), tuple(owner.cpu() for owner in owners), state)
 

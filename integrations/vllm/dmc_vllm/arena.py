@@ -54,16 +54,19 @@ class ArenaBuilder(AttentionMetadataBuilder):
         self.arena: Arena = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
 
     def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False,
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Batch | None:
         """The step of the cache over a batch."""
         batch = common_attn_metadata
         starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
         blocks = batch.block_table_tensor[: batch.num_reqs, 0].tolist()
-        return self.arena.requests.batch([
-            (blocks[row], starts[row], starts[row + 1], lengths[row])
-            for row in range(batch.num_reqs) if starts[row + 1] > starts[row]
-        ])
+        return self.arena.requests.batch(
+            [
+                (blocks[row], starts[row], starts[row + 1], lengths[row])
+                for row in range(batch.num_reqs)
+                if starts[row + 1] > starts[row]
+            ]
+        )
 
 
 class Arena(nn.Module, AttentionLayerBase):
@@ -103,7 +106,14 @@ class Arena(nn.Module, AttentionLayerBase):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None, out: Tensor, layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    late: Tensor | None,
+    out: Tensor,
+    layer: int,
     arena: str,
 ) -> None:
     """Attention of a layer, as an operation that torch.compile does not look into.
@@ -129,7 +139,14 @@ def attend(
 
 
 def _attend_shapes(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, omega: Tensor, late: Tensor | None, out: Tensor, layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    late: Tensor | None,
+    out: Tensor,
+    layer: int,
     arena: str,
 ) -> None:
     """Nothing to say about shapes: ``out`` is given."""

@@ -36,15 +36,23 @@ class Checks(VerifyAndUpdateConfig):
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         for wrong, sentence in (
-            (cache.enable_prefix_caching,
-             "prefix caching shares blocks of tokens, and merged entries are none: give --no-enable-prefix-caching"),
-            (vllm_config.kv_transfer_config is not None,
-             "KV connectors move blocks of tokens, and merged entries are none: leave out --kv-transfer-config"),
-            (vllm_config.speculative_config is not None,
-             "speculative decoding takes tokens back, and merged tokens cannot be taken back: leave out --speculative-config"),
+            (
+                cache.enable_prefix_caching,
+                "prefix caching shares blocks of tokens, and merged entries are none: give --no-enable-prefix-caching",
+            ),
+            (
+                vllm_config.kv_transfer_config is not None,
+                "KV connectors move blocks of tokens, and merged entries are none: leave out --kv-transfer-config",
+            ),
+            (
+                vllm_config.speculative_config is not None,
+                "speculative decoding takes tokens back, and merged tokens cannot be taken back: leave out --speculative-config",
+            ),
             (vllm_config.lora_config is not None, "LoRA adapters are not supported with DMC models: leave out --enable-lora"),
-            (parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.decode_context_parallel_size > 1,
-             "dmc-vllm serves DMC models on one device: leave out tensor, pipeline and context parallelism"),
+            (
+                parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.decode_context_parallel_size > 1,
+                "dmc-vllm serves DMC models on one device: leave out tensor, pipeline and context parallelism",
+            ),
             (cache.cache_dtype != "auto", "DMC models have their own KV cache: leave out --kv-cache-dtype"),
             (cache.user_specified_block_size, "the block size follows from the cap: leave out --block-size"),
             (parallel.worker_cls not in ("auto", WORKER), f"DMC models need the worker {WORKER}: leave out --worker-cls"),
@@ -63,6 +71,7 @@ def plain_checks(own: type[VerifyAndUpdateConfig], architecture: str, wrong: str
         architecture: name of its class, as in its config.json.
         wrong: sentence to reject the plugin's settings with, in another version of vLLM; None: the version is right.
     """
+
     class PlainChecks(own):
         """vLLM's checks, and those of the plugin if it has settings in additional_config."""
 

@@ -32,7 +32,13 @@ class DmcAttention(nn.Module):
     """
 
     def __init__(
-        self, serving: Serving, fitted: FittedHeads | None, arena_name: str, *, quant_config=None, prefix: str = "",  # noqa: ANN001
+        self,
+        serving: Serving,
+        fitted: FittedHeads | None,
+        arena_name: str,
+        *,
+        quant_config=None,
+        prefix: str = "",  # noqa: ANN001
         **_: object,
     ) -> None:
         super().__init__()
@@ -41,11 +47,19 @@ class DmcAttention(nn.Module):
         config: ModelConfig = self.config
         size, hidden = config.head_dim, config.hidden_size
         self.qkv_proj = QKVParallelLinear(
-            hidden, size, config.num_attention_heads, config.num_key_value_heads, bias=config.qkv_bias, quant_config=quant_config,
+            hidden,
+            size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.qkv_bias,
+            quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * size, hidden, bias=config.output_bias, quant_config=quant_config,
+            config.num_attention_heads * size,
+            hidden,
+            bias=config.output_bias,
+            quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
         if config.qk_norm:
@@ -95,8 +109,5 @@ class DmcForCausalLM(LlamaForCausalLM):
         serving, name = read(vllm_config), maybe_prefix(prefix, "model.layers.0.self_attn.arena")
         fitted = serving.fitted_heads(vllm_config.device_config.device)
         attention = partial(DmcAttention, serving, fitted, name)
-        super().__init__(
-            vllm_config=vllm_config, prefix=prefix, layer_type=partial(LlamaDecoderLayer, attn_layer_type=attention),
-        )
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=partial(LlamaDecoderLayer, attn_layer_type=attention))
         self.arena = arena.Arena(serving, name)
-

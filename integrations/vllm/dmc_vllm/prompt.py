@@ -52,9 +52,9 @@ def fitted(prompt: Prompt, cache: KVCache, rope: Rope, limit: int) -> tuple[Fitt
     lead = policy.sinks if policy.ring is None else policy.ring + 1 + policy.sinks
     kept = _kept(cache, counts, lead, limit)
     merge = _merged if policy.merges else _newest
-    return FittedPrompt(prompt, [
-        (_shortened(layer, lead, had, keep, merge, rope), keep) for (layer, had), keep in zip(layers, kept, strict=True)
-    ]), int((counts - kept).sum())
+    return FittedPrompt(
+        prompt, [(_shortened(layer, lead, had, keep, merge, rope), keep) for (layer, had), keep in zip(layers, kept, strict=True)]
+    ), int((counts - kept).sum())
 
 
 def _kept(cache: KVCache, counts: Tensor, lead: int, limit: int) -> Tensor:

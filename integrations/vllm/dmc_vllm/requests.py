@@ -159,9 +159,10 @@ class Requests:
         order = [start for _, start, _ in running] + [at for _, start, end in chunks for at in range(start, end)]
         self.tokens += len(order)
         device = self.rope.frequencies.device
-        slots, positions = (torch.tensor(part, dtype=torch.int64, device=device) for part in (
-            [request.slot for request, *_ in running], [first for *_, first in running],
-        ))
+        slots, positions = (
+            torch.tensor(part, dtype=torch.int64, device=device)
+            for part in ([request.slot for request, *_ in running], [first for *_, first in running])
+        )
         closed = None
         if running:
             limits = torch.tensor([self.reservation.pages(first + 1) for *_, first in running], device=device)
@@ -170,7 +171,7 @@ class Requests:
             self.forced += int(closed.sum())
         self._warn()
         step = self.cache.step(
-            slots, positions, [(prompt, end - start) for prompt, start, end in chunks], self.rope, closed=closed,
+            slots, positions, [(prompt, end - start) for prompt, start, end in chunks], self.rope, closed=closed
         )
         same = order == list(range(len(order)))
         return Batch(step, None if same else torch.tensor(order, dtype=torch.int64, device=device))
@@ -202,7 +203,10 @@ class Requests:
         self._warned = self.forced + self.forced_in_prompts
         _log.warning(
             "requests compress less than the cap assumes: %d times a head could not start an entry, %d entries of prompts were "
-            "merged, in %d tokens; set a lower cap", self.forced, self.forced_in_prompts, self.tokens,
+            "merged, in %d tokens; set a lower cap",
+            self.forced,
+            self.forced_in_prompts,
+            self.tokens,
         )
 
     # ------------------------------------------------------------------------------------ figures
@@ -212,8 +216,11 @@ class Requests:
         and `forced`, `forced_in_prompts`."""
         paged = [request for request in self._requests.values() if request.slot is not None]
         return {
-            "requests": len(self._requests), "pages": self.cache.used_pages,
+            "requests": len(self._requests),
+            "pages": self.cache.used_pages,
             "entries": sum(int(self.cache.entries(request.slot).sum()) for request in paged),
             "head_tokens": sum(request.done for request in paged) * self.cache.shape.layers * self.cache.shape.heads,
-            "tokens": self.tokens, "forced": self.forced, "forced_in_prompts": self.forced_in_prompts,
+            "tokens": self.tokens,
+            "forced": self.forced,
+            "forced_in_prompts": self.forced_in_prompts,
         }

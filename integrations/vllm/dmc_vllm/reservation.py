@@ -38,7 +38,15 @@ class Reservation:
 
     @classmethod
     def of(
-        cls, *, heads: int, full_precision_pages: int, page_size: int, page_bytes: int, window: int, cap: float, sinks: int = 0,
+        cls,
+        *,
+        heads: int,
+        full_precision_pages: int,
+        page_size: int,
+        page_bytes: int,
+        window: int,
+        cap: float,
+        sinks: int = 0,
         max_entries: int | None = None,
     ) -> Reservation:
         """The reservation under a cap.

@@ -74,7 +74,7 @@ def given(vllm_config: VllmConfig) -> dict | None:
     if not isinstance(additional, dict) or "dmc" not in additional:
         return None
     if not isinstance(additional["dmc"], dict):
-        raise ValueError(f"additional_config has dmc={additional['dmc']!r}, which must be a JSON object such as {{\"cap\": 4}}")
+        raise ValueError(f'additional_config has dmc={additional["dmc"]!r}, which must be a JSON object such as {{"cap": 4}}')
     return additional["dmc"]
 
 
@@ -107,8 +107,13 @@ def read(vllm_config: VllmConfig) -> Serving:
     shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, vllm_config.model_config.dtype)
     cache = KVCache(shape, policy, codec, slots=1)  # for the figures of its pages
     reservation = Reservation.of(
-        heads=shape.layers * shape.heads, full_precision_pages=cache.full_precision_pages, page_size=cache.page_size,
-        page_bytes=cache.page_bytes, window=policy.ring or 0, sinks=policy.sinks, max_entries=policy.max_entries,
+        heads=shape.layers * shape.heads,
+        full_precision_pages=cache.full_precision_pages,
+        page_size=cache.page_size,
+        page_bytes=cache.page_bytes,
+        window=policy.ring or 0,
+        sinks=policy.sinks,
+        max_entries=policy.max_entries,
         cap=_cap(settings.get("cap"), policy, config, path),
     )
     return Serving(path, config, shape, policy, codec, reservation)
@@ -124,7 +129,12 @@ def _policy(settings: dict, config: ModelConfig, path: Path) -> Policy:
     if decisions is not None and not isinstance(decisions, str):
         raise ValueError(f"decisions={decisions!r} must be the name of a file that `dmc calibrate MODEL --decisions` has made")
     return policy_for(
-        config, path, name, _object("policy_settings", settings), decisions=decisions, target_cr=settings.get("target_cr"),
+        config,
+        path,
+        name,
+        _object("policy_settings", settings),
+        decisions=decisions,
+        target_cr=settings.get("target_cr"),
         max_entries=settings.get("max_entries"),
     )
 

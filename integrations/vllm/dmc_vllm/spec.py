@@ -26,7 +26,7 @@ class ArenaManager(FullAttentionManager):
         self._record_new_block_ids = False  # blocks are counted only: zeroing one would clear pages of other requests
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: object, **kwargs: object,
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: object, **kwargs: object
     ) -> int:
         """Blocks that a request of ``num_tokens`` tokens needs and does not have."""
         return super().get_num_blocks_to_allocate(request_id, self._counted(num_tokens), new_computed_blocks, *args, **kwargs)
@@ -54,8 +54,14 @@ class ArenaSpec(FullAttentionSpec):
     def of(cls, reservation: Reservation) -> ArenaSpec:
         """The blocks of a reservation: to vLLM, one state of bytes."""
         return cls(
-            block_size=reservation.tokens_per_block, num_kv_heads=1, head_size=reservation.block_bytes, head_size_v=0,
-            dtype=torch.uint8, tokens_per_state=reservation.tokens_per_block, dcp_sharded=False, reservation=reservation,
+            block_size=reservation.tokens_per_block,
+            num_kv_heads=1,
+            head_size=reservation.block_bytes,
+            head_size_v=0,
+            dtype=torch.uint8,
+            tokens_per_state=reservation.tokens_per_block,
+            dcp_sharded=False,
+            reservation=reservation,
         )
 
     @property
