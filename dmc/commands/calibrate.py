@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 _BASES = {"budget": 0.02, "windows": 8}  # flags of one mode and their defaults
-_DECISIONS = {"window": 64, "sinks": 4, "sequences": None, "ridge": 1e-3, "arrival_only": False, "target": "later"}
+_DECISIONS = {"window": 64, "sinks": 4, "sequences": None, "ridge": 1e-3, "arrival_only": False, "target": "later", "heads": None}
 _CONTEXT = {False: 512, True: 1024}
 
 
@@ -44,6 +44,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     decisions.add_argument(
         "--arrival-only", action="store_true", default=None, help="decide when a token arrives, not W tokens later"
     )
+    decisions.add_argument(
+        "--heads",
+        metavar="EXPORT",
+        help="take the trained heads of this export, a retrofit of DIR with dmc.method=dms and dmc.train=decision",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -64,6 +69,10 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} does nothing {'with' if options.decisions else 'without'} --decisions: leave it out")
+    if options.heads is not None:
+        for name in ("window", "ridge", "arrival_only", "target"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing with --heads, whose heads are trained: leave it out")
     chosen = {name: default if (given := getattr(options, name)) is None else given for name, default in own.items()}
     context = _CONTEXT[options.decisions] if options.context is None else options.context
     (_fit_decisions if options.decisions else _find_bases)(options, out, context, **chosen)
@@ -100,22 +109,27 @@ def _fit_decisions(
     ridge: float,
     arrival_only: bool,
     target: str,
+    heads: str | None,
 ) -> None:
     from dmc.engine.llm import resolve
     from dmc.evaluation.fit_decisions import FitSettings, fit_decisions
     from dmc.evaluation.sequences import read_sequences
+    from dmc.evaluation.trained_heads import trained_decisions
     from dmc.model import read_config
 
     settings = FitSettings(window=window, sinks=sinks, look_ahead=not arrival_only, ridge=ridge, target=target)
-    settings.fitted(context)
+    if heads is None:
+        settings.fitted(context)
     config = read_config(options.directory)
     device, dtype = resolve(options.device, options.dtype, config.dtype)
     text = read_sequences(options.text, options.directory, length=context, count=sequences)
-    fitted = fit_decisions(
-        options.directory, text, settings, out, device=device, dtype=dtype, meta={"command": shlex.join(["dmc", *sys.argv[1:]])}
-    )
-    print("layer   R2")
-    for number, value in enumerate(fitted.meta["r2"]):
-        print(f"{number:5}  {value:.2f}")
-    most = context / (window + 1 + sinks)
-    print(f"{out}: decisions for every CR up to {most:.1f} at {context} tokens, fitted on {text.tokens.numel():,} tokens")
+    run = {"out": out, "device": device, "dtype": dtype, "meta": {"command": shlex.join(["dmc", *sys.argv[1:]])}}
+    if heads is None:
+        fitted = fit_decisions(options.directory, text, settings, **run)
+        print("layer   R2")
+        for number, value in enumerate(fitted.meta["r2"]):
+            print(f"{number:5}  {value:.2f}")
+    else:
+        fitted = trained_decisions(options.directory, heads, text, sinks=sinks, **run)
+    most, how = context / (fitted.window + 1 + sinks), "fitted" if heads is None else f"trained ({heads}), scores measured"
+    print(f"{out}: decisions for every CR up to {most:.1f} at {context} tokens, {how} on {text.tokens.numel():,} tokens")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dmc import __version__
 from dmc.evaluation.blocks import attend_in_blocks, mask_near
-from dmc.evaluation.fit_levels import LEVELS, NotFiniteError, dropped_share, with_eviction
+from dmc.evaluation.fit_levels import LEVELS, MEASURED, NotFiniteError, dropped_share, with_eviction
 from dmc.evaluation.fit_state import FitState, fingerprint
 from dmc.evaluation.moments import Moments
 from dmc.evaluation.sequences import Sequences
@@ -46,7 +46,6 @@ TARGETS = {
     "both": "queries more than {window} later, of a second copy too",
 }
 """Whose attention the regression predicts."""
-_MEASURED = 4  # sequences on which the share of dropped tokens is measured
 _HELD_OUT = 8  # one sequence of so many measures R2 and is not used for the weights that are measured
 
 
@@ -180,7 +179,7 @@ def fit_decisions(
     key = fingerprint(digest, text.tokens, settings, dtype, torch.device(device).type)
     read = text.tokens.repeat(1, settings.copies)
     done, layers = FitState.start(state, key, model.embedding.cpu()[read]), config.num_hidden_layers
-    measured = text.tokens[:: -(-count // _MEASURED)]
+    measured = text.tokens[:: -(-count // MEASURED)]
     total, start = ((parts[0] * count + parts[1] * len(measured) * layers) for parts in ((layers, len(LEVELS)), done.steps))
     with tqdm(total=total, initial=start, desc="decisions", unit="block") as bar:
         try:

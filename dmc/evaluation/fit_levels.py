@@ -18,6 +18,7 @@ from dmc.functional import rotate
 from dmc.model import Decoder
 
 LEVELS = (0.3, 0.5, 0.65, 0.75, 0.85, 0.92, 0.97)  # dropped shares of the full model's scores at which the real ones are measured
+MEASURED = 4  # sequences on which they are measured
 
 
 class NotFiniteError(ValueError):
@@ -33,6 +34,7 @@ def dropped_share(
     *,
     block: int,
     tick: Callable[[], None] = lambda: None,
+    see: Callable[[Tensor], object] | None = None,
 ) -> float:
     """Share of the tokens outside sinks and window that eviction at a threshold drops, over all layers and heads.
 
@@ -41,6 +43,7 @@ def dropped_share(
         threshold: smallest score that is kept.
         block: queries whose attention is computed together.
         tick: called after each sequence.
+        see: called with the scores outside sinks and window of each sequence and layer, ``[n]``.
 
     Raises:
         NotFiniteError: if a forward pass gives NaN or infinity.
@@ -51,8 +54,10 @@ def dropped_share(
         x = model.embedding[row.to(model.device)]
         for index in range(len(model.layers)):
             scores = fitted.scores(index, model.normed(x, index)).T
-            gone = scores < threshold
-            dropped, free = dropped + int(gone.sum()), free + int(scores.isfinite().sum())
+            gone, inside = scores < threshold, scores.isfinite()
+            dropped, free = dropped + int(gone.sum()), free + int(inside.sum())
+            if see is not None:
+                see(scores[inside].cpu())
 
             def attend(_: int, query: Tensor, key: Tensor, value: Tensor, *__: Tensor, gone: Tensor = gone) -> Tensor:
                 query, key, value = (part.float().transpose(0, 1) for part in (query, key, value))
