@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dmc.evaluation.labels import place
 from dmc.evaluation.report import measured
-from dmc.evaluation.styles import STYLES, method, style
+from dmc.evaluation.styles import STYLES, label_decades, method, style
 from dmc.extras import needed_for
 
 if TYPE_CHECKING:
@@ -226,6 +226,7 @@ def _axes(axis: Axes, rows: Sequence[dict]) -> None:
     ticks = [2.0**-power for power in range(12) if 2.0**-power >= min(shares) / 1.5 and 2.0**-power <= max(shares) * 1.5]
     axis.set_xticks(ticks, [str(Fraction(tick)) for tick in ticks])
     axis.minorticks_off()
+    label_decades(axis.yaxis)
     axis.grid(alpha=0.3)
     tokens = first["prompt_tokens"] + first["scored_tokens"]
     windows = f"{first['windows']} x {first['prompt_tokens']} + {first['scored_tokens']} tokens"

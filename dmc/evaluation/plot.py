@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmc.evaluation.report import family, frontier, measured, point
+from dmc.evaluation.styles import label_decades
 from dmc.extras import needed_for
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _axes(axes: Axes, shares: Sequence[float], first: dict) -> None:
     ticks = [2.0**-power for power in range(12) if 2.0**-power >= min(shares) / 1.5 and 2.0**-power <= max(shares) * 1.5]
     axes.set_xticks(ticks, [str(Fraction(tick)) for tick in ticks])
     axes.minorticks_off()
+    label_decades(axes.yaxis)
     axes.set_xlabel("bytes held / dense bf16 bytes (log)")
     axes.set_ylabel(f"KL to the uncompressed {first['base']}, nats/token (log)")
     axes.set_title(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
 
 STYLES = {  # method: colour, marker
     "every token, codes alone": ("#7f7f7f", "o"),
@@ -39,7 +43,8 @@ POLICIES = {
     "random": "random",
     "kvzap": "KVzap",
 }
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+# of methods without a style: each is farther from every colour above, and from the others here, than 30 in CIE L*a*b*
+_COLOURS = ("#0000ff", "#ff00ff", "#7700bb", "#ff0077", "#00dd00", "#ff9977", "#00dd99", "#ff00bb", "#0077ff", "#bbbb77")
 _MARKERS = "ov^<>sPXDd"
 
 
@@ -54,6 +59,18 @@ def method(row: dict) -> str | None:
     if policy not in ("dmc", "dms") and row["result"]["model"] != row["result"]["base"]:
         return None
     return POLICIES.get(policy, policy)
+
+
+def label_decades(axis: Axis) -> None:
+    """Labels 1, 2 and 5 of each decade of a logarithmic axis, more of a part of a decade. Call it after everything is drawn: over
+    more than three decades matplotlib's own labels stay."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if high < 1000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def style(name: str) -> tuple[str, str]:
