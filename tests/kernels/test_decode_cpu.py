@@ -97,7 +97,9 @@ def trellis_page(rates, page, size):
     """Random codes of a page's keys and then of its values, and what the format says of them."""
     chunks = [tuple(trellis.chunks(rate, size)) for rate in rates]
     levels = {bits: trellis.levels(bits) for part in chunks for _, bits in part}
-    made = TrellisFormat("tcq", page, size, {}, None, *chunks, levels, torch.eye(size))
+    stored = {"codes": (torch.uint8, (page * size,)), "scale": (torch.uint8, (page,)), "top": (torch.bfloat16, (1,))}
+    fields = {f"{part}_{name}": field for part in "kv" for name, field in stored.items()}
+    made = TrellisFormat("tcq", page, size, fields, None, *chunks, levels, torch.eye(size))
     codes = torch.randint(0, 256, (page * size * 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(page))
     return codes.numpy(), *made.tables()
 

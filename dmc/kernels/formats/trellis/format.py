@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmc.kernels.pages.format import CpuReader, PageFormat
+from dmc.kernels.pages.format import CpuReader, PageFormat, check_fields
 from dmc.kernels.pages.layout import NO_SCALE, PLANES, SCALE_STEPS, unpacked
 from dmc.kernels.pages.paged import Growing, Paged
 
 Chunks = tuple[tuple[int, int], ...]
+_CODES, _SCALE, _TOP = ((torch.uint8,), None), ((torch.uint8,), None), ((torch.bfloat16,), (1,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +28,21 @@ class TrellisFormat(PageFormat):
         key, value: ``(values, bits)`` of each chunk of a vector, one or two that add up to D.
         levels: by bits, fp32 ``[2 ** (bits + 1)]``, the levels of codes of so many bits.
         turn: R, fp32 ``[D, D]``.
+
+    Raises:
+        ValueError: if ``fields`` have other names or dtypes; the kernels read a mean of the keys alone.
     """
 
     key: Chunks
     value: Chunks
     levels: dict[int, Tensor]
     turn: Tensor
+
+    def __post_init__(self) -> None:  # noqa: D105
+        read = {f"{part}_{name}": one for part in "kv" for name, one in (("codes", _CODES), ("scale", _SCALE), ("top", _TOP))}
+        if "k_mean" in self.fields or "k_unit" in self.fields:
+            read |= {"k_mean": ((torch.int8,), (self.head_size,)), "k_unit": ((torch.bfloat16,), (1,))}
+        check_fields(self.name, self.fields, read)
 
     def chunks(self, part: str) -> Chunks:
         """Chunks of "k" or "v"."""
