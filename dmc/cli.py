@@ -138,7 +138,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _figures(stats: Stats) -> str:
-    parts = ", ".join(f"{kind} {size:,}" for kind, size in stats.held.items())
+    from dmc.engine.stats import HELD
+
+    parts = ", ".join(f"{HELD[kind]} {size:,}" for kind, size in stats.held.items())
     return (
         f"{stats.generated_tokens} tokens after {stats.prompt_tokens} of prompt in {stats.seconds:.2f} s: "
         f"{stats.tokens_per_second:.1f} tokens/s\n"

@@ -6,6 +6,7 @@ import json
 
 from dmc.engine.llm import LLM, total_stats
 from dmc.engine.params import SamplingParams
+from dmc.engine.stats import HELD
 
 
 def report(llm: LLM, prompts: list[str] | list[list[int]], *, max_tokens: int = 1) -> dict:
@@ -59,7 +60,7 @@ def as_text(figures: dict) -> str:
     """A `report` as text with a table of layers and heads."""
     sizes = figures["page_size"]
     sizes = f"{min(sizes)} to {max(sizes)}" if isinstance(sizes, list) else sizes
-    held = ", ".join(f"{kind} {size:,}" for kind, size in figures["held"].items())
+    held = ", ".join(f"{HELD[kind]} {size:,}" for kind, size in figures["held"].items())
     error = figures["codec_error"]
     lines = [
         f"{figures['policy']} x {figures['codec']}: pages of {sizes} entries, "

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dmc.cache import KVCache
 
+HELD = {"pages": "encoded pages", "exact": "full-precision pages", "tail": "accumulating entries", "tables": "block tables"}
+"""Kinds of `KVCache.held`, as people read them."""
+
 
 @dataclass(frozen=True)
 class Stats:

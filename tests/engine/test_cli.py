@@ -58,7 +58,8 @@ def test_generate_prints_text_and_figures(capsys, directory, tmp_path):
     assert text and re.search(r"\d+ tokens after 5 of prompt in [\d.]+ s: [\d.]+ tokens/s", out)
     assert re.search(r"measured CR [\d.]+ \(tokens / entries\)", out)
     held, *parts, dense, ratio = re.search(
-        r"held ([\d,]+) bytes \(pages ([\d,]+), exact ([\d,]+), tail ([\d,]+), tables ([\d,]+)\); "
+        r"held ([\d,]+) bytes \(encoded pages ([\d,]+), full-precision pages ([\d,]+), accumulating entries ([\d,]+), "
+        r"block tables ([\d,]+)\); "
         r"dense bf16 ([\d,]+) bytes: ([\d.]+) x",
         out,
     ).groups()
