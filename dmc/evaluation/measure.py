@@ -323,7 +323,7 @@ def cache_settings(llm: LLM) -> dict[str, dict | list[dict]]:
     cache, codec = llm.cache, llm.cache.codec
     made = _plain(codec) if isinstance(codec, Codec) else [_plain(one) for one in codec]
     return {
-        "policy": _plain(cache.policy),
+        "policy": _plain(cache.policy) | ({"trained": True} if getattr(cache.policy, "trained", False) else {}),
         "codec": made,
         "cache": {
             "page_size": cache.page_size,

@@ -16,6 +16,7 @@ STYLES = {  # method: colour, marker
     "DMS": ("#2ca02c", "P"),
     "DMC, merging at once": ("#ff7f0e", "v"),
     "fitted decisions, nothing trained": ("#9467bd", "X"),
+    "trained decision heads": ("#7700bb", "X"),
     "late eviction": ("#e377c2", "p"),
     "DMC, late merging": ("#d62728", "*"),
     "SnapKV": ("#0b5394", "h"),
@@ -44,7 +45,7 @@ POLICIES = {
     "kvzap": "KVzap",
 }
 # of methods without a style: each is farther from every colour above, and from the others here, than 30 in CIE L*a*b*
-_COLOURS = ("#0000ff", "#ff00ff", "#7700bb", "#ff0077", "#00dd00", "#ff9977", "#00dd99", "#ff00bb", "#0077ff", "#bbbb77")
+_COLOURS = ("#0000ff", "#ff00ff", "#ff0077", "#00dd00", "#ff9977", "#00dd99", "#ff00bb", "#0077ff", "#bbbb77")
 _MARKERS = "ov^<>sPXDd"
 
 
@@ -58,6 +59,8 @@ def method(row: dict) -> str | None:
         return "DMC, merging at once" if made.get("window") is None else "DMC, late merging"
     if policy not in ("dmc", "dms") and row["result"]["model"] != row["result"]["base"]:
         return None
+    if policy == "gate" and made.get("trained"):
+        return "trained decision heads"
     return POLICIES.get(policy, policy)
 
 

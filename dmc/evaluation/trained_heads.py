@@ -1,7 +1,7 @@
 """Decision heads that were trained while the rest of the model was frozen, as a decisions file for the base model.
 
 A retrofit with `dmc.method=dms dmc.decision=head dmc.train=decision` changes nothing but its heads, so they are all that a user
-needs beside the base model: a few hundred KB, and any compression ratio, since a file's threshold is chosen at serving
+needs in addition to the base model: a few hundred KB, and any compression ratio, since a file's threshold is chosen at serving
 (`dmc calibrate --decisions --heads EXPORT`). The score of a token is minus its logit: the heads keep what they would not evict.
 """
 
@@ -69,6 +69,7 @@ def trained_decisions(
         "tokens": text.tokens.numel(),
         "length": length,
         "target": "trained: minus the logit of eviction",
+        "trained": True,
         "look_ahead": bool(late.any()),
         "version": __version__,
     }

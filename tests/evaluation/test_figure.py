@@ -75,8 +75,11 @@ def test_late_methods_are_told_by_their_settings_whatever_the_model_is_called():
         row("dmc", 0.2, 0.1, model="late-hf"),
         row("dms", 0.2, 0.1, model="mine", window=64, sinks=1),
         row("dms", 0.2, 0.1, model="dmslate", window=64, sinks=0),
+        row("gate", 0.2, 0.1, target_cr=4),
+        row("gate", 0.2, 0.1, target_cr=4, trained=True),
     ]
-    assert [styles.method(one) for one in made] == ["DMC, late merging", "DMC, merging at once", "late eviction", "DMS"]
+    names = ["DMC, late merging", "DMC, merging at once", "late eviction", "DMS"]
+    assert [styles.method(one) for one in made] == [*names, "fitted decisions, nothing trained", "trained decision heads"]
 
 
 def test_best_of_equal_shares_is_the_lower_one():

@@ -1,5 +1,6 @@
 """Trained decision heads as a decisions file: the same kept tokens as the export's own rule, and what is rejected."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from dmc import LLM, SamplingParams, cli
 from dmc.evaluation.fit_levels import dropped_share
+from dmc.evaluation.measure import cache_settings
 from dmc.evaluation.sequences import Sequences
 from dmc.evaluation.trained_heads import trained_decisions
 from dmc.fitted import FittedDecisions
@@ -66,6 +68,13 @@ def test_generation_at_the_trained_threshold_is_the_exports(tmp_path):
     assert a.stats.cr == b.stats.cr > 1.2
 
 
+def test_reports_say_that_the_heads_are_trained(tmp_path):
+    base, export, *_ = write(tmp_path)
+    heads = trained_decisions(base, export, text())
+    llms = [LLM(base, policy="gate", decisions=one, target_cr=2, device="cpu") for one in (heads, replace(heads, meta={}))]
+    assert [cache_settings(llm)["policy"].get("trained") for llm in llms] == [True, None]
+
+
 def test_a_target_is_met(tmp_path):
     """The share that a threshold drops with eviction on, measured apart from the fit."""
     base, export, *_ = write(tmp_path)
@@ -107,15 +116,16 @@ def test_nothing_is_written_of_a_model_with_nan(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     base, export, *_ = write(tmp_path)
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(2000)))
     command = ["calibrate", str(base), "--decisions", "--heads", str(export), "--text", str(tmp_path / "text.txt")]
     command += ["--out", str(tmp_path / "d"), "--device", "cpu", "--context", "100"]
+    monkeypatch.setattr("sys.argv", ["dmc", *command, "--sinks", "2"])
     assert cli.main([*command, "--sinks", "2"]) == 0
     assert f"every CR up to {100 / 9:.1f} at 100 tokens, trained ({export}), scores measured" in capsys.readouterr().out
     heads = FittedDecisions.load(tmp_path / "d")
-    assert heads.window == WINDOW and heads.sinks == 2 and heads.meta["command"].startswith("dmc ")
+    assert heads.window == WINDOW and heads.sinks == 2 and heads.meta["command"] == shlex.join(["dmc", *command, "--sinks", "2"])
     for flag in (["--window", "6"], ["--ridge", "1"], ["--arrival-only"], ["--target", "both"]):
         assert cli.main([*command, *flag]) == 2
         assert f"{flag[0]} does nothing with --heads" in capsys.readouterr().err

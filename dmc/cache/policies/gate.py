@@ -80,6 +80,7 @@ class GatePolicy(Policy):
         self.target_cr, self.length, self.merge, self.power = target_cr, length, _FLAGS[merge], power
         self.ring, self.sinks, self.likely_cr = self.fitted.window, self.fitted.sinks, float(target_cr)
         self.merges = self.merge
+        self.trained = self.fitted.meta.get("trained") is True  # for reports: these heads are not fitted alone
         self.max_entries = budget.check_entries(self.name, max_entries, self.sinks)
 
     def decide(self, alpha: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
