@@ -15,6 +15,7 @@ for _message in (
     ".*model_parallel_group. deprecated.*",
     ".*load_state_dict.*deprecated.*",
     ".*will be deprecated.*",
+    "full scope is deprecated.*",  # of CUDA graphs, which are off
 ):
     warnings.filterwarnings("ignore", message=_message)
 
