@@ -6,6 +6,8 @@ before anything of ``megatron``.
 
 import warnings
 
+import torch
+
 from dmc.training import cpu
 
 # megatron-core says once a module that the optional packages are missing; `kernels_in_use` says it once a run.
@@ -16,7 +18,10 @@ for _message in (
     ".*load_state_dict.*deprecated.*",
     ".*will be deprecated.*",
     "full scope is deprecated.*",  # of CUDA graphs, which are off
+    "`torch.distributed.*is deprecated.*",
 ):
     warnings.filterwarnings("ignore", message=_message)
+if not torch.cuda.is_available():
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 
 cpu.install()
