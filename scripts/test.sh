@@ -6,6 +6,7 @@
 # Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+EXTRAS=${EXTRAS-[dev,log,docs]}  # a test builds the site
 source scripts/env.sh
 WORKERS=${DMC_TEST_WORKERS:-$(nproc | awk '{print ($1 < 2) ? $1 : 2}')}  # before the next line, which nproc obeys
 export OMP_NUM_THREADS=1
