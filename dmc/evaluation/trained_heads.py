@@ -52,9 +52,10 @@ def trained_decisions(
 
     Raises:
         ValueError: if the export is of another method or model, or its weights differ from the base model's beyond the heads; if
-            the sequences are too short, a forward pass gives NaN or infinity, or the file cannot be written.
+            the sequences are too short or too long, a forward pass gives NaN or infinity, or the file cannot be written.
     """
-    if read_config(directory).decision is not None:
+    config = read_config(directory)
+    if config.decision is not None:
         raise ValueError(f"{directory} holds a retrofitted model, which has its own decisions: give the base model")
     arrival, late, bias, window = _heads(directory, export)
     length = text.tokens.shape[1]
@@ -62,6 +63,8 @@ def trained_decisions(
         raise ValueError(
             f"sequences of {length} tokens are too short: the newest {window} + 1 and the first {sinks} are always kept"
         )
+    if length > config.positions:
+        raise ValueError(f"sequences of {length} tokens are longer than the model's {config.positions} positions")
     model = Decoder.load(directory, dtype=dtype, device=device)
     about = {
         "text": text.name,

@@ -99,6 +99,13 @@ def test_a_base_model_of_another_retrofit(tmp_path):
         trained_decisions(export, export, text())
 
 
+@pytest.mark.parametrize("length, words", [(11, "are too short"), (257, "longer than the model's 256 positions")])
+def test_sequences_that_do_not_fit(tmp_path, length, words):
+    base, export, *_ = write(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        trained_decisions(base, export, text(length=length))
+
+
 def test_an_export_of_another_method(tmp_path):
     base, export, *_ = write(tmp_path, method="dmc")
     with pytest.raises(ValueError, match="come from a retrofit with dmc.method=dms, dmc.decision=head and dmc.train=decision"):
