@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRAS=${EXTRAS-[dev,log,docs]}  # a test builds the site
 source scripts/env.sh
-WORKERS=${DMC_TEST_WORKERS:-$(nproc | awk '{print ($1 < 2) ? $1 : 2}')}  # before the next line, which nproc obeys
+WORKERS=${DMC_TEST_WORKERS:-$(env -u OMP_NUM_THREADS nproc | awk '{print ($1 < 2) ? $1 : 2}')}  # nproc obeys that variable
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
