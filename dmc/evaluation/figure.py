@@ -158,6 +158,7 @@ def draw(files: Sequence[str | Path], out: str | Path, look: Look) -> int:
         for name, points in mine.items():
             shown[name] = _line(axis, name, points, look)
         _axes(axis, some)
+    label_decades(axes[0, 0].yaxis)  # which the panels share
     axes[0, 0].set_ylabel(MEASURES[look.measure][0].replace(", ", "\n"), fontsize=7)
     handles = [*shown.values(), *(_key(number, said) for said, number in keys.items())]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=size)
@@ -226,7 +227,6 @@ def _axes(axis: Axes, rows: Sequence[dict]) -> None:
     ticks = [2.0**-power for power in range(12) if 2.0**-power >= min(shares) / 1.5 and 2.0**-power <= max(shares) * 1.5]
     axis.set_xticks(ticks, [str(Fraction(tick)) for tick in ticks])
     axis.minorticks_off()
-    label_decades(axis.yaxis)
     axis.grid(alpha=0.3)
     tokens = first["prompt_tokens"] + first["scored_tokens"]
     windows = f"{first['windows']} x {first['prompt_tokens']} + {first['scored_tokens']} tokens"
