@@ -30,7 +30,7 @@ from dmc.kernels.pages.key_bias import KeyBias
 from dmc.plugins import check_names
 
 _SINK_TOKENS = 4
-_EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 class KVCache:
@@ -47,9 +47,10 @@ class KVCache:
         sink_tokens: first entries of each row that stay in full precision; None: 4 for lossy codecs, 0 for lossless ones.
         window: newest final entries of each row that always stay in full precision, in addition to the page that is
             filling; None: the codec's own.
-        exact_dtype: "fp32", "bf16" or "fp16", of full-precision entries except the accumulating one. None: the dtype of
-            the dense codec, or of the model. With a lossy codec and an fp32 model None is bf16, unless keys have a bias: the
-            rounding of bf16 (2^-9) is far below the codec's error.
+        exact_dtype: "fp32", "bf16", "fp16" or "int8", of full-precision entries except the accumulating one; int8: codes with a
+            scale for each key and each value (`dmc.cache.storage.full`), for lossy codecs. None: the dtype of the dense codec, or
+            of the model. With a lossy codec and an fp32 model None is bf16, unless keys have a bias: the rounding of bf16 (2^-9)
+            is far below the codec's error.
         key_bias: of the model's keys, if they have one: lossy codecs then get keys without it.
         device: of everything.
 
@@ -62,8 +63,8 @@ class KVCache:
         rows: tables, counts and pages. No module outside of `dmc.cache` accesses them (tests/test_house.py).
 
     Raises:
-        ValueError: if a size is out of range, there are not as many codecs as layers, the memory is less than one page, or
-            the policy bounds the entries of a row by less than ``sink_tokens`` + 1.
+        ValueError: if a size is out of range, ``exact_dtype`` is unknown or not for these codecs, there are not as many codecs as
+            layers, the memory is less than one page, or the policy bounds the entries of a row by less than ``sink_tokens`` + 1.
     """
 
     def __init__(
@@ -467,6 +468,10 @@ def _exact_dtype(name: str | None, codecs: Sequence[Codec], model: torch.dtype, 
     if name is not None:
         if name not in _EXACT_DTYPES:
             raise ValueError(f"exact_dtype must be one of {', '.join(_EXACT_DTYPES)}, got {name!r}")
+        if name == "int8" and not all(codec.lossy for codec in codecs):
+            raise ValueError("exact_dtype int8 is for lossy codecs: with codec dense give bf16, or take codec int8")
+        if name == "int8" and biased:
+            raise ValueError("exact_dtype int8 is not for keys with a bias, which would take most of the 8 bits: give bf16")
         return _EXACT_DTYPES[name]
     if any(codec.lossy for codec in codecs):
         return torch.bfloat16 if model.itemsize > 2 and not biased else model

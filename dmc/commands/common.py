@@ -71,7 +71,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--page-size", type=int, help="entries of a page (the codec's own)")
     cache.add_argument("--sink-tokens", type=int, help="first entries that stay in full precision (4 for lossy codecs, else 0)")
     cache.add_argument("--window", type=int, help="newest entries that stay in full precision (the codec's own: 0; kivi 96)")
-    cache.add_argument("--exact-dtype", help="fp32, bf16 or fp16: dtype of entries outside encoded pages, and of dense ones")
+    cache.add_argument("--exact-dtype", help="fp32, bf16, fp16 or int8: dtype of entries outside pages, and of dense ones")
     cache.add_argument(
         "--kv-memory",
         type=_pool_memory,

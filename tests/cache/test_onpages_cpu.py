@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 
 from dmc.cache import KVCache, Shape, codec, policy
 from dmc.cache.storage.evict import entries
@@ -91,7 +91,7 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
     st.lists(st.sampled_from(list(CODECS)), min_size=1, max_size=3),
     st.sampled_from(list(POLICIES)),
     st.sampled_from([None, 1, 4, 12, 16]),
-    st.sampled_from([None, "fp32", "bf16"]),
+    st.sampled_from([None, "fp32", "bf16", "int8"]),
     st.booleans(),
 )
 @example(["tcq"], "dmc", 4, None, False)
@@ -102,7 +102,11 @@ def outs(backend, names, policy_name, page_size, exact, memory, tokens=64):
 @example(["fp8"], "streaming", 4, None, False)
 @example(["gear", "kivi"], "dmc", 12, None, False)
 @example(["gear"], "h2o", 4, None, False)
+@example(["tcq"], "h2o", 4, "int8", False)
+@example(["tcq-3bit", "gear"], "dms", 4, "int8", True)
+@example(["int8"], "dmc", 4, "int8", False)
 def test_loops_and_pytorch_read_the_same(names, policy_name, page_size, exact, fixed):
+    assume(exact != "int8" or "dense" not in names)
     arguments = names, policy_name, page_size, exact, 1 << 20 if fixed else None
     torch.testing.assert_close(outs("auto", *arguments), outs("torch", *arguments), rtol=1e-4, atol=2e-5)
 

@@ -27,6 +27,20 @@ pytestmark = pytest.mark.usefixtures("poison")
 PLAIN = list(MAIN)
 
 
+def full_fields(dtype, entries, size):
+    """Fields of a page of full-precision entries, as `dmc.cache.storage.full` has them."""
+    fields = {name: (dtype, (entries, size)) for name in "kv"}
+    return fields | ({f"{name}_scale": (torch.bfloat16, (entries,)) for name in "kv"} if dtype == torch.int8 else {})
+
+
+def random_full(name, shape, dtype, g):
+    """Random content of such a field."""
+    x = torch.randn(shape, generator=g)
+    if name.endswith("scale"):
+        return x.abs() / 40
+    return (x * 40).round().clamp(-127, 127) if dtype == torch.int8 else x
+
+
 def paged(kind, lengths, size, page, *, dtype=torch.float32, per_full_page=12, columns=None, seed=0):
     """Rows of ``lengths`` (encoded pages, full-precision entries) over one byte pool, pages dealt out in random order.
 
@@ -41,7 +55,7 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_full_page=12, c
     fields = {MAIN[kind].format(part): (wide, (page, size)) for part in "kv"}
     fields |= {f"{part}_scale": (torch.bfloat16, (page,)) for part in "kv" if kind != "dense"}
     made = PlainFormat(kind, page, size, fields, None)
-    full_precision = {name: (dtype, (per_full_page, size)) for name in "kv"}
+    full_precision = full_fields(dtype, per_full_page, size)
     page_bytes = max(sum(t.itemsize * torch.Size(s).numel() for t, s in part.values()) for part in (fields, full_precision))
     memory = torch.full((count, -(-page_bytes // 16) * 16), 255, dtype=torch.uint8)
 
@@ -73,8 +87,9 @@ def paged(kind, lengths, size, page, *, dtype=torch.float32, per_full_page=12, c
             column = place // per_full_page
             if place % per_full_page == 0:
                 tables[1][row, column] = order.pop()
-            for field in full_precision.values():
-                field[tables[1][row, column], place % per_full_page] = torch.randn(size, generator=g).to(field)
+            for name, field in full_precision.items():
+                x = random_full(name, field.shape[2:], dtype, g)
+                field[tables[1][row, column], place % per_full_page] = x.to(field)
     counts = torch.tensor(lengths, dtype=torch.int32).to(DEVICE)
     return Paged(made, encoded, full_precision, *(t.to(DEVICE) for t in tables), counts[:, 0].clone(), counts[:, 1].clone())
 
@@ -114,6 +129,20 @@ LENGTHS = [(0, 0), (0, 1), (1, 0), (1, 15), (3, 7), (0, 13)]  # (encoded pages, 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_equals_the_twin_whatever_the_lengths(kind, groups):
     check(paged(kind, LENGTHS, 8, 16), queries(4, groups, 8), [5, 0, 4, 3])
+
+
+@pytest.mark.parametrize(("kind", "groups", "size"), [("int8", 1, 8), ("fp8", 3, 20)])
+def test_full_precision_entries_of_8_bits(kind, groups, size):
+    check(paged(kind, LENGTHS, size, 16, dtype=torch.int8), queries(4, groups, size), [5, 0, 4, 3])
+
+
+@pytest.mark.parametrize(("groups", "size", "page", "settings"), [
+    (3, 16, 32, dict(bits=4, backbone="kivi", rank=1, outliers=0.1)), (1, 32, 16, dict(bits=4)), (4, 128, 16, dict(bits=3)),
+    (3, 16, 16, dict(bits=8)),
+])  # fmt: skip
+def test_full_precision_entries_of_8_bits_beside_codes(groups, size, page, settings):
+    """The min/max kernel, and the three of trellis pages: of one query, of grouped ones, and the general one."""
+    check(gear_pages(size, page, dtype=torch.int8, **settings)[0], queries(3, groups, size), [2, 0, 1], floor=3e-6)
 
 
 @pytest.mark.parametrize(("kind", "groups", "size"), [("dense", 1, 8), ("int8", 3, 8), ("fp8", 2, 20)])
@@ -163,11 +192,11 @@ def gear_pages(size, page, *, dtype=torch.float32, scaled_by=1.0, **settings):
     keys, values = torch.randn(2, 6, page, size, generator=g) * torch.rand(size, generator=g).mul(3) * scaled_by
     blocks = codec.encode(keys, values)
     where = Layout({name: (x.dtype, tuple(x.shape[1:])) for name, x in blocks.tensors.items()})
-    full_precision = Layout({name: (dtype, (12, size)) for name in "kv"})
+    full_precision = Layout(full_fields(dtype, 12, size))
     memory = torch.full((14, max(where.nbytes, full_precision.nbytes)), 255, dtype=torch.uint8)
     memory[0] = 0  # the pool's null page
-    for view in full_precision.views(memory).values():
-        view[8:] = torch.randn(6, 12, size, generator=g)
+    for name, view in full_precision.views(memory).items():
+        view[8:] = random_full(name, view[8:].shape, dtype, g)
     for name, view in where.views(memory).items():
         view[1:7] = blocks.tensors[name]
     memory = memory.to(DEVICE)

@@ -48,8 +48,15 @@ def test_equals_the_twin_whatever_the_lengths(kind, size, groups, dtype):
     check(paged(kind, LENGTHS, size, 16, dtype=dtype), queries(4, groups, size), [5, 0, 4, 3])
 
 
+@pytest.mark.parametrize(("kind", "size", "groups"), [("int8", 8, 1), ("fp8", 20, 3), ("int8", 64, 2)])
+def test_full_precision_entries_of_8_bits(kind, size, groups):
+    check(paged(kind, LENGTHS, size, 16, dtype=torch.int8), queries(4, groups, size), [5, 0, 4, 3])
+
+
 @pytest.mark.parametrize("settings", TRELLISES, ids=lambda settings: "-".join(map(str, settings.values())))
-@pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (40, 1, 12, torch.float32)])
+@pytest.mark.parametrize(
+    ("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (40, 1, 12, torch.float32), (16, 3, 16, torch.int8)]
+)
 def test_trellis_pages(settings, size, groups, page, dtype):
     check(gear_pages(size, page, dtype=dtype, **settings)[0], queries(3, groups, size), [2, 0, 1])
 
@@ -64,7 +71,9 @@ def test_trellis_pages(settings, size, groups, page, dtype):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-@pytest.mark.parametrize(("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (20, 3, 13, torch.float32)])
+@pytest.mark.parametrize(
+    ("size", "groups", "page", "dtype"), [(16, 2, 16, torch.bfloat16), (20, 3, 13, torch.float32), (20, 3, 13, torch.int8)]
+)
 def test_gear_pages(settings, size, groups, page, dtype):
     """Codes, groups that do not divide, outliers and low rank; pages of any number of entries."""
     check(gear_pages(size, page, dtype=dtype, **settings)[0], queries(3, groups, size), [2, 0, 1])

@@ -49,7 +49,7 @@ def _reader(rows: Rows, packing: Packing, backend: Backend, statistics: str | No
     """A reader with kernels if they support the format: Triton in the model's dtype, the CPU kernels in fp32.
 
     Only the CPU kernels read pages with evicted slots and compute attention statistics. The Triton kernels also write rows,
-    except rows whose entries carry metadata (policies that evict, the eigen codec).
+    except rows whose entries carry metadata (policies that evict, the eigen codec), or whose full-precision entries are codes.
     """
     made, store = packing.format(rows.z.device), rows.storage
     biased = getattr(packing.codec, "key_bias", None) is not None
@@ -57,7 +57,7 @@ def _reader(rows: Rows, packing: Packing, backend: Backend, statistics: str | No
         return OnPages(packing, backend, statistics=statistics)
     plain = statistics is None and not store.evicted_slots
     if backend is Backend.TRITON and made.triton_reads and plain and (made.triton_adds or not biased):
-        return OnPages(packing, backend, writes=made.triton_writes and not store.metadata)
+        return OnPages(packing, backend, writes=made.triton_writes and not store.metadata and store.scale_dtype is None)
     return Gathered(packing) if plain else PageByPage(packing, statistics)
 
 

@@ -95,7 +95,7 @@ class OnPages(Reader):
     def _view(self, rows: Rows) -> Paged:
         views, full_views = rows.pool.views(self.packing.layout), rows.pool.views(rows.full_layout)
         encoded = {name: view for name, view in views.items() if name in self.packing.fields}
-        full_precision = {part: full_views[part] for part in "kv"}
+        full_precision = {name: view for name, view in full_views.items() if not name.startswith("e_")}
         key_bias = getattr(self.packing.codec, "key_bias", None)
         if rows.storage.evicted_slots or key_bias is not None:
             encoded["position"] = views["e_position"]

@@ -24,7 +24,7 @@ class Storage:
     Attributes:
         sink_tokens: s.
         window: w.
-        exact_dtype: of full-precision entries.
+        exact_dtype: of full-precision entries; torch.int8: codes with a scale (`dmc.cache.storage.full`).
         with_positions: whether entries carry their position, an int32.
         scored: whether entries carry a score, an fp32.
         evicted_slots: whether entries can be evicted from encoded pages; their slots then hold position -1.
@@ -54,9 +54,15 @@ class Storage:
         known = (("position", torch.int32, self.with_positions), ("score", torch.float32, self.scored))
         return {name: dtype for name, dtype, there in known if there}
 
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """Of the scales of full-precision entries that are int8 codes: bf16, which has fp32's range; None: they are floats."""
+        return None if self.exact_dtype.is_floating_point else torch.bfloat16
+
     def entry_bytes(self, head_size: int) -> int:
         """Bytes of a full-precision entry."""
-        return 2 * head_size * self.exact_dtype.itemsize + sum(kind.itemsize for kind in self.metadata.values())
+        scale = 0 if self.scale_dtype is None else self.scale_dtype.itemsize
+        return 2 * (head_size * self.exact_dtype.itemsize + scale) + sum(kind.itemsize for kind in self.metadata.values())
 
 
 class Packing:
@@ -69,19 +75,21 @@ class Packing:
         storage: see `Storage`.
 
     Attributes:
+        entry_dtype: of the entries that are encoded.
         layout: of a page.
         fields: those of the codec; a page also holds the metadata, ``e_...``.
     """
 
     def __init__(self, codec: Codec, page_size: int, head_size: int, storage: Storage) -> None:
         self.codec, self.page_size = codec, page_size
-        fields = codec.layout(page_size, head_size, storage.exact_dtype)
-        self.head_size, self.exact_dtype, self.fields = head_size, storage.exact_dtype, frozenset(fields)
+        self.entry_dtype = torch.float32 if storage.scale_dtype is not None else storage.exact_dtype
+        fields = codec.layout(page_size, head_size, self.entry_dtype)
+        self.head_size, self.fields = head_size, frozenset(fields)
         self.layout = Layout(fields | {f"e_{name}": (kind, (page_size,)) for name, kind in storage.metadata.items()})
 
     def format(self, device: torch.device) -> PageFormat:
         """See `Codec.page_format`."""
-        return self.codec.page_format(self.page_size, self.head_size, self.exact_dtype, device)
+        return self.codec.page_format(self.page_size, self.head_size, self.entry_dtype, device)
 
 
 def packings(codecs: Sequence[Codec], page_size: int | None, head_size: int, storage: Storage) -> tuple[tuple[Packing, ...], int]:

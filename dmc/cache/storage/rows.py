@@ -33,8 +33,9 @@ from torch import Tensor
 
 from dmc.cache.codecs import Blocks, Codec
 from dmc.cache.storage.error import CodecError
+from dmc.cache.storage.full import full_layout, read, rounded, stored
 from dmc.cache.storage.packing import Packing, Storage, packings
-from dmc.cache.storage.pages import NULL_PAGE, Layout, PagePool
+from dmc.cache.storage.pages import NULL_PAGE, PagePool
 
 _FIRST_COLUMNS = 4  # of the table of encoded pages; doubles when a row outgrows it
 _ENCODE_PAGES = 1024  # encoded at once; bounds the memory of encoding
@@ -81,15 +82,13 @@ class Rows:
         device: torch.device | str,
     ) -> None:
         self.shape, self.storage, self.slots = shape, storage, slots
-        size, dtype = shape.head_size, storage.exact_dtype
+        size = shape.head_size
         self.packings, page_bytes = packings(codecs, page_size, size, storage)
         self.page_sizes = torch.tensor([packing.page_size for packing in self.packings], device=device)  # [L]
         self._alike = len({id(packing) for packing in self.packings}) == 1
         entry = storage.entry_bytes(size)
         self.per_full_page = page_bytes // entry  # full-precision entries per page
-        part = (dtype, (self.per_full_page, size))
-        metadata: dict[str, Any] = {f"e_{name}": (kind, (self.per_full_page,)) for name, kind in storage.metadata.items()}
-        self.full_layout = Layout({"k": part, "v": part} | metadata)
+        self.full_layout = full_layout(storage, self.per_full_page, size)
         self.pool = PagePool(page_bytes, limit=None if memory is None else memory // page_bytes, device=device)
         self.error = CodecError()
 
@@ -204,7 +203,7 @@ class Rows:
     def read_full_pages(self, pages: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Copies of keys and values ``[R, N, D]`` on full-precision pages ``[R * columns]``."""
         views = self.full_layout.views(self.pool.read(pages))
-        keys, values = (views[part].reshape(rows, -1, self.shape.head_size) for part in ("k", "v"))
+        keys, values = (read(part, views).reshape(rows, -1, self.shape.head_size) for part in "kv")
         return keys, values
 
     def encoded_pages(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +266,7 @@ class Rows:
         """
         store, size = self.storage, self.packing(rows).page_size
         encoded, full = self.split(counts, size)
-        keys, values = keys.to(store.exact_dtype), values.to(store.exact_dtype)
+        keys, values = rounded(keys, store), rounded(values, store)
 
         self.widen(int(encoded.max()))
         owner, column = ragged(encoded)
@@ -317,8 +316,9 @@ class Rows:
         """Writes full-precision entries at ``offsets`` of rows, whose pages are there; all of one shape, keys ``[..., D]``."""
         pages, slots = self.full_table[rows, offsets // self.per_full_page], offsets % self.per_full_page
         views = self.pool.views(self.full_layout)
-        views["k"][pages, slots] = keys.to(self.storage.exact_dtype)
-        views["v"][pages, slots] = values.to(self.storage.exact_dtype)
+        for part, x in (("k", keys), ("v", values)):
+            for name, field in stored(part, x, self.storage).items():
+                views[name][pages, slots] = field
         for name, field in metadata.items():
             views[f"e_{name}"][pages, slots] = field.to(self.storage.metadata[name])
 
@@ -327,7 +327,8 @@ class Rows:
         pages, slots = self.full_table[rows, offsets // self.per_full_page], offsets % self.per_full_page
         views = self.pool.views(self.full_layout)
         metadata = {name: views[f"e_{name}"][pages, slots] for name in self.storage.metadata}
-        return views["k"][pages, slots], views["v"][pages, slots], metadata
+        keys, values = (read(part, views, (pages, slots)) for part in "kv")
+        return keys, values, metadata
 
     def _encode_page(self, rows: Tensor) -> None:
         """Encodes the oldest page of the window of each row; the rows have `most_full` full-precision entries."""

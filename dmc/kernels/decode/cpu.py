@@ -93,7 +93,8 @@ def _made(paged: Paged) -> tuple[CpuReader, tuple]:
     storage = full_precision["k"].untyped_storage()
     singles, halves, codes = (torch.empty(0, dtype=dtype).set_(storage) for dtype in (torch.float32, torch.int16, torch.uint8))
     where = np.zeros((len(loops.FIELDS), 2), np.int64)
-    fields = {"k": full_precision["k"], "v": full_precision["v"], "full_score": full_precision.get("score")}
+    fields = {name: full_precision.get(name) for name in ("k", "v", "k_scale", "v_scale")}
+    fields["full_score"] = full_precision.get("score")
     fields |= {name: encoded.get(name) for name in ("position", "score")}
     for line, name in zip(where, loops.FIELDS, strict=True):
         if fields[name] is not None:
@@ -102,7 +103,7 @@ def _made(paged: Paged) -> tuple[CpuReader, tuple]:
     first, (stride, *_) = min(begins.values()), [x.stride(0) * x.element_size() for x in encoded.values()]
     reader = paged.format.cpu_reader({name: begin - first for name, begin in begins.items()})
     sizes = np.array([
-        paged.page, paged.per_full_page, full_precision["k"].dtype == torch.bfloat16, "position" in encoded, first, stride,
+        paged.page, paged.per_full_page, loops.FULL_DTYPES.index(full_precision["k"].dtype), "position" in encoded, first, stride,
         reader.room,
     ], np.int64)
     arrays = singles.numpy(), halves.numpy().view(np.uint16), codes.numpy(), where, sizes, reader.facts, reader.constants

@@ -12,14 +12,17 @@ function or bound to another name, each array would cost a reference count for e
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from dmc.kernels.cpu.callback import call
 from dmc.kernels.cpu.compiled import bits_of, compiled, dot, exponential, widen
 from dmc.kernels.cpu.products import add, score
 
-FIELDS = ("k", "v", "full_score", "position", "score")  # the last two of encoded pages
-_FULL_SCORE, _POSITION, _SCORE = range(2, 5)
-_PAGE, _PER_FULL, _FULL_BF16, _POSITIONED, _FIRST, _STRIDE, _ROOM = range(7)
+FIELDS = ("k", "v", "k_scale", "v_scale", "full_score", "position", "score")  # the last two of encoded pages
+_SCALE, _FULL_SCORE, _POSITION, _SCORE = 2, 4, 5, 6
+_PAGE, _PER_FULL, _FULL_DTYPE, _POSITIONED, _FIRST, _STRIDE, _ROOM = range(7)
+FULL_DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of full-precision entries; the codes have scales
+_BF16, _INT8 = 1, 2
 NONE, REPLACE, ADD = range(3)  # how statistics change the scores of entries
 
 
@@ -93,6 +96,19 @@ def _note(mass, scores, how):  # noqa: ANN001, ANN202
 
 
 @compiled()
+def _unpack(codes, scales, bits, numbers, entries):  # noqa: ANN001, ANN202
+    """Signed bytes, stored as unsigned ones, and their bf16 scales ``[n]`` → entries ``[n, D]``; ``bits`` and ``numbers`` are
+    the same memory."""
+    widen(scales, bits)
+    size = entries.shape[1]
+    for n in range(len(entries)):
+        mine, scale = entries[n], numbers[n]
+        begin = n * size
+        for d in range(size):
+            mine[d] = np.float32(np.int8(codes[begin + d])) * scale
+
+
+@compiled()
 def attend(begin, end, query, rotation, back, coefficients, features, own_key, own_value, out, coded, own_mass, statistics, index, encoded_table, full_table, encoded_count, full_count, singles, halves, codes, where, sizes, facts, constants, read_keys, read_values):  # noqa: ANN001, ANN201, E501, PLR0913, PLR0915
     """Attention of rows ``begin`` to ``end``.
 
@@ -114,7 +130,7 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
         facts, constants, read_keys, read_values: of the format, see `dmc.kernels.pages.format.CpuReader`; the last two are
             addresses.
     """
-    page, per, narrow = sizes[_PAGE], sizes[_PER_FULL], sizes[_FULL_BF16]
+    page, per, full_dtype = sizes[_PAGE], sizes[_PER_FULL], sizes[_FULL_DTYPE]
     groups, size = query.shape[1], query.shape[2]
     most, furthest = max(page, per), 0
     if statistics != NONE:
@@ -123,7 +139,8 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
     own, turned = np.empty(groups, np.float32), np.empty((groups, size), np.float32)
     known = np.empty(groups * furthest, np.float32)
     bits, scratch = np.empty(per * size, np.uint32), np.empty(sizes[_ROOM] // 8 + 8, np.float64)
-    numbers = bits.view(np.float32)
+    numbers, scale_bits = bits.view(np.float32), np.empty(per, np.uint32)
+    scale_numbers = scale_bits.view(np.float32)
     room, top, total = np.empty(groups * most, np.float32), np.empty(groups, np.float32), np.empty(groups, np.float32)
     flat = room[: groups * page]
     scores = flat.reshape(groups, page)
@@ -164,9 +181,13 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
             near = flat_near.reshape(groups, some)
             for part in range(2):
                 at = where[part, 0] + p * where[part, 1]
-                if narrow:
+                if full_dtype == _BF16:
                     widen(halves[at : at + some * size], bits)
                     entries = numbers[: some * size].reshape(some, size)
+                elif full_dtype == _INT8:
+                    scales = where[_SCALE + part, 0] + p * where[_SCALE + part, 1]
+                    entries = numbers[: some * size].reshape(some, size)
+                    _unpack(codes[at : at + some * size], halves[scales : scales + some], scale_bits, scale_numbers, entries)
                 else:
                     entries = singles[at : at + some * size].reshape(some, size)
                 if part == 0:

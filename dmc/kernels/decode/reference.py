@@ -21,7 +21,7 @@ def decode_reference(
             heads = paged.heads[index, None].expand_as(pages)
             encoded = encoded + paged.key_bias.keys(heads, paged.encoded["position"][pages]).to(work)
         encoded = encoded.flatten(1, 2)
-        full = paged.full_precision[part][paged.full_table[index].long()].to(work).flatten(1, 2)
+        full = paged.full(part, paged.full_table[index].long(), work).flatten(1, 2)
         sides.append(torch.cat([encoded, full, own[:, None].to(work)], dim=1))
     entries = paged.page * paged.encoded_table.shape[1]
     offset = torch.arange(sides[0].shape[1], device=query.device)

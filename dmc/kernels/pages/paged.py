@@ -14,7 +14,7 @@ from dmc.kernels.pages.key_bias import KeyBias
 NO_PAGE, NO_COLUMN, NOT_ENCODED = 1, 2, 4
 """Bits of `Growing.failed`: no page was free; the table of encoded pages is full; a full row was appended to."""
 
-CPU_DTYPES = (torch.float32, torch.bfloat16)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """Dtypes of full-precision entries that the CPU kernels read."""
 
 
@@ -27,7 +27,8 @@ class Paged:
         encoded: their fields ``[pages, shape]``, as `PageFormat.fields` names them. Of policies that evict and with a bias of
             keys also ``position`` int32 ``[pages, P]``, below 0 where an entry was evicted. Of policies that evict also ``score``
             fp32 ``[pages, P]``, for the CPU kernels alone.
-        full_precision: ``k`` and ``v`` of full-precision pages ``[pages, E, D]``, any float dtype; and ``score`` ``[pages, E]``.
+        full_precision: ``k`` and ``v`` of full-precision pages ``[pages, E, D]``, any float dtype, or int8 codes with ``k_scale``
+            and ``v_scale`` bf16 ``[pages, E]``; and ``score`` ``[pages, E]``.
         encoded_table, full_table: int32 ``[rows, columns]``, pages of each row in order; 0, the null page, where there is none.
         encoded_count: int32 ``[rows]``, encoded pages of each row.
         full_count: int32 ``[rows]``, full-precision entries of each row.
@@ -59,6 +60,16 @@ class Paged:
     def head_size(self) -> int:
         """D."""
         return self.full_precision["k"].shape[2]
+
+    def full(self, part: str, pages: Tensor, work: torch.dtype) -> Tensor:
+        """Keys ("k") or values ("v") of full-precision pages, of any shape → ``[..., E, D]`` in ``work``; a copy."""
+        x = self.full_precision[part][pages].to(work)
+        return x * self.full_precision[f"{part}_scale"][pages].to(work)[..., None] if self.full_scaled else x
+
+    @property
+    def full_scaled(self) -> bool:
+        """True if full-precision entries are codes with a scale."""
+        return "k_scale" in self.full_precision
 
     @functools.cached_property
     def cpu_reads(self) -> bool:
@@ -116,6 +127,8 @@ class Growing(Paged):
         for name in ("full_count", "encoded_count", "full_table", "encoded_table", "free", "owners", "failed"):
             if getattr(self, name).dtype != torch.int32:
                 raise ValueError(f"{name} must be int32 on the device, got {getattr(self, name).dtype}")
+        if self.full_scaled:
+            raise ValueError("kernels write full-precision entries as floats, not as codes")
         if self.full_table.shape[1] * self.per_full_page < self.most:
             raise ValueError(
                 f"a row has up to {self.most} full-precision entries, but its {self.full_table.shape[1]} full-precision pages "
