@@ -22,11 +22,13 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
 
 
-def run(backend, name, codec, window, *, most=None, prompt=10, length=16, ahead=True):
+def run(backend, name, codec, window, *, most=None, prompt=10, length=16, ahead=True, exact=None):
     """Two texts, one of them behind a full ring from the start → cache, slots, texts, outputs by text and layer."""
     with using(backend):
-        cache = make(codec, name=name, window=window, most=most, sink_tokens=1, page_size=16 if "tcq" in codec else 4)
-        assert all(reader.writes == (backend == "triton") for reader in cache.readers)
+        sizes = {"sink_tokens": 1, "page_size": 16 if "tcq" in codec else 4, "exact_dtype": exact}
+        cache = make(codec, name=name, window=window, most=most, **sizes)
+        assert all(reader.on_pages == (backend == "triton") for reader in cache.readers)
+        assert all(reader.writes == (backend == "triton" and exact is None) for reader in cache.readers)
         texts, outs = [tokens(length, seed, ahead) for seed in (3, 4)], [[[] for _ in range(LAYERS)] for _ in range(2)]
         slots = [cache.load(prefill(cache, text, prompt, 9, outs[n])) for n, text in enumerate(texts)]
         for position in range(prompt, length):
@@ -58,17 +60,19 @@ def test_decode_is_the_dense_definition(name, window, most, ahead):
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"),
+    ("name", "codec", "exact"),
     [
-        ("dmc", "int8"),
-        pytest.param("dms", "int8", marks=pytest.mark.slow),
-        pytest.param("dmc", "tcq-4bit", marks=pytest.mark.slow),
+        ("dmc", "int8", None),
+        ("dms", "int8", "int8"),
+        pytest.param("dms", "int8", None, marks=pytest.mark.slow),
+        pytest.param("dmc", "int8", "int8", marks=pytest.mark.slow),
+        pytest.param("dmc", "tcq-4bit", None, marks=pytest.mark.slow),
     ],
 )
-def test_encoded_pages_are_those_of_pytorch(name, codec):
+def test_encoded_pages_are_those_of_pytorch(name, codec, exact):
     """Same outputs as by PyTorch, over pages that were encoded on the way."""
     length = 70 if "tcq" in codec else 20
-    (ours, _, _, got), (theirs, _, _, wanted) = (run(b, name, codec, 4, length=length) for b in ("triton", "torch"))
+    (ours, _, _, got), (theirs, _, _, wanted) = (run(b, name, codec, 4, length=length, exact=exact) for b in ("triton", "torch"))
     assert ours.rows.encoded_count.sum() == theirs.rows.encoded_count.sum() > 0
     for mine, other in zip(sum(got, []), sum(wanted, []), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-4)

@@ -20,6 +20,12 @@ def outs(name, layers, prompt, chunk, backend, **settings):
         return feed(cache, layers, prompt, chunk)[1]
 
 
+def test_entries_outside_pages_in_8_bits():
+    layers = tokens(40, seed=5)
+    for ours, theirs in zip(*(outs("int8", layers, 34, 19, b, exact_dtype="int8") for b in ("triton", "torch")), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
 SLOW = [pytest.param(name, policy, marks=pytest.mark.slow) for name in READ for policy in ("dmc", "full")]
 
 

@@ -81,13 +81,12 @@ def served(case):
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         params = SamplingParams(temperature=0, max_tokens=case["tokens"], ignore_eos=True, detokenize=False)
         tokens, most = run(llm.llm_engine, case, params, scheduler)
-        (stats,) = llm.collective_rpc("dmc_stats")
-        requests = llm.llm_engine.model_executor.driver_worker.worker._arena.requests
-        requests.cache.check_integrity()
+        stats = llm.collective_rpc("dmc_stats")  # of each rank
+        llm.collective_rpc(check)
         pool = scheduler.kv_cache_manager.block_pool
         result = {
             "tokens": tokens,
-            "stats": stats,
+            "stats": {name: sum(rank[name] for rank in stats) for name in stats[0]},
             "most_running": most,
             "preempted": len(preempted),
             "blocks": pool.num_gpu_blocks - 1,
@@ -97,6 +96,10 @@ def served(case):
         return result
     finally:
         Scheduler._preempt_request = original
+
+
+def check(worker):
+    worker._arena.requests.cache.check_integrity()
 
 
 def run(engine, case, params, scheduler):

@@ -39,6 +39,9 @@ FLAGS = [
     "128",
     "--kv-cache-memory-bytes",
     str(8 << 20),
+    "--enable-auto-tool-choice",
+    "--tool-call-parser",
+    "hermes",
     "--additional-config",
     '{"dmc": {"cap": 1}}',
 ]
@@ -155,6 +158,27 @@ def test_structured_output(client):
         assert answer.choices[0].finish_reason == "stop"
         said = json.loads(answer.choices[0].message.content)
         assert set(said) == {"unit", "days"} and said["unit"] in "CF" and said["days"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_tools(client, choice):
+    """The calls of a model of random weights: their form is what vLLM's grammar makes of it."""
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model="tiny", messages=USER, max_tokens=200, seed=seed, tools=tools, tool_choice=choice
+        )
+        calls = answer.choices[0].message.tool_calls
+        assert calls and {call.function.name for call in calls} == {"weather"}
+        for call in calls:
+            said = json.loads(call.function.arguments)
+            assert set(said) == {"unit", "days"} and said["unit"] in "CF" and said["days"] in (1, 2, 3)
+
+
+def test_tools_that_the_model_may_leave_out(client):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    answer = client.chat.completions.create(model="tiny", messages=USER, max_tokens=9, temperature=0, tools=tools)
+    assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
 
 
 def test_what_is_refused(client):

@@ -144,7 +144,25 @@ def test_lossy_codecs(models, decisions, tmp_path):
     _check_same(cases, tmp_path)
 
 
-def _check_same(cases, folder):
+def test_tensor_parallel(models, families, decisions, tmp_path):
+    """Two ranks with a head each: decision neurons and heads, fitted heads, a key bias; preemption, and forced merges."""
+    biased = fitted(families["qwen2"], tmp_path / "biased")
+    ranks, crowded = {"tensor_parallel_size": 2}, {"num_gpu_blocks_override": 30}
+    cases = [
+        (models["neuron"], {"codec": "tcq"}),
+        (models["late"], {}),
+        (models["dms"], {"codec": "int8"}),
+        (models["gate merges"], gate(decisions, **GATE["gate merges"])),
+        (families["qwen2"], gate(biased) | {"codec": "int8"}),
+    ]
+    _check_same(cases, tmp_path, ranks)
+    _check_same([(models["late"], {})], tmp_path, ranks | crowded, preempted=True)
+    case = {"model": str(models["late"]), "prompts": [[3 + i * 7 % 90 for i in range(149)]] * 3, "tokens": 90}
+    (forced,) = drive([case | {"engine": ranks | loose(cap=8)}], tmp_path)
+    assert forced["stats"]["forced"] > 0 and forced["free"] == forced["blocks"]
+
+
+def _check_same(cases, folder, engine=None, *, preempted=False):
     """Both engines generate the same tokens from a model with some settings."""
     results = drive(
         [
@@ -152,7 +170,7 @@ def _check_same(cases, folder):
                 "model": str(model),
                 "prompts": PROMPTS,
                 "tokens": TOKENS,
-                "engine": {"max_num_batched_tokens": 50} | loose(**settings),
+                "engine": {"max_num_batched_tokens": 50} | loose(**settings) | (engine or {}),
             }
             for model, settings in cases
         ],
@@ -160,7 +178,7 @@ def _check_same(cases, folder):
     )
     for (model, settings), result in zip(cases, results, strict=True):
         assert result["tokens"] == own(model, **settings), settings
-        assert result["free"] == result["blocks"] and result["stats"]["forced"] == 0
+        assert result["free"] == result["blocks"] and result["stats"]["forced"] == 0 and (result["preempted"] > 0) == preempted
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +286,8 @@ def test_settings_that_are_refused(models, decisions, tmp_path):
         (export, loose(cap="4"), "cap='4' must be a number"),
         (export, loose(caps=4), "unknown setting dmc.caps; known: cap, codec"),
         (export, {"block_size": 32}, "leave out --block-size"),
-        (export, {"tensor_parallel_size": 2}, "on one device"),
+        (export, {"tensor_parallel_size": 4}, "tensor_parallel 4 does not divide the model's 2 key/value heads"),
+        (export, {"pipeline_parallel_size": 2}, "with tensor parallelism alone"),
         (newer, {}, "dmc.layers, which this version of dmc does not know"),
         (export, loose(codec="kivi"), "codec='kivi' is not supported in vLLM; supported: dense, int8"),
         (export, loose(policy="h2o"), "policy='h2o' is not supported in vLLM; supported: dmc, dms, gate"),

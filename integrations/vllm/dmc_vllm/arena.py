@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
@@ -99,7 +100,7 @@ class Arena(nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Makes the cache in vLLM's memory, uint8 ``[blocks, 1, 1, block bytes]``."""
         self.kv_cache, device = kv_cache, kv_cache.device
-        cache = self.serving.cache(self.slots, device)
+        cache = self.serving.cache(self.slots, device, get_tensor_model_parallel_rank())
         cache.place(kv_cache.view(-1))
         rope = Rope.of(self.serving.config.rope, dtype=torch.float32, device=device)
         self.requests = Requests(cache, rope, self.serving.reservation)

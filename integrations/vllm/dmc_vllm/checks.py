@@ -50,8 +50,8 @@ class Checks(VerifyAndUpdateConfig):
             ),
             (vllm_config.lora_config is not None, "LoRA adapters are not supported with DMC models: leave out --enable-lora"),
             (
-                parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.decode_context_parallel_size > 1,
-                "dmc-vllm serves DMC models on one device: leave out tensor, pipeline and context parallelism",
+                parallel.pipeline_parallel_size * parallel.decode_context_parallel_size > 1,
+                "dmc-vllm serves DMC models with tensor parallelism alone: leave out pipeline and context parallelism",
             ),
             (cache.cache_dtype != "auto", "DMC models have their own KV cache: leave out --kv-cache-dtype"),
             (cache.user_specified_block_size, "the block size follows from the cap: leave out --block-size"),

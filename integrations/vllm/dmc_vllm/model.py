@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
@@ -20,7 +21,7 @@ from dmc_vllm.settings import Serving, read
 
 
 class DmcAttention(nn.Module):
-    """Projections, decisions and attention of a layer, for any family of `dmc.families`.
+    """Projections, decisions and attention of a layer's heads that this rank has, for any family of `dmc.families`.
 
     Args:
         serving: what the model is served with.
@@ -42,9 +43,9 @@ class DmcAttention(nn.Module):
         **_: object,
     ) -> None:
         super().__init__()
-        self.config, self.arena_name, self.layer = serving.config, arena_name, extract_layer_index(prefix)
+        self.config, self.arena_name, self.layer = serving.part, arena_name, extract_layer_index(prefix)
         self.fitted = fitted
-        config: ModelConfig = self.config
+        config: ModelConfig = serving.config
         size, hidden = config.head_dim, config.hidden_size
         self.qkv_proj = QKVParallelLinear(
             hidden,
@@ -66,7 +67,7 @@ class DmcAttention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(size, eps=config.rms_norm_eps) for _ in range(2))
         self.decision = None
         if config.decision == "head":
-            self.decision = Decision(hidden, config.logits_per_head * config.num_key_value_heads, bias=config.looks_ahead)
+            self.decision = Decision(self.config)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Hidden states ``[N, hidden]``; their positions come with the batch."""
@@ -90,12 +91,27 @@ class DmcAttention(nn.Module):
 
 
 class Decision(nn.Module):
-    """Weights of a decision head, in fp32; not a linear layer, since vLLM changes the layout of those on a CPU."""
+    """Weights of the decision head for a rank's heads, in fp32; not a linear layer: vLLM changes the layout of those on a CPU.
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+    Args:
+        config: sizes of the rank's part.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32), requires_grad=False) if bias else None
+        self.kinds, self.heads = config.logits_per_head, config.num_key_value_heads
+        self.weight = self._parameter(config.hidden_size)
+        self.bias = self._parameter() if config.looks_ahead else None
+
+    def _parameter(self, *inputs: int) -> nn.Parameter:
+        parameter = nn.Parameter(torch.empty(self.kinds * self.heads, *inputs, dtype=torch.float32), requires_grad=False)
+        parameter.weight_loader = self._load
+        return parameter
+
+    def _load(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Takes the rank's rows: one kind of logit for all heads, then the next kind."""
+        own = slice(get_tensor_model_parallel_rank() * self.heads, (get_tensor_model_parallel_rank() + 1) * self.heads)
+        parameter.data.copy_(whole.unflatten(0, (self.kinds, -1))[:, own].flatten(0, 1))
 
 
 class DmcForCausalLM(LlamaForCausalLM):
@@ -107,7 +123,7 @@ class DmcForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         serving, name = read(vllm_config), maybe_prefix(prefix, "model.layers.0.self_attn.arena")
-        fitted = serving.fitted_heads(vllm_config.device_config.device)
+        fitted = serving.fitted_heads(vllm_config.device_config.device, get_tensor_model_parallel_rank())
         attention = partial(DmcAttention, serving, fitted, name)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=partial(LlamaDecoderLayer, attn_layer_type=attention))
         self.arena = arena.Arena(serving, name)

@@ -15,6 +15,7 @@ from dmc.engine.llm import codec_for, policy_for
 from dmc.model import ModelConfig, read_config
 from dmc.model.fitted_heads import FittedHeads
 from dmc.model.key_bias import key_bias
+from dmc.model.sharded import shard_config
 from dmc.weights import Weights
 from dmc_vllm.reservation import Reservation
 
@@ -38,30 +39,36 @@ class Serving:
     Attributes:
         path: the model's directory.
         config: of the whole model.
-        shape: of the cache.
+        ranks: among which tensor parallelism divides it.
+        part: sizes of a rank's part (`dmc.model.sharded`).
+        shape: of a rank's cache.
         policy, codec: of the cache.
-        reservation: what vLLM's scheduler reserves.
+        reservation: what vLLM's scheduler reserves, on each rank.
     """
 
     path: Path
     config: ModelConfig
+    ranks: int
+    part: ModelConfig
     shape: Shape
     policy: Policy
     codec: Codec
     reservation: Reservation
 
-    def cache(self, slots: int, device: torch.device | str = "cpu") -> KVCache:
-        """An empty cache for so many sequences."""
+    def cache(self, slots: int, device: torch.device | str, rank: int) -> KVCache:
+        """An empty cache of a rank's heads, for so many sequences."""
         bias = None
         if self.codec.lossy:  # lossy codecs get keys without their bias
-            bias = key_bias(self.config, Weights(self.path), dtype=self.shape.dtype, device=device)
+            place = {"dtype": self.shape.dtype, "device": device}
+            bias = key_bias(self.config, Weights(self.path), rank=rank, ranks=self.ranks, **place)
         return KVCache(self.shape, self.policy, self.codec, slots=slots, key_bias=bias, device=device)
 
-    def fitted_heads(self, device: torch.device | str) -> FittedHeads | None:
-        """Heads of fitted decisions, with which a model that was not retrofitted decides; None: it was retrofitted."""
+    def fitted_heads(self, device: torch.device | str, rank: int) -> FittedHeads | None:
+        """A rank's heads of fitted decisions, with which a model that was not retrofitted decides; None: it was retrofitted."""
         if not isinstance(self.policy, GatePolicy):
             return None
-        return FittedHeads.of(self.policy.fitted, self.policy.threshold, dtype=torch.float32, device=device)
+        place = {"dtype": torch.float32, "device": device}
+        return FittedHeads.of(self.policy.fitted, self.policy.threshold, rank=rank, ranks=self.ranks, **place)
 
 
 def given(vllm_config: VllmConfig) -> dict | None:
@@ -94,17 +101,19 @@ def read(vllm_config: VllmConfig) -> Serving:
         max_entries: as `dmc.LLM` takes it: largest number of entries of a head behind the window.
 
     Raises:
-        ValueError: if the model's directory or a setting cannot be used; one sentence.
+        ValueError: if the model's directory or a setting cannot be used, or the model cannot be divided among the ranks of
+            tensor parallelism; one sentence.
     """
     settings = given(vllm_config) or {}
     unknown = sorted(set(settings) - set(KNOWN))
     if unknown:
         raise ValueError(f"additional_config has an unknown setting dmc.{unknown[0]}; known: {', '.join(KNOWN)}")
     path = hub.located(vllm_config.model_config.model)
-    config = read_config(path)
+    config, ranks = read_config(path), vllm_config.parallel_config.tensor_parallel_size
+    part = shard_config(config, ranks)
     policy = _policy(settings, config, path)
     codec = codec_for(_name("codec", settings, CODECS) or "dense", _object("codec_settings", settings), None, path)
-    shape = Shape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, vllm_config.model_config.dtype)
+    shape = Shape(part.num_hidden_layers, part.num_key_value_heads, part.head_dim, vllm_config.model_config.dtype)
     cache = KVCache(shape, policy, codec, slots=1)  # for the figures of its pages
     reservation = Reservation.of(
         heads=shape.layers * shape.heads,
@@ -116,7 +125,7 @@ def read(vllm_config: VllmConfig) -> Serving:
         max_entries=policy.max_entries,
         cap=_cap(settings.get("cap"), policy, config, path),
     )
-    return Serving(path, config, shape, policy, codec, reservation)
+    return Serving(path, config, ranks, part, shape, policy, codec, reservation)
 
 
 def _policy(settings: dict, config: ModelConfig, path: Path) -> Policy:
