@@ -114,7 +114,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return model_directory(tmp_path_factory.mktemp("served") / "model", head_dim=16, architectures=["DmcLlamaForCausalLM"])
+    path = model_directory(tmp_path_factory.mktemp("served") / "model", head_dim=16, architectures=["DmcLlamaForCausalLM"])
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    words[" "], words["\n"] = words.pop("`"), words.pop("~")  # both are in the form of a tool call
+    file.write_text(json.dumps(tokenizer))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +160,7 @@ def test_chat(client):
 def test_structured_output(client):
     form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA, "strict": True}}
     for seed in range(3):
-        answer = client.chat.completions.create(model="tiny", messages=USER, max_tokens=60, seed=seed, response_format=form)
+        answer = client.chat.completions.create(model="tiny", messages=USER, max_tokens=400, seed=seed, response_format=form)
         assert answer.choices[0].finish_reason == "stop"
         said = json.loads(answer.choices[0].message.content)
         assert set(said) == {"unit", "days"} and said["unit"] in "CF" and said["days"] in (1, 2, 3)
@@ -163,10 +169,10 @@ def test_structured_output(client):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_tools(client, choice):
     """The calls of a model of random weights: their form is what vLLM's grammar makes of it."""
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}]
     for seed in range(3):
         answer = client.chat.completions.create(
-            model="tiny", messages=USER, max_tokens=200, seed=seed, tools=tools, tool_choice=choice
+            model="tiny", messages=USER, max_tokens=400, seed=seed, tools=tools, tool_choice=choice
         )
         calls = answer.choices[0].message.tool_calls
         assert calls and {call.function.name for call in calls} == {"weather"}
@@ -176,7 +182,7 @@ def test_tools(client, choice):
 
 
 def test_tools_that_the_model_may_leave_out(client):
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}]
     answer = client.chat.completions.create(model="tiny", messages=USER, max_tokens=9, temperature=0, tools=tools)
     assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
 

@@ -211,7 +211,8 @@ def test_other_families(families, tmp_path):
 
 
 def test_other_settings_of_fitted_decisions(models, families, tmp_path):
-    """Decided at arrival; more sinks than a page holds; a bound on entries, which bounds the reservation too; a key bias."""
+    """Decided at arrival; more sinks than a page holds; a bound on entries, which bounds the reservation too; a key bias; 8 bits
+    outside pages."""
     plain, qwen = models["gate"], families["qwen2"]
     arrival, sinks, biased = (
         fitted(model, tmp_path / name, **settings)
@@ -226,6 +227,8 @@ def test_other_settings_of_fitted_decisions(models, families, tmp_path):
             (plain, gate(arrival) | {"max_entries": 20}),
             (models["late"], {"max_entries": 20}),
             (qwen, gate(biased) | {"codec": "int8"}),
+            (models["late"], {"codec": "tcq", "exact_dtype": "int8"}),
+            (plain, gate(arrival) | {"codec": "int8", "exact_dtype": "int8"}),
         ],
         tmp_path,
     )
@@ -290,6 +293,8 @@ def test_settings_that_are_refused(models, decisions, tmp_path):
         (export, {"pipeline_parallel_size": 2}, "with tensor parallelism alone"),
         (newer, {}, "dmc.layers, which this version of dmc does not know"),
         (export, loose(codec="kivi"), "codec='kivi' is not supported in vLLM; supported: dense, int8"),
+        (export, loose(exact_dtype="int4"), "exact_dtype must be one of fp32, bf16, fp16, int8, got 'int4'"),
+        (export, loose(exact_dtype=8), "exact_dtype=8 must be a name such as bf16 or int8"),
         (export, loose(policy="h2o"), "policy='h2o' is not supported in vLLM; supported: dmc, dms, gate"),
         (export, loose(**gate(decisions)), "was retrofitted with dmc and makes decisions of its own"),
         (plain, loose(**gate(decisions)) | {"enable_prefix_caching": True}, "prefix caching shares blocks"),

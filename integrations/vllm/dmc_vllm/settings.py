@@ -22,7 +22,7 @@ from dmc_vllm.reservation import Reservation
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KNOWN = ("cap", "codec", "codec_settings", "policy", "policy_settings", "decisions", "target_cr", "max_entries")
+KNOWN = ("cap", "codec", "codec_settings", "policy", "policy_settings", "decisions", "target_cr", "max_entries", "exact_dtype")
 """Settings; `read` describes them."""
 CODECS = ("dense", "int8", "tcq", "gear")
 """Codecs that are tested in vLLM."""
@@ -43,6 +43,7 @@ class Serving:
         part: sizes of a rank's part (`dmc.model.sharded`).
         shape: of a rank's cache.
         policy, codec: of the cache.
+        exact_dtype: see `dmc.cache.KVCache`.
         reservation: what vLLM's scheduler reserves, on each rank.
     """
 
@@ -53,6 +54,7 @@ class Serving:
     shape: Shape
     policy: Policy
     codec: Codec
+    exact_dtype: str | None
     reservation: Reservation
 
     def cache(self, slots: int, device: torch.device | str, rank: int) -> KVCache:
@@ -61,7 +63,8 @@ class Serving:
         if self.codec.lossy:  # lossy codecs get keys without their bias
             place = {"dtype": self.shape.dtype, "device": device}
             bias = key_bias(self.config, Weights(self.path), rank=rank, ranks=self.ranks, **place)
-        return KVCache(self.shape, self.policy, self.codec, slots=slots, key_bias=bias, device=device)
+        settings = {"exact_dtype": self.exact_dtype, "key_bias": bias, "device": device}
+        return KVCache(self.shape, self.policy, self.codec, slots=slots, **settings)
 
     def fitted_heads(self, device: torch.device | str, rank: int) -> FittedHeads | None:
         """A rank's heads of fitted decisions, with which a model that was not retrofitted decides; None: it was retrofitted."""
@@ -99,6 +102,7 @@ def read(vllm_config: VllmConfig) -> Serving:
         policy_settings: of the policy, such as ``{"merge": true}``.
         decisions, target_cr: of policy gate, as `dmc.LLM` takes them: a file for this model, and the CR to reach.
         max_entries: as `dmc.LLM` takes it: largest number of entries of a head behind the window.
+        exact_dtype: of entries outside encoded pages, as `dmc.cache.KVCache` takes it, such as "int8".
 
     Raises:
         ValueError: if the model's directory or a setting cannot be used, or the model cannot be divided among the ranks of
@@ -114,7 +118,10 @@ def read(vllm_config: VllmConfig) -> Serving:
     policy = _policy(settings, config, path)
     codec = codec_for(_name("codec", settings, CODECS) or "dense", _object("codec_settings", settings), None, path)
     shape = Shape(part.num_hidden_layers, part.num_key_value_heads, part.head_dim, vllm_config.model_config.dtype)
-    cache = KVCache(shape, policy, codec, slots=1)  # for the figures of its pages
+    exact = settings.get("exact_dtype")
+    if exact is not None and not isinstance(exact, str):
+        raise ValueError(f"exact_dtype={exact!r} must be a name such as bf16 or int8")
+    cache = KVCache(shape, policy, codec, slots=1, exact_dtype=exact)  # for the figures of its pages
     reservation = Reservation.of(
         heads=shape.layers * shape.heads,
         full_precision_pages=cache.full_precision_pages,
@@ -125,7 +132,7 @@ def read(vllm_config: VllmConfig) -> Serving:
         max_entries=policy.max_entries,
         cap=_cap(settings.get("cap"), policy, config, path),
     )
-    return Serving(path, config, ranks, part, shape, policy, codec, reservation)
+    return Serving(path, config, ranks, part, shape, policy, codec, exact, reservation)
 
 
 def _policy(settings: dict, config: ModelConfig, path: Path) -> Policy:
