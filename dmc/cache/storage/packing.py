@@ -56,7 +56,7 @@ class Storage:
 
     @property
     def scale_dtype(self) -> torch.dtype | None:
-        """Of the scales of full-precision entries that are int8 codes: bf16, which has fp32's range; None: they are floats."""
+        """Dtype of the scales of full-precision entries: bf16, which has the range of fp32; None: the entries are floats."""
         return None if self.exact_dtype.is_floating_point else torch.bfloat16
 
     def entry_bytes(self, head_size: int) -> int:
