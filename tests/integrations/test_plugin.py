@@ -1,6 +1,7 @@
 """Parts of the vLLM plugin that need no vLLM."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from dmc.rope import Rope
 from dmc_vllm import config, wrong_version
 from dmc_vllm.prompt import fitted
 from dmc_vllm.reservation import Reservation
+from dmc_vllm.settings import read
+from tests.model import tiny
 
 LAYERS, HEADS, SIZE = 2, 2, 8
 ROPE = Rope([1.0, 0.3, 0.1, 0.03], dtype=torch.float32)
@@ -51,6 +54,48 @@ def test_reservation():
     for cap in (0.99, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite number of at least 1"):
             Reservation.of(heads=12, full_precision_pages=5, page_size=16, page_bytes=64, window=64, cap=cap)
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """A retrofitted Qwen2, whose keys have a bias: lossy codecs store an entry's position with it."""
+    fields = tiny.config("neuron", head_dim=16, architectures=["DmcQwen2ForCausalLM"], model_type="dmc_qwen2")
+    tensors = tiny.weights(fields)
+    for layer in range(fields["num_hidden_layers"]):
+        for part in "qkv":
+            name = f"model.layers.{layer}.self_attn.{part}_proj"
+            tensors[f"{name}.bias"] = torch.ones(len(tensors[f"{name}.weight"]))
+    return tiny.write(tmp_path_factory.mktemp("biased") / "model", fields, tensors)
+
+
+def asked(path, ranks=1, **settings):
+    """vLLM's configuration, as far as the plugin reads it."""
+    return SimpleNamespace(
+        additional_config={"dmc": {"cap": 2} | settings},
+        model_config=SimpleNamespace(model=str(path), dtype=torch.float32),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
+
+
+@pytest.mark.parametrize("codec_name", ["dense", "int8", "tcq", "gear"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_reserved_is_what_the_cache_takes(biased, codec_name, ranks):
+    serving = read(asked(biased, ranks, codec=codec_name))
+    for rank in range(ranks):
+        cache = serving.cache(3, "cpu", rank)
+        heads = cache.shape.layers * cache.shape.heads
+        assert serving.reservation.page_bytes == cache.page_bytes and serving.reservation.block_pages == heads
+        assert serving.reservation.fixed_blocks == cache.full_precision_pages + 1
+
+
+def test_8_bits_for_keys_with_a_bias_are_refused_before_the_engine_starts(biased):
+    with pytest.raises(ValueError, match="exact_dtype int8 is not for keys with a bias"):
+        read(asked(biased, codec="int8", exact_dtype="int8"))
+
+
+def test_ranks_that_do_not_divide_the_heads(biased):
+    with pytest.raises(ValueError, match="tensor_parallel 3 does not divide the model's 2 key/value heads"):
+        read(asked(biased, 3))
 
 
 def filled(kind, tokens, window=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ class Serving:
         shape: of a rank's cache.
         policy, codec: of the cache.
         exact_dtype: see `dmc.cache.KVCache`.
-        reservation: what vLLM's scheduler reserves, on each rank.
+        cap: tokens per reserved entry behind the window.
     """
 
     path: Path
@@ -55,7 +56,26 @@ class Serving:
     policy: Policy
     codec: Codec
     exact_dtype: str | None
-    reservation: Reservation
+    cap: float
+
+    @functools.cached_property
+    def reservation(self) -> Reservation:
+        """What vLLM's scheduler reserves, on each rank.
+
+        Raises:
+            ValueError: if these settings do not go together.
+        """
+        cache = self.cache(1, "cpu", 0)
+        return Reservation.of(
+            heads=self.shape.layers * self.shape.heads,
+            full_precision_pages=cache.full_precision_pages,
+            page_size=cache.page_size,
+            page_bytes=cache.page_bytes,
+            window=self.policy.ring or 0,
+            sinks=self.policy.sinks,
+            max_entries=self.policy.max_entries,
+            cap=self.cap,
+        )
 
     def cache(self, slots: int, device: torch.device | str, rank: int) -> KVCache:
         """An empty cache of a rank's heads, for so many sequences."""
@@ -121,18 +141,10 @@ def read(vllm_config: VllmConfig) -> Serving:
     exact = settings.get("exact_dtype")
     if exact is not None and not isinstance(exact, str):
         raise ValueError(f"exact_dtype={exact!r} must be a name such as bf16 or int8")
-    cache = KVCache(shape, policy, codec, slots=1, exact_dtype=exact)  # for the figures of its pages
-    reservation = Reservation.of(
-        heads=shape.layers * shape.heads,
-        full_precision_pages=cache.full_precision_pages,
-        page_size=cache.page_size,
-        page_bytes=cache.page_bytes,
-        window=policy.ring or 0,
-        sinks=policy.sinks,
-        max_entries=policy.max_entries,
-        cap=_cap(settings.get("cap"), policy, config, path),
-    )
-    return Serving(path, config, ranks, part, shape, policy, codec, exact, reservation)
+    cap = _cap(settings.get("cap"), policy, config, path)
+    serving = Serving(path, config, ranks, part, shape, policy, codec, exact, cap)
+    _ = serving.reservation  # computed here, so that what is wrong is said before the engine starts
+    return serving
 
 
 def _policy(settings: dict, config: ModelConfig, path: Path) -> Policy:
