@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dmc import LLM, SamplingParams
+from dmc.cache import KVCache, Shape, policy
 from dmc.cache.codecs import Blocks, Codec
 from dmc.kernels.backend import interpreted, using
 from dmc.kernels.decode.decode import decode_attention
@@ -208,3 +209,13 @@ def test_readers_equal_the_reference(backend):
     index = torch.tensor([1, 0])
     ours, reference = (decode_attention(*inputs, index, rows, backend=one) for one in (backend, "reference"))
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
+def test_entries_outside_pages_in_8_bits_are_left_to_pytorch(monkeypatch):
+    """By a kernel that does not know of their scales."""
+    monkeypatch.setattr(HalfCodec, "lossy", True)
+    shape = Shape(1, 1, 8, torch.float32)
+    with using("triton"):
+        caches = [KVCache(shape, policy("full"), HalfCodec(), slots=1, exact_dtype=exact) for exact in ("fp32", "int8")]
+    assert [cache.readers[0].on_pages for cache in caches] == [True, False]

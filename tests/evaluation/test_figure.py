@@ -173,4 +173,4 @@ def test_labels_cover_neither_each_other_nor_the_points():
 
 
 def test_the_rows_of_the_repository_can_be_read():
-    assert len(read_rows(ROWS)) == 56
+    assert len(read_rows(ROWS)) == 62

@@ -56,8 +56,10 @@ def _reader(rows: Rows, packing: Packing, backend: Backend, statistics: str | No
     if backend is Backend.CPU and made.cpu_reads and store.exact_dtype in CPU_DTYPES:
         return OnPages(packing, backend, statistics=statistics)
     plain = statistics is None and not store.evicted_slots
-    if backend is Backend.TRITON and made.triton_reads and plain and (made.triton_adds or not biased):
-        return OnPages(packing, backend, writes=made.triton_writes and not store.metadata and store.scale_dtype is None)
+    coded = store.scale_dtype is not None
+    fits = (made.triton_adds or not biased) and (made.triton_scales or not coded)
+    if backend is Backend.TRITON and made.triton_reads and plain and fits:
+        return OnPages(packing, backend, writes=made.triton_writes and not store.metadata and not coded)
     return Gathered(packing) if plain else PageByPage(packing, statistics)
 
 

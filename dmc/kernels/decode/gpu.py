@@ -44,20 +44,21 @@ def decode(
     sizes = dict(D=size, BLOCK=max(16, triton.next_power_of_2(size)), G=groups)
     where = dict(index=index, encoded_count=paged.encoded_count, full_count=paged.full_count, first_full=encoded_segments)
     constants = dict(
-        **sizes, PER_FULL=per_full_page, FULL_SCALED=paged.full_scaled, SEGMENT=segment, TILE=tile,
+        **sizes, PER_FULL=per_full_page, SEGMENT=segment, TILE=tile,
         GROUPS=LEAST_GROUPS if groups == 1 else max(16, triton.next_power_of_2(groups)),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=2,
     )
-    key_scale, value_scale = (paged.full_precision.get(f"{part}_scale") for part in "kv")
     arguments = dict(
         query=query, **where, encoded_table=paged.encoded_table, full_table=paged.full_table,
-        full_keys=paged.full_precision["k"], full_values=paged.full_precision["v"], full_key_scale=key_scale,
-        full_value_scale=value_scale, sums=sums, parts=parts,
+        full_keys=paged.full_precision["k"], full_values=paged.full_precision["v"], sums=sums, parts=parts,
         scale=scale * LOG2E.value,
         et=paged.encoded_table.stride(0), ft=paged.full_table.stride(0),
         fkp=page_words(paged.full_precision["k"]), fvp=page_words(paged.full_precision["v"]),
-        fsp=0 if key_scale is None else key_scale.stride(0),
     )
+    if paged.full_scaled:
+        key_scale, value_scale = (paged.full_precision[f"{part}_scale"] for part in "kv")
+        arguments |= dict(full_key_scale=key_scale, full_value_scale=value_scale, fsp=key_scale.stride(0))
+        constants["FULL_SCALED"] = True
     if paged.key_bias is not None:
         arguments["shifts"] = added = shifts(query, index, paged)
         arguments["shifts_per_query"] = added.shape[-1]

@@ -136,6 +136,16 @@ class PageFormat:
         return False
 
     @property
+    def triton_scales(self) -> bool:
+        """True if `triton_read` also reads full-precision entries that are codes.
+
+        Their scales ``full_key_scale`` and ``full_value_scale`` and the distance ``fsp`` from page to page are then among
+        its arguments, and ``FULL_SCALED`` among its constants, as `dmc.kernels.pages.segments.full_segment` takes them. All four
+        exist only with such entries. If False, PyTorch gathers them.
+        """
+        return False
+
+    @property
     def triton_writes(self) -> bool:
         """True if the format has `triton_write`."""
         return False

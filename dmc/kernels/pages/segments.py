@@ -52,16 +52,23 @@ def shifted(s, shifts, shifts_per_query, g, entry, there, G: tl.constexpr):
 
 @triton.jit
 def full_segment(
-    query, table, full_count, first_full, full_keys, full_values, full_key_scale, full_value_scale, sums, parts, scale, fkp, fvp,
-    fsp, PER_FULL: tl.constexpr, FULL_SCALED: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
+    query, table, full_count, first_full, full_keys, full_values, any_scale, sums, parts, scale, fkp, fvp,
+    PER_FULL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, full_key_scale=None, full_value_scale=None, fsp=0,
+    FULL_SCALED: tl.constexpr = False,
 ):
     """A program whose segment is among a row's full-precision entries: their ``table``, and a pointer to their number."""
     start, length = (tl.program_id(1) - first_full) * SEGMENT, tl.load(full_count)
+    if FULL_SCALED:
+        key_scale = full_key_scale
+        value_scale = full_value_scale
+    else:
+        key_scale = any_scale
+        value_scale = any_scale
     if start < length:
         top, total, acc = attend_segment(
-            query, table, full_keys, full_values, full_key_scale, full_value_scale, fkp, fvp, fsp, fsp, start, length, scale,
-            PER_FULL, FULL_SCALED, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
+            query, table, full_keys, full_values, key_scale, value_scale, fkp, fvp, fsp, fsp, start, length, scale, PER_FULL,
+            FULL_SCALED, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
         )
         store_segment(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
 

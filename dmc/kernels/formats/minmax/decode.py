@@ -98,25 +98,24 @@ def _base(
 
 @triton.jit
 def _gear_segments(
-    query, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values,
-    full_key_scale, full_value_scale, sums, parts, scale, et, ft, fkp, fvp, fsp,
+    query, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values, sums, parts,
+    scale, et, ft, fkp, fvp,
     k_codes, k_scale, k_zero, k_outliers, k_indices, k_left, k_right,
     v_codes, v_scale, v_zero, v_outliers, v_indices, v_left, v_right, page8, page16,
-    PAGE: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, PER_FULL: tl.constexpr, FULL_SCALED: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    PAGE: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     G: tl.constexpr, K_CHANNEL: tl.constexpr, K_GROUPS: tl.constexpr, K_GROUP: tl.constexpr, K_OUTLIERS: tl.constexpr,
     V_CHANNEL: tl.constexpr, V_GROUPS: tl.constexpr, V_GROUP: tl.constexpr, V_OUTLIERS: tl.constexpr,
-    shifts=None, shifts_per_query=0,
+    shifts=None, shifts_per_query=0, full_key_scale=None, full_value_scale=None, fsp=0, FULL_SCALED: tl.constexpr = False,
 ):
     """As `dmc.kernels.formats.plain.decode._segments`, for GEAR pages."""
     row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if segment >= first_full:
         full_segment(
-            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values,
-            full_key_scale, full_value_scale, sums, parts, scale, fkp, fvp, fsp, PER_FULL, FULL_SCALED, SEGMENT, TILE, GROUPS,
-            PRECISION, D, BLOCK, G,
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, k_scale, sums, parts,
+            scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
+            full_key_scale, full_value_scale, fsp, FULL_SCALED,
         )
         return
     first, last = segment * (SEGMENT // PAGE), tl.load(encoded_count + table_row)

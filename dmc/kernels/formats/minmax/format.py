@@ -103,6 +103,11 @@ class MinMaxFormat(PageFormat):
         return CpuReader(loop.keys, loop.values, np.array(facts, np.int64), np.zeros(1, np.float32), room)
 
     @property
+    def triton_scales(self) -> bool:
+        """True: see `PageFormat.triton_scales`."""
+        return True
+
+    @property
     def triton_adds(self) -> bool:
         """True: see `PageFormat.triton_adds`."""
         return True

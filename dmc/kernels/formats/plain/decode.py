@@ -26,10 +26,10 @@ def launch(grid: tuple[int, int], arguments: dict, paged: Paged, constants: dict
 @triton.jit
 def _segments(
     query, index, encoded_count, full_count, first_full, encoded_table, full_table, keys, values, key_scale, value_scale,
-    full_keys, full_values, full_key_scale, full_value_scale, sums, parts, scale, et, ft, kp, vp, ksp, vsp, fkp, fvp, fsp,
-    PAGE: tl.constexpr, PER_FULL: tl.constexpr, FULL_SCALED: tl.constexpr, SCALED: tl.constexpr, SEGMENT: tl.constexpr,
-    TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
-    shifts=None, shifts_per_query=0,
+    full_keys, full_values, sums, parts, scale, et, ft, kp, vp, ksp, vsp, fkp, fvp,
+    PAGE: tl.constexpr, PER_FULL: tl.constexpr, SCALED: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
+    GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, shifts=None,
+    shifts_per_query=0, full_key_scale=None, full_value_scale=None, fsp=0, FULL_SCALED: tl.constexpr = False,
 ):
     """Maximum, sum and weighted values of one segment of one row."""
     row, segment = tl.program_id(0), tl.program_id(1)
@@ -44,7 +44,7 @@ def _segments(
             store_segment(sums, parts, top, total, acc, GROUPS, D, BLOCK, G)
     else:
         full_segment(
-            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values,
-            full_key_scale, full_value_scale, sums, parts, scale, fkp, fvp, fsp, PER_FULL, FULL_SCALED, SEGMENT, TILE, GROUPS,
-            PRECISION, D, BLOCK, G,
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, key_scale, sums,
+            parts, scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
+            full_key_scale, full_value_scale, fsp, FULL_SCALED,
         )

@@ -83,6 +83,11 @@ class PlainFormat(PageFormat):
         launch(grid, arguments, paged, constants)
 
     @property
+    def triton_scales(self) -> bool:
+        """True: see `PageFormat.triton_scales`."""
+        return True
+
+    @property
     def triton_adds(self) -> bool:
         """True: see `PageFormat.triton_adds`."""
         return True

@@ -129,23 +129,24 @@ def _features(x, FIRST: tl.constexpr, REST: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _trellis_segments(
-    query, rotated, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values,
-    full_key_scale, full_value_scale, sums, parts, scale, et, ft, fkp, fvp, fsp,
+    query, rotated, index, encoded_count, full_count, first_full, encoded_table, full_table, full_keys, full_values, sums, parts,
+    scale, et, ft, fkp, fvp,
     k_codes, k_scale, k_top, k_mean, k_unit, k_levels, k_rest, v_codes, v_scale, v_top, v_levels, v_rest,
     page8, page16, page32, PAGE: tl.constexpr, WORDS: tl.constexpr, K_COLUMNS: tl.constexpr,
-    V_COLUMNS: tl.constexpr, PER_FULL: tl.constexpr, FULL_SCALED: tl.constexpr, SEGMENT: tl.constexpr,
+    V_COLUMNS: tl.constexpr, PER_FULL: tl.constexpr, SEGMENT: tl.constexpr,
     TILE: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
     K_FIRST: tl.constexpr, K_BITS: tl.constexpr, K_REST: tl.constexpr, K_MEAN: tl.constexpr,
     V_FIRST: tl.constexpr, V_BITS: tl.constexpr, V_REST: tl.constexpr, shifts=None, shifts_per_query=0,
+    full_key_scale=None, full_value_scale=None, fsp=0, FULL_SCALED: tl.constexpr = False,
 ):
     """As `dmc.kernels.formats.plain.decode._segments`, for trellis pages; the weighted values are rotated."""
     row, segment = tl.program_id(0), tl.program_id(1)
     table_row = tl.load(index + row).to(tl.int64)
     if segment >= first_full:
         full_segment(
-            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values,
-            full_key_scale, full_value_scale, sums, parts, scale, fkp, fvp, fsp, PER_FULL, FULL_SCALED, SEGMENT, TILE, GROUPS,
-            PRECISION, D, BLOCK, G,
+            query, full_table + table_row * ft, full_count + table_row, first_full, full_keys, full_values, k_top, sums, parts,
+            scale, fkp, fvp, PER_FULL, SEGMENT, TILE, GROUPS, PRECISION, D, BLOCK, G,
+            full_key_scale, full_value_scale, fsp, FULL_SCALED,
         )
         return
     first, last = segment * (SEGMENT // PAGE), tl.load(encoded_count + table_row)
