@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmc.cache.codecs import Codec
+from dmc.cache.codecs.layers import per_layer
 from dmc.cache.codecs.without_bias import without_key_bias
 from dmc.cache.policies import Policy
 from dmc.cache.reading import growing
@@ -23,6 +24,7 @@ from dmc.cache.reading.prompt import Layer, Prompt
 from dmc.cache.reading.step import Rope, Step
 from dmc.cache.storage import evict, swap
 from dmc.cache.storage.check import check
+from dmc.cache.storage.full import dtype_named
 from dmc.cache.storage.packing import Storage
 from dmc.cache.storage.pages import PoolExhausted
 from dmc.cache.storage.rows import Rows, Shape
@@ -30,7 +32,6 @@ from dmc.kernels.pages.key_bias import KeyBias
 from dmc.plugins import check_names
 
 _SINK_TOKENS = 4
-_EXACT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 class KVCache:
@@ -82,7 +83,7 @@ class KVCache:
         key_bias: KeyBias | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        codecs = without_key_bias(_per_layer(codec, shape), key_bias)
+        codecs = without_key_bias(per_layer(codec, shape.layers, shape.heads, shape.head_size), key_bias)
         check_names(policy, *codecs)
         lossy = any(one.lossy for one in codecs)
         sink_tokens = _SINK_TOKENS * lossy if sink_tokens is None else sink_tokens
@@ -100,7 +101,7 @@ class KVCache:
                 f"max_entries={policy.max_entries} holds nothing but the {sink_tokens} sinks (sink_tokens): give at least "
                 f"{sink_tokens + 1}, or fewer sinks"
             )
-        dtype = _exact_dtype(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
+        dtype = dtype_named(exact_dtype, codecs, shape.dtype, biased=key_bias is not None)
         with_positions = policy.evicts_later or any(one.needs_positions for one in codecs)
         storage = Storage(
             sink_tokens,
@@ -454,28 +455,6 @@ class KVCache:
         # With a window that token must have left it as well.
         settled = (layer.positions[:, last] < common - 1 - (self.policy.ring or 0)) & (column < encoded[:, None])
         return settled.sum(-1).minimum(self.rows.encoded_count[self._index(number, donor)].long())
-
-
-def _per_layer(codec: Codec | Sequence[Codec], shape: Shape) -> list[Codec]:
-    if isinstance(codec, Codec):
-        return [codec.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer in range(shape.layers)]
-    if len(codec) != shape.layers:
-        raise ValueError(f"{len(codec)} codecs were given, one per layer, but the model has {shape.layers} layers")
-    return [one.of_layer(layer, shape.layers, shape.heads, shape.head_size) for layer, one in enumerate(codec)]
-
-
-def _exact_dtype(name: str | None, codecs: Sequence[Codec], model: torch.dtype, *, biased: bool) -> torch.dtype:
-    if name is not None:
-        if name not in _EXACT_DTYPES:
-            raise ValueError(f"exact_dtype must be one of {', '.join(_EXACT_DTYPES)}, got {name!r}")
-        if name == "int8" and not all(codec.lossy for codec in codecs):
-            raise ValueError("exact_dtype int8 is for lossy codecs: with codec dense give bf16, or take codec int8")
-        if name == "int8" and biased:
-            raise ValueError("exact_dtype int8 is not for keys with a bias, which would take most of the 8 bits: give bf16")
-        return _EXACT_DTYPES[name]
-    if any(codec.lossy for codec in codecs):
-        return torch.bfloat16 if model.itemsize > 2 and not biased else model
-    return getattr(codecs[0], "dtype", None) or model
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,7 +9,8 @@ from dmc.cache.codecs.base import Blocks, Codec, Field
 from dmc.kernels.formats.plain.format import PlainFormat
 from dmc.kernels.pages.format import PageFormat
 
-_LEVELS = 127
+LEVELS = 127
+"""Largest code."""
 
 
 class Int8Codec(Codec):
@@ -27,10 +28,8 @@ class Int8Codec(Codec):
         """See `Codec.encode`."""
         tensors = {}
         for part, x in (("k", keys.float()), ("v", values.float())):
-            scale = round_up(x.abs().amax(-1) / _LEVELS)
-            step = torch.where(scale > 0, scale, 1.0).float()[..., None]
-            tensors[f"{part}_codes"] = (x / step).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
-            tensors[f"{part}_scale"] = scale
+            scale = round_up(x.abs().amax(-1) / LEVELS)
+            tensors |= {f"{part}_codes": codes(x, scale), f"{part}_scale": scale}
         return Blocks(tensors, *keys.shape[-2:])
 
     def decode(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -52,6 +51,12 @@ class Int8Codec(Codec):
         """See `Codec.combine`; the scale is applied before the product."""
         codes, scale = blocks.tensors["v_codes"].to(weights.dtype), blocks.tensors["v_scale"].to(weights.dtype)
         return (weights * scale[..., None, :]) @ codes
+
+
+def codes(x: Tensor, scale: Tensor) -> Tensor:
+    """int8 codes from -127 to 127 of fp32 vectors ``[..., D]`` with scales ``[...]``; 0 where the scale is 0."""
+    step = torch.where(scale > 0, scale, 1.0).float()[..., None]
+    return (x / step).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
 
 
 def round_up(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Settings of a codec for each layer, from a file such as `dmc inspect` recommends one."""
+"""The codec of each layer: one for all, or settings of each from a file such as `dmc inspect` recommends one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dmc.cache.codecs import codec, make
@@ -54,6 +55,19 @@ def read_layers(path: str | Path) -> list[Codec]:
                 raise ValueError(f"{path}, layer {number}: {error}") from error
         out.append(made[key])
     return out
+
+
+def per_layer(codec: Codec | Sequence[Codec], layers: int, heads: int, head_size: int) -> list[Codec]:
+    """The codec of each of a model's layers, from one codec for all of them or one for each.
+
+    Raises:
+        ValueError: if there are not as many codecs as layers.
+    """
+    if isinstance(codec, Codec):
+        return [codec.of_layer(layer, layers, heads, head_size) for layer in range(layers)]
+    if len(codec) != layers:
+        raise ValueError(f"{len(codec)} codecs were given, one per layer, but the model has {layers} layers")
+    return [one.of_layer(layer, layers, heads, head_size) for layer, one in enumerate(codec)]
 
 
 def _made(path: str | Path, read: dict, settings: dict) -> Codec:

@@ -1,21 +1,49 @@
 """Entries outside encoded pages: sinks, window and ring. Each is stored on its own, so that it can be read and written alone.
 
-They are floats, or with `Storage.exact_dtype` int8 codes with a scale for each key and each value, ``x ≈ codes * scale``. The
-error of a code is at most half of ``max |x| / 127``, far below that of a lossy codec. An entry that is read and written again
-stays as it is, so entries can be moved.
+They are floats, or with `Storage.exact_dtype` int8 codes with a scale for each key and each value, ``x ≈ codes * scale``. A
+number's error is at most half of ``max |x| / 127``, but for the rounding of the scale: far below that of a lossy codec. An entry
+that is read and written again stays as it is, so entries can be moved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmc.cache.codecs import Codec
+from dmc.cache.codecs.int8 import LEVELS, codes
 from dmc.cache.storage.packing import Storage
 from dmc.cache.storage.pages import Layout
 
-_LEVELS = 127
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+def dtype_named(name: str | None, codecs: Sequence[Codec], model: torch.dtype, *, biased: bool) -> torch.dtype:
+    """`Storage.exact_dtype` by its name, see ``exact_dtype`` of `dmc.cache.KVCache`.
+
+    Args:
+        name: of the dtype; None: the one that fits the codecs and the model.
+        codecs: of the layers.
+        model: dtype of the model.
+        biased: whether its keys have a bias.
+
+    Raises:
+        ValueError: if the name is unknown, or int8 does not fit the codecs or the keys.
+    """
+    if name is not None:
+        if name not in _DTYPES:
+            raise ValueError(f"exact_dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+        if name == "int8" and not all(codec.lossy for codec in codecs):
+            raise ValueError("exact_dtype int8 is for lossy codecs: with codec dense give bf16, or take codec int8")
+        if name == "int8" and biased:
+            raise ValueError("exact_dtype int8 is not for keys with a bias, which would take most of the 8 bits: give bf16")
+        return _DTYPES[name]
+    if any(codec.lossy for codec in codecs):
+        return torch.bfloat16 if model.itemsize > 2 and not biased else model
+    return getattr(codecs[0], "dtype", None) or model
 
 
 def full_layout(storage: Storage, entries: int, head_size: int) -> Layout:
@@ -35,9 +63,8 @@ def stored(part: str, x: Tensor, storage: Storage) -> dict[str, Tensor]:
     if storage.scale_dtype is None:
         return {part: x.to(storage.exact_dtype)}
     x = x.float()
-    scale = (x.abs().amax(-1) / _LEVELS).to(storage.scale_dtype)
-    step = torch.where(scale > 0, scale, 1.0).float()[..., None]
-    return {part: (x / step).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), f"{part}_scale": scale}
+    scale = (x.abs().amax(-1) / LEVELS).to(storage.scale_dtype)
+    return {part: codes(x, scale), f"{part}_scale": scale}
 
 
 def read(part: str, fields: dict[str, Tensor], which: Any = ...) -> Tensor:

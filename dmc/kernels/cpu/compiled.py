@@ -154,6 +154,13 @@ def widen(source, bits):  # noqa: ANN001, ANN201
 
 
 @compiled()
+def whole(source, out):  # noqa: ANN001, ANN201
+    """Converts signed bytes, stored as unsigned ones, to fp32."""
+    for i in range(len(source)):
+        out[i] = np.float32(np.int8(source[i]))
+
+
+@compiled()
 def half(source, at, bits, value):  # noqa: ANN001, ANN201
     """One bf16 number, through ``bits`` and ``value``, the same four bytes."""
     bits[0] = np.uint32(source[at]) << np.uint32(16)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from dmc.kernels.cpu.callback import call
-from dmc.kernels.cpu.compiled import bits_of, compiled, dot, exponential, widen
+from dmc.kernels.cpu.compiled import bits_of, compiled, dot, exponential, whole, widen
 from dmc.kernels.cpu.products import add, score
 
 FIELDS = ("k", "v", "k_scale", "v_scale", "full_score", "position", "score")  # the last two of encoded pages
-_SCALE, _FULL_SCORE, _POSITION, _SCORE = 2, 4, 5, 6
+_FULL_SCALE, _FULL_SCORE, _POSITION, _SCORE = 2, 4, 5, 6
 _PAGE, _PER_FULL, _FULL_DTYPE, _POSITIONED, _FIRST, _STRIDE, _ROOM = range(7)
 FULL_DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of full-precision entries; the codes have scales
 _BF16, _INT8 = 1, 2
@@ -96,16 +96,13 @@ def _note(mass, scores, how):  # noqa: ANN001, ANN202
 
 
 @compiled()
-def _unpack(codes, scales, bits, numbers, entries):  # noqa: ANN001, ANN202
-    """Signed bytes, stored as unsigned ones, and their bf16 scales ``[n]`` → entries ``[n, D]``; ``bits`` and ``numbers`` are
-    the same memory."""
+def _scale(scales, bits, numbers, entries):  # noqa: ANN001, ANN202
+    """Multiplies entries ``[n, D]`` by their bf16 scales ``[n]``; ``bits`` and ``numbers`` are the same memory."""
     widen(scales, bits)
-    size = entries.shape[1]
     for n in range(len(entries)):
         mine, scale = entries[n], numbers[n]
-        begin = n * size
-        for d in range(size):
-            mine[d] = np.float32(np.int8(codes[begin + d])) * scale
+        for d in range(len(mine)):
+            mine[d] *= scale
 
 
 @compiled()
@@ -185,9 +182,10 @@ def attend(begin, end, query, rotation, back, coefficients, features, own_key, o
                     widen(halves[at : at + some * size], bits)
                     entries = numbers[: some * size].reshape(some, size)
                 elif full_dtype == _INT8:
-                    scales = where[_SCALE + part, 0] + p * where[_SCALE + part, 1]
+                    scales = where[_FULL_SCALE + part, 0] + p * where[_FULL_SCALE + part, 1]
+                    whole(codes[at : at + some * size], numbers)
                     entries = numbers[: some * size].reshape(some, size)
-                    _unpack(codes[at : at + some * size], halves[scales : scales + some], scale_bits, scale_numbers, entries)
+                    _scale(halves[scales : scales + some], scale_bits, scale_numbers, entries)
                 else:
                     entries = singles[at : at + some * size].reshape(some, size)
                 if part == 0:

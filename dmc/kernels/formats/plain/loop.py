@@ -5,18 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from dmc.kernels.cpu.callback import bytes_at, callback, halves_at, longs_at, matrix_at, singles_at, words_at
-from dmc.kernels.cpu.compiled import compiled, widen
+from dmc.kernels.cpu.compiled import compiled, whole, widen
 from dmc.kernels.cpu.products import add, score, times
 
 FULL, HALF, INT8, FP8 = range(4)  # dense fp32 and bf16, and the two with a scale per entry
 FACTS = ("stored", "page", "head_size", "k", "k_scale", "v", "v_scale")  # the last four: offsets of these fields in a page
-
-
-@compiled()
-def whole(source, out):  # noqa: ANN001, ANN201
-    """Converts signed bytes, stored as unsigned ones, to fp32."""
-    for i in range(len(source)):
-        out[i] = np.float32(np.int8(source[i]))
 
 
 @compiled()
